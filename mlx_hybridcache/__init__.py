@@ -1,0 +1,28 @@
+"""A prompt cache for hybrid language models on MLX: restore the nearest checkpoint, replay the rest."""
+
+from .engine import Generation, HybridPromptCache, Ready
+from .errors import (
+    BudgetError,
+    CacheMismatchError,
+    ClosedError,
+    HybridCacheError,
+    ModelError,
+    PromptError,
+)
+from .report import CacheReport, Reason
+from .store import StoreStats
+
+__all__ = [
+    "BudgetError",
+    "CacheMismatchError",
+    "CacheReport",
+    "ClosedError",
+    "Generation",
+    "HybridCacheError",
+    "HybridPromptCache",
+    "ModelError",
+    "PromptError",
+    "Ready",
+    "Reason",
+    "StoreStats",
+]

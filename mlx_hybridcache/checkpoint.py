@@ -1,0 +1,87 @@
+"""A checkpoint: a position and every layer's state there. How it is taken, and how caches stand there again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+
+from .layers.adapt import Layout, fresh_caches, leaves
+from .layers.kind import Snapshot
+from .layers.rows import RowBlock
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """One snapshot per leaf of the model's caches, None for those that rows alone restore."""
+
+    position: int
+    snapshots: tuple[Snapshot | None, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(snapshot.nbytes for snapshot in self.snapshots if snapshot is not None)
+
+
+def take(
+    layout: Layout,
+    caches: Sequence[Any],
+    position: int,
+    captured: Mapping[int, Snapshot] | None = None,
+) -> Checkpoint:
+    """The state at `position`, evaluated and owning its bytes.
+
+    `position` is where `caches` stand, or lies inside the slice they read last; then `captured`
+    has the snapshots of the leaves that cannot look back themselves.
+    """
+    captured = captured or {}
+    snapshots = tuple(
+        captured[index] if index in captured else kind.snapshot(cache, position)
+        for index, (kind, cache) in enumerate(zip(layout.kinds, leaves(caches), strict=True))
+    )
+    mx.eval([s.arrays for s in snapshots if s is not None])
+    return Checkpoint(position, snapshots)
+
+
+def take_rows(layout: Layout, caches: Sequence[Any], start: int, end: int) -> RowBlock:
+    """The rows of `[start, end)`, evaluated and owning their bytes."""
+    taken = tuple(
+        kind.take_rows(cache, start, end)
+        for kind, cache in zip(layout.kinds, leaves(caches), strict=True)
+    )
+    mx.eval(taken)
+    return RowBlock(start, end, taken)
+
+
+def restore(
+    layout: Layout,
+    model: Any,
+    blocks: Sequence[RowBlock],
+    checkpoint: Checkpoint | None,
+    position: int,
+    capacity: int,
+) -> list[Any]:
+    """Fresh mlx-lm caches that stand at `position`, with room for `capacity` tokens.
+
+    `blocks` hold the rows of `[0, position)` in order; what the last one holds beyond is left out.
+    Position 0 gives empty caches whose buffers are there already. Every byte is copied once, into
+    the buffer it will live in: a cache restored at its exact size would be copied again, whole, by
+    the first token written behind it.
+    """
+    caches = fresh_caches(model)
+    pieces = [block.piece(block.start, min(block.end, position)) for block in blocks]
+    for index, (kind, cache) in enumerate(zip(layout.kinds, leaves(caches), strict=True)):
+        snapshot = checkpoint.snapshots[index] if checkpoint is not None else None
+        rows = [piece[index] for piece in pieces]
+        kind.fill(cache, [part for part in rows if part], snapshot, position, capacity)
+    mx.eval([cache.state for cache in caches])
+    return caches
+
+
+def grow(layout: Layout, caches: Sequence[Any], capacity: int) -> None:
+    """Give live caches room for `capacity` tokens, all at once."""
+    for kind, cache in zip(layout.kinds, leaves(caches), strict=True):
+        kind.grow(cache, capacity)
+    mx.eval([cache.state for cache in caches])

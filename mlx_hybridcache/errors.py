@@ -1,0 +1,25 @@
+"""What can go wrong, said to the person who can mend it: what was found, what was needed, what to do."""
+
+
+class HybridCacheError(Exception):
+    """The base of every error this library raises on purpose."""
+
+
+class PromptError(HybridCacheError, ValueError):
+    """The prompt cannot be read by this model: empty, not token ids, or ids beyond the vocabulary."""
+
+
+class BudgetError(HybridCacheError, MemoryError):
+    """A memory budget is too small for what was asked of it. Nothing that was stored is lost."""
+
+
+class CacheMismatchError(HybridCacheError, ValueError):
+    """A cache handed in does not stand where its caller says, or is of a kind that cannot be stored."""
+
+
+class ModelError(HybridCacheError):
+    """A model or tokenizer could not be loaded from where it was said to be."""
+
+
+class ClosedError(HybridCacheError, RuntimeError):
+    """The cache was closed before the call."""

@@ -1,0 +1,76 @@
+"""Decode: caches that have read the prompt but its last token in, mlx-lm's responses out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.generate import GenerationResponse, stream_generate
+
+from .tree import Tokens
+
+LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
+
+
+def decode(
+    model: Any,
+    tokenizer: Any,
+    tokens: Tokens,
+    caches: Sequence[Any],
+    *,
+    max_tokens: int,
+    prefill_seconds: float,
+    before_step: Callable[[int], None],
+    logits_processors: Sequence[LogitsProcessor] | None = None,
+    seed: int | None = None,
+    **options: Any,
+) -> Iterator[GenerationResponse]:
+    """mlx-lm's own token loop on `caches`, which stand at `len(tokens) - 1`.
+
+    When the k-th response is yielded, `caches` stand at `len(tokens) + k`: mlx-lm feeds each token
+    as it gives it out. `before_step(position)` is called before the cache is written up to that
+    position. `seed` is the state of the random stream that samplers draw from, kept apart from
+    other requests' on this thread.
+    """
+    if logits_processors:
+        # mlx-lm shows processors the tokens it was given, which here is the last one only.
+        read = mx.array(tokens[:-1])
+        options["logits_processors"] = [_behind(read, each) for each in logits_processors]
+    before_step(len(tokens) + 1)
+    responses = stream_generate(
+        model,
+        tokenizer,
+        mx.array(tokens[-1:]),
+        max_tokens=max_tokens,
+        prompt_cache=caches,
+        **options,
+    )
+    count = 0
+    while True:
+        before_step(len(tokens) + count + 2)
+        if seed is not None:
+            mx.random.seed(seed)
+        response = next(responses, None)
+        if seed is not None:
+            seed = random_state()
+        if response is None:
+            return
+        mx.eval(response.logprobs)  # it leaves this thread, where nothing lazy may go
+        count += 1
+        yield replace(
+            response,
+            prompt_tokens=len(tokens),
+            prompt_tps=len(tokens) / max(prefill_seconds, 1e-9),
+        )
+
+
+def random_state() -> int:
+    """This thread's random state as the seed that would bring it back."""
+    high, low = (int(word) for word in mx.random.state[0].tolist())
+    return high << 32 | low
+
+
+def _behind(read: mx.array, processor: LogitsProcessor) -> LogitsProcessor:
+    return lambda tokens, logits: processor(mx.concatenate([read, tokens]), logits)

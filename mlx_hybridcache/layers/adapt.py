@@ -1,0 +1,120 @@
+"""The one place that knows mlx-lm's cache classes: which kind each is, and how a model's are built."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.models import cache as mlx_caches
+
+from .capture import CaptureHook
+from .kind import LayerKind
+from .recurrent import RecurrentKind
+from .rows import RowsKind
+from .window import ChunkedKind, WindowKind
+
+_KINDS: dict[type, Callable[[Any], LayerKind]] = {
+    mlx_caches.KVCache: lambda cache: RowsKind.seen(cache, headroom=True),
+    mlx_caches.ConcatenateKVCache: lambda cache: RowsKind.seen(cache, headroom=False),
+    mlx_caches.RotatingKVCache: WindowKind.seen,
+    mlx_caches.ChunkedKVCache: ChunkedKind.seen,
+    mlx_caches.ArraysCache: RecurrentKind.seen,
+}
+
+_BLOCKS = {
+    "mamba2": 256,
+    "falcon_h1": 256,
+    "granitemoehybrid": 256,
+    "nemotron_h": 256,
+    "plamo2": 256,
+    "bailing_hybrid": 128,
+    "bailing_moe_linear": 128,
+}
+"""Families whose recurrent layers are computed in blocks of so many tokens (`ssm_attn` and kin)."""
+
+
+def fresh_caches(model: Any) -> list[Any]:
+    """The model's own empty caches, as mlx-lm makes them."""
+    return list(mlx_caches.make_prompt_cache(model))
+
+
+def leaves(caches: Sequence[Any]) -> list[Any]:
+    """The caches with composites opened, in order. A composite returns where all its children can."""
+    flat: list[Any] = []
+    for cache in caches:
+        if isinstance(cache, mlx_caches.CacheList):
+            flat.extend(leaves(cache.caches))
+        else:
+            flat.append(cache)
+    return flat
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one model's caches come apart: one kind per leaf, in order.
+
+    `unsupported` names the cache classes that are in no table; a model that has any is served
+    without the cache. `vocabulary` is the width of the model's logits.
+    """
+
+    kinds: tuple[LayerKind, ...]
+    unsupported: tuple[str, ...]
+    hook: CaptureHook | None
+    alignment: int
+    vocabulary: int
+
+    @classmethod
+    def of(cls, model: Any) -> Layout:
+        """Learn the layout by letting the model read one token into fresh caches."""
+        caches = fresh_caches(model)
+        names = sorted({type(c).__name__ for c in leaves(caches) if type(c) not in _KINDS})
+        logits = model(mx.array([[0]]), cache=caches)
+        mx.eval(logits, [cache.state for cache in caches])
+        vocabulary = logits.shape[-1]
+        if names:
+            return cls((), tuple(names), None, 1, vocabulary)
+        kinds = tuple(_KINDS[type(cache)](cache) for cache in leaves(caches))
+        blind = {i for i, kind in enumerate(kinds) if not kind.sees_interior}
+        hook = CaptureHook.of(model, blind) if blind and len(kinds) == len(caches) else None
+        family = type(model).__module__.rpartition(".")[2]
+        return cls(kinds, (), hook, _BLOCKS.get(family, 1), vocabulary)
+
+    @property
+    def needs_snapshots(self) -> bool:
+        """Whether some layer restores at checkpoints only."""
+        return any(kind.needs_snapshot for kind in self.kinds)
+
+    @property
+    def must_pause(self) -> bool:
+        """Whether a checkpoint inside a slice costs a forward of its own."""
+        return self.hook is None and any(not kind.sees_interior for kind in self.kinds)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes that one token's rows weigh."""
+        return sum(kind.row_bytes for kind in self.kinds)
+
+    @property
+    def snapshot_bytes(self) -> int:
+        """Bytes that one checkpoint weighs at most."""
+        return sum(kind.snapshot_bytes for kind in self.kinds)
+
+    def running_bytes(self, capacity: int) -> int:
+        """Bytes that a live set of caches holds with room for `capacity` tokens."""
+        return capacity * self.row_bytes + sum(kind.running_bytes for kind in self.kinds)
+
+    def mismatch(self, caches: Sequence[Any], position: int) -> str | None:
+        """Why `caches` are not this model's standing at `position`; None where they are."""
+        found = leaves(caches)
+        names = [type(cache).__name__ for cache in found]
+        if len(found) != len(self.kinds) or any(type(cache) not in _KINDS for cache in found):
+            return f"expected {len(self.kinds)} plain caches of this model, found {names}"
+        for index, (kind, cache) in enumerate(zip(self.kinds, found, strict=True)):
+            if type(kind) is not type(_KINDS[type(cache)](cache)) if not cache.empty() else False:
+                return f"layer {index} has a {names[index]}, which this model does not use there"
+            stands = kind.position(cache)
+            if stands is not None and stands != position:
+                return f"layer {index} stands at {stands} tokens, not at {position}"
+        return None

@@ -1,0 +1,142 @@
+"""Capture hooks: states at interior positions of one full-size forward, for the price of a copy.
+
+A Gated-DeltaNet layer scans its slice token by token, so running the scan in pieces inside one
+forward passes through the state at every cut with the same bits as pausing there would. The
+convolution's taps at a cut are rows of its own input. Both are had without a second version of the
+layer: its own code runs, with mlx-lm's scan replaced by the same scan in pieces, and with its
+convolution listened to. Pausing instead would cost a forward per cut, which on a large MoE reads
+nearly all expert weights again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from types import FunctionType
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.models import qwen3_5, qwen3_next
+
+from .kind import Snapshot
+from .rows import compact
+
+SCAN = "gated_delta_update"
+"""The function of mlx-lm that a hooked layer calls, looked up in the layer's module."""
+
+HOOKED: tuple[type, ...] = (qwen3_next.Qwen3NextGatedDeltaNet, qwen3_5.GatedDeltaNet)
+
+
+class _Recording:
+    """What one layer's forward passes through at the given offsets into its slice."""
+
+    def __init__(self, offsets: Sequence[int]):
+        self.offsets = list(offsets)
+        self.conv_input: mx.array | None = None
+        self.states: list[mx.array] = []
+
+    def scan_in_pieces(self, scan: Callable[..., Any]) -> Callable[..., Any]:
+        def pieces(
+            q: mx.array,
+            k: mx.array,
+            v: mx.array,
+            a: mx.array,
+            b: mx.array,
+            A_log: mx.array,
+            dt_bias: mx.array,
+            state: mx.array | None = None,
+            mask: mx.array | None = None,
+            **options: Any,
+        ) -> tuple[mx.array, mx.array | None]:
+            outputs = []
+            for start, end in pairwise([0, *self.offsets, q.shape[1]]):
+                part = [x[:, start:end] for x in (q, k, v, a, b)]
+                part_mask = None if mask is None else mask[:, start:end]
+                output, state = scan(*part, A_log, dt_bias, state, part_mask, **options)
+                outputs.append(output)
+                self.states.append(state)
+            return mx.concatenate(outputs, axis=1), state
+
+        return pieces
+
+    def snapshots(self, taps: int) -> list[Snapshot]:
+        """One per offset: the convolution's last `taps` inputs and the state, unevaluated."""
+        assert self.conv_input is not None
+        return [
+            Snapshot((compact(self.conv_input[:, offset : offset + taps]), state))
+            for offset, state in zip(self.offsets, self.states, strict=False)
+        ]
+
+
+class _Listening:
+    """Mixed into a layer's class for the length of one forward."""
+
+    _recording: _Recording
+
+    @property
+    def conv1d(self) -> Callable[[mx.array], mx.array]:
+        convolve = self["conv1d"]  # type: ignore[index]  # nn.Module is a dict of its children
+
+        def listen(x: mx.array) -> mx.array:
+            self._recording.conv_input = x
+            return convolve(x)  # type: ignore[no-any-return]
+
+        return listen
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # The layer's own code, with one name looked up elsewhere.
+        call = _layer_class(self).__call__
+        names = {**call.__globals__, SCAN: self._recording.scan_in_pieces(call.__globals__[SCAN])}
+        own = FunctionType(
+            call.__code__, names, call.__name__, call.__defaults__, call.__closure__
+        )
+        return own(self, *args, **kwargs)
+
+
+def _layer_class(layer: object) -> Any:
+    return type(layer).__mro__[2]  # (listening class, _Listening, the layer's class, ...)
+
+
+_LISTENING = {cls: type(f"Listening{cls.__name__}", (_Listening, cls), {}) for cls in HOOKED}
+
+
+class CaptureHook:
+    """Captures the recurrent layers of one model, keyed by their index among the model's caches."""
+
+    def __init__(self, layers: dict[int, Any]):
+        self._layers = layers
+
+    @classmethod
+    def of(cls, model: Any, recurrent: set[int]) -> CaptureHook | None:
+        """The hook, or None where some recurrent layer's family has none."""
+        found = {
+            index: layer.linear_attn
+            for index, layer in enumerate(model.layers)
+            if type(getattr(layer, "linear_attn", None)) in _LISTENING
+        }
+        return cls(found) if found and set(found) == recurrent else None
+
+    @contextmanager
+    def at(self, offsets: Sequence[int]) -> Iterator[Callable[[], dict[int, list[Snapshot]]]]:
+        """Listen to one forward; the yielded function then gives each layer's snapshots, by offset.
+
+        `offsets` are ascending, strictly inside the slice. The model is as before on the way out.
+        """
+        if not offsets:
+            yield dict
+            return
+        recordings = {index: _Recording(offsets) for index in self._layers}
+        originals = {index: type(layer) for index, layer in self._layers.items()}
+        for index, layer in self._layers.items():
+            object.__setattr__(layer, "_recording", recordings[index])
+            object.__setattr__(layer, "__class__", _LISTENING[originals[index]])
+        try:
+            yield lambda: {
+                index: recording.snapshots(self._layers[index].conv_kernel_size - 1)
+                for index, recording in recordings.items()
+            }
+        finally:
+            for index, layer in self._layers.items():
+                object.__setattr__(layer, "__class__", originals[index])
+                object.__delattr__(layer, "_recording")

@@ -1,0 +1,70 @@
+"""Recurrent state: a running summary that cannot be rewound, valid at exactly one position."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .kind import Arrays, Snapshot
+from .rows import compact
+
+
+@dataclass(frozen=True, slots=True)
+class RecurrentKind:
+    """A fixed set of arrays: for Gated-DeltaNet the convolution's last taps and the state.
+
+    They are kept in the dtype the model computed them in: rounding a float32 state to bfloat16
+    changes greedy replies (SGLang issue 33515).
+    """
+
+    state_nbytes: int
+
+    needs_snapshot = True
+    sees_interior = False
+    row_bytes = 0
+
+    @classmethod
+    def seen(cls, cache: Any) -> RecurrentKind:
+        """From a cache that has read one token."""
+        return cls(sum(x.nbytes for x in _slots(cache) if x is not None))
+
+    @property
+    def snapshot_bytes(self) -> int:
+        return self.state_nbytes
+
+    @property
+    def running_bytes(self) -> int:
+        return self.state_nbytes
+
+    def position(self, cache: Any) -> None:
+        return None
+
+    def take_rows(self, cache: Any, start: int, end: int) -> Arrays:
+        return ()
+
+    def snapshot(self, cache: Any, position: int) -> Snapshot:
+        return Snapshot(tuple(None if x is None else compact(x) for x in _slots(cache)))
+
+    def fill(
+        self,
+        cache: Any,
+        rows: Sequence[Arrays],
+        snapshot: Snapshot | None,
+        position: int,
+        capacity: int,
+    ) -> None:
+        if snapshot is not None:
+            # Copies, because an in-place update of a shared array would reach the stored one.
+            arrays = [None if x is None else compact(x) for x in snapshot.arrays]
+            cache.state = (arrays, None, None)
+
+    def grow(self, cache: Any, capacity: int) -> None:
+        """A state has its size."""
+
+
+def _slots(cache: Any) -> list[Any]:
+    arrays, left_padding, lengths = cache.state
+    if left_padding is not None or lengths is not None:
+        raise ValueError("a padded batch's state belongs to no single sequence")
+    return list(arrays)

@@ -1,0 +1,123 @@
+"""Rows: one key and one value per token and head, so the past can be cut at any token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+
+from .kind import Arrays, Snapshot
+
+AXIS = 2  # (batch, heads, tokens, dim)
+
+
+@dataclass(frozen=True, slots=True)
+class RowBlock:
+    """Rows of positions `[start, end)` for every layer that keeps rows.
+
+    `layers[i]` holds that layer's keys `(1, heads, end - start, key_dim)` and values, compact and
+    evaluated: a view would keep the running cache's whole buffer alive.
+    """
+
+    start: int
+    end: int
+    layers: tuple[Arrays, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for arrays in self.layers for array in arrays)
+
+    def split(self, position: int) -> tuple[RowBlock, RowBlock]:
+        """Two blocks that own their bytes, `[start, position)` and `[position, end)`."""
+        upper = RowBlock(self.start, position, self.piece(self.start, position))
+        lower = RowBlock(position, self.end, self.piece(position, self.end))
+        mx.eval(upper.layers, lower.layers)
+        return upper, lower
+
+    def piece(self, start: int, end: int) -> tuple[Arrays, ...]:
+        """Unevaluated copies of the rows of `[start, end)`, or the block's own arrays if that is all."""
+        if (start, end) == (self.start, self.end):
+            return self.layers
+        a, b = start - self.start, end - self.start
+        return tuple(tuple(compact(x[:, :, a:b]) for x in arrays) for arrays in self.layers)
+
+
+def compact(view: mx.array) -> mx.array:
+    """A copy that owns exactly its bytes.
+
+    `mx.contiguous` would hand a view through whose buffer is up to 16 KiB larger than the view.
+    """
+    return mx.array(view)
+
+
+@dataclass(frozen=True, slots=True)
+class RowsKind:
+    """A growing buffer of keys and values. Shapes `(1, heads, 1, dim)` as one token leaves them."""
+
+    shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[mx.Dtype, ...]
+    headroom: bool  # False for caches that take exactly what is there, and grow by concatenation
+
+    needs_snapshot = False
+    sees_interior = True
+    snapshot_bytes = 0
+    running_bytes = 0
+
+    @classmethod
+    def seen(cls, cache: Any, headroom: bool) -> RowsKind:
+        """From a cache that has read one token."""
+        keys, values = cache.keys, cache.values
+        shapes = tuple((1, x.shape[1], 1, x.shape[3]) for x in (keys, values))
+        return cls(shapes, (keys.dtype, values.dtype), headroom)
+
+    @property
+    def row_bytes(self) -> int:
+        return sum(
+            shape[1] * shape[3] * dtype.size
+            for shape, dtype in zip(self.shapes, self.dtypes, strict=True)
+        )
+
+    def position(self, cache: Any) -> int:
+        return int(cache.offset)
+
+    def take_rows(self, cache: Any, start: int, end: int) -> Arrays:
+        return tuple(compact(x[:, :, start:end]) for x in (cache.keys, cache.values))
+
+    def snapshot(self, cache: Any, position: int) -> None:
+        return None
+
+    def fill(
+        self,
+        cache: Any,
+        rows: Sequence[Arrays],
+        snapshot: Snapshot | None,
+        position: int,
+        capacity: int,
+    ) -> None:
+        room = capacity - position if self.headroom else 0
+        buffers = []
+        for which, (shape, dtype) in enumerate(zip(self.shapes, self.dtypes, strict=True)):
+            parts = [arrays[which] for arrays in rows]
+            if room:
+                parts.append(_blank(shape, dtype, room))
+            buffers.append(mx.concatenate(parts, axis=AXIS) if parts else None)
+        if buffers[0] is not None:
+            cache.keys, cache.values = buffers
+            cache.offset = position
+
+    def grow(self, cache: Any, capacity: int) -> None:
+        room = capacity - cache.keys.shape[AXIS]
+        if self.headroom and room > 0:
+            cache.keys, cache.values = (
+                mx.concatenate([x, _blank(shape, dtype, room)], axis=AXIS)
+                for x, shape, dtype in zip(
+                    (cache.keys, cache.values), self.shapes, self.dtypes, strict=True
+                )
+            )
+
+
+def _blank(shape: tuple[int, ...], dtype: mx.Dtype, rows: int) -> mx.array:
+    """Zeros that cost no memory until they are copied into a buffer."""
+    return mx.broadcast_to(mx.array(0, dtype), (1, shape[1], rows, shape[3]))

@@ -1,0 +1,154 @@
+"""Windows: the last W rows only. A past can be returned to where its own last W rows were kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+
+from .kind import Arrays, Snapshot
+from .rows import AXIS, compact
+
+
+@dataclass(frozen=True, slots=True)
+class WindowKind:
+    """A rotating window of `size` rows, the first `keep` of which never leave.
+
+    mlx-lm's rotating cache holds up to `size - 1` older rows and the whole of the last slice, in
+    temporal order; single-token steps write over the oldest in place. A snapshot is the last `size`
+    rows in temporal order, which both ways of going on trim as they trim a cold prefill's.
+    """
+
+    size: int
+    keep: int
+    row_nbytes: int
+
+    needs_snapshot = True
+    sees_interior = True
+    row_bytes = 0
+
+    @classmethod
+    def seen(cls, cache: Any) -> WindowKind:
+        """From a cache that has read one token."""
+        per_row = sum(x.nbytes // x.shape[AXIS] for x in (cache.keys, cache.values))
+        return cls(cache.max_size, cache.keep, per_row)
+
+    @property
+    def snapshot_bytes(self) -> int:
+        return self.size * self.row_nbytes
+
+    @property
+    def running_bytes(self) -> int:
+        return self.size * self.row_nbytes
+
+    def position(self, cache: Any) -> int:
+        return int(cache.offset)
+
+    def take_rows(self, cache: Any, start: int, end: int) -> Arrays:
+        return ()
+
+    def snapshot(self, cache: Any, position: int) -> Snapshot:
+        keys, values, offset, keep, size, index = cache.state
+        return Snapshot(
+            tuple(
+                compact(_last(_in_order(x, offset, keep, index), offset, position, keep, size))
+                for x in (keys, values)
+            )
+        )
+
+    def fill(
+        self,
+        cache: Any,
+        rows: Sequence[Arrays],
+        snapshot: Snapshot | None,
+        position: int,
+        capacity: int,
+    ) -> None:
+        if snapshot is None:
+            return
+        keys, values = (compact(x) for x in snapshot.arrays if x is not None)
+        cache.state = (keys, values, position, self.keep, self.size, keys.shape[AXIS])
+
+    def grow(self, cache: Any, capacity: int) -> None:
+        """A window has its size."""
+
+
+def _in_order(rows: mx.array, offset: int, keep: int, index: int) -> mx.array:
+    """The filled rows of a rotating buffer, oldest first; `index` is where it writes next."""
+    if index == rows.shape[AXIS]:
+        return rows
+    if index < offset:  # it has wrapped round: the oldest row stands at the write position
+        return mx.concatenate(
+            [rows[:, :, :keep], rows[:, :, index:], rows[:, :, keep:index]], axis=AXIS
+        )
+    return rows[:, :, :index]
+
+
+def _last(rows: mx.array, offset: int, position: int, keep: int, size: int) -> mx.array:
+    """Of ordered `rows` that end at `offset`, the window that a prefill up to `position` needs."""
+    end = position - (offset - rows.shape[AXIS])
+    if position <= size:
+        return rows[:, :, :end]
+    tail = rows[:, :, end - (size - keep) : end]
+    return mx.concatenate([rows[:, :, :keep], tail], axis=AXIS) if keep else tail
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkedKind:
+    """Llama 4's chunked window: the rows since a start that moves when a forward begins.
+
+    The start depends on how the prefill was cut, so interior positions are not read off afterwards.
+    """
+
+    size: int
+    row_nbytes: int
+
+    needs_snapshot = True
+    sees_interior = False
+    row_bytes = 0
+
+    @classmethod
+    def seen(cls, cache: Any) -> ChunkedKind:
+        """From a cache that has read one token."""
+        per_row = sum(x.nbytes // x.shape[AXIS] for x in (cache.keys, cache.values))
+        return cls(cache.chunk_size, per_row)
+
+    @property
+    def snapshot_bytes(self) -> int:
+        return self.size * self.row_nbytes
+
+    @property
+    def running_bytes(self) -> int:
+        return self.size * self.row_nbytes
+
+    def position(self, cache: Any) -> int:
+        return int(cache.offset)
+
+    def take_rows(self, cache: Any, start: int, end: int) -> Arrays:
+        return ()
+
+    def snapshot(self, cache: Any, position: int) -> Snapshot:
+        assert position == cache.offset
+        filled = cache.offset - cache.start_position
+        last = max(0, filled - self.size)  # what the next forward would trim first of all
+        return Snapshot(
+            tuple(compact(x[:, :, last:filled]) for x in (cache.keys, cache.values))
+        )
+
+    def fill(
+        self,
+        cache: Any,
+        rows: Sequence[Arrays],
+        snapshot: Snapshot | None,
+        position: int,
+        capacity: int,
+    ) -> None:
+        if snapshot is None:
+            return
+        keys, values = (compact(x) for x in snapshot.arrays if x is not None)
+        cache.state = (keys, values, position, self.size, position - keys.shape[AXIS])
+
+    def grow(self, cache: Any, capacity: int) -> None:
+        """A window has its size."""

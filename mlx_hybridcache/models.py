@@ -1,0 +1,77 @@
+"""What the library asks of a model as a whole: every array evaluated, a fingerprint, a default budget."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten
+
+SAMPLE_BYTES = 4096
+"""At most so many bytes of each tensor go into the fingerprint."""
+
+SHARE_OF_FREE_MEMORY = 0.25
+"""The default budget where MLX does not name a recommended working set."""
+
+
+def evaluate(model: Any) -> None:
+    """Evaluate every array of `model`, on the thread that built it.
+
+    Scaled RoPE keeps lazy arrays outside `parameters()`, and a lazy array cannot be evaluated on
+    another thread.
+    """
+    mx.eval([*_arrays(model)])
+
+
+def _arrays(model: Any) -> Iterator[mx.array]:
+    for module in model.modules():
+        for value in [*vars(module).values(), *module.values()]:
+            for _, leaf in tree_flatten([value]):
+                if isinstance(leaf, mx.array):
+                    yield leaf
+
+
+def fingerprint(model: Any) -> str:
+    """A digest of the parameters in memory: names, shapes, dtypes and a strided sample of each.
+
+    So a re-trained model in the same folder, an adapter and a quantization all differ, and it does
+    not matter where the weights were loaded from.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for name, array in sorted(tree_flatten(model.parameters())):
+        digest.update(f"{name} {array.shape} {array.dtype};".encode())
+        if array.size:
+            digest.update(_sample(array).tobytes())
+    return digest.hexdigest()
+
+
+def _sample(array: mx.array) -> np.ndarray[Any, Any]:
+    count = max(1, SAMPLE_BYTES // array.dtype.size)
+    flat = array.reshape(-1)[:: -(-array.size // count)]
+    return np.array(mx.view(mx.contiguous(flat), mx.uint8))
+
+
+def parameter_bytes(model: Any) -> int:
+    """Bytes of the model's weights."""
+    return sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+
+
+def default_budget(model: Any) -> int:
+    """Bytes for store and running requests when the user names none.
+
+    On Metal what the recommended working set leaves beside the weights, less a tenth; elsewhere a
+    stated share of the memory that is free now.
+    """
+    if mx.metal.is_available():
+        recommended = int(mx.device_info()["max_recommended_working_set_size"])
+        return max(0, int((recommended - parameter_bytes(model)) * 0.9))
+    if sys.platform == "darwin":  # a Mac whose GPU MLX cannot use
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    else:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return int(free * SHARE_OF_FREE_MEMORY)

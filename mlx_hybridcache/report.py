@@ -1,0 +1,69 @@
+"""What the cache did for one request, and why, in words a program can read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Reason(str, Enum):
+    """Why a request got what it got from the cache. Each has one sentence, `Reason.sentence`."""
+
+    EXACT = "exact"
+    PREFIX = "prefix"
+    BRANCH = "branch"
+    COLD = "cold"
+    EVICTED = "evicted"
+    NAMESPACE = "namespace"
+    UNSUPPORTED_LAYER = "unsupported_layer"
+    DISABLED = "disabled"
+    DISK_REJECTED = "disk_rejected"
+
+    @property
+    def sentence(self) -> str:
+        """One sentence for people."""
+        return _SENTENCES[self]
+
+
+_SENTENCES = {
+    Reason.EXACT: "The whole prompt was read before; only what is needed for logits was replayed.",
+    Reason.PREFIX: "The prompt continues what is stored; its new tokens were replayed.",
+    Reason.BRANCH: "The prompt parts ways with what is stored; it was replayed from the nearest checkpoint.",
+    Reason.COLD: "Nothing stored begins as this prompt does; all of it was read.",
+    Reason.EVICTED: "The prompt's beginning was stored once and had to make room; it was read again.",
+    Reason.NAMESPACE: "The prompt's beginning is stored for another model, setting or salt; it is not shared.",
+    Reason.UNSUPPORTED_LAYER: "The model has a cache class that cannot be stored; it was served without the cache.",
+    Reason.DISABLED: "The request asked for something that is served without the cache.",
+    Reason.DISK_REJECTED: "A stored file was damaged or foreign and was passed over.",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class CacheReport:
+    """One request's account. All counts are tokens; positions are absolute.
+
+    `matched_tokens` is the longest stored prefix, `restored_tokens` the checkpoint that was used,
+    `replayed_tokens` what was read on top of it (so restored + replayed == prompt), `forwards` the
+    model calls that took, the one for the last token included. `diverged_at` is the position of the
+    first token that differs from every stored continuation, None where none was contradicted.
+    """
+
+    prompt_tokens: int
+    matched_tokens: int
+    restored_tokens: int
+    replayed_tokens: int
+    reason: Reason
+    forwards: int = 0
+    tier: str = "none"
+    diverged_at: int | None = None
+    prefill_seconds: float = 0.0
+    checkpoints_taken: int = 0
+    checkpoints_refused: int = 0
+    detail: str = ""
+
+    def __str__(self) -> str:
+        words = (
+            f"{self.restored_tokens} of {self.prompt_tokens} tokens restored, "
+            f"{self.replayed_tokens} replayed in {self.forwards} forwards ({self.reason.value})"
+        )
+        return f"{words}: {self.detail}" if self.detail else words

@@ -1,0 +1,147 @@
+"""Where checkpoints are taken: pure functions from numbers to an ascending list of positions.
+
+Placement decides whether a cache is useful. A cut is a position where a checkpoint is taken while a
+prompt is read: grid cuts (system prompts whose last line changes), turn cuts (the next turn, the
+regenerated answer), end cuts (a changed ending is the commonest edit), and the branch cut (the next
+request of this family resumes exactly where the family parts ways).
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+TAILS = (64, 512)
+"""Distances from the prompt's end, in tokens, at which a changed ending finds a checkpoint."""
+
+TAIL_WORTH = 3
+"""A tail cut is taken when at least this many times its distance is being read."""
+
+PAUSES_COLD, PAUSES_HOT = 7, 3
+"""Cuts off the slice grid that a replay without capture hook may pause for: one forward each."""
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """The regular part of the schedule. All in tokens.
+
+    `step` bounds a slice; `every` is the distance of grid cuts, a multiple of `step`; `first` are
+    the denser cuts near the beginning; `alignment` is the block in which the model's layers are
+    computed (1 where any position gives the same bits), honoured by all grid cuts.
+    """
+
+    step: int = 2048
+    every: int = 2048
+    min_step: int = 512
+    alignment: int = 1
+
+    @property
+    def first(self) -> tuple[int, ...]:
+        """The early cuts, a quarter and a half step: 512 and 1,024 at the default step."""
+        early = (min(self.min_step, self.step // 4), self.step // 2)
+        return tuple(sorted({_round_up(cut, self.alignment) for cut in early if cut > 0}))
+
+    def cuts(self, start: int, end: int) -> list[int]:
+        """Grid cuts in `(start, end)`, ascending."""
+        every = _round_up(self.every, self.alignment)
+        regular = range((start // every + 1) * every, end, every)
+        early = [cut for cut in self.first if start < cut < min(end, every)]
+        return early + [*regular]
+
+    def slices(self, start: int, end: int) -> list[tuple[int, int]]:
+        """`[start, end)` in slices that end at multiples of `step`."""
+        bounds = [start, *range((start // self.step + 1) * self.step, end, self.step), end]
+        return [(a, b) for a, b in zip(bounds, bounds[1:], strict=False) if a < b]
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What is about to be read: `[start, end)`, and what is known about the tokens there.
+
+    `turn_starts` are the positions just behind the tokens that open a turn, over the whole prompt,
+    ascending; `branch` is the position up to which the prompt agrees with what is stored;
+    `boundaries` were declared by the caller.
+    """
+
+    start: int
+    end: int
+    turn_starts: Sequence[int] = ()
+    branch: int = 0
+    boundaries: Sequence[int] = ()
+
+
+def spaced(turn_cuts: Sequence[int], gap: int) -> list[int]:
+    """Ascending turn cuts at least `gap` tokens apart, kept from left to right."""
+    kept: list[int] = []
+    for cut in turn_cuts:
+        if not kept or cut - kept[-1] >= gap:
+            kept.append(cut)
+    return kept
+
+
+def cuts_for(reading: Reading, grid: Grid) -> list[int]:
+    """Every position in `(start, end]` worth a checkpoint, ascending.
+
+    `end` itself is always one: it is the prompt's end less one, where an exact repeat resumes.
+    """
+    wanted = {*_off_grid(reading, grid), *grid.cuts(reading.start, reading.end)}
+    wanted.update(spaced(_within(reading, reading.turn_starts), max(1, grid.step // 4)))
+    return _ending(reading, wanted)
+
+
+def cuts_for_pausing(reading: Reading, grid: Grid) -> list[int]:
+    """The same where every cut off the slice grid costs a forward: the most valuable few only."""
+    on_slices = {cut for cut in grid.cuts(reading.start, reading.end) if cut % grid.step == 0}
+    limit = PAUSES_COLD if reading.start == 0 else PAUSES_HOT
+    turns = spaced(_within(reading, reading.turn_starts), max(1, grid.step // 4))
+    in_order = [*_off_grid(reading, grid), *grid.cuts(reading.start, reading.end), *reversed(turns)]
+    pauses = [cut for cut in dict.fromkeys(in_order) if cut not in on_slices][:limit]
+    return _ending(reading, {*on_slices, *pauses})
+
+
+def cuts_for_exact(reading: Reading, grid: Grid) -> list[int]:
+    """Slice boundaries of the grid only: states computed there have the same history in every run."""
+    return [cut for cut in grid.cuts(reading.start, reading.end + 1) if cut % grid.step == 0]
+
+
+def _off_grid(reading: Reading, grid: Grid) -> list[int]:
+    """Cuts that follow from this prompt, the most valuable first."""
+    turns = _within(reading, reading.turn_starts)
+    length = reading.end - reading.start
+    tails = [
+        reading.end + 1 - tail for tail in TAILS if tail < grid.step and length >= TAIL_WORTH * tail
+    ]
+    return _within(
+        reading,
+        [reading.branch, *turns[-1:], *reading.boundaries, *tails[:1], *turns[-2:-1], *tails[1:]],
+    )
+
+
+def _within(reading: Reading, cuts: Sequence[int]) -> list[int]:
+    return [cut for cut in cuts if reading.start < cut < reading.end]
+
+
+def _ending(reading: Reading, wanted: set[int]) -> list[int]:
+    if reading.end > reading.start:
+        wanted.add(reading.end)
+    return sorted(wanted)
+
+
+def slices_between(grid: Grid, start: int, end: int, pauses: Sequence[int]) -> list[tuple[int, int]]:
+    """Slices of `[start, end)` that end at multiples of the step and at every pause besides."""
+    bounds = [start, *(cut for cut in pauses if start < cut < end), end]
+    return [
+        part
+        for a, b in zip(bounds, bounds[1:], strict=False)
+        for part in grid.slices(a, b)
+    ]
+
+
+def cuts_in(cuts: Sequence[int], a: int, b: int) -> list[int]:
+    """The cuts in `(a, b]`, from an ascending list."""
+    return list(cuts[bisect.bisect_right(cuts, a) : bisect.bisect_right(cuts, b)])
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

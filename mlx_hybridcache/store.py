@@ -1,0 +1,377 @@
+"""The memory tier: prefix trees behind `match` and `save`, inside one budget that is never exceeded.
+
+Bytes are claimed before they are allocated. Running requests and the store share the budget; what
+does not fit makes room by letting the least useful checkpoints go (`policy`), and what still does
+not fit is refused and said.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from .checkpoint import Checkpoint
+from .errors import BudgetError
+from .layers.rows import RowBlock
+from .policy import Candidate, least_useful
+from .tree import Match, Node, PrefixTree, Tokens
+
+GHOSTS = 256
+"""Evicted prefixes that are remembered by their digest, so that a report can say `evicted`."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoreStats:
+    """What the store holds: bytes really held, counts since it was made."""
+
+    budget_bytes: int
+    rows_bytes: int
+    snapshot_bytes: int
+    running_bytes: int
+    checkpoints: int
+    nodes: int
+    tokens: int
+    evictions: int
+    refusals: int
+
+    @property
+    def held_bytes(self) -> int:
+        """Everything that counts against the budget."""
+        return self.rows_bytes + self.snapshot_bytes + self.running_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """Where a prompt can be restored: `position` and what stands there, by the tree's own nodes."""
+
+    match: Match
+    position: int
+    node: Node | None
+
+    def nodes(self) -> tuple[Node, ...]:
+        """The nodes that agree with the prompt, wholly or in part."""
+        return self.match.nodes()
+
+    def blocks(self) -> list[RowBlock]:
+        """The rows of `[0, position)`, the last one perhaps reaching beyond."""
+        blocks = [rows for node in self.nodes() for rows in node.rows if rows.start < self.position]
+        return blocks  # type: ignore[return-value]  # the tree knows rows by their protocol only
+
+    @property
+    def checkpoint(self) -> Checkpoint | None:
+        """The state at `position`; None for models that rows alone restore."""
+        return self.node.checkpoint if self.node is not None else None  # type: ignore[return-value]
+
+
+class Claim:
+    """Bytes of the budget held by one running request. Given back by `release`, once."""
+
+    def __init__(self, store: Store, nbytes: int):
+        self._store = store
+        self.nbytes = nbytes
+
+    def grow(self, nbytes: int) -> None:
+        """Claim `nbytes` more. Raises `BudgetError` when nothing is left to let go for them."""
+        self._store.make_room(nbytes)
+        self._store.running_bytes += nbytes
+        self.nbytes += nbytes
+
+    def release(self) -> None:
+        """Give all of it back."""
+        self._store.running_bytes -= self.nbytes
+        self.nbytes = 0
+
+
+class Store:
+    """All namespaces' trees, their bytes and their recency. Used on the worker thread only."""
+
+    def __init__(self, budget_bytes: int, *, needs_checkpoints: bool):
+        self.budget_bytes = budget_bytes
+        self.needs_checkpoints = needs_checkpoints
+        self.running_bytes = 0
+        self.rows_bytes = 0
+        self.snapshot_bytes = 0
+        self._trees: dict[str, PrefixTree] = {}
+        self._clock = 0
+        self._evictions = 0
+        self._refusals = 0
+        self._ghosts: OrderedDict[tuple[str, int, bytes], None] = OrderedDict()
+
+    # Reading
+
+    def find(self, namespace: str, tokens: Tokens) -> Found:
+        """The deepest place to resume `tokens`, at most one short of its end. Changes nothing."""
+        tree = self._trees.get(namespace)
+        match = tree.match(tokens) if tree else Match(0, (), None, contradicted=False)
+        limit = len(tokens) - 1
+        if not self.needs_checkpoints:
+            return Found(match, min(match.matched, limit), None)
+        node = match.deepest_checkpoint(limit)
+        return Found(match, node.end if node else 0, node)
+
+    def known_elsewhere(self, namespace: str, tokens: Tokens) -> int:
+        """The longest match in any other namespace."""
+        others = (tree for name, tree in self._trees.items() if name != namespace)
+        return max((tree.match(tokens).matched for tree in others), default=0)
+
+    def was_evicted(self, namespace: str, tokens: Tokens) -> bool:
+        """Whether a beginning of `tokens` had a checkpoint that was let go."""
+        lengths = sorted({n for name, n, _ in self._ghosts if name == namespace})
+        digest, read = hashlib.blake2b(digest_size=16), 0
+        for length in lengths:
+            if length > len(tokens):
+                break
+            digest.update(tokens[read:length].tobytes())
+            read = length
+            if (namespace, length, digest.copy().digest()) in self._ghosts:
+                return True
+        return False
+
+    def stats(self) -> StoreStats:
+        """Counts and bytes at this moment."""
+        nodes = [node for tree in self._trees.values() for node in tree.nodes()]
+        return StoreStats(
+            budget_bytes=self.budget_bytes,
+            rows_bytes=self.rows_bytes,
+            snapshot_bytes=self.snapshot_bytes,
+            running_bytes=self.running_bytes,
+            checkpoints=sum(node.checkpoint is not None for node in nodes),
+            nodes=len(nodes),
+            tokens=sum(len(node.tokens) for node in nodes),
+            evictions=self._evictions,
+            refusals=self._refusals,
+        )
+
+    def checkpoints(self, namespace: str) -> Iterator[tuple[Tokens, Node]]:
+        """Every checkpoint with the tokens that lead to it."""
+        tree = self._trees.get(namespace)
+        for node in tree.nodes() if tree else ():
+            if node.checkpoint is not None:
+                yield _tokens_of(node), node
+
+    # Claiming
+
+    def used_bytes(self) -> int:
+        """Everything that counts against the budget."""
+        return self.rows_bytes + self.snapshot_bytes + self.running_bytes
+
+    def claim(self, nbytes: int, found: Found | None = None) -> Claim:
+        """Hold `nbytes` for a running request, letting go of anything but what `found` restores.
+
+        Raises `BudgetError` when they do not fit.
+        """
+        if found is None:
+            self.make_room(nbytes)
+        else:
+            self.make_room(nbytes, found.nodes(), spare=found.node)
+        self.running_bytes += nbytes
+        return Claim(self, nbytes)
+
+    def make_room(
+        self, nbytes: int, keep: Iterable[Node] = (), spare: Node | None = None
+    ) -> None:
+        """Let checkpoints go, least useful first, until `nbytes` more fit.
+
+        The rows of nodes in `keep` stay, and the checkpoint of `spare`. Raises `BudgetError` when
+        they do not fit.
+        """
+        missing = self.used_bytes() + nbytes - self.budget_bytes
+        if missing <= 0:
+            return
+        kept = set(keep)
+        if nbytes + self.running_bytes > self.budget_bytes:
+            raise BudgetError(
+                f"This needs {nbytes:,} bytes beside the {self.running_bytes:,} of running requests; "
+                f"the memory budget is {self.budget_bytes:,}. Raise memory_budget, shorten the "
+                "prompt or max_tokens, or wait for running requests to end."
+            )
+        while self.used_bytes() + nbytes > self.budget_bytes:
+            if not self._evict_one(kept, spare):
+                raise BudgetError(
+                    f"{nbytes:,} bytes do not fit: {self.used_bytes():,} of {self.budget_bytes:,} "
+                    "are held by running requests and pins. Raise memory_budget or unpin."
+                )
+
+    # Changing
+
+    def tick(self) -> None:
+        """One request has come: the logical clock goes on."""
+        self._clock += 1
+
+    def use(self, found: Found) -> None:
+        """Refresh the recency of what was restored, and of nothing else."""
+        nodes = found.match.path[-1:] if found.node is None else (found.node,)
+        for node in nodes:
+            node.last_used = self._clock
+
+    def save(
+        self,
+        namespace: str,
+        tokens: Tokens,
+        rows_of: Callable[[int], RowBlock | None],
+        checkpoint: Checkpoint | None,
+        *,
+        row_bytes: int,
+        is_end: bool = False,
+    ) -> bool:
+        """Store the rows of all of `tokens` and what stands at their end.
+
+        `rows_of(start)` copies the rows of `[start, len(tokens))` and is asked only for what the
+        tree lacks. The checkpoint's own bytes exist already; they and the rows are claimed before
+        the copy is made. False when they did not fit, and nothing was changed then.
+        """
+        tree = self._trees.setdefault(namespace, PrefixTree())
+        match = tree.match(tokens)
+        at_end = match.path[-1] if match.path and match.matched == len(tokens) else None
+        if at_end is not None and not match.inside and at_end.checkpoint is not None:
+            at_end.last_used, at_end.is_end = self._clock, at_end.is_end or is_end
+            return True
+        split = max((rows.nbytes for rows in match.inside.rows), default=0) if match.inside else 0
+        need = (len(tokens) - match.matched) * row_bytes + split
+        need += checkpoint.nbytes if checkpoint is not None else 0
+        try:
+            self.make_room(need, match.nodes())
+        except BudgetError:
+            self._refusals += 1
+            return False
+        block = rows_of(match.matched) if match.matched < len(tokens) else None
+        node = tree.extend(tokens, (block,) if block is not None else ())
+        node.last_used, node.is_end = self._clock, node.is_end or is_end
+        self.rows_bytes += block.nbytes if block is not None else 0
+        if checkpoint is not None:
+            node.checkpoint = checkpoint
+            self.snapshot_bytes += checkpoint.nbytes
+        return True
+
+    def pin(self, namespace: str, tokens: Tokens) -> int:
+        """Keep what restores `tokens` whatever comes; returns the position that is kept.
+
+        Raises `BudgetError` when pins would weigh more than half the budget, `KeyError` when
+        nothing of `tokens` is stored.
+        """
+        node = self._restoring_node(namespace, tokens)
+        path = {*self._pinned_nodes(), *node.path()}
+        weight = sum(x.rows_nbytes for x in path) + sum(
+            x.checkpoint.nbytes for x in path if x.checkpoint and (x.pinned or x is node)
+        )
+        if weight > self.budget_bytes // 2:
+            raise BudgetError(
+                f"Pins would weigh {weight:,} bytes, more than half the budget of "
+                f"{self.budget_bytes:,}. Unpin something or raise memory_budget."
+            )
+        node.pinned = True
+        return node.end
+
+    def unpin(self, namespace: str, tokens: Tokens) -> int:
+        """Let what restores `tokens` go like everything else; returns its position."""
+        node = self._restoring_node(namespace, tokens)
+        node.pinned = False
+        return node.end
+
+    def clear(self) -> None:
+        """Forget everything that is stored."""
+        self._trees.clear()
+        self._ghosts.clear()
+        self.rows_bytes = self.snapshot_bytes = 0
+
+    def _restoring_node(self, namespace: str, tokens: Tokens) -> Node:
+        tree = self._trees.get(namespace)
+        match = tree.match(tokens) if tree else Match(0, (), None, contradicted=False)
+        if self.needs_checkpoints:
+            node = match.deepest_checkpoint(len(tokens))
+        else:
+            node = match.inside or (match.path[-1] if match.path else None)
+        if node is None:
+            raise KeyError("Nothing of this prompt is stored; prefill it first.")
+        return node
+
+    def _pinned_nodes(self) -> set[Node]:
+        return {
+            above
+            for tree in self._trees.values()
+            for node in tree.nodes()
+            if node.pinned
+            for above in node.path()
+        }
+
+    def _evict_one(self, kept: set[Node], spare: Node | None) -> bool:
+        """Let the least useful checkpoint (or, without checkpoints, leaf) go; False if none may."""
+        nodes: list[tuple[str, Node]] = []
+        candidates: list[Candidate] = []
+        for name, tree in self._trees.items():
+            above: dict[Node, int] = {tree.root: 0}
+            for node in tree.nodes():
+                assert node.parent is not None
+                gap = node.end - above[node.parent]
+                holds = node.checkpoint is not None
+                above[node] = node.end if holds else above[node.parent]
+                if not self.needs_checkpoints:
+                    holds = not node.children and node not in kept
+                if holds and not node.pinned and node is not spare:
+                    nodes.append((name, node))
+                    candidates.append(self._candidate(node, gap, kept))
+        if not nodes:
+            return False
+        name, node = nodes[least_useful(candidates)]
+        self._remember(name, node)
+        self._drop(node, kept)
+        return True
+
+    def _candidate(self, node: Node, gap: int, kept: set[Node]) -> Candidate:
+        freed = node.checkpoint.nbytes if node.checkpoint is not None else 0
+        freed += sum(dead.rows_nbytes for dead in self._dead_with(node, kept))
+        branches = len(node.children or ())
+        return Candidate(
+            gap_tokens=gap,
+            freed_bytes=freed,
+            age_ticks=self._clock - node.last_used,
+            is_anchor=branches > 1 or (node.is_end and branches == 0),
+        )
+
+    def _dead_with(self, node: Node, kept: set[Node]) -> Iterator[Node]:
+        """The nodes whose rows nothing needs any more once `node` restores nothing."""
+        if node.children or node in kept:
+            return
+        yield node
+        above = node.parent
+        while (
+            self.needs_checkpoints
+            and above is not None
+            and above.parent is not None
+            and above.checkpoint is None
+            and len(above.children or ()) == 1
+            and above not in kept
+        ):
+            yield above
+            above = above.parent
+
+    def _drop(self, node: Node, kept: set[Node]) -> None:
+        dead = list(self._dead_with(node, kept))
+        if node.checkpoint is not None:
+            self.snapshot_bytes -= node.checkpoint.nbytes
+            node.checkpoint = None
+        for gone in dead:
+            self.rows_bytes -= gone.rows_nbytes
+            self._tree_of(gone).remove(gone)
+        self._evictions += 1
+
+    def _tree_of(self, node: Node) -> PrefixTree:
+        root = node
+        while root.parent is not None:
+            root = root.parent
+        return next(tree for tree in self._trees.values() if tree.root is root)
+
+    def _remember(self, name: str, node: Node) -> None:
+        tokens = _tokens_of(node)
+        digest = hashlib.blake2b(tokens.tobytes(), digest_size=16).digest()
+        self._ghosts[(name, len(tokens), digest)] = None
+        while len(self._ghosts) > GHOSTS:
+            self._ghosts.popitem(last=False)
+
+
+def _tokens_of(node: Node) -> Tokens:
+    return np.concatenate([part.tokens for part in node.path()])

@@ -1,0 +1,144 @@
+"""Prompts as compact arrays, where turns begin in them, and the namespace they are stored under."""
+
+from __future__ import annotations
+
+import array
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .errors import PromptError
+from .tree import Tokens
+
+
+def prompt_tokens(ids: Iterable[int], vocabulary: int) -> Tokens:
+    """Token ids as int32, shape `(n,)`, checked.
+
+    Raises `PromptError` for an empty prompt, for what is not an integer, and for ids outside
+    `[0, vocabulary)`.
+    """
+    try:
+        # array.array reads a list three times as fast as numpy: 120K tokens in about 1 ms.
+        tokens: Tokens = np.frombuffer(array.array("i", ids), dtype=np.int32)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise PromptError(
+            f"The prompt must be text or a list of token ids; one of its items is neither ({error})."
+        ) from error
+    if len(tokens) == 0:
+        raise PromptError("The prompt is empty: at least one token is needed to predict the next.")
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= vocabulary:
+        found = low if low < 0 else high
+        at = int(np.argmax(tokens == found))
+        raise PromptError(
+            f"Token id {found} at position {at} is outside the model's vocabulary of {vocabulary}. "
+            "Was the prompt made with another model's tokenizer?"
+        )
+    return tokens
+
+
+@dataclass(frozen=True, slots=True)
+class TurnMarks:
+    """What a tokenizer's chat template says about turns: token ids.
+
+    `openers` are the special tokens that open a turn. `thinking_end` closes reasoning that the
+    template strips from past turns, None where it strips none; `tool_call` opens a tool call, after
+    which the reasoning stays in the history.
+    """
+
+    openers: frozenset[int] = frozenset()
+    thinking_end: int | None = None
+    tool_call: int | None = None
+
+    def starts(self, tokens: Tokens) -> list[int]:
+        """Positions just behind an opener, ascending."""
+        if not self.openers:
+            return []
+        found = np.isin(tokens, np.fromiter(self.openers, dtype=np.int32))
+        return [int(at) + 1 for at in np.flatnonzero(found)]
+
+    def strips(self, reply: Sequence[int]) -> bool:
+        """Whether the next turn's history will leave part of this reply out."""
+        if self.thinking_end is None or self.thinking_end not in reply:
+            return False
+        return self.tool_call is None or self.tool_call not in reply
+
+
+_WORDS = ("Ka", "Lo", "Mi")
+
+
+def learn_turn_marks(tokenizer: Any) -> TurnMarks:
+    """Learn once, from the tokenizer's own chat template, how turns open.
+
+    Each prefix of a small conversation is rendered; what a further message adds begins with its
+    opener, if that is a special token. A template that cannot be rendered gives no marks.
+    """
+    if tokenizer is None or getattr(tokenizer, "chat_template", None) is None:
+        return TurnMarks()
+    special = {int(token) for token in getattr(tokenizer, "all_special_ids", [])}
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    special |= {int(token) for token, how in added.items() if getattr(how, "special", True)}
+    user, assistant, again = (
+        {"role": role, "content": word}
+        for role, word in zip(("user", "assistant", "user"), _WORDS, strict=True)
+    )
+    openers = {
+        opener
+        for shorter, longer in (
+            (_render(tokenizer, [user]), _render(tokenizer, [user], reply=True)),
+            (
+                _render(tokenizer, [user, assistant]),
+                _render(tokenizer, [user, assistant, again]),
+            ),
+        )
+        if (opener := _first_special(tokenizer, shorter, longer, special)) is not None
+    }
+    return TurnMarks(
+        frozenset(openers), _stripped_thinking_end(tokenizer), _token(tokenizer, "tool_call_start")
+    )
+
+
+def _render(tokenizer: Any, messages: list[dict[str, str]], *, reply: bool = False) -> str:
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=reply)
+    except Exception:  # a template may raise anything, jinja2's own errors and its author's
+        return ""
+    return text if isinstance(text, str) else ""
+
+
+def _first_special(tokenizer: Any, shorter: str, longer: str, special: set[int]) -> int | None:
+    """The special token that begins what `longer` adds to `shorter`."""
+    if not shorter or not longer.startswith(shorter):
+        return None
+    added = tokenizer.encode(longer[len(shorter) :], add_special_tokens=False)
+    return next((int(token) for token in added if int(token) in special), None)
+
+
+def _stripped_thinking_end(tokenizer: Any) -> int | None:
+    """The token that closes reasoning, if past reasoning does not stay in the history."""
+    start, end = (getattr(tokenizer, name, None) for name in ("think_start", "think_end"))
+    if not getattr(tokenizer, "has_thinking", False) or not start or not end:
+        return None
+    reply = {"role": "assistant", "content": f"{start}\n{_WORDS[2]}\n{end}\n\n{_WORDS[1]}"}
+    question = {"role": "user", "content": _WORDS[0]}
+    rendered = _render(tokenizer, [question, reply, question])
+    return _token(tokenizer, "think_end") if rendered and _WORDS[2] not in rendered else None
+
+
+def _token(tokenizer: Any, name: str) -> int | None:
+    """The id of a tokenizer's named marker, if it is a single token."""
+    text = getattr(tokenizer, name, None)
+    if not text:
+        return None
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    return int(ids[0]) if len(ids) == 1 else None
+
+
+def namespace(**parts: Any) -> str:
+    """A short name for what must be equal for two requests to share anything."""
+    text = json.dumps(parts, sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

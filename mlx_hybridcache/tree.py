@@ -1,0 +1,223 @@
+"""The radix tree of everything read so far: runs of tokens, the rows they own, the checkpoints at their ends.
+
+    root ──[0, 512)●──[512, 1024)●──[1024, 3000) ──[3000, 3100)●        a conversation
+                                          └───────[3000, 3050)●        one that parted ways at 3,000
+
+A node owns the rows of exactly its own run, so that rows are stored once however many checkpoints
+and branches share them. `●` is a checkpoint, and a checkpoint stands only at the end of a node.
+Splitting a node splits its rows and leaves the new upper half without a checkpoint. Nothing here
+knows MLX: rows and checkpoints are opaque, and matching compares token arrays only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+Tokens = npt.NDArray[np.int32]
+
+
+class Rows(Protocol):
+    """One stretch of keys and values for every attention layer, positions `[start, end)`."""
+
+    @property
+    def start(self) -> int: ...
+
+    @property
+    def end(self) -> int: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def split(self, position: int) -> tuple[Rows, Rows]:
+        """Two stretches that own their bytes, `[start, position)` and `[position, end)`."""
+        ...
+
+
+class Held(Protocol):
+    """What stands at a checkpoint, seen from the tree: something with a weight."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+
+class Node:
+    """A run of tokens at positions `[start, end)`, reached through its parents."""
+
+    __slots__ = (
+        "checkpoint",
+        "children",
+        "is_end",
+        "last_used",
+        "parent",
+        "pinned",
+        "rows",
+        "start",
+        "tokens",
+    )
+
+    def __init__(self, parent: Node | None, start: int, tokens: Tokens, rows: tuple[Rows, ...]):
+        self.parent = parent
+        self.start = start
+        self.tokens = tokens
+        self.rows = rows
+        self.children: dict[int, Node] | None = None
+        self.checkpoint: Held | None = None
+        self.is_end = False  # a prompt or a reply ended here
+        self.pinned = False
+        self.last_used = 0  # the store's logical clock
+
+    @property
+    def end(self) -> int:
+        """The position behind the run's last token."""
+        return self.start + len(self.tokens)
+
+    @property
+    def rows_nbytes(self) -> int:
+        """Bytes of the rows that this node owns."""
+        return sum(rows.nbytes for rows in self.rows)
+
+    def child(self, token: int) -> Node | None:
+        """The run that goes on with `token`."""
+        return self.children.get(token) if self.children else None
+
+    def path(self) -> list[Node]:
+        """The nodes from below the root down to this one."""
+        nodes: list[Node] = []
+        node = self
+        while node.parent is not None:
+            nodes.append(node)
+            node = node.parent
+        return nodes[::-1]
+
+    def descendants(self) -> Iterator[Node]:
+        """This node and all below it, parents before children."""
+        stack = [self]
+        while stack:
+            node = stack.pop()
+            yield node
+            if node.children:
+                stack.extend(node.children.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """How far a prompt agrees with the tree, and the deepest places to return to.
+
+    `matched` tokens agree. `path` holds the nodes that agree wholly; `inside` is the node in whose
+    run the agreement ends, if it does not end at a node's end. `contradicted` says that the tree
+    goes on from there, but differently.
+    """
+
+    matched: int
+    path: tuple[Node, ...]
+    inside: Node | None
+    contradicted: bool
+
+    def nodes(self) -> tuple[Node, ...]:
+        """The path, with the node in whose run the agreement ends."""
+        return self.path if self.inside is None else (*self.path, self.inside)
+
+    def deepest_checkpoint(self, limit: int) -> Node | None:
+        """The deepest node on the path with a checkpoint at a position of at most `limit`."""
+        for node in reversed(self.path):
+            if node.checkpoint is not None and node.end <= limit:
+                return node
+        return None
+
+
+def as_tokens(tokens: npt.ArrayLike) -> Tokens:
+    """A compact, read-only copy: the tree's nodes keep no larger array alive."""
+    array = np.array(tokens, dtype=np.int32)
+    array.setflags(write=False)
+    return array
+
+
+class PrefixTree:
+    """One namespace's tree. Looking up changes nothing; `extend` and `remove` do."""
+
+    def __init__(self) -> None:
+        self.root = Node(None, 0, as_tokens([]), ())
+
+    def match(self, tokens: Tokens) -> Match:
+        """The longest stored prefix of `tokens` (int32, shape `(n,)`), linear in `n`."""
+        node, path, position = self.root, [], 0
+        while position < len(tokens):
+            child = node.child(int(tokens[position]))
+            if child is None:
+                return Match(position, tuple(path), None, contradicted=bool(node.children))
+            common = _common(child.tokens, tokens[position:])
+            position += common
+            if common < len(child.tokens):
+                return Match(position, tuple(path), child, contradicted=position < len(tokens))
+            path.append(child)
+            node = child
+        return Match(position, tuple(path), None, contradicted=False)
+
+    def extend(self, tokens: Tokens, rows: tuple[Rows, ...]) -> Node:
+        """The node that ends exactly at `len(tokens)`, made by splitting or by adding a run.
+
+        `rows` are those of the positions that the tree does not hold yet, in order and without a
+        gap; empty when it holds them all, or where no layer keeps rows.
+        """
+        match = self.match(tokens)
+        node = match.path[-1] if match.path else self.root
+        if match.inside is not None:
+            node = self._split(match.inside, match.matched)
+        if match.matched == len(tokens):
+            return node
+        assert not rows or (rows[0].start == match.matched and rows[-1].end == len(tokens))
+        run = as_tokens(tokens[match.matched :])
+        child = Node(node, match.matched, run, rows)
+        if node.children is None:
+            node.children = {}
+        node.children[int(run[0])] = child
+        return child
+
+    def remove(self, node: Node) -> None:
+        """Take a leaf out. Its rows go with it."""
+        assert not node.children and node.parent is not None and node.parent.children
+        del node.parent.children[int(node.tokens[0])]
+        if not node.parent.children:
+            node.parent.children = None
+
+    def nodes(self) -> Iterator[Node]:
+        """Every node but the root, parents before children."""
+        every = self.root.descendants()
+        next(every)
+        yield from every
+
+    def _split(self, node: Node, position: int) -> Node:
+        """Cut `node` at `position`, strictly inside its run; returns the new upper half."""
+        assert node.parent is not None and node.parent.children is not None
+        upper_rows: list[Rows] = []
+        lower_rows: list[Rows] = []
+        for rows in node.rows:
+            if rows.end <= position:
+                upper_rows.append(rows)
+            elif rows.start >= position:
+                lower_rows.append(rows)
+            else:
+                upper, lower = rows.split(position)
+                upper_rows.append(upper)
+                lower_rows.append(lower)
+        at = position - node.start
+        upper_node = Node(node.parent, node.start, as_tokens(node.tokens[:at]), tuple(upper_rows))
+        upper_node.last_used = node.last_used
+        node.parent.children[int(node.tokens[0])] = upper_node
+        node.parent, node.start = upper_node, position
+        node.tokens, node.rows = as_tokens(node.tokens[at:]), tuple(lower_rows)
+        upper_node.children = {int(node.tokens[0]): node}
+        return upper_node
+
+
+def _common(run: Tokens, tokens: Tokens) -> int:
+    """Length of the common beginning of two token arrays."""
+    length = min(len(run), len(tokens))
+    differs = run[:length] != tokens[:length]
+    first = int(differs.argmax()) if length else 0
+    return first if length and differs[first] else length

@@ -1,0 +1,212 @@
+"""The one thread that calls MLX: a queue of calls, and turns for the requests under way.
+
+A lazy MLX array can only be evaluated on the thread that made it, so every MLX call of the library
+runs here, whichever thread asked. Requests are generators of steps; each turn advances one of them
+by one step (a slice read, a token decoded), so that none holds the thread for long. A reader that
+stops reading parks its request and blocks nobody.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Generic, TypeVar
+
+from .errors import ClosedError
+
+T = TypeVar("T")
+
+AHEAD = 16
+"""Items a request may have waiting for its reader before it is parked."""
+
+
+class Pause:
+    """A step that gives its reader nothing."""
+
+
+PAUSE = Pause()
+"""What a request yields to give up its turn without delivering anything."""
+
+
+class _Task:
+    """One request under way. The worker writes `sent` and `parked`, its reader `taken`."""
+
+    def __init__(self, steps: Iterator[Any]):
+        self.steps = steps
+        self.outbox: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
+        self.sent = 0
+        self.taken = 0
+        self.parked = False
+        self.finished = False
+
+    def advance(self) -> None:
+        """One turn. What goes wrong in a request ends that request only."""
+        try:
+            item = next(self.steps)
+        except StopIteration:
+            self._finish("end", None)
+        except BaseException as error:  # handed to the reader, who raises it
+            self._finish("error", error)
+        else:
+            if item is not PAUSE:
+                self.sent += 1
+                self.outbox.put(("item", item))
+
+    def cancel(self) -> None:
+        """Stop where it stands; its own clean-up runs here, on the worker."""
+        if not self.finished:
+            close = getattr(self.steps, "close", None)
+            try:
+                if close is not None:
+                    close()
+            except BaseException as error:  # a clean-up that fails is the reader's to hear of
+                self._finish("error", error)
+            else:
+                self._finish("end", None)
+
+    def _finish(self, kind: str, value: Any) -> None:
+        self.finished = True
+        self.steps = iter(())
+        self.outbox.put((kind, value))
+
+
+_Inbox = queue.SimpleQueue[Callable[["_Turns"], None]]
+
+
+class _Turns:
+    """The worker thread's own state."""
+
+    def __init__(self) -> None:
+        self.tasks: list[_Task] = []
+        self.stopped = False
+
+    def ready(self) -> list[_Task]:
+        """Requests that can go on, oldest first."""
+        for task in self.tasks:
+            task.parked = task.sent - task.taken >= AHEAD
+            if task.parked and task.sent - task.taken < AHEAD:
+                task.parked = False  # its reader took one while the flag was being set
+        return [task for task in self.tasks if not task.parked]
+
+    def run(self, inbox: _Inbox, held: AbstractContextManager[Any]) -> None:
+        with held:
+            while not self.stopped:
+                self._drain(inbox)
+                for task in self.ready():
+                    if not self.stopped:
+                        task.advance()
+                self.tasks = [task for task in self.tasks if not task.finished]
+            for task in self.tasks:
+                task.cancel()
+
+    def _drain(self, inbox: _Inbox) -> None:
+        """Do what was asked since the last turn; wait for it when no request can go on."""
+        while not self.stopped:
+            try:
+                asked = inbox.get(block=not self.ready())
+            except queue.Empty:
+                return
+            asked(self)
+
+
+class Stream(Generic[T]):
+    """A request's items, in order, for any thread. Closing or dropping it cancels the request."""
+
+    def __init__(self, task: _Task, inbox: _Inbox):
+        self._task = task
+        self._inbox = inbox
+        self._over = False
+        self._cancel = weakref.finalize(self, inbox.put, lambda turns: task.cancel())
+        self._cancel.atexit = False
+
+    def __iter__(self) -> Iterator[T]:
+        return self
+
+    def __next__(self) -> T:
+        if self._over:
+            raise StopIteration
+        kind, value = self._task.outbox.get()
+        if kind == "item":
+            self._task.taken += 1
+            if self._task.parked:
+                self._inbox.put(lambda turns: None)
+            return value  # type: ignore[no-any-return]
+        self._over = True
+        self._cancel.detach()
+        if kind == "error":
+            raise value
+        raise StopIteration
+
+    def close(self) -> None:
+        """Cancel, and wait until the request has left behind what it is going to leave."""
+        if not self._over:
+            self._cancel()
+            while not self._over:
+                try:
+                    next(self)
+                except StopIteration:
+                    break
+
+
+class Worker:
+    """Runs calls and requests on its own thread until it is closed or dropped."""
+
+    def __init__(
+        self, held: Callable[[], AbstractContextManager[Any]] = nullcontext, name: str = "mlx"
+    ):
+        self._inbox: _Inbox = queue.SimpleQueue()
+        # The thread must not keep this object alive, so it gets the inbox only.
+        self._thread = threading.Thread(
+            target=lambda inbox: _Turns().run(inbox, held()),
+            args=(self._inbox,),
+            name=name,
+            daemon=True,
+        )
+        self._thread.start()
+        self._stop = weakref.finalize(self, _stop, self._inbox, self._thread)
+
+    def call(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        """Run `function` between two turns and wait for what it returns or raises."""
+        if threading.current_thread() is self._thread:
+            return function(*args, **kwargs)
+        if not self._stop.alive:
+            raise ClosedError("This cache was closed; make a new HybridPromptCache.")
+        future: Future[T] = Future()
+
+        def run(turns: _Turns) -> None:
+            try:
+                future.set_result(function(*args, **kwargs))
+            except BaseException as error:
+                future.set_exception(error)
+
+        self._inbox.put(run)
+        return future.result()
+
+    def post(self, function: Callable[[], None]) -> None:
+        """Run `function` between two turns, without waiting. After the end it is never run."""
+        self._inbox.put(lambda turns: function())
+
+    def stream(self, steps: Iterator[T | Pause]) -> Stream[T]:
+        """Give a request its turns; its items come out of the returned stream."""
+        if not self._stop.alive:
+            raise ClosedError("This cache was closed; make a new HybridPromptCache.")
+        task = _Task(steps)
+        self._inbox.put(lambda turns: turns.tasks.append(task))
+        return Stream(task, self._inbox)
+
+    def close(self) -> None:
+        """End the requests under way, then the thread."""
+        self._stop()
+
+
+def _stop(inbox: _Inbox, thread: threading.Thread) -> None:
+    def stop(turns: _Turns) -> None:
+        turns.stopped = True
+
+    inbox.put(stop)
+    if threading.current_thread() is not thread:
+        thread.join()
