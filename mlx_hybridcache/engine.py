@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from importlib.metadata import version
 from types import TracebackType
 from typing import Any, Self
 
@@ -24,8 +26,7 @@ from .report import CacheReport, Reason
 from .schedule import Grid, Reading
 from .sizes import format_bytes, parse_bytes
 from .store import Claim, Found, Store, StoreStats
-from .tokens import TurnMarks, learn_turn_marks, namespace, prompt_tokens
-from .tree import Tokens
+from .tokens import Tokens, learn_turn_marks, namespace, prompt_tokens
 from .worker import PAUSE, Pause, Stream, Worker
 
 log = logging.getLogger("mlx_hybridcache")
@@ -142,7 +143,9 @@ class HybridPromptCache:
         cache_salt: str = "",
     ):
         if prefill_step_size < 1 or checkpoint_every < 1 or checkpoint_min_step < 1:
-            raise ValueError("prefill_step_size, checkpoint_every and checkpoint_min_step are >= 1.")
+            raise ValueError(
+                "prefill_step_size, checkpoint_every and checkpoint_min_step are >= 1."
+            )
         if tokenizer is not None and not isinstance(tokenizer, TokenizerWrapper):
             tokenizer = TokenizerWrapper(tokenizer)
         models.evaluate(model)
@@ -155,7 +158,7 @@ class HybridPromptCache:
         self.namespace = namespace(
             model=models.fingerprint(model),
             salt=cache_salt,
-            exact=(str(mx.default_device()), mx.__version__, prefill_step_size) if exact else False,
+            exact=(str(mx.default_device()), version("mlx"), prefill_step_size) if exact else False,
         )
         budget = models.default_budget(model) if memory_budget is None else memory_budget
         self._store = Store(parse_bytes(budget), needs_checkpoints=self.layout.needs_snapshots)
@@ -166,7 +169,7 @@ class HybridPromptCache:
                 "%s cannot be stored by this version: requests are served without the cache.",
                 ", ".join(self.layout.unsupported),
             )
-        self._worker = Worker(held=lambda: wired_limit(model), name="mlx-hybridcache")
+        self._worker = Worker(held=lambda: _mlx_thread(model), name="mlx-hybridcache")
 
     def _check_budget(self) -> None:
         smallest = self.layout.running_bytes(ROW_STEP) + self.layout.snapshot_bytes
@@ -195,7 +198,9 @@ class HybridPromptCache:
         state as it is now. Raises `PromptError` before any work for a prompt that cannot be read.
         """
         if self.tokenizer is None:
-            raise HybridCacheError("stream_generate needs a tokenizer; give one to the constructor.")
+            raise HybridCacheError(
+                "stream_generate needs a tokenizer; give one to the constructor."
+            )
         if max_tokens == 0:
             raise ValueError("max_tokens must not be zero (use -1 for no limit).")
         request = self._request(prompt, boundaries, prompt_progress_callback)
@@ -424,8 +429,9 @@ class HybridPromptCache:
                 caches = self._restore(found, capacity)
                 position = found.position
                 if read:
-                    for position in self._replay(request, found, caches):
+                    for _ in self._replay(request, found, caches):
                         yield PAUSE
+                    position = len(tokens) - 1
             except BaseException:
                 claim.release()
                 raise
@@ -455,7 +461,9 @@ class HybridPromptCache:
             )
         why = self.layout.mismatch(prompt_cache, len(history))
         if why is not None:
-            raise CacheMismatchError(f"Cannot save {len(history)} tokens: {why}. Nothing was stored.")
+            raise CacheMismatchError(
+                f"Cannot save {len(history)} tokens: {why}. Nothing was stored."
+            )
         mx.eval([cache.state for cache in prompt_cache])  # lazy arrays belong to this thread
         if not self._worker.call(self._take_and_store, history, prompt_cache):
             raise BudgetError("There was no room to save; raise memory_budget or release caches.")
@@ -519,12 +527,13 @@ class HybridPromptCache:
             if self.tokenizer is None:
                 raise PromptError("A text prompt needs a tokenizer; give one to the constructor.")
             bos = self.tokenizer.bos_token
-            prompt = self.tokenizer.encode(
+            # The rule by which mlx_lm.stream_generate adds special tokens.
+            ids = self.tokenizer.encode(
                 prompt, add_special_tokens=bos is None or not prompt.startswith(bos)
             )
-        elif isinstance(prompt, mx.array):
-            prompt = np.array(prompt).reshape(-1).tolist()
-        return prompt_tokens(prompt, self.layout.vocabulary)
+        else:
+            ids = prompt.tolist() if hasattr(prompt, "tolist") else prompt
+        return prompt_tokens(ids, self.layout.vocabulary)
 
     def _request(
         self,
@@ -574,6 +583,19 @@ class HybridPromptCache:
             reason=Reason.DISABLED if why else Reason.UNSUPPORTED_LAYER,
             detail=", ".join(why or self.layout.unsupported),
         )
+
+
+@contextmanager
+def _mlx_thread(model: Any) -> Iterator[None]:
+    """What the worker thread holds for its life: the wired limit, and its own MLX streams.
+
+    MLX 0.32 ends the process with `terminate` at exit when a thread leaves its streams behind.
+    """
+    try:
+        with wired_limit(model):
+            yield
+    finally:
+        mx.clear_streams()
 
 
 class _Room:

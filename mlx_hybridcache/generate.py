@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.generate import GenerationResponse, stream_generate
 
-from .tree import Tokens
+from .tokens import Tokens
 
 LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
 
@@ -68,7 +68,8 @@ def decode(
 
 def random_state() -> int:
     """This thread's random state as the seed that would bring it back."""
-    high, low = (int(word) for word in mx.random.state[0].tolist())
+    state: Any = mx.random.state  # mlx declares it as an object
+    high, low = (int(word) for word in state[0].tolist())
     return high << 32 | low
 
 

@@ -13,7 +13,7 @@ from . import schedule
 from .checkpoint import Checkpoint
 from .layers.adapt import Layout
 from .schedule import Grid, Reading
-from .tree import Tokens
+from .tokens import Tokens
 
 
 @dataclass(frozen=True, slots=True)

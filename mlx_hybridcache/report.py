@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 
 
-class Reason(str, Enum):
+class Reason(StrEnum):
     """Why a request got what it got from the cache. Each has one sentence, `Reason.sentence`."""
 
     EXACT = "exact"

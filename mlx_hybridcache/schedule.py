@@ -11,6 +11,7 @@ from __future__ import annotations
 import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 TAILS = (64, 512)
 """Distances from the prompt's end, in tokens, at which a changed ending finds a checkpoint."""
@@ -47,12 +48,12 @@ class Grid:
         every = _round_up(self.every, self.alignment)
         regular = range((start // every + 1) * every, end, every)
         early = [cut for cut in self.first if start < cut < min(end, every)]
-        return early + [*regular]
+        return [*early, *regular]
 
     def slices(self, start: int, end: int) -> list[tuple[int, int]]:
         """`[start, end)` in slices that end at multiples of `step`."""
         bounds = [start, *range((start // self.step + 1) * self.step, end, self.step), end]
-        return [(a, b) for a, b in zip(bounds, bounds[1:], strict=False) if a < b]
+        return [(a, b) for a, b in pairwise(bounds) if a < b]
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,14 +129,12 @@ def _ending(reading: Reading, wanted: set[int]) -> list[int]:
     return sorted(wanted)
 
 
-def slices_between(grid: Grid, start: int, end: int, pauses: Sequence[int]) -> list[tuple[int, int]]:
+def slices_between(
+    grid: Grid, start: int, end: int, pauses: Sequence[int]
+) -> list[tuple[int, int]]:
     """Slices of `[start, end)` that end at multiples of the step and at every pause besides."""
     bounds = [start, *(cut for cut in pauses if start < cut < end), end]
-    return [
-        part
-        for a, b in zip(bounds, bounds[1:], strict=False)
-        for part in grid.slices(a, b)
-    ]
+    return [part for a, b in pairwise(bounds) for part in grid.slices(a, b)]
 
 
 def cuts_in(cuts: Sequence[int], a: int, b: int) -> list[int]:

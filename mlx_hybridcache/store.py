@@ -11,6 +11,7 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 
@@ -18,7 +19,8 @@ from .checkpoint import Checkpoint
 from .errors import BudgetError
 from .layers.rows import RowBlock
 from .policy import Candidate, least_useful
-from .tree import Match, Node, PrefixTree, Tokens
+from .tokens import Tokens
+from .tree import Match, Node, PrefixTree
 
 GHOSTS = 256
 """Evicted prefixes that are remembered by their digest, so that a report can say `evicted`."""
@@ -58,13 +60,17 @@ class Found:
 
     def blocks(self) -> list[RowBlock]:
         """The rows of `[0, position)`, the last one perhaps reaching beyond."""
-        blocks = [rows for node in self.nodes() for rows in node.rows if rows.start < self.position]
-        return blocks  # type: ignore[return-value]  # the tree knows rows by their protocol only
+        return [
+            cast("RowBlock", rows)  # the tree knows rows by their protocol only
+            for node in self.nodes()
+            for rows in node.rows
+            if rows.start < self.position
+        ]
 
     @property
     def checkpoint(self) -> Checkpoint | None:
         """The state at `position`; None for models that rows alone restore."""
-        return self.node.checkpoint if self.node is not None else None  # type: ignore[return-value]
+        return cast("Checkpoint", self.node.checkpoint) if self.node is not None else None
 
 
 class Claim:
@@ -171,9 +177,7 @@ class Store:
         self.running_bytes += nbytes
         return Claim(self, nbytes)
 
-    def make_room(
-        self, nbytes: int, keep: Iterable[Node] = (), spare: Node | None = None
-    ) -> None:
+    def make_room(self, nbytes: int, keep: Iterable[Node] = (), spare: Node | None = None) -> None:
         """Let checkpoints go, least useful first, until `nbytes` more fit.
 
         The rows of nodes in `keep` stay, and the checkpoint of `spare`. Raises `BudgetError` when

@@ -10,9 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from .errors import PromptError
-from .tree import Tokens
+
+Tokens = npt.NDArray[np.int32]
+"""Token ids, shape `(n,)`."""
 
 
 def prompt_tokens(ids: Iterable[int], vocabulary: int) -> Tokens:
@@ -39,6 +42,13 @@ def prompt_tokens(ids: Iterable[int], vocabulary: int) -> Tokens:
             "Was the prompt made with another model's tokenizer?"
         )
     return tokens
+
+
+def as_tokens(tokens: npt.ArrayLike) -> Tokens:
+    """A compact, read-only copy, which keeps no larger array alive."""
+    copied = np.array(tokens, dtype=np.int32)
+    copied.setflags(write=False)
+    return copied
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,10 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
-import numpy.typing as npt
-
-Tokens = npt.NDArray[np.int32]
+from .tokens import Tokens, as_tokens
 
 
 class Rows(Protocol):
@@ -130,13 +127,6 @@ class Match:
         return None
 
 
-def as_tokens(tokens: npt.ArrayLike) -> Tokens:
-    """A compact, read-only copy: the tree's nodes keep no larger array alive."""
-    array = np.array(tokens, dtype=np.int32)
-    array.setflags(write=False)
-    return array
-
-
 class PrefixTree:
     """One namespace's tree. Looking up changes nothing; `extend` and `remove` do."""
 
@@ -145,7 +135,8 @@ class PrefixTree:
 
     def match(self, tokens: Tokens) -> Match:
         """The longest stored prefix of `tokens` (int32, shape `(n,)`), linear in `n`."""
-        node, path, position = self.root, [], 0
+        node, position = self.root, 0
+        path: list[Node] = []
         while position < len(tokens):
             child = node.child(int(tokens[position]))
             if child is None:

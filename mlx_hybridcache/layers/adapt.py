@@ -112,7 +112,9 @@ class Layout:
         if len(found) != len(self.kinds) or any(type(cache) not in _KINDS for cache in found):
             return f"expected {len(self.kinds)} plain caches of this model, found {names}"
         for index, (kind, cache) in enumerate(zip(self.kinds, found, strict=True)):
-            if type(kind) is not type(_KINDS[type(cache)](cache)) if not cache.empty() else False:
+            if cache.empty():
+                return f"layer {index} has read nothing"
+            if type(_KINDS[type(cache)](cache)) is not type(kind):
                 return f"layer {index} has a {names[index]}, which this model does not use there"
             stands = kind.position(cache)
             if stands is not None and stands != position:

@@ -88,9 +88,7 @@ class _Listening:
         # The layer's own code, with one name looked up elsewhere.
         call = _layer_class(self).__call__
         names = {**call.__globals__, SCAN: self._recording.scan_in_pieces(call.__globals__[SCAN])}
-        own = FunctionType(
-            call.__code__, names, call.__name__, call.__defaults__, call.__closure__
-        )
+        own = FunctionType(call.__code__, names, call.__name__, call.__defaults__, call.__closure__)
         return own(self, *args, **kwargs)
 
 

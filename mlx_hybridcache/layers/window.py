@@ -133,9 +133,7 @@ class ChunkedKind:
         assert position == cache.offset
         filled = cache.offset - cache.start_position
         last = max(0, filled - self.size)  # what the next forward would trim first of all
-        return Snapshot(
-            tuple(compact(x[:, :, last:filled]) for x in (cache.keys, cache.values))
-        )
+        return Snapshot(tuple(compact(x[:, :, last:filled]) for x in (cache.keys, cache.values)))
 
     def fill(
         self,

@@ -1,0 +1,216 @@
+"""Who may import whom, read from the source files themselves.
+
+`ORDER` is the list of the design: a module imports what stands below it, never what stands above.
+"""
+
+import ast
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlx_lm.models.cache
+import pytest
+
+ROOT = Path(__file__).parent.parent
+LIBRARY = "mlx_hybridcache"
+
+ORDER = [
+    {"cli", "server", "__main__"},
+    {"demo"},
+    {"verify"},
+    {"__init__"},
+    {"engine"},
+    {"worker"},
+    {"generate"},
+    {"replay"},
+    {"store"},
+    {"disk"},
+    {"checkpoint"},
+    {"layers"},
+    {"router"},
+    {"models"},
+    {"schedule"},
+    {"policy"},
+    {"tree"},
+    {"tokens"},
+    {"report"},
+    {"errors", "sizes"},
+]
+"""Modules and folders of the library, entry points first."""
+
+RANK = {unit: rank for rank, units in enumerate(ORDER) for unit in units}
+ENTRY_POINTS = ORDER[0]
+WITHOUT_MLX = {"schedule", "policy", "tree", "tokens", "report", "errors", "sizes"}
+UPPER_PACKAGES = {"mlx_hybridcache_server", "mlx_hybridcache_bench"}
+UNSAFE_FORMATS = {"pickle", "cloudpickle", "dill", "shelve", "marshal"}
+
+CACHE_CLASSES = {
+    name
+    for name, _ in inspect.getmembers(mlx_lm.models.cache, inspect.isclass)
+    if name.endswith(("Cache", "CacheList"))
+}
+"""KVCache, ArraysCache and the rest, as the installed mlx-lm names them."""
+
+
+def sources(folder: str) -> list[Path]:
+    """Every Python file below `folder` of the checkout, none when it does not exist yet."""
+    return sorted((ROOT / folder).rglob("*.py"))
+
+
+def module_name(path: Path) -> str:
+    """`mlx_hybridcache/layers/rows.py` -> `mlx_hybridcache.layers.rows`; packages end in __init__."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
+def unit(module: str) -> str:
+    """The entry of `ORDER` that a module of the library belongs to."""
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else "__init__"
+
+
+def is_unit(name: str) -> bool:
+    """Whether `name` is a module or folder of the library, listed or not, and not a public name."""
+    folder = ROOT / LIBRARY
+    return name in RANK or (folder / name).is_dir() or (folder / f"{name}.py").is_file()
+
+
+def imports(tree: ast.AST, module: str) -> Iterator[str]:
+    """Absolute names of what a module imports, one for each imported name.
+
+    `from mlx_hybridcache import tree` gives the module `mlx_hybridcache.tree`, while a public name
+    taken from there gives `mlx_hybridcache`, the package.
+    """
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = module.split(".")[: -node.level] if node.level else []
+            source = ".".join([*base, *(node.module or "").split(".")]).strip(".")
+            for alias in node.names:
+                names_module = source == LIBRARY and is_unit(alias.name)
+                yield f"{source}.{alias.name}" if names_module else source
+
+
+def upward_imports(source: str, module: str) -> list[str]:
+    """Imports of `module` that point up in `ORDER`, or at a module that has no place in it."""
+    lowest = len(ORDER)
+    rank = RANK.get(unit(module), lowest)
+    return [
+        name
+        for name in imports(ast.parse(source), module)
+        if name.split(".")[0] == LIBRARY and RANK.get(unit(name), -1) < rank
+    ]
+
+
+def names(tree: ast.AST) -> Iterator[str]:
+    """Every identifier a file uses, and every string constant that could stand for one."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.Name(id=name) | ast.Attribute(attr=name) | ast.alias(name=name):
+                yield name
+            case ast.Constant(value=str(text)):
+                yield text
+
+
+def files_naming(wanted: set[str], paths: list[Path]) -> set[str]:
+    """Modules among `paths` that use one of the `wanted` names."""
+    return {module_name(path) for path in paths if wanted & set(names(parsed(path)))}
+
+
+def parsed(path: Path) -> ast.Module:
+    """The syntax tree of a file."""
+    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+
+
+each_library_file = pytest.mark.parametrize("path", sources(LIBRARY), ids=module_name)
+
+
+@each_library_file
+def test_every_module_has_a_place_in_the_order(path: Path) -> None:
+    """A new file is added to `ORDER` where it belongs, so that its imports are checked at all."""
+    assert unit(module_name(path)) in RANK
+
+
+@each_library_file
+def test_no_import_points_up(path: Path) -> None:
+    """`tree.py` may import `errors.py`; `errors.py` may not import `tree.py`."""
+    assert upward_imports(path.read_text(encoding="utf-8"), module_name(path)) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("mlx_hybridcache.errors", "from mlx_hybridcache.tree import Tree"),
+        ("mlx_hybridcache.tree", "def late():\n    import mlx_hybridcache.store"),
+        ("mlx_hybridcache.policy", "from . import schedule"),
+        ("mlx_hybridcache.layers.rows", "from ..engine import Engine"),
+        ("mlx_hybridcache.layers.rows", "from mlx_hybridcache import checkpoint"),
+        ("mlx_hybridcache.engine", "from mlx_hybridcache import HybridPromptCache"),
+        ("mlx_hybridcache.__init__", "from .cli import main"),
+    ],
+)
+def test_an_upward_import_is_noticed_however_it_is_written(module: str, source: str) -> None:
+    """Absolute, relative, lazy, of a module or of a public name: each is found."""
+    assert len(upward_imports(source, module)) == 1
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("mlx_hybridcache.tree", "from .errors import CacheError"),
+        ("mlx_hybridcache.layers.rows", "from .adapt import kind\nfrom ..errors import CacheError"),
+        ("mlx_hybridcache.layers.__init__", "from .rows import Rows"),
+        ("mlx_hybridcache.demo.__init__", "from mlx_hybridcache import HybridPromptCache, verify"),
+        ("mlx_hybridcache.__init__", "from .engine import HybridPromptCache"),
+    ],
+)
+def test_a_downward_import_is_allowed(module: str, source: str) -> None:
+    """Downwards, and within one folder, every spelling passes."""
+    assert upward_imports(source, module) == []
+
+
+@each_library_file
+def test_only_entry_points_import_the_server_and_the_bench_and_lazily(path: Path) -> None:
+    """`import mlx_hybridcache` needs neither; a command imports its package when it runs."""
+    tree, module = parsed(path), module_name(path)
+    at_load = ast.Module(
+        body=[node for node in tree.body if not isinstance(node, ast.FunctionDef | ast.ClassDef)],
+        type_ignores=[],
+    )
+    searched = at_load if unit(module) in ENTRY_POINTS else tree
+    assert not UPPER_PACKAGES & {name.split(".")[0] for name in imports(searched, module)}
+
+
+def test_one_file_names_the_cache_classes_of_mlx_lm() -> None:
+    """What mlx-lm renames is looked for in `layers/adapt.py` alone."""
+    assert {"KVCache", "ArraysCache", "CacheList", "RotatingKVCache"} <= CACHE_CLASSES
+    assert files_naming(CACHE_CLASSES, sources(LIBRARY)) <= {"mlx_hybridcache.layers.adapt"}
+
+
+def test_one_file_names_the_batch_generator() -> None:
+    """`BatchGenerator` changes between minor versions; `generate.py` alone knows it."""
+    assert files_naming({"BatchGenerator"}, sources(LIBRARY)) <= {"mlx_hybridcache.generate"}
+
+
+@pytest.mark.parametrize("path", [*sources(LIBRARY), *sources("bench")], ids=module_name)
+def test_no_file_reads_a_format_that_can_run_code(path: Path) -> None:
+    """A cache directory may hold foreign files: nothing here unpickles."""
+    roots = {name.split(".")[0] for name in imports(parsed(path), module_name(path))}
+    assert not UNSAFE_FORMATS & roots
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for path in sources(LIBRARY) if unit(module_name(path)) in WITHOUT_MLX],
+    ids=module_name,
+)
+def test_decisions_need_no_mlx(path: Path) -> None:
+    """Tree, schedule, policy, tokens, reports and errors reckon with numbers, never with arrays."""
+    roots = {name.split(".")[0] for name in imports(parsed(path), module_name(path))}
+    assert not {"mlx", "mlx_lm"} & roots
+
+
+@pytest.mark.parametrize("path", [*sources(LIBRARY), *sources("bench")], ids=module_name)
+def test_every_file_says_what_it_is_for(path: Path) -> None:
+    """The first line of a file tells a reader whether to read on."""
+    assert ast.get_docstring(parsed(path))
