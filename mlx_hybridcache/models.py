@@ -1,4 +1,4 @@
-"""What the library asks of a model as a whole: every array evaluated, a fingerprint, a default budget."""
+"""Models as a whole: loading one, evaluating every array, its fingerprint, the default budget."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ import hashlib
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx_lm
 import numpy as np
 from mlx.utils import tree_flatten
+
+from .errors import ModelError
 
 SAMPLE_BYTES = 4096
 """At most so many bytes of each tensor go into the fingerprint."""
@@ -77,3 +81,39 @@ def default_budget(model: Any) -> int:
     else:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return int(free * SHARE_OF_FREE_MEMORY)
+
+
+def load(path_or_repo: str) -> tuple[Any, Any]:
+    """The model and tokenizer in a local directory, or of a repository on the hub, by `mlx_lm.load`.
+
+    No code from the model's directory is run. Raises `ModelError` for what cannot be loaded.
+    """
+    path = Path(path_or_repo).expanduser()
+    looks_local = path_or_repo.startswith((".", "/", "~")) or path_or_repo.count("/") != 1
+    if path.is_dir():
+        _check_directory(path)
+    elif path.exists() or looks_local:
+        found = "a file" if path.exists() else "nothing"
+        raise ModelError(
+            f"--model {path_or_repo}: found {found} there. Name a directory that holds config.json, "
+            "*.safetensors and a tokenizer, or a repository as owner/name."
+        )
+    try:
+        model, tokenizer = mlx_lm.load(str(path) if path.is_dir() else path_or_repo)[:2]
+    except Exception as error:  # the loader and the hub raise whatever they meet
+        raise ModelError(f"{path_or_repo} could not be loaded: {error}") from error
+    return model, tokenizer
+
+
+def _check_directory(path: Path) -> None:
+    needed = {
+        "config.json": "config.json",
+        "weights": "*.safetensors",
+        "a tokenizer": "tokenizer*",
+    }
+    missing = [what for what, pattern in needed.items() if not any(path.glob(pattern))]
+    if missing:
+        raise ModelError(
+            f"{path} is not a complete model directory: {' and '.join(missing)} missing. "
+            "Download or convert the model again."
+        )

@@ -1,0 +1,144 @@
+"""The command line: `mlx-hybridcache demo | verify | bench`."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from .demo import BUNDLED_MODEL
+from .errors import HybridCacheError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. 0: done; 1: a comparison did not hold; 2: the request could not be served."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(argv)
+    if rest and options.command != "bench":
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    try:
+        return int(options.run(options, rest))
+    except (HybridCacheError, OSError) as error:
+        print(f"mlx-hybridcache {options.command}: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="mlx-hybridcache", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    demo = commands.add_parser("demo", help="read a long text, cold and through the cache")
+    demo.add_argument("--model", default=str(BUNDLED_MODEL), help="directory, or owner/name")
+    demo.add_argument("--file", type=Path, help="the text to read (default: Python's reference)")
+    demo.add_argument("--tokens", type=int, default=4096, help="length of the document (4096)")
+    demo.add_argument("--memory-budget", help="bytes, or 16GB (default: a share of free memory)")
+    demo.set_defaults(run=_demo)
+
+    verify = commands.add_parser("verify", help="prove hot == cold for a model on this device")
+    verify.add_argument("--model", default=str(BUNDLED_MODEL), help="directory, or owner/name")
+    verify.add_argument("--file", type=Path, help="the text to read (default: Python's reference)")
+    verify.add_argument("--tokens", type=int, default=1400, help="length of the prompts (1400)")
+    verify.add_argument("--prefill-step-size", type=int, default=512, help="tokens (512)")
+    verify.add_argument("--exact", action="store_true", help="prove exact mode: no tolerance")
+    verify.add_argument("--tolerance", type=float, help="largest allowed logit difference")
+    verify.set_defaults(run=_verify)
+
+    bench = commands.add_parser("bench", help="measure; `bench -h` lists what", add_help=False)
+    bench.set_defaults(run=_bench)
+    return parser
+
+
+def _demo(options: argparse.Namespace, rest: list[str]) -> int:
+    from . import models
+    from .demo.run import run
+
+    model, tokenizer = models.load(options.model)
+    seen = run(
+        model,
+        tokenizer,
+        file=options.file,
+        tokens=options.tokens,
+        memory_budget=options.memory_budget,
+    )
+    return 0 if all(one.difference == 0 for one in seen) else 1
+
+
+def _verify(options: argparse.Namespace, rest: list[str]) -> int:
+    from rich.console import Console
+    from rich.progress import Progress
+    from rich.table import Table
+
+    from . import models
+    from .demo.workloads import default_text
+    from .verify import verify
+
+    console = Console()
+    model, tokenizer = models.load(options.model)
+    text = options.file.read_text(encoding="utf-8") if options.file else default_text()
+    ids = list(tokenizer.encode(text, add_special_tokens=False))[: 2 * options.tokens]
+    if len(ids) < 64:
+        raise HybridCacheError(f"{options.file} has {len(ids)} tokens; at least 64 are needed.")
+    long, other = ids[: options.tokens], ids[options.tokens :] or ids[:32]
+    prompts = [long, long[: 2 * len(long) // 3] + other[: len(long) // 3]]
+    with Progress(console=console, transient=True) as progress:
+        bar = progress.add_task("restore points", total=None)
+        verdict = verify(
+            model,
+            prompts,
+            step=options.prefill_step_size,
+            exact=options.exact,
+            tolerance=options.tolerance,
+            on_point=lambda done, total: progress.update(bar, completed=done, total=total),
+        )
+    table = Table(title=f"Hot against cold at every restore point, {options.model}")
+    for name in ("position", "restored", "prompt", "max |logit|", "KL (nats)", "first other token"):
+        table.add_column(name, justify="right")
+    for point in verdict.points:
+        found = point.difference
+        table.add_row(
+            f"{point.position:,}",
+            f"{point.restored:,}",
+            f"{point.prompt_tokens:,}",
+            f"{found.max_abs:.3g}",
+            f"{found.kl:.3g}",
+            "none" if found.first_differing_token is None else str(found.first_differing_token),
+        )
+    console.print(table)
+    for line in _machine():
+        console.print(line, highlight=False)
+    console.print(
+        f"probe: cold runs sliced differently differ by at most {verdict.probe:.3g}; "
+        f"allowed {verdict.allowed:.3g}; worst restore {verdict.worst:.3g}: "
+        + ("it holds" if verdict.holds else "IT DOES NOT HOLD"),
+        highlight=False,
+    )
+    return 0 if verdict.holds else 1
+
+
+def _machine() -> list[str]:
+    import mlx.core as mx
+
+    packages = [f"{name} {version(name)}" for name in ("mlx-hybridcache", "mlx", "mlx-lm")]
+    return [
+        ", ".join([*packages, f"Python {platform.python_version()}"]),
+        f"{platform.platform()}, {mx.default_device()}",
+    ]
+
+
+def _bench(options: argparse.Namespace, rest: list[str]) -> int:
+    try:
+        from mlx_hybridcache_bench.cli import main as bench
+    except ModuleNotFoundError as error:
+        raise HybridCacheError(
+            f"bench needs {error.name}: pip install 'mlx-hybridcache[bench]'"
+        ) from error
+    run: Any = bench
+    return int(run(rest))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
