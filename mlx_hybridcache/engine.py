@@ -161,7 +161,11 @@ class HybridPromptCache:
             exact=(str(mx.default_device()), version("mlx"), prefill_step_size) if exact else False,
         )
         budget = models.default_budget(model) if memory_budget is None else memory_budget
-        self._store = Store(parse_bytes(budget), needs_checkpoints=self.layout.needs_snapshots)
+        self._store = Store(
+            parse_bytes(budget),
+            needs_checkpoints=self.layout.needs_snapshots,
+            stride=prefill_step_size if exact else 1,
+        )
         self._check_budget()
         self.last_report: CacheReport | None = None
         if self.layout.unsupported:

@@ -93,11 +93,15 @@ class Claim:
 
 
 class Store:
-    """All namespaces' trees, their bytes and their recency. Used on the worker thread only."""
+    """All namespaces' trees, their bytes and their recency. Used on the worker thread only.
 
-    def __init__(self, budget_bytes: int, *, needs_checkpoints: bool):
+    Without `needs_checkpoints` rows restore at any multiple of `stride` tokens.
+    """
+
+    def __init__(self, budget_bytes: int, *, needs_checkpoints: bool, stride: int = 1):
         self.budget_bytes = budget_bytes
         self.needs_checkpoints = needs_checkpoints
+        self.stride = stride
         self.running_bytes = 0
         self.rows_bytes = 0
         self.snapshot_bytes = 0
@@ -115,7 +119,8 @@ class Store:
         match = tree.match(tokens) if tree else Match(0, (), None, contradicted=False)
         limit = len(tokens) - 1
         if not self.needs_checkpoints:
-            return Found(match, min(match.matched, limit), None)
+            reach = min(match.matched, limit)
+            return Found(match, reach - reach % self.stride, None)
         node = match.deepest_checkpoint(limit)
         return Found(match, node.end if node else 0, node)
 
