@@ -19,6 +19,10 @@ TAILS = (64, 512)
 TAIL_WORTH = 3
 """A tail cut is taken when at least this many times its distance is being read."""
 
+FIRST_WORTH = 64
+"""A checkpoint nearer to the beginning saves less replay than it is worth: every ChatML prompt
+begins with the same opener, and one token is read in no time."""
+
 PAUSES_COLD, PAUSES_HOT = 7, 3
 """Cuts off the slice grid that a replay without capture hook may pause for: one forward each."""
 
@@ -36,6 +40,11 @@ class Grid:
     every: int = 2048
     min_step: int = 512
     alignment: int = 1
+
+    @property
+    def first_worth(self) -> int:
+        """Turn and branch cuts begin here."""
+        return min(FIRST_WORTH, max(1, self.step // 4))
 
     @property
     def first(self) -> tuple[int, ...]:
@@ -87,7 +96,7 @@ def cuts_for(reading: Reading, grid: Grid) -> list[int]:
     `end` itself is always one: it is the prompt's end less one, where an exact repeat resumes.
     """
     wanted = {*_off_grid(reading, grid), *grid.cuts(reading.start, reading.end)}
-    wanted.update(spaced(_within(reading, reading.turn_starts), max(1, grid.step // 4)))
+    wanted.update(spaced(_turns(reading, grid), max(1, grid.step // 4)))
     return _ending(reading, wanted)
 
 
@@ -95,7 +104,7 @@ def cuts_for_pausing(reading: Reading, grid: Grid) -> list[int]:
     """The same where every cut off the slice grid costs a forward: the most valuable few only."""
     on_slices = {cut for cut in grid.cuts(reading.start, reading.end) if cut % grid.step == 0}
     limit = PAUSES_COLD if reading.start == 0 else PAUSES_HOT
-    turns = spaced(_within(reading, reading.turn_starts), max(1, grid.step // 4))
+    turns = spaced(_turns(reading, grid), max(1, grid.step // 4))
     in_order = [*_off_grid(reading, grid), *grid.cuts(reading.start, reading.end), *reversed(turns)]
     pauses = [cut for cut in dict.fromkeys(in_order) if cut not in on_slices][:limit]
     return _ending(reading, {*on_slices, *pauses})
@@ -108,15 +117,20 @@ def cuts_for_exact(reading: Reading, grid: Grid) -> list[int]:
 
 def _off_grid(reading: Reading, grid: Grid) -> list[int]:
     """Cuts that follow from this prompt, the most valuable first."""
-    turns = _within(reading, reading.turn_starts)
+    turns = _turns(reading, grid)
+    branch = [reading.branch] if reading.branch >= grid.first_worth else []
     length = reading.end - reading.start
     tails = [
         reading.end + 1 - tail for tail in TAILS if tail < grid.step and length >= TAIL_WORTH * tail
     ]
     return _within(
         reading,
-        [reading.branch, *turns[-1:], *reading.boundaries, *tails[:1], *turns[-2:-1], *tails[1:]],
+        [*branch, *turns[-1:], *reading.boundaries, *tails[:1], *turns[-2:-1], *tails[1:]],
     )
+
+
+def _turns(reading: Reading, grid: Grid) -> list[int]:
+    return [cut for cut in _within(reading, reading.turn_starts) if cut >= grid.first_worth]
 
 
 def _within(reading: Reading, cuts: Sequence[int]) -> list[int]:

@@ -36,9 +36,14 @@ def test_a_cold_prompt_is_cut_densely_at_its_beginning_and_at_its_end():
 
 
 def test_turn_cuts_keep_a_quarter_step_and_the_last_two_always():
-    """Turns at 10, 300, 600, 700 and 710 of 750: 10, 600 by distance, 700 and 710 as the last two."""
-    cuts = cuts_for(Reading(0, 749, turn_starts=(10, 300, 600, 700, 710)), GRID)
-    assert cuts == [10, 512, 600, 686, 700, 710, 749]
+    """Turns at 70, 300, 600, 700 and 710 of 750: 70, 600 by distance, 700 and 710 as the last two."""
+    cuts = cuts_for(Reading(0, 749, turn_starts=(70, 300, 600, 700, 710)), GRID)
+    assert cuts == [70, 512, 600, 686, 700, 710, 749]
+
+
+def test_no_checkpoint_is_spent_on_the_first_few_tokens():
+    """Every ChatML prompt opens a turn at 1 and shares that token; neither is worth a checkpoint."""
+    assert cuts_for(Reading(0, 200, turn_starts=(1, 30, 100), branch=1), GRID) == [100, 137, 200]
 
 
 def test_the_branch_is_cut_where_prompts_part_ways():

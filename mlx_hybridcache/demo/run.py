@@ -16,7 +16,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from ..engine import HybridPromptCache
-from ..errors import PromptError
 from ..report import CacheReport
 from .workloads import Call, calls, default_text
 
@@ -96,14 +95,8 @@ def run(
 
     Raises `PromptError` when the text is too short for the document asked for.
     """
-    console = console or Console()
+    console = console or wide_console()
     text = file.read_text(encoding="utf-8", errors="replace") if file else default_text()
-    needed = tokens + 1500
-    if len(tokenizer.encode(text, add_special_tokens=False)) < needed:
-        raise PromptError(
-            f"{file or 'The default text'} has fewer than the {needed} tokens that a demo with "
-            f"--tokens {tokens} needs. Give a longer --file or a smaller --tokens."
-        )
     asked = calls(tokenizer, text, tokens)
     seen: list[Outcome] = []
     with (
@@ -123,14 +116,26 @@ def run(
             following = asked[min(len(seen), len(asked) - 1)].name
             progress.update(bar, advance=1, description=following)
     console.print(_table(seen))
+    equal = sum(one.difference == 0 for one in seen)
+    console.print(
+        f"{equal} of {len(seen)} replies through the cache equal the reply without it, bit for bit "
+        "(tokens and log-probabilities).",
+        highlight=False,
+    )
     return seen
 
 
+def wide_console() -> Console:
+    """The terminal, or wide enough for the table where there is none."""
+    console = Console()
+    return console if console.is_terminal else Console(width=100)
+
+
 def _table(seen: list[Outcome]) -> Table:
-    table = Table(title="Time to first token, without the cache and through it", title_style="bold")
-    table.add_column("call")
-    for name in ("prompt", "matched", "restored", "replayed", "cold", "hot", "ratio"):
-        table.add_column(name, justify="right")
+    table = Table(title="Time to first token, without the cache (cold) and through it (hot)")
+    table.add_column("call", no_wrap=True)
+    for name in ("prompt", "matched", "restored", "replayed", "cold ms", "hot ms", "ratio"):
+        table.add_column(name, justify="right", no_wrap=True)
     table.add_column("hot == cold")
     for one in seen:
         report = one.report
@@ -140,9 +145,9 @@ def _table(seen: list[Outcome]) -> Table:
             f"{report.matched_tokens:,}",
             f"{report.restored_tokens:,}",
             f"{report.replayed_tokens:,}",
-            f"{one.cold_seconds * 1000:,.0f} ms",
-            f"{one.hot_seconds * 1000:,.0f} ms",
+            f"{one.cold_seconds * 1000:,.0f}",
+            f"{one.hot_seconds * 1000:,.0f}",
             f"{one.cold_seconds / one.hot_seconds:.1f} x",
-            "yes, every bit" if one.difference == 0 else f"differs by {one.difference:.2g}",
+            "yes" if one.difference == 0 else f"by {one.difference:.2g}",
         )
     return table

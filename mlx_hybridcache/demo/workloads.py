@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 import pydoc_data.topics
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from ..errors import PromptError
+
+RULES_TOKENS = 1500
+"""Length of the long system prompt."""
+
+LONGER = 500
+"""Tokens by which raw text is made longer and shorter."""
+
+LONGEST_TOKEN = 24
+"""Characters: so much text is tokenized for each token wanted, and no more of a whole book."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,10 +36,17 @@ def calls(tokenizer: Any, text: str, tokens: int) -> list[Call]:
     """The demo's calls on a document of about `tokens` tokens cut from `text`.
 
     The document's own calls first, then the long chat with its long system prompt, then raw text.
+    Raises `PromptError` when the text is too short for that.
     """
-    ids = tokenizer.encode(text, add_special_tokens=False)
+    needed = tokens + RULES_TOKENS
+    ids = tokenizer.encode(text[: needed * LONGEST_TOKEN], add_special_tokens=False)
+    if tokens <= LONGER or len(ids) < needed:
+        raise PromptError(
+            f"The text has {len(ids):,} tokens; a document of {tokens:,} needs {needed:,} of them, "
+            f"and more than {LONGER} itself. Give a longer --file or another --tokens."
+        )
     document = tokenizer.decode(ids[:tokens])
-    rules = tokenizer.decode(ids[tokens : tokens + 1500])
+    rules = tokenizer.decode(ids[tokens:needed])
     first, second = "What is this text about?", "Name one rule that it states."
 
     def chat(*messages: tuple[str, str], tail: bool = True) -> list[int]:
@@ -58,11 +75,6 @@ def calls(tokenizer: Any, text: str, tokens: int) -> list[Call]:
         Call("its last line changed", long_chat("Today is Tuesday.")),
         Call("changed once more", long_chat("Today is Friday.")),
         Call("raw text", ids[:tokens]),
-        Call("raw text, longer", ids[: tokens + 500]),
-        Call("raw text, shorter", ids[: tokens - 500]),
+        Call("raw text, longer", ids[: tokens + LONGER]),
+        Call("raw text, shorter", ids[: tokens - LONGER]),
     ]
-
-
-def needs(calls: Sequence[Call]) -> int:
-    """The longest prompt among `calls`, in tokens."""
-    return max(len(call.prompt) for call in calls)
