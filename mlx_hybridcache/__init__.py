@@ -7,6 +7,7 @@ from .errors import (
     ClosedError,
     HybridCacheError,
     ModelError,
+    NotStoredError,
     PromptError,
 )
 from .report import CacheReport, Reason
@@ -21,6 +22,7 @@ __all__ = [
     "HybridCacheError",
     "HybridPromptCache",
     "ModelError",
+    "NotStoredError",
     "PromptError",
     "Ready",
     "Reason",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from types import TracebackType
@@ -18,7 +18,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from . import checkpoint as checkpoints
 from . import models
-from .errors import BudgetError, CacheMismatchError, HybridCacheError, PromptError
+from .errors import BudgetError, CacheMismatchError, ClosedError, HybridCacheError, PromptError
 from .generate import decode, random_state
 from .layers.adapt import Layout, fresh_caches
 from .replay import plan, replay
@@ -251,6 +251,11 @@ class HybridPromptCache:
                     request.on_progress(len(tokens), len(tokens))
                     request.on_progress = lambda read, total: None
                     yield response
+            except Exception as error:
+                # Other errors may leave a step half done: running states would be a token ahead.
+                if not isinstance(error, BudgetError):
+                    reply.clear()
+                raise
             finally:
                 self._save_reply(tokens, reply, caches)
         finally:
@@ -510,7 +515,8 @@ class HybridPromptCache:
 
     def close(self) -> None:
         """End running requests and the worker thread, and let go of everything stored."""
-        self._worker.call(self._store.clear)
+        with suppress(ClosedError):  # closing twice is no mistake
+            self._worker.call(self._store.clear)
         self._worker.close()
 
     def __enter__(self) -> Self:

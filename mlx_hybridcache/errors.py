@@ -17,6 +17,10 @@ class CacheMismatchError(HybridCacheError, ValueError):
     """A cache handed in does not stand where its caller says, or is of a kind that cannot be stored."""
 
 
+class NotStoredError(HybridCacheError, LookupError):
+    """Something was asked of a prompt of which nothing is stored."""
+
+
 class ModelError(HybridCacheError):
     """A model or tokenizer could not be loaded from where it was said to be."""
 

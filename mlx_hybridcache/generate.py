@@ -38,7 +38,6 @@ def decode(
         # mlx-lm shows processors the tokens it was given, which here is the last one only.
         read = mx.array(tokens[:-1])
         options["logits_processors"] = [_behind(read, each) for each in logits_processors]
-    before_step(len(tokens) + 1)
     responses = stream_generate(
         model,
         tokenizer,
@@ -47,23 +46,26 @@ def decode(
         prompt_cache=caches,
         **options,
     )
-    count = 0
-    while True:
-        before_step(len(tokens) + count + 2)
-        if seed is not None:
-            mx.random.seed(seed)
-        response = next(responses, None)
-        if seed is not None:
-            seed = random_state()
-        if response is None:
-            return
-        mx.eval(response.logprobs)  # it leaves this thread, where nothing lazy may go
-        count += 1
-        yield replace(
-            response,
-            prompt_tokens=len(tokens),
-            prompt_tps=len(tokens) / max(prefill_seconds, 1e-9),
-        )
+    count, finished = 0, False
+    try:
+        while not finished:
+            before_step(len(tokens) + count + 1)
+            if seed is not None:
+                mx.random.seed(seed)
+            response = next(responses)
+            if seed is not None:
+                seed = random_state()
+            mx.eval(response.logprobs)  # it leaves this thread, where nothing lazy may go
+            count, finished = count + 1, response.finish_reason is not None
+            yield replace(
+                response,
+                prompt_tokens=len(tokens),
+                prompt_tps=len(tokens) / max(prefill_seconds, 1e-9),
+            )
+    finally:
+        # Here, on its own thread: collected on another one, mlx-lm's stream context would leave
+        # that thread with this one's stream.
+        responses.close()
 
 
 def random_state() -> int:

@@ -16,7 +16,7 @@ from typing import cast
 import numpy as np
 
 from .checkpoint import Checkpoint
-from .errors import BudgetError
+from .errors import BudgetError, NotStoredError
 from .layers.rows import RowBlock
 from .policy import Candidate, least_useful
 from .tokens import Tokens
@@ -198,12 +198,15 @@ class Store:
                 f"the memory budget is {self.budget_bytes:,}. Raise memory_budget, shorten the "
                 "prompt or max_tokens, or wait for running requests to end."
             )
+        fixed = self.running_bytes + self._fixed_bytes(kept, spare)
+        if nbytes + fixed > self.budget_bytes:  # known before anything is let go for nothing
+            raise BudgetError(
+                f"{nbytes:,} bytes do not fit: {fixed:,} of {self.budget_bytes:,} "
+                "are held by running requests and pins. Raise memory_budget or unpin."
+            )
         while self.used_bytes() + nbytes > self.budget_bytes:
-            if not self._evict_one(kept, spare):
-                raise BudgetError(
-                    f"{nbytes:,} bytes do not fit: {self.used_bytes():,} of {self.budget_bytes:,} "
-                    "are held by running requests and pins. Raise memory_budget or unpin."
-                )
+            evicted = self._evict_one(kept, spare)
+            assert evicted, "what is not fixed can be let go"
 
     # Changing
 
@@ -259,8 +262,8 @@ class Store:
     def pin(self, namespace: str, tokens: Tokens) -> int:
         """Keep what restores `tokens` whatever comes; returns the position that is kept.
 
-        Raises `BudgetError` when pins would weigh more than half the budget, `KeyError` when
-        nothing of `tokens` is stored.
+        Raises `BudgetError` when pins would weigh more than half the budget, `NotStoredError`
+        when nothing of `tokens` is stored.
         """
         node = self._restoring_node(namespace, tokens)
         path = {*self._pinned_nodes(), *node.path()}
@@ -295,7 +298,7 @@ class Store:
         else:
             node = match.inside or (match.path[-1] if match.path else None)
         if node is None:
-            raise KeyError("Nothing of this prompt is stored; prefill it first.")
+            raise NotStoredError("Nothing of this prompt is stored; prefill it first.")
         return node
 
     def _pinned_nodes(self) -> set[Node]:
@@ -306,6 +309,16 @@ class Store:
             if node.pinned
             for above in node.path()
         }
+
+    def _fixed_bytes(self, kept: set[Node], spare: Node | None) -> int:
+        """Bytes of the store that would be left if everything went that may."""
+        stay = {above for node in kept for above in node.path()} | self._pinned_nodes()
+        stay.update(spare.path() if spare is not None else ())
+        return sum(node.rows_nbytes for node in stay) + sum(
+            node.checkpoint.nbytes
+            for node in stay
+            if node.checkpoint is not None and (node.pinned or node is spare)
+        )
 
     def _evict_one(self, kept: set[Node], spare: Node | None) -> bool:
         """Let the least useful checkpoint (or, without checkpoints, leaf) go; False if none may."""
@@ -318,8 +331,12 @@ class Store:
                 gap = node.end - above[node.parent]
                 holds = node.checkpoint is not None
                 above[node] = node.end if holds else above[node.parent]
+                is_free_leaf = not node.children and node not in kept
+                if self.needs_checkpoints and is_free_leaf and not holds:
+                    self._drop(node, kept)  # rows that nothing restores go first of all
+                    return True
                 if not self.needs_checkpoints:
-                    holds = not node.children and node not in kept
+                    holds = is_free_leaf
                 if holds and not node.pinned and node is not spare:
                     nodes.append((name, node))
                     candidates.append(self._candidate(node, gap, kept))

@@ -136,7 +136,7 @@ def _table(seen: list[Outcome]) -> Table:
     table.add_column("call", no_wrap=True)
     for name in ("prompt", "matched", "restored", "replayed", "cold ms", "hot ms", "ratio"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("hot == cold")
+    table.add_column("equal")
     for one in seen:
         report = one.report
         table.add_row(
