@@ -9,6 +9,7 @@ from .errors import (
     ModelError,
     NotStoredError,
     PromptError,
+    SettingError,
 )
 from .report import CacheReport, Reason
 from .store import StoreStats
@@ -26,5 +27,6 @@ __all__ = [
     "PromptError",
     "Ready",
     "Reason",
+    "SettingError",
     "StoreStats",
 ]

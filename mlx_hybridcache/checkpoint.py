@@ -10,7 +10,7 @@ import mlx.core as mx
 
 from .layers.adapt import Layout, fresh_caches, leaves
 from .layers.kind import Snapshot
-from .layers.rows import RowBlock
+from .layers.rows import RowBlock, evaluate_to_keep
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ def take(
         captured[index] if index in captured else kind.snapshot(cache, position)
         for index, (kind, cache) in enumerate(zip(layout.kinds, leaves(caches), strict=True))
     )
-    mx.eval([s.arrays for s in snapshots if s is not None])
+    evaluate_to_keep([s.arrays for s in snapshots if s is not None])
     return Checkpoint(position, snapshots)
 
 
@@ -51,7 +51,7 @@ def take_rows(layout: Layout, caches: Sequence[Any], start: int, end: int) -> Ro
         kind.take_rows(cache, start, end)
         for kind, cache in zip(layout.kinds, leaves(caches), strict=True)
     )
-    mx.eval(taken)
+    evaluate_to_keep(taken)
     return RowBlock(start, end, taken)
 
 

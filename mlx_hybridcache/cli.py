@@ -124,8 +124,8 @@ def _verify(options: argparse.Namespace, rest: list[str]) -> int:
     for line in _machine():
         console.print(line, highlight=False)
     console.print(
-        f"probe: cold runs sliced differently differ by at most {verdict.probe:.3g}; "
-        f"allowed {verdict.allowed:.3g}; worst restore {verdict.worst:.3g}: "
+        f"probe: cold runs sliced differently differ by at most {verdict.probe:.3g}\n"
+        f"allowed {verdict.allowed:.3g}, worst restore {verdict.worst:.3g}: "
         + ("it holds" if verdict.holds else "IT DOES NOT HOLD"),
         highlight=False,
     )

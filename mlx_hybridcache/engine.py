@@ -18,7 +18,14 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from . import checkpoint as checkpoints
 from . import models
-from .errors import BudgetError, CacheMismatchError, ClosedError, HybridCacheError, PromptError
+from .errors import (
+    BudgetError,
+    CacheMismatchError,
+    ClosedError,
+    HybridCacheError,
+    PromptError,
+    SettingError,
+)
 from .generate import decode, random_state
 from .layers.adapt import Layout, fresh_caches
 from .replay import plan, replay
@@ -206,7 +213,7 @@ class HybridPromptCache:
                 "stream_generate needs a tokenizer; give one to the constructor."
             )
         if max_tokens == 0:
-            raise ValueError("max_tokens must not be zero (use -1 for no limit).")
+            raise SettingError("max_tokens must not be zero (use -1 for no limit).")
         request = self._request(prompt, boundaries, prompt_progress_callback)
         request.max_tokens = max_tokens
         uncached = [name for name in UNCACHED_OPTIONS if options.get(name) is not None]

@@ -5,6 +5,10 @@ class HybridCacheError(Exception):
     """The base of every error this library raises on purpose."""
 
 
+class SettingError(HybridCacheError, ValueError):
+    """A setting has a value that means nothing here."""
+
+
 class PromptError(HybridCacheError, ValueError):
     """The prompt cannot be read by this model: empty, not token ids, or ids beyond the vocabulary."""
 

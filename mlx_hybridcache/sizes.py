@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from .errors import SettingError
+
 _UNITS = {"": 1} | {
     letter + suffix: factor**power
     for power, letter in enumerate("kmgt", start=1)
@@ -15,13 +17,15 @@ _UNITS["b"] = 1
 def parse_bytes(size: int | str) -> int:
     """Bytes from a number or from text: "16GB" (decimal), "16GiB" or "16G" (binary), "4096".
 
-    Raises `ValueError` for anything else, and for negative sizes.
+    Raises `SettingError` for anything else, and for negative sizes.
     """
     if isinstance(size, int) and not isinstance(size, bool) and size >= 0:
         return size
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", str(size).lower())
     if found is None or found[2] not in _UNITS:
-        raise ValueError(f"{size!r} is not a size; write bytes or a unit, such as 16GB or 512MiB.")
+        raise SettingError(
+            f"{size!r} is not a size; write bytes or a unit, such as 16GB or 512MiB."
+        )
     return int(float(found[1]) * _UNITS[found[2]])
 
 

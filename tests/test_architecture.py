@@ -34,7 +34,8 @@ ORDER = [
     {"tree"},
     {"tokens"},
     {"report"},
-    {"errors", "sizes"},
+    {"sizes"},
+    {"errors"},
 ]
 """Modules and folders of the library, entry points first."""
 

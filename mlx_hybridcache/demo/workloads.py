@@ -8,8 +8,8 @@ from typing import Any
 
 from ..errors import PromptError
 
-RULES_TOKENS = 1500
-"""Length of the long system prompt."""
+RULES_SHARE = 3, 8
+"""Length of the long system prompt as a share of the document's: 1.5K tokens beside 4K."""
 
 LONGER = 500
 """Tokens by which raw text is made longer and shorter."""
@@ -38,7 +38,7 @@ def calls(tokenizer: Any, text: str, tokens: int) -> list[Call]:
     The document's own calls first, then the long chat with its long system prompt, then raw text.
     Raises `PromptError` when the text is too short for that.
     """
-    needed = tokens + RULES_TOKENS
+    needed = tokens + tokens * RULES_SHARE[0] // RULES_SHARE[1]
     ids = tokenizer.encode(text[: needed * LONGEST_TOKEN], add_special_tokens=False)
     if tokens <= LONGER or len(ids) < needed:
         raise PromptError(

@@ -1,0 +1,124 @@
+"""Models as a whole: loading, fingerprints, what is evaluated."""
+
+import json
+import shutil
+import threading
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+import tiny
+from bundled import load
+
+from mlx_hybridcache import ModelError, models
+from mlx_hybridcache.demo import BUNDLED_MODEL
+
+
+def test_the_same_weights_have_the_same_fingerprint_wherever_they_were_loaded_from(tmp_path):
+    """A copy of the directory, loaded again, shares; so library and server agree."""
+    copy = tmp_path / "copy"
+    shutil.copytree(BUNDLED_MODEL, copy)
+    again, _ = models.load(str(copy))
+    assert models.fingerprint(again) == models.fingerprint(load()[0])
+
+
+def test_one_changed_weight_is_another_model():
+    """Re-trained in the same folder: every tensor's sample counts, the last as well as the first."""
+    model = tiny.fresh("qwen3_next")
+    seen = {models.fingerprint(model)}
+    for name in ("model.embed_tokens.weight", "model.norm.weight"):
+        *path, last = name.split(".")
+        module = model
+        for part in path:
+            module = module[part]
+        module[last] = module[last] + 1
+        seen.add(models.fingerprint(model))
+    assert len(seen) == 3
+
+
+def test_a_quantized_model_is_another_model():
+    """The same weights at 8 bits."""
+    model = tiny.fresh("qwen3")
+    before = models.fingerprint(model)
+    nn.quantize(model, group_size=32, bits=8)
+    assert models.fingerprint(model) != before
+
+
+def test_every_array_of_a_model_is_evaluated_private_ones_too():
+    """YaRN keeps its frequencies outside `parameters()`; another thread can use them afterwards."""
+    model = tiny.fresh("llama_yarn")
+    models.evaluate(model)
+    failed = []
+
+    def use():
+        try:
+            mx.eval(model(mx.array([[1, 2, 3]])))
+        except RuntimeError as error:
+            failed.append(error)
+        finally:
+            mx.clear_streams()
+
+    thread = threading.Thread(target=use)
+    thread.start()
+    thread.join()
+    assert failed == []
+
+
+@pytest.mark.parametrize("path", ["/no/such/place", "./neither", "~/nor this", "a/b/c"])
+def test_a_model_that_is_not_there_is_said_before_anything_is_tried(path):
+    """The message quotes the path and says what belongs there."""
+    with pytest.raises(ModelError, match=r"found nothing there.*config\.json"):
+        models.load(path)
+
+
+def test_a_file_is_no_model_directory(tmp_path):
+    """Naming the weights instead of their folder is a common slip."""
+    file = tmp_path / "model.safetensors"
+    file.touch()
+    with pytest.raises(ModelError, match="found a file"):
+        models.load(str(file))
+
+
+@pytest.mark.parametrize(
+    ("missing", "said"),
+    [
+        ("model.safetensors", "weights"),
+        ("tokenizer*", "a tokenizer"),
+        ("config.json", "config.json"),
+    ],
+)
+def test_an_incomplete_model_directory_says_what_is_missing(tmp_path, missing, said):
+    """Weights, tokenizer or config left out."""
+    copy = tmp_path / "copy"
+    shutil.copytree(BUNDLED_MODEL, copy)
+    for file in copy.glob(missing):
+        file.unlink()
+    with pytest.raises(ModelError, match=f"{said} missing"):
+        models.load(str(copy))
+
+
+def test_a_model_of_an_unknown_family_is_an_error_with_its_name(tmp_path):
+    """What mlx-lm says travels in the message."""
+    copy = tmp_path / "copy"
+    shutil.copytree(BUNDLED_MODEL, copy)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"model_type": "nonesuch"}))
+    with pytest.raises(ModelError, match="nonesuch"):
+        models.load(str(copy))
+
+
+def test_code_in_a_model_directory_is_not_run(tmp_path):
+    """A config that names a Python file is refused, and the file has not run."""
+    copy = tmp_path / "copy"
+    shutil.copytree(BUNDLED_MODEL, copy)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"model_file": "evil.py"}))
+    (copy / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    with pytest.raises(ModelError, match="evil"):
+        models.load(str(copy))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_the_default_budget_is_a_share_of_what_is_free():
+    """Positive, and below the machine's memory."""
+    assert 0 < models.default_budget(load()[0]) < 2**50
