@@ -325,21 +325,15 @@ class Store:
         nodes: list[tuple[str, Node]] = []
         candidates: list[Candidate] = []
         for name, tree in self._trees.items():
-            above: dict[Node, int] = {tree.root: 0}
-            for node in tree.nodes():
-                assert node.parent is not None
-                gap = node.end - above[node.parent]
-                holds = node.checkpoint is not None
-                above[node] = node.end if holds else above[node.parent]
+            for node, around in _surroundings(tree).items():
                 is_free_leaf = not node.children and node not in kept
-                if self.needs_checkpoints and is_free_leaf and not holds:
+                if self.needs_checkpoints and is_free_leaf and node.checkpoint is None:
                     self._drop(node, kept)  # rows that nothing restores go first of all
                     return True
-                if not self.needs_checkpoints:
-                    holds = is_free_leaf
-                if holds and not node.pinned and node is not spare:
+                restores = node.checkpoint is not None if self.needs_checkpoints else is_free_leaf
+                if restores and not node.pinned and node is not spare:
                     nodes.append((name, node))
-                    candidates.append(self._candidate(node, gap, kept))
+                    candidates.append(self._candidate(node, around, kept))
         if not nodes:
             return False
         name, node = nodes[least_useful(candidates)]
@@ -347,12 +341,14 @@ class Store:
         self._drop(node, kept)
         return True
 
-    def _candidate(self, node: Node, gap: int, kept: set[Node]) -> Candidate:
+    def _candidate(self, node: Node, around: _Surroundings, kept: set[Node]) -> Candidate:
         freed = node.checkpoint.nbytes if node.checkpoint is not None else 0
         freed += sum(dead.rows_nbytes for dead in self._dead_with(node, kept))
         branches = len(node.children or ())
         return Candidate(
-            gap_tokens=gap,
+            gap_tokens=node.end - around.above,
+            below_tokens=around.below - node.end,
+            to_end_tokens=around.deepest - node.end,
             freed_bytes=freed,
             age_ticks=self._clock - node.last_used,
             is_anchor=branches > 1 or (node.is_end and branches == 0),
@@ -397,6 +393,32 @@ class Store:
         self._ghosts[(name, len(tokens), digest)] = None
         while len(self._ghosts) > GHOSTS:
             self._ghosts.popitem(last=False)
+
+
+@dataclass(slots=True)
+class _Surroundings:
+    """Positions of the nearest checkpoint above a node, the farthest next one below, the deepest end."""
+
+    above: int
+    below: int
+    deepest: int
+
+
+def _surroundings(tree: PrefixTree) -> dict[Node, _Surroundings]:
+    """Every node of `tree`, parents before children, with what stands around it."""
+    found: dict[Node, _Surroundings] = {tree.root: _Surroundings(0, 0, 0)}
+    for node in tree.nodes():
+        parent = node.parent
+        assert parent is not None
+        above = found[parent].above if parent.checkpoint is None else parent.end
+        found[node] = _Surroundings(above, node.end, node.end)
+    for node, around in reversed(found.items()):
+        if node.parent is not None:
+            up = found[node.parent]
+            next_below = around.below if node.checkpoint is None else node.end
+            up.below, up.deepest = max(up.below, next_below), max(up.deepest, around.deepest)
+    del found[tree.root]
+    return found
 
 
 def _tokens_of(node: Node) -> Tokens:
