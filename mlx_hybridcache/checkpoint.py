@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 
 from .layers.adapt import Layout, fresh_caches, leaves
-from .layers.kind import Snapshot
+from .layers.kind import Arrays, Snapshot
 from .layers.rows import RowBlock, evaluate_to_keep
 
 
@@ -45,14 +45,19 @@ def take(
     return Checkpoint(position, snapshots)
 
 
-def take_rows(layout: Layout, caches: Sequence[Any], start: int, end: int) -> RowBlock:
-    """The rows of `[start, end)`, evaluated and owning their bytes."""
-    taken = tuple(
-        kind.take_rows(cache, start, end)
-        for kind, cache in zip(layout.kinds, leaves(caches), strict=True)
-    )
+def take_rows(layout: Layout, caches: Sequence[Any], start: int, end: int) -> RowBlock | None:
+    """The rows of `[start, end)`, evaluated and owning their bytes.
+
+    None where some of them have left the live caches.
+    """
+    taken: list[Arrays] = []
+    for kind, cache in zip(layout.kinds, leaves(caches), strict=True):
+        rows = kind.take_rows(cache, start, end)
+        if rows is None:
+            return None
+        taken.append(rows)
     evaluate_to_keep(taken)
-    return RowBlock(start, end, taken)
+    return RowBlock(start, end, tuple(taken))
 
 
 def restore(

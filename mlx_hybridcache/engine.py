@@ -132,7 +132,8 @@ class HybridPromptCache:
     `memory_budget` is bytes or text with a unit and bounds the store and the running requests
     together. `exact` makes hot and cold agree bit for bit on devices where the shape of a slice
     changes the last bits, at the cost of at most one step of replay. `prefill_step_size` and
-    `checkpoint_every` are tokens. `cache_salt` separates namespaces.
+    `checkpoint_every` are tokens. `swa_full` stores every row of sliding windows, which then
+    restore at any position, not at checkpoints only. `cache_salt` separates namespaces.
 
     Raises `BudgetError` when the budget is smaller than one checkpoint with its rows.
     """
@@ -147,6 +148,7 @@ class HybridPromptCache:
         prefill_step_size: int = 2048,
         checkpoint_every: int = 2048,
         checkpoint_min_step: int = 512,
+        swa_full: bool = False,
         cache_salt: str = "",
     ):
         if prefill_step_size < 1 or checkpoint_every < 1 or checkpoint_min_step < 1:
@@ -157,7 +159,7 @@ class HybridPromptCache:
             tokenizer = TokenizerWrapper(tokenizer)
         models.evaluate(model)
         self.model, self.tokenizer = model, tokenizer
-        self.layout = Layout.of(model)
+        self.layout = Layout.of(model, prefill_step_size, swa_full=swa_full)
         every = -(-checkpoint_every // prefill_step_size) * prefill_step_size
         self.grid = Grid(prefill_step_size, every, checkpoint_min_step, self.layout.alignment)
         self.exact = exact
@@ -165,6 +167,7 @@ class HybridPromptCache:
         self.namespace = namespace(
             model=models.fingerprint(model),
             salt=cache_salt,
+            swa_full=swa_full,
             exact=(str(mx.default_device()), version("mlx"), prefill_step_size) if exact else False,
         )
         budget = models.default_budget(model) if memory_budget is None else memory_budget
@@ -482,7 +485,11 @@ class HybridPromptCache:
             )
         mx.eval([cache.state for cache in prompt_cache])  # lazy arrays belong to this thread
         if not self._worker.call(self._take_and_store, history, prompt_cache):
-            raise BudgetError("There was no room to save; raise memory_budget or release caches.")
+            raise BudgetError(
+                "Nothing was saved: there was no room (raise memory_budget or release caches)"
+                + self.layout.stores_every_slice * ", or rows have left a sliding window"
+                + "."
+            )
 
     # Looking and keeping
 

@@ -36,6 +36,8 @@ def plan(layout: Layout, grid: Grid, reading: Reading, *, exact: bool) -> Plan:
         cuts = schedule.cuts_for_pausing(reading, grid)
     else:
         cuts = schedule.cuts_for(reading, grid)
+    if layout.stores_every_slice and not exact:
+        cuts = sorted({*cuts, *(b for _, b in grid.slices(start, end))})
     pauses = cuts if layout.must_pause else ()
     return Plan(tuple(schedule.slices_between(grid, start, end, pauses)), tuple(cuts))
 

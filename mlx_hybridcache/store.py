@@ -234,7 +234,8 @@ class Store:
 
         `rows_of(start)` copies the rows of `[start, len(tokens))` and is asked only for what the
         tree lacks. The checkpoint's own bytes exist already; they and the rows are claimed before
-        the copy is made. False when they did not fit, and nothing was changed then.
+        the copy is made. False when they did not fit, or when `rows_of` no longer has the rows,
+        and nothing was added then.
         """
         tree = self._trees.setdefault(namespace, PrefixTree())
         match = tree.match(tokens)
@@ -250,7 +251,12 @@ class Store:
         except BudgetError:
             self._refusals += 1
             return False
-        block = rows_of(match.matched) if match.matched < len(tokens) else None
+        block = None
+        if match.matched < len(tokens):
+            block = rows_of(match.matched)
+            if block is None:
+                self._refusals += 1
+                return False
         node = tree.extend(tokens, (block,) if block is not None else ())
         node.last_used, node.is_end = self._clock, node.is_end or is_end
         self.rows_bytes += block.nbytes if block is not None else 0

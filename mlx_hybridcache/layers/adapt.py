@@ -13,14 +13,14 @@ from .capture import CaptureHook
 from .kind import LayerKind
 from .recurrent import RecurrentKind
 from .rows import RowsKind
-from .window import ChunkedKind, WindowKind
+from .window import ChunkedKind, FullWindowKind, WindowKind
 
-_KINDS: dict[type, Callable[[Any], LayerKind]] = {
-    mlx_caches.KVCache: lambda cache: RowsKind.seen(cache, headroom=True),
-    mlx_caches.ConcatenateKVCache: lambda cache: RowsKind.seen(cache, headroom=False),
+_KINDS: dict[type, Callable[[Any, int], LayerKind]] = {
+    mlx_caches.KVCache: lambda cache, step: RowsKind.seen(cache, headroom=True),
+    mlx_caches.ConcatenateKVCache: lambda cache, step: RowsKind.seen(cache, headroom=False),
     mlx_caches.RotatingKVCache: WindowKind.seen,
     mlx_caches.ChunkedKVCache: ChunkedKind.seen,
-    mlx_caches.ArraysCache: RecurrentKind.seen,
+    mlx_caches.ArraysCache: lambda cache, step: RecurrentKind.seen(cache),
 }
 
 _BLOCKS = {
@@ -51,40 +51,56 @@ def leaves(caches: Sequence[Any]) -> list[Any]:
     return flat
 
 
+def _kind(cache: Any, step: int, swa_full: bool) -> LayerKind:
+    if swa_full and type(cache) is mlx_caches.RotatingKVCache and cache.keep == 0:
+        return FullWindowKind.seen(cache, step)
+    return _KINDS[type(cache)](cache, step)
+
+
 @dataclass(frozen=True)
 class Layout:
-    """How one model's caches come apart: one kind per leaf, in order.
+    """How one model's caches come apart: one kind per leaf, in order, and the leaf's own class.
 
     `unsupported` names the cache classes that are in no table; a model that has any is served
     without the cache. `vocabulary` is the width of the model's logits.
     """
 
     kinds: tuple[LayerKind, ...]
+    classes: tuple[type, ...]
     unsupported: tuple[str, ...]
     hook: CaptureHook | None
     alignment: int
     vocabulary: int
 
     @classmethod
-    def of(cls, model: Any) -> Layout:
-        """Learn the layout by letting the model read one token into fresh caches."""
+    def of(cls, model: Any, step: int = 2048, *, swa_full: bool = False) -> Layout:
+        """Learn the layout by letting the model read one token into fresh caches.
+
+        `step` bounds a slice, in tokens; `swa_full` stores every row of sliding windows.
+        """
         caches = fresh_caches(model)
-        names = sorted({type(c).__name__ for c in leaves(caches) if type(c) not in _KINDS})
+        classes = tuple(type(cache) for cache in leaves(caches))
+        names = sorted({each.__name__ for each in classes if each not in _KINDS})
         logits = model(mx.array([[0]]), cache=caches)
         mx.eval(logits, [cache.state for cache in caches])
         vocabulary = logits.shape[-1]
         if names:
-            return cls((), tuple(names), None, 1, vocabulary)
-        kinds = tuple(_KINDS[type(cache)](cache) for cache in leaves(caches))
+            return cls((), classes, tuple(names), None, 1, vocabulary)
+        kinds = tuple(_kind(cache, step, swa_full) for cache in leaves(caches))
         blind = {i for i, kind in enumerate(kinds) if not kind.sees_interior}
         hook = CaptureHook.of(model, blind) if blind and len(kinds) == len(caches) else None
         family = type(model).__module__.rpartition(".")[2]
-        return cls(kinds, (), hook, _BLOCKS.get(family, 1), vocabulary)
+        return cls(kinds, classes, (), hook, _BLOCKS.get(family, 1), vocabulary)
 
     @property
     def needs_snapshots(self) -> bool:
         """Whether some layer restores at checkpoints only."""
         return any(kind.needs_snapshot for kind in self.kinds)
+
+    @property
+    def stores_every_slice(self) -> bool:
+        """Whether rows leave the live caches, so that each slice must be stored when it is read."""
+        return any(isinstance(kind, FullWindowKind) for kind in self.kinds)
 
     @property
     def must_pause(self) -> bool:
@@ -109,13 +125,14 @@ class Layout:
         """Why `caches` are not this model's standing at `position`; None where they are."""
         found = leaves(caches)
         names = [type(cache).__name__ for cache in found]
-        if len(found) != len(self.kinds) or any(type(cache) not in _KINDS for cache in found):
-            return f"expected {len(self.kinds)} plain caches of this model, found {names}"
+        if len(found) != len(self.classes):
+            return f"expected {len(self.classes)} plain caches of this model, found {names}"
         for index, (kind, cache) in enumerate(zip(self.kinds, found, strict=True)):
+            expected = self.classes[index]
+            if type(cache) is not expected:
+                return f"layer {index} has a {names[index]}, this model a {expected.__name__}"
             if cache.empty():
                 return f"layer {index} has read nothing"
-            if type(_KINDS[type(cache)](cache)) is not type(kind):
-                return f"layer {index} has a {names[index]}, which this model does not use there"
             stands = kind.position(cache)
             if stands is not None and stands != position:
                 return f"layer {index} stands at {stands} tokens, not at {position}"

@@ -50,8 +50,11 @@ class LayerKind(Protocol):
         """Tokens that `cache` has read, None where it does not say."""
         ...
 
-    def take_rows(self, cache: Any, start: int, end: int) -> Arrays:
-        """Compact copies of the rows of `[start, end)`, not yet evaluated; empty without rows."""
+    def take_rows(self, cache: Any, start: int, end: int) -> Arrays | None:
+        """Compact copies of the rows of `[start, end)`, not yet evaluated; empty without rows.
+
+        None where the live cache no longer has them.
+        """
         ...
 
     def snapshot(self, cache: Any, position: int) -> Snapshot | None:

@@ -33,7 +33,7 @@ class RowBlock:
         """Two blocks that own their bytes, `[start, position)` and `[position, end)`."""
         upper = RowBlock(self.start, position, self.piece(self.start, position))
         lower = RowBlock(position, self.end, self.piece(position, self.end))
-        mx.eval(upper.layers, lower.layers)
+        evaluate_to_keep(upper.layers, lower.layers)
         return upper, lower
 
     def piece(self, start: int, end: int) -> tuple[Arrays, ...]:
@@ -50,6 +50,16 @@ def compact(view: mx.array) -> mx.array:
     `mx.contiguous` would hand a view through whose buffer is up to 16 KiB larger than the view.
     """
     return mx.array(view)
+
+
+def evaluate_to_keep(*arrays: Any) -> None:
+    """Evaluate copies that will be kept, into buffers of their own size.
+
+    MLX would else take recycled buffers, each up to two pages larger than was asked for: with small
+    arrays that was 3 % of the store, held and never reported.
+    """
+    mx.clear_cache()
+    mx.eval(*arrays)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +112,8 @@ class RowsKind:
             parts = [arrays[which] for arrays in rows]
             if room:
                 parts.append(_blank(shape, dtype, room))
-            buffers.append(mx.concatenate(parts, axis=AXIS) if parts else None)
+            # Contiguous, because zeros alone would go on costing nothing, unlike what was claimed.
+            buffers.append(mx.contiguous(mx.concatenate(parts, axis=AXIS)) if parts else None)
         if buffers[0] is not None:
             cache.keys, cache.values = buffers
             cache.offset = position

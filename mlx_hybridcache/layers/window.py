@@ -23,6 +23,7 @@ class WindowKind:
 
     size: int
     keep: int
+    step: int
     row_nbytes: int
 
     needs_snapshot = True
@@ -30,10 +31,9 @@ class WindowKind:
     row_bytes = 0
 
     @classmethod
-    def seen(cls, cache: Any) -> WindowKind:
-        """From a cache that has read one token."""
-        per_row = sum(x.nbytes // x.shape[AXIS] for x in (cache.keys, cache.values))
-        return cls(cache.max_size, cache.keep, per_row)
+    def seen(cls, cache: Any, step: int) -> WindowKind:
+        """From a cache that has read one token, for slices of at most `step`."""
+        return cls(cache.max_size, cache.keep, step, _row_nbytes(cache))
 
     @property
     def snapshot_bytes(self) -> int:
@@ -41,7 +41,7 @@ class WindowKind:
 
     @property
     def running_bytes(self) -> int:
-        return self.size * self.row_nbytes
+        return (self.size + self.step) * self.row_nbytes
 
     def position(self, cache: Any) -> int:
         return int(cache.offset)
@@ -75,6 +75,79 @@ class WindowKind:
         """A window has its size."""
 
 
+@dataclass(frozen=True, slots=True)
+class FullWindowKind:
+    """A rotating window of which every row is stored, so that it restores at any position.
+
+    What llama.cpp calls `--swa-full`. The live cache is mlx-lm's own and keeps its last rows only,
+    so rows are taken before they leave it: after each slice, and not behind a longer reply.
+    """
+
+    size: int
+    step: int
+    row_nbytes: int
+
+    needs_snapshot = False
+    sees_interior = True
+    snapshot_bytes = 0
+
+    @classmethod
+    def seen(cls, cache: Any, step: int) -> FullWindowKind:
+        """From a cache that has read one token, for slices of at most `step`."""
+        return cls(cache.max_size, step, _row_nbytes(cache))
+
+    @property
+    def row_bytes(self) -> int:
+        return self.row_nbytes
+
+    @property
+    def running_bytes(self) -> int:
+        return (self.size + self.step) * self.row_nbytes
+
+    def position(self, cache: Any) -> int:
+        return int(cache.offset)
+
+    def take_rows(self, cache: Any, start: int, end: int) -> Arrays | None:
+        keys, values, offset, keep, _, index = cache.state
+        ordered = [_in_order(x, offset, keep, index) for x in (keys, values)]
+        first = offset - ordered[0].shape[AXIS]
+        if start < first:
+            return None
+        return tuple(compact(x[:, :, start - first : end - first]) for x in ordered)
+
+    def snapshot(self, cache: Any, position: int) -> None:
+        return None
+
+    def fill(
+        self,
+        cache: Any,
+        rows: Sequence[Arrays],
+        snapshot: Snapshot | None,
+        position: int,
+        capacity: int,
+    ) -> None:
+        needed, parts = min(position, self.size), []
+        for arrays in reversed(rows):
+            if needed <= 0:
+                break
+            length = arrays[0].shape[AXIS]
+            parts.append([x[:, :, max(0, length - needed) :] for x in arrays])
+            needed -= length
+        if parts:
+            keys, values = (
+                compact(mx.concatenate(list(each), axis=AXIS))
+                for each in zip(*reversed(parts), strict=True)
+            )
+            cache.state = (keys, values, position, 0, self.size, keys.shape[AXIS])
+
+    def grow(self, cache: Any, capacity: int) -> None:
+        """A live window has its size."""
+
+
+def _row_nbytes(cache: Any) -> int:
+    return sum(x.nbytes // x.shape[AXIS] for x in (cache.keys, cache.values))
+
+
 def _in_order(rows: mx.array, offset: int, keep: int, index: int) -> mx.array:
     """The filled rows of a rotating buffer, oldest first; `index` is where it writes next."""
     if index == rows.shape[AXIS]:
@@ -103,6 +176,7 @@ class ChunkedKind:
     """
 
     size: int
+    step: int
     row_nbytes: int
 
     needs_snapshot = True
@@ -110,10 +184,9 @@ class ChunkedKind:
     row_bytes = 0
 
     @classmethod
-    def seen(cls, cache: Any) -> ChunkedKind:
-        """From a cache that has read one token."""
-        per_row = sum(x.nbytes // x.shape[AXIS] for x in (cache.keys, cache.values))
-        return cls(cache.chunk_size, per_row)
+    def seen(cls, cache: Any, step: int) -> ChunkedKind:
+        """From a cache that has read one token, for slices of at most `step`."""
+        return cls(cache.chunk_size, step, _row_nbytes(cache))
 
     @property
     def snapshot_bytes(self) -> int:
@@ -121,7 +194,7 @@ class ChunkedKind:
 
     @property
     def running_bytes(self) -> int:
-        return self.size * self.row_nbytes
+        return (self.size + self.step) * self.row_nbytes
 
     def position(self, cache: Any) -> int:
         return int(cache.offset)
