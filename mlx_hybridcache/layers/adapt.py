@@ -66,7 +66,7 @@ class Layout:
     """
 
     kinds: tuple[LayerKind, ...]
-    classes: tuple[type, ...]
+    classes: tuple[type[Any], ...]
     unsupported: tuple[str, ...]
     hook: CaptureHook | None
     alignment: int

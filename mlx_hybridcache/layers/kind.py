@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 import mlx.core as mx
 
@@ -22,44 +22,50 @@ class Snapshot:
         return sum(array.nbytes for array in self.arrays if array is not None)
 
 
-class LayerKind(Protocol):
+class LayerKind:
     """How one layer's cache is taken apart and put together again.
 
-    `row_bytes` is what one token adds to the rows, `snapshot_bytes` the most that a snapshot
-    weighs, `running_bytes` what a live cache holds beside its rows. `needs_snapshot` is False where
-    any position can be restored from rows alone. `sees_interior` says that a snapshot of a position
-    inside the last slice can be taken after it; otherwise the replay pauses or a hook captures it.
+    What stands here is a layer that keeps nothing; each kind says in which respects it differs.
     """
 
-    @property
-    def row_bytes(self) -> int: ...
+    __slots__ = ()
+
+    needs_snapshot: ClassVar[bool] = False
+    """False where rows alone restore any position."""
+
+    sees_interior: ClassVar[bool] = True
+    """Whether a snapshot inside the last slice can be taken after it. Otherwise the replay pauses
+    there, or a hook captures it."""
 
     @property
-    def snapshot_bytes(self) -> int: ...
+    def row_bytes(self) -> int:
+        """Bytes that one token adds to the stored rows."""
+        return 0
 
     @property
-    def running_bytes(self) -> int: ...
+    def snapshot_bytes(self) -> int:
+        """The most bytes that a snapshot weighs."""
+        return 0
 
     @property
-    def needs_snapshot(self) -> bool: ...
-
-    @property
-    def sees_interior(self) -> bool: ...
+    def running_bytes(self) -> int:
+        """Bytes that a live cache holds beside the rows it has room for."""
+        return 0
 
     def position(self, cache: Any) -> int | None:
         """Tokens that `cache` has read, None where it does not say."""
-        ...
+        return None
 
     def take_rows(self, cache: Any, start: int, end: int) -> Arrays | None:
         """Compact copies of the rows of `[start, end)`, not yet evaluated; empty without rows.
 
         None where the live cache no longer has them.
         """
-        ...
+        return ()
 
     def snapshot(self, cache: Any, position: int) -> Snapshot | None:
         """A compact copy, not yet evaluated, of the state at `position`; None where none is needed."""
-        ...
+        return None
 
     def fill(
         self,
@@ -69,9 +75,12 @@ class LayerKind(Protocol):
         position: int,
         capacity: int,
     ) -> None:
-        """Make the fresh `cache` stand at `position`, with room for `capacity` tokens, unevaluated."""
-        ...
+        """Make the fresh `cache` stand at `position`, with room for `capacity` tokens, unevaluated.
+
+        `rows` are the rows of `[0, position)` in order; at position 0 neither they nor a snapshot
+        are given.
+        """
+        raise NotImplementedError
 
     def grow(self, cache: Any, capacity: int) -> None:
-        """Give a live `cache` room for `capacity` tokens."""
-        ...
+        """Give a live `cache` room for `capacity` tokens. Nothing to do where it has its size."""

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .kind import Arrays, Snapshot
+from .kind import Arrays, LayerKind, Snapshot
 from .rows import compact
 
 
 @dataclass(frozen=True, slots=True)
-class RecurrentKind:
+class RecurrentKind(LayerKind):
     """A fixed set of arrays: for Gated-DeltaNet the convolution's last taps and the state.
 
     They are kept in the dtype the model computed them in: rounding a float32 state to bfloat16
@@ -22,7 +22,6 @@ class RecurrentKind:
 
     needs_snapshot = True
     sees_interior = False
-    row_bytes = 0
 
     @classmethod
     def seen(cls, cache: Any) -> RecurrentKind:
@@ -36,12 +35,6 @@ class RecurrentKind:
     @property
     def running_bytes(self) -> int:
         return self.state_nbytes
-
-    def position(self, cache: Any) -> None:
-        return None
-
-    def take_rows(self, cache: Any, start: int, end: int) -> Arrays:
-        return ()
 
     def snapshot(self, cache: Any, position: int) -> Snapshot:
         return Snapshot(tuple(None if x is None else compact(x) for x in _slots(cache)))
@@ -58,9 +51,6 @@ class RecurrentKind:
             # Copies, because an in-place update of a shared array would reach the stored one.
             arrays = [None if x is None else compact(x) for x in snapshot.arrays]
             cache.state = (arrays, None, None)
-
-    def grow(self, cache: Any, capacity: int) -> None:
-        """A state has its size."""
 
 
 def _slots(cache: Any) -> list[Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from .kind import Arrays, Snapshot
+from .kind import Arrays, LayerKind, Snapshot
 
 AXIS = 2  # (batch, heads, tokens, dim)
 
@@ -63,17 +63,12 @@ def evaluate_to_keep(*arrays: Any) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class RowsKind:
+class RowsKind(LayerKind):
     """A growing buffer of keys and values. Shapes `(1, heads, 1, dim)` as one token leaves them."""
 
     shapes: tuple[tuple[int, ...], ...]
     dtypes: tuple[mx.Dtype, ...]
     headroom: bool  # False for caches that take exactly what is there, and grow by concatenation
-
-    needs_snapshot = False
-    sees_interior = True
-    snapshot_bytes = 0
-    running_bytes = 0
 
     @classmethod
     def seen(cls, cache: Any, headroom: bool) -> RowsKind:
@@ -94,9 +89,6 @@ class RowsKind:
 
     def take_rows(self, cache: Any, start: int, end: int) -> Arrays:
         return tuple(compact(x[:, :, start:end]) for x in (cache.keys, cache.values))
-
-    def snapshot(self, cache: Any, position: int) -> None:
-        return None
 
     def fill(
         self,

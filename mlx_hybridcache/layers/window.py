@@ -8,36 +8,17 @@ from typing import Any
 
 import mlx.core as mx
 
-from .kind import Arrays, Snapshot
+from .kind import Arrays, LayerKind, Snapshot
 from .rows import AXIS, compact
 
 
 @dataclass(frozen=True, slots=True)
-class WindowKind:
-    """A rotating window of `size` rows, the first `keep` of which never leave.
-
-    mlx-lm's rotating cache holds up to `size - 1` older rows and the whole of the last slice, in
-    temporal order; single-token steps write over the oldest in place. A snapshot is the last `size`
-    rows in temporal order, which both ways of going on trim as they trim a cold prefill's.
-    """
+class _Window(LayerKind):
+    """What all windows share: `size` rows of `row_nbytes`, and slices of at most `step` tokens."""
 
     size: int
-    keep: int
     step: int
     row_nbytes: int
-
-    needs_snapshot = True
-    sees_interior = True
-    row_bytes = 0
-
-    @classmethod
-    def seen(cls, cache: Any, step: int) -> WindowKind:
-        """From a cache that has read one token, for slices of at most `step`."""
-        return cls(cache.max_size, cache.keep, step, _row_nbytes(cache))
-
-    @property
-    def snapshot_bytes(self) -> int:
-        return self.size * self.row_nbytes
 
     @property
     def running_bytes(self) -> int:
@@ -46,8 +27,28 @@ class WindowKind:
     def position(self, cache: Any) -> int:
         return int(cache.offset)
 
-    def take_rows(self, cache: Any, start: int, end: int) -> Arrays:
-        return ()
+
+@dataclass(frozen=True, slots=True)
+class WindowKind(_Window):
+    """A rotating window of `size` rows, the first `keep` of which never leave.
+
+    mlx-lm's rotating cache holds up to `size - 1` older rows and the whole of the last slice, in
+    temporal order; single-token steps write over the oldest in place. A snapshot is the last `size`
+    rows in temporal order, which both ways of going on trim as they trim a cold prefill's.
+    """
+
+    keep: int
+
+    needs_snapshot = True
+
+    @classmethod
+    def seen(cls, cache: Any, step: int) -> WindowKind:
+        """From a cache that has read one token, for slices of at most `step`."""
+        return cls(cache.max_size, step, _row_nbytes(cache), cache.keep)
+
+    @property
+    def snapshot_bytes(self) -> int:
+        return self.size * self.row_nbytes
 
     def snapshot(self, cache: Any, position: int) -> Snapshot:
         keys, values, offset, keep, size, index = cache.state
@@ -71,25 +72,14 @@ class WindowKind:
         keys, values = (compact(x) for x in snapshot.arrays if x is not None)
         cache.state = (keys, values, position, self.keep, self.size, keys.shape[AXIS])
 
-    def grow(self, cache: Any, capacity: int) -> None:
-        """A window has its size."""
-
 
 @dataclass(frozen=True, slots=True)
-class FullWindowKind:
+class FullWindowKind(_Window):
     """A rotating window of which every row is stored, so that it restores at any position.
 
     What llama.cpp calls `--swa-full`. The live cache is mlx-lm's own and keeps its last rows only,
     so rows are taken before they leave it: after each slice, and not behind a longer reply.
     """
-
-    size: int
-    step: int
-    row_nbytes: int
-
-    needs_snapshot = False
-    sees_interior = True
-    snapshot_bytes = 0
 
     @classmethod
     def seen(cls, cache: Any, step: int) -> FullWindowKind:
@@ -100,13 +90,6 @@ class FullWindowKind:
     def row_bytes(self) -> int:
         return self.row_nbytes
 
-    @property
-    def running_bytes(self) -> int:
-        return (self.size + self.step) * self.row_nbytes
-
-    def position(self, cache: Any) -> int:
-        return int(cache.offset)
-
     def take_rows(self, cache: Any, start: int, end: int) -> Arrays | None:
         keys, values, offset, keep, _, index = cache.state
         ordered = [_in_order(x, offset, keep, index) for x in (keys, values)]
@@ -114,9 +97,6 @@ class FullWindowKind:
         if start < first:
             return None
         return tuple(compact(x[:, :, start - first : end - first]) for x in ordered)
-
-    def snapshot(self, cache: Any, position: int) -> None:
-        return None
 
     def fill(
         self,
@@ -139,9 +119,6 @@ class FullWindowKind:
                 for each in zip(*reversed(parts), strict=True)
             )
             cache.state = (keys, values, position, 0, self.size, keys.shape[AXIS])
-
-    def grow(self, cache: Any, capacity: int) -> None:
-        """A live window has its size."""
 
 
 def _row_nbytes(cache: Any) -> int:
@@ -169,19 +146,14 @@ def _last(rows: mx.array, offset: int, position: int, keep: int, size: int) -> m
 
 
 @dataclass(frozen=True, slots=True)
-class ChunkedKind:
+class ChunkedKind(_Window):
     """Llama 4's chunked window: the rows since a start that moves when a forward begins.
 
     The start depends on how the prefill was cut, so interior positions are not read off afterwards.
     """
 
-    size: int
-    step: int
-    row_nbytes: int
-
     needs_snapshot = True
     sees_interior = False
-    row_bytes = 0
 
     @classmethod
     def seen(cls, cache: Any, step: int) -> ChunkedKind:
@@ -191,16 +163,6 @@ class ChunkedKind:
     @property
     def snapshot_bytes(self) -> int:
         return self.size * self.row_nbytes
-
-    @property
-    def running_bytes(self) -> int:
-        return (self.size + self.step) * self.row_nbytes
-
-    def position(self, cache: Any) -> int:
-        return int(cache.offset)
-
-    def take_rows(self, cache: Any, start: int, end: int) -> Arrays:
-        return ()
 
     def snapshot(self, cache: Any, position: int) -> Snapshot:
         assert position == cache.offset
@@ -220,6 +182,3 @@ class ChunkedKind:
             return
         keys, values = (compact(x) for x in snapshot.arrays if x is not None)
         cache.state = (keys, values, position, self.size, position - keys.shape[AXIS])
-
-    def grow(self, cache: Any, capacity: int) -> None:
-        """A window has its size."""
