@@ -1,6 +1,6 @@
 """A prompt cache for hybrid language models on MLX: restore the nearest checkpoint, replay the rest."""
 
-from .engine import Generation, HybridPromptCache, Ready
+from .cache import HybridPromptCache
 from .errors import (
     BudgetError,
     CacheMismatchError,
@@ -12,6 +12,7 @@ from .errors import (
     SettingError,
 )
 from .report import CacheReport, Reason
+from .request import Generation, Ready
 from .store import StoreStats
 
 __all__ = [

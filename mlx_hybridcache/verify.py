@@ -15,7 +15,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from .engine import HybridPromptCache
+from .cache import HybridPromptCache
 from .layers.adapt import fresh_caches
 
 MARGIN = 4.0
@@ -141,12 +141,13 @@ def _restore_points(
     cache: HybridPromptCache, prompts: Sequence[list[int]]
 ) -> Iterator[tuple[int, list[int]]]:
     """Each stored checkpoint with a prompt that restores it and goes on differently."""
-    if not cache.layout.needs_snapshots:  # every position restores: take some at odd places
+    paths = cache.checkpoints()
+    if not paths:  # every position restores: take some at odd places
         for prompt in prompts:
             for position in range(1, len(prompt) - 1, max(1, len(prompt) // 7)):
                 yield position, [*prompt[:position], *reversed(prompt[:AHEAD])]
         return
-    for path in cache.checkpoints():
+    for path in paths:
         yield len(path), [*path, *reversed(path[:AHEAD])]
 
 

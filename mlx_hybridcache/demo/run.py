@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from ..engine import HybridPromptCache
+from ..cache import HybridPromptCache
 from ..report import CacheReport
 from .workloads import Call, calls, default_text
 
@@ -64,7 +64,7 @@ def outcomes(
     model: Any, tokenizer: Any, asked: list[Call], cache: HybridPromptCache
 ) -> Iterator[Outcome]:
     """Each call in turn: plain mlx-lm, which reads all of it, then through `cache`."""
-    step = cache.grid.step
+    step = cache.engine.grid.step
     for call in asked:
         cold = listen(
             stream_generate(model, tokenizer, call.prompt, REPLY_TOKENS, prefill_step_size=step)
