@@ -86,7 +86,10 @@ def restore(
 
 
 def grow(layout: Layout, caches: Sequence[Any], capacity: int) -> None:
-    """Give live caches room for `capacity` tokens, all at once."""
+    """Give live caches room for `capacity` tokens, one layer after another.
+
+    While a layer grows, its old buffer and its new one are both held.
+    """
     for kind, cache in zip(layout.kinds, leaves(caches), strict=True):
         kind.grow(cache, capacity)
-    mx.eval([cache.state for cache in caches])
+        mx.eval(cache.state)

@@ -321,7 +321,8 @@ class _Room:
     def reach(self, position: int) -> None:
         """Make sure that `position` tokens fit."""
         if position > self._capacity:
-            self._claim.grow(REPLY_ROOM * self._layout.row_bytes)
+            old = max(kind.row_bytes for kind in self._layout.kinds) * self._capacity
+            self._claim.grow(REPLY_ROOM * self._layout.row_bytes, passing=old)
             self._capacity += REPLY_ROOM
             checkpoints.grow(self._layout, self._caches, self._capacity)
 

@@ -80,9 +80,12 @@ class Claim:
         self._store = store
         self.nbytes = nbytes
 
-    def grow(self, nbytes: int) -> None:
-        """Claim `nbytes` more. Raises `BudgetError` when nothing is left to let go for them."""
-        self._store.make_room(nbytes)
+    def grow(self, nbytes: int, passing: int = 0) -> None:
+        """Claim `nbytes` more, with room for `passing` bytes that are held for a moment only.
+
+        Raises `BudgetError` when nothing is left to let go for them.
+        """
+        self._store.make_room(nbytes + passing)
         self._store.running_bytes += nbytes
         self.nbytes += nbytes
 
@@ -263,6 +266,9 @@ class Store:
         if checkpoint is not None:
             node.checkpoint = checkpoint
             self.snapshot_bytes += checkpoint.nbytes
+        for above in node.path()[:-1]:  # what was kept while this path was written
+            if self._only_joins(above):
+                tree.merge(above)
         return True
 
     def pin(self, namespace: str, tokens: Tokens) -> int:
@@ -366,26 +372,33 @@ class Store:
             return
         yield node
         above = node.parent
-        while (
-            self.needs_checkpoints
-            and above is not None
-            and above.parent is not None
-            and above.checkpoint is None
-            and len(above.children or ()) == 1
-            and above not in kept
-        ):
+        while above is not None and self._only_joins(above, kept):
             yield above
             above = above.parent
 
     def _drop(self, node: Node, kept: set[Node]) -> None:
-        dead = list(self._dead_with(node, kept))
+        tree, dead = self._tree_of(node), list(self._dead_with(node, kept))
         if node.checkpoint is not None:
             self.snapshot_bytes -= node.checkpoint.nbytes
             node.checkpoint = None
         for gone in dead:
             self.rows_bytes -= gone.rows_nbytes
-            self._tree_of(gone).remove(gone)
+            tree.remove(gone)
+        last = dead[-1].parent if dead else node
+        if last is not None and self._only_joins(last, kept):
+            tree.merge(last)
         self._evictions += 1
+
+    def _only_joins(self, node: Node, kept: Iterable[Node] = ()) -> bool:
+        """Whether `node` is a boundary that nothing stands at and nothing branches from."""
+        return (
+            self.needs_checkpoints
+            and node.parent is not None
+            and node.checkpoint is None
+            and len(node.children or ()) == 1
+            and node not in kept
+            and not node.pinned
+        )
 
     def _tree_of(self, node: Node) -> PrefixTree:
         root = node

@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+
 from .tokens import Tokens, as_tokens
 
 
@@ -175,6 +177,15 @@ class PrefixTree:
         del node.parent.children[int(node.tokens[0])]
         if not node.parent.children:
             node.parent.children = None
+
+    def merge(self, node: Node) -> None:
+        """Let the only child of `node`, which has no checkpoint, take over its run and its rows."""
+        assert node.checkpoint is None and node.parent is not None and node.parent.children
+        (child,) = (node.children or {}).values()
+        child.parent, child.start = node.parent, node.start
+        child.tokens = as_tokens(np.concatenate([node.tokens, child.tokens]))
+        child.rows = node.rows + child.rows
+        node.parent.children[int(node.tokens[0])] = child
 
     def nodes(self) -> Iterator[Node]:
         """Every node but the root, parents before children."""

@@ -199,3 +199,33 @@ def test_rows_alone_restore_at_any_position_or_at_a_stride():
         asked = as_tokens([*range(17), 99, 99])
         assert store.find("n", asked).position == expected
         assert sum(block.end - block.start for block in store.find("n", asked).blocks()) == 30
+
+
+def test_rows_that_a_request_restores_stay_until_it_has_them():
+    """Asked for all 20 stored tokens: 10 restores, the checkpoint at 20 may go, its rows may not."""
+    store = Store(20 * ROW + 2 * STATE, needs_checkpoints=True)
+    save(store, range(10))
+    save(store, range(20))
+    found = store.find("n", as_tokens(range(20)))
+    assert found.position == 10
+    claim = store.claim(STATE // 2, found)
+    assert store.stats().checkpoints == 1
+    assert store.rows_bytes == 20 * ROW
+    assert [(block.start, block.end) for block in found.blocks()] == [(0, 10)]
+    assert found.checkpoint is not None
+    claim.release()
+
+
+def test_a_boundary_whose_checkpoint_went_is_merged_away():
+    """60 cuts thinned to 20 leave as many nodes as checkpoints, all tokens and all rows."""
+    store = Store(60 * 100 * ROW + 20 * STATE + ROW, needs_checkpoints=True)
+    path = list(range(6000))
+    for cut in range(100, 6001, 100):
+        save(store, path[:cut], is_end=cut == 6000)
+    save(store, path[:50])
+    stats = store.stats()
+    assert stats.nodes <= stats.checkpoints + 2
+    assert stats.tokens == 6000
+    assert store.rows_bytes == 6000 * ROW == held(store)[0]
+    blocks = store.find("n", as_tokens([*path, 1])).blocks()
+    assert [block.start for block in blocks[1:]] == [block.end for block in blocks[:-1]]

@@ -142,3 +142,16 @@ def test_a_removed_leaf_is_matched_no_more():
     tree.remove(leaf)
     assert tree.match(as_tokens([1, 2, 3])).matched == 2
     assert [node.end for node in tree.nodes()] == [2]
+
+
+def test_merging_a_boundary_keeps_tokens_and_rows():
+    """[0, 2) and [2, 4) become [0, 4) with the rows of both, in order."""
+    tree = PrefixTree()
+    put(tree, [1, 2])
+    put(tree, [1, 2, 3, 4])
+    upper, _ = tree.match(as_tokens([1, 2, 3, 4])).path
+    tree.merge(upper)
+    (node,) = tree.nodes()
+    assert (node.start, node.tokens.tolist()) == (0, [1, 2, 3, 4])
+    assert [(rows.start, rows.made_from) for rows in node.rows] == [(0, (1, 2)), (2, (3, 4))]
+    assert tree.match(as_tokens([1, 2, 3, 4])).matched == 4

@@ -10,6 +10,7 @@ nearly all expert weights again.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
@@ -60,6 +61,13 @@ class _Recording:
 
         return pieces
 
+    def listen_to(self, convolve: Callable[[mx.array], mx.array]) -> Callable[[mx.array], mx.array]:
+        def convolved(x: mx.array) -> mx.array:
+            self.conv_input = x
+            return convolve(x)
+
+        return convolved
+
     def snapshots(self, taps: int) -> list[Snapshot]:
         """One per offset: the convolution's last `taps` inputs and the state, unevaluated."""
         assert self.conv_input is not None
@@ -69,49 +77,61 @@ class _Recording:
         ]
 
 
-class _Listening:
-    """Mixed into a layer's class for the length of one forward."""
+_listened = threading.local()
+"""The recordings of the forward that runs on this thread, by layer. Another thread may run the same
+model at the same time; it hears nothing and is heard by nobody."""
 
-    _recording: _Recording
 
-    @property
-    def conv1d(self) -> Callable[[mx.array], mx.array]:
-        convolve = self["conv1d"]  # type: ignore[index]  # nn.Module is a dict of its children
+def _recording_of(layer: Any) -> _Recording | None:
+    recordings: dict[int, _Recording] = getattr(_listened, "recordings", {})
+    return recordings.get(id(layer))
 
-        def listen(x: mx.array) -> mx.array:
-            self._recording.conv_input = x
-            return convolve(x)  # type: ignore[no-any-return]
 
-        return listen
+def _listening(plain: Any) -> type:
+    """A subclass of the layer class `plain` that can be listened to, and is it otherwise."""
+    call = plain.__call__
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def listening_call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        recording = _recording_of(self)
+        if recording is None:
+            return call(self, *args, **kwargs)
         # The layer's own code, with one name looked up elsewhere.
-        call = _layer_class(self).__call__
-        names = {**call.__globals__, SCAN: self._recording.scan_in_pieces(call.__globals__[SCAN])}
+        names = {**call.__globals__, SCAN: recording.scan_in_pieces(call.__globals__[SCAN])}
         own = FunctionType(call.__code__, names, call.__name__, call.__defaults__, call.__closure__)
         return own(self, *args, **kwargs)
 
+    def conv1d(self: Any) -> Any:
+        convolve, recording = self["conv1d"], _recording_of(self)
+        return convolve if recording is None else recording.listen_to(convolve)
 
-def _layer_class(layer: object) -> Any:
-    return type(layer).__mro__[2]  # (listening class, _Listening, the layer's class, ...)
+    names = {"__call__": listening_call, "conv1d": property(conv1d)}
+    return type(f"Listening{plain.__name__}", (plain,), names)
 
 
-_LISTENING = {cls: type(f"Listening{cls.__name__}", (_Listening, cls), {}) for cls in HOOKED}
+_LISTENING = {plain: _listening(plain) for plain in HOOKED}
 
 
 class CaptureHook:
-    """Captures the recurrent layers of one model, keyed by their index among the model's caches."""
+    """Captures the recurrent layers of one model, keyed by their index among the model's caches.
+
+    The layers get a subclass of their own class, once and for good: a class that came and went with
+    each forward would be seen by other threads that run the same model.
+    """
 
     def __init__(self, layers: dict[int, Any]):
         self._layers = layers
+        for layer in layers.values():
+            if type(layer) in _LISTENING:
+                object.__setattr__(layer, "__class__", _LISTENING[type(layer)])
 
     @classmethod
     def of(cls, model: Any, recurrent: set[int]) -> CaptureHook | None:
         """The hook, or None where some recurrent layer's family has none."""
+        known = (*_LISTENING, *_LISTENING.values())
         found = {
             index: layer.linear_attn
             for index, layer in enumerate(model.layers)
-            if type(getattr(layer, "linear_attn", None)) in _LISTENING
+            if type(getattr(layer, "linear_attn", None)) in known
         }
         return cls(found) if found and set(found) == recurrent else None
 
@@ -119,22 +139,16 @@ class CaptureHook:
     def at(self, offsets: Sequence[int]) -> Iterator[Callable[[], dict[int, list[Snapshot]]]]:
         """Listen to one forward; the yielded function then gives each layer's snapshots, by offset.
 
-        `offsets` are ascending, strictly inside the slice. The model is as before on the way out.
+        `offsets` are ascending, strictly inside the slice.
         """
-        if not offsets:
-            yield dict
-            return
         recordings = {index: _Recording(offsets) for index in self._layers}
-        originals = {index: type(layer) for index, layer in self._layers.items()}
-        for index, layer in self._layers.items():
-            object.__setattr__(layer, "_recording", recordings[index])
-            object.__setattr__(layer, "__class__", _LISTENING[originals[index]])
+        _listened.recordings = {
+            id(layer): recordings[index] for index, layer in self._layers.items()
+        }
         try:
             yield lambda: {
                 index: recording.snapshots(self._layers[index].conv_kernel_size - 1)
                 for index, recording in recordings.items()
             }
         finally:
-            for index, layer in self._layers.items():
-                object.__setattr__(layer, "__class__", originals[index])
-                object.__delattr__(layer, "_recording")
+            del _listened.recordings
