@@ -17,8 +17,8 @@ import numpy as np
 
 from .checkpoint import Checkpoint
 from .errors import BudgetError, NotStoredError
+from .eviction import Eviction, pinned_nodes
 from .layers.rows import RowBlock
-from .policy import Candidate, least_useful
 from .tokens import Tokens
 from .tree import Match, Node, PrefixTree
 
@@ -194,22 +194,23 @@ class Store:
         missing = self.used_bytes() + nbytes - self.budget_bytes
         if missing <= 0:
             return
-        kept = set(keep)
+        eviction = self._eviction(keep, spare)
         if nbytes + self.running_bytes > self.budget_bytes:
             raise BudgetError(
                 f"This needs {nbytes:,} bytes beside the {self.running_bytes:,} of running requests; "
                 f"the memory budget is {self.budget_bytes:,}. Raise memory_budget, shorten the "
                 "prompt or max_tokens, or wait for running requests to end."
             )
-        fixed = self.running_bytes + self._fixed_bytes(kept, spare)
+        fixed = self.running_bytes + eviction.fixed_bytes()
         if nbytes + fixed > self.budget_bytes:  # known before anything is let go for nothing
             raise BudgetError(
                 f"{nbytes:,} bytes do not fit: {fixed:,} of {self.budget_bytes:,} "
                 "are held by running requests and pins. Raise memory_budget or unpin."
             )
         while self.used_bytes() + nbytes > self.budget_bytes:
-            evicted = self._evict_one(kept, spare)
-            assert evicted, "what is not fixed can be let go"
+            node = eviction.first()
+            assert node is not None, "what is not fixed can be let go"
+            self._drop(node, eviction)
 
     # Changing
 
@@ -266,8 +267,9 @@ class Store:
         if checkpoint is not None:
             node.checkpoint = checkpoint
             self.snapshot_bytes += checkpoint.nbytes
+        eviction = self._eviction()
         for above in node.path()[:-1]:  # what was kept while this path was written
-            if self._only_joins(above):
+            if eviction.only_joins(above):
                 tree.merge(above)
         return True
 
@@ -278,7 +280,7 @@ class Store:
         when nothing of `tokens` is stored.
         """
         node = self._restoring_node(namespace, tokens)
-        path = {*self._pinned_nodes(), *node.path()}
+        path = {*pinned_nodes(self._trees.values()), *node.path()}
         weight = sum(x.rows_nbytes for x in path) + sum(
             x.checkpoint.nbytes for x in path if x.checkpoint and (x.pinned or x is node)
         )
@@ -313,71 +315,15 @@ class Store:
             raise NotStoredError("Nothing of this prompt is stored; prefill it first.")
         return node
 
-    def _pinned_nodes(self) -> set[Node]:
-        return {
-            above
-            for tree in self._trees.values()
-            for node in tree.nodes()
-            if node.pinned
-            for above in node.path()
-        }
+    def _eviction(self, keep: Iterable[Node] = (), spare: Node | None = None) -> Eviction:
+        trees = self._trees.values()
+        return Eviction(trees, frozenset(keep), spare, self.needs_checkpoints, self._clock)
 
-    def _fixed_bytes(self, kept: set[Node], spare: Node | None) -> int:
-        """Bytes of the store that would be left if everything went that may."""
-        stay = {above for node in kept for above in node.path()} | self._pinned_nodes()
-        stay.update(spare.path() if spare is not None else ())
-        return sum(node.rows_nbytes for node in stay) + sum(
-            node.checkpoint.nbytes
-            for node in stay
-            if node.checkpoint is not None and (node.pinned or node is spare)
-        )
-
-    def _evict_one(self, kept: set[Node], spare: Node | None) -> bool:
-        """Let the least useful checkpoint (or, without checkpoints, leaf) go; False if none may."""
-        nodes: list[tuple[str, Node]] = []
-        candidates: list[Candidate] = []
-        for name, tree in self._trees.items():
-            for node, around in _surroundings(tree).items():
-                is_free_leaf = not node.children and node not in kept
-                if self.needs_checkpoints and is_free_leaf and node.checkpoint is None:
-                    self._drop(node, kept)  # rows that nothing restores go first of all
-                    return True
-                restores = node.checkpoint is not None if self.needs_checkpoints else is_free_leaf
-                if restores and not node.pinned and node is not spare:
-                    nodes.append((name, node))
-                    candidates.append(self._candidate(node, around, kept))
-        if not nodes:
-            return False
-        name, node = nodes[least_useful(candidates)]
-        self._remember(name, node)
-        self._drop(node, kept)
-        return True
-
-    def _candidate(self, node: Node, around: _Surroundings, kept: set[Node]) -> Candidate:
-        freed = node.checkpoint.nbytes if node.checkpoint is not None else 0
-        freed += sum(dead.rows_nbytes for dead in self._dead_with(node, kept))
-        branches = len(node.children or ())
-        return Candidate(
-            gap_tokens=node.end - around.above,
-            below_tokens=around.below - node.end,
-            to_end_tokens=around.deepest - node.end,
-            freed_bytes=freed,
-            age_ticks=self._clock - node.last_used,
-            is_anchor=branches > 1 or (node.is_end and branches == 0),
-        )
-
-    def _dead_with(self, node: Node, kept: set[Node]) -> Iterator[Node]:
-        """The nodes whose rows nothing needs any more once `node` restores nothing."""
-        if node.children or node in kept:
-            return
-        yield node
-        above = node.parent
-        while above is not None and self._only_joins(above, kept):
-            yield above
-            above = above.parent
-
-    def _drop(self, node: Node, kept: set[Node]) -> None:
-        tree, dead = self._tree_of(node), list(self._dead_with(node, kept))
+    def _drop(self, node: Node, eviction: Eviction) -> None:
+        name, tree = self._tree_of(node)
+        dead = list(eviction.dead_with(node))
+        if node.checkpoint is not None or not self.needs_checkpoints:
+            self._remember(name, node)
         if node.checkpoint is not None:
             self.snapshot_bytes -= node.checkpoint.nbytes
             node.checkpoint = None
@@ -385,26 +331,15 @@ class Store:
             self.rows_bytes -= gone.rows_nbytes
             tree.remove(gone)
         last = dead[-1].parent if dead else node
-        if last is not None and self._only_joins(last, kept):
+        if last is not None and eviction.only_joins(last):
             tree.merge(last)
         self._evictions += 1
 
-    def _only_joins(self, node: Node, kept: Iterable[Node] = ()) -> bool:
-        """Whether `node` is a boundary that nothing stands at and nothing branches from."""
-        return (
-            self.needs_checkpoints
-            and node.parent is not None
-            and node.checkpoint is None
-            and len(node.children or ()) == 1
-            and node not in kept
-            and not node.pinned
-        )
-
-    def _tree_of(self, node: Node) -> PrefixTree:
+    def _tree_of(self, node: Node) -> tuple[str, PrefixTree]:
         root = node
         while root.parent is not None:
             root = root.parent
-        return next(tree for tree in self._trees.values() if tree.root is root)
+        return next((name, tree) for name, tree in self._trees.items() if tree.root is root)
 
     def _remember(self, name: str, node: Node) -> None:
         tokens = _tokens_of(node)
@@ -412,32 +347,6 @@ class Store:
         self._ghosts[(name, len(tokens), digest)] = None
         while len(self._ghosts) > GHOSTS:
             self._ghosts.popitem(last=False)
-
-
-@dataclass(slots=True)
-class _Surroundings:
-    """Positions of the nearest checkpoint above a node, the farthest next one below, the deepest end."""
-
-    above: int
-    below: int
-    deepest: int
-
-
-def _surroundings(tree: PrefixTree) -> dict[Node, _Surroundings]:
-    """Every node of `tree`, parents before children, with what stands around it."""
-    found: dict[Node, _Surroundings] = {tree.root: _Surroundings(0, 0, 0)}
-    for node in tree.nodes():
-        parent = node.parent
-        assert parent is not None
-        above = found[parent].above if parent.checkpoint is None else parent.end
-        found[node] = _Surroundings(above, node.end, node.end)
-    for node, around in reversed(found.items()):
-        if node.parent is not None:
-            up = found[node.parent]
-            next_below = around.below if node.checkpoint is None else node.end
-            up.below, up.deepest = max(up.below, next_below), max(up.deepest, around.deepest)
-    del found[tree.root]
-    return found
 
 
 def _tokens_of(node: Node) -> Tokens:

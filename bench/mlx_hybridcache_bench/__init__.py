@@ -1,0 +1,1 @@
+"""Measurements of mlx_hybridcache: what it costs, and what it saves. Run as `mlx-hybridcache bench`."""

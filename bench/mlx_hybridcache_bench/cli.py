@@ -1,0 +1,42 @@
+"""The command line of the bench: `mlx-hybridcache bench NAME ...`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mlx_hybridcache.demo import BUNDLED_MODEL
+from mlx_hybridcache.demo.run import wide_console
+
+from . import decode, overhead
+
+COMMANDS = {
+    "overhead": (overhead, "what the cache costs, each part beside its target"),
+    "decode": (decode, "tokens per second with and without the KV cache"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one measurement. 0: done; 1: a counted figure misses its target."""
+    parser = argparse.ArgumentParser(prog="mlx-hybridcache bench", description=__doc__)
+    add_commands(parser.add_subparsers(dest="measurement", required=True))
+    return run(parser.parse_args(argv))
+
+
+def add_commands(commands: Any) -> None:
+    """Add every measurement to an argparse `add_subparsers()` object."""
+    for name, (module, purpose) in COMMANDS.items():
+        parser = commands.add_parser(name, help=purpose, description=module.__doc__)
+        module.add_arguments(parser)
+        parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here too")
+        parser.set_defaults(measurement=name)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the measurement that `args` names."""
+    if args.model is None:
+        args.model = str(BUNDLED_MODEL)
+    module = COMMANDS[args.measurement][0]
+    return int(module.run(args, wide_console()))

@@ -1,0 +1,149 @@
+"""The bench runs, prints its tables and counts right. Timings are never asserted here."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlx_hybridcache_bench import cli
+from mlx_hybridcache_bench.full_size import measure_full_size
+from mlx_hybridcache_bench.paired import Paired, Spent, measure
+from mlx_hybridcache_bench.slices import measure_slices
+from mlx_hybridcache_bench.standin import QWEN3_NEXT_80B, TINY
+from mlx_hybridcache_bench.tables import Figure
+
+SMALL_OVERHEAD = [
+    *("overhead", "--pairs", "1", "--prompt-tokens", "300", "--max-tokens", "2"),
+    *("--conversations", "20", "--match-tokens", "6000"),
+    *("--shapes", "tiny", "--tokens", "1200"),
+    *("--slice-tokens", "1500", "--step", "512"),
+]
+
+
+@pytest.fixture(scope="module")
+def overhead(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What a small `bench overhead` wrote."""
+    file = tmp_path_factory.mktemp("overhead") / "overhead.json"
+    assert cli.main([*SMALL_OVERHEAD, "--json", str(file)]) == 0
+    return dict(json.loads(file.read_text(encoding="utf-8")))
+
+
+def test_overhead_writes_the_documented_keys(overhead: dict[str, Any]) -> None:
+    """bench/README.md lists them; programs that read the file rely on them."""
+    assert set(overhead) == {"command", "machine", "figures", "parts"}
+    assert set(overhead["parts"]) == {"cold", "matching", "full-size", "slices"}
+    assert {"date", "cores", "memory_bytes", "device", "mlx", "mlx_lm"} <= set(overhead["machine"])
+    assert {"name", "value", "unit", "target", "counted", "kept"} == set(overhead["figures"][0])
+    assert {"ratio", "ratio_min", "ratio_max", "cpu_ratio"} <= set(
+        overhead["parts"]["cold"]["paired"]
+    )
+
+
+def test_every_counted_figure_keeps_its_target(overhead: dict[str, Any]) -> None:
+    """Facts do not depend on how busy the machine is."""
+    counted = [figure for figure in overhead["figures"] if figure["counted"]]
+    assert len(counted) == 6
+    assert [figure["name"] for figure in counted if not figure["kept"]] == []
+
+
+def test_a_cold_run_gives_the_plain_reply_and_leaves_checkpoints(overhead: dict[str, Any]) -> None:
+    """300 tokens in two ways: the same tokens out."""
+    cold = overhead["parts"]["cold"]
+    assert cold["same_reply"]
+    assert cold["checkpoints"] >= 1
+
+
+def test_a_long_prompt_matches_as_far_as_it_is_stored(overhead: dict[str, Any]) -> None:
+    """6,000 tokens of which all but the last, half, a system prompt, and none are stored."""
+    lookups = overhead["parts"]["matching"]["lookups"]
+    assert [each["matched_tokens"] for each in lookups] == [5999, 3000, 1500, 0]
+
+
+def test_one_part_can_be_measured_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    """`--only matching` prints that table and the figures, and nothing of the rest."""
+    assert cli.main([*SMALL_OVERHEAD, "--only", "matching"]) == 0
+    printed = capsys.readouterr().out
+    assert "Matching in 20 conversations" in printed
+    assert "Figures and targets" in printed
+    assert "Forwards by slice length" not in printed
+
+
+def test_restored_buffers_are_not_copied_by_the_next_tokens() -> None:
+    """The control, a cache of exactly the prompt's size, is: so the count can see a copy."""
+    found = measure_full_size(1200, pairs=1, shapes=TINY)
+    assert found.growth_copies == 0
+    assert found.exact_size_growth_copies == 1
+    assert found.restored_right
+
+
+def test_ten_branches_hold_the_shared_rows_once() -> None:
+    """At most 5 % more than one set of rows, the branches' own and the checkpoints."""
+    found = measure_full_size(1200, pairs=1, shapes=TINY)
+    assert found.branch_ratio <= 1.05
+    assert found.branch_reported_bytes == found.branch_expected_bytes
+
+
+def test_the_stand_in_weighs_what_qwen3_next_80b_weighs() -> None:
+    """24 KiB a token, about 74 MiB a checkpoint (design section 1)."""
+    assert QWEN3_NEXT_80B.row_bytes == 24 * 1024
+    assert round(QWEN3_NEXT_80B.snapshot_bytes / 2**20) == 74
+
+
+def test_every_run_stays_within_its_bound_of_forwards() -> None:
+    """Cold and hot, with and without capture hook, without, with few and with many turn tokens."""
+    found = measure_slices(tokens=1500, step=512)
+    assert {(run.name, run.hook, run.turns > 6) for run in found.runs} == {
+        (name, hook, many)
+        for name in ("cold", "hot")
+        for hook in (True, False)
+        for many in (True, False)
+    }
+    for run in found.runs:
+        assert len(run.lengths) <= run.bound
+        assert sum(run.lengths) == run.replayed_tokens
+    cold = [run for run in found.runs if run.name == "cold"]
+    for hooked, paused in zip(cold[:3], cold[3:], strict=True):
+        assert len(hooked.lengths) < len(paused.lengths), "the hook was not taken away"
+
+
+def test_decode_prints_a_table_and_chooses_the_tokens_of_a_full_re_prefill(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Qwen3-MoE, dense Qwen3 and the bundled model, at two lengths."""
+    plot, file = tmp_path / "decode.png", tmp_path / "decode.json"
+    small = ["--contexts", "16", "40", "--new-tokens", "2"]
+    assert cli.main(["decode", *small, "--plot", str(plot), "--json", str(file)]) == 0
+    written = json.loads(file.read_text(encoding="utf-8"))
+    assert set(written) == {"command", "machine", "new_tokens", "figures", "contexts", "plot"}
+    assert [each["context_tokens"] for each in written["contexts"]] == [16, 40] * 3
+    assert all(each["same_tokens"] for each in written["contexts"])
+    printed = capsys.readouterr().out
+    assert "Qwen3-MoE" in printed
+    assert "Qwen3 dense" in printed
+    if written["plot"] is None:  # matplotlib comes with the `bench` extra only
+        assert "no plot" in printed
+    else:
+        assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_pairs_are_measured_in_turns_after_a_warm_up() -> None:
+    """In the order a b, b a, a b: whatever grows slower with time does so for both."""
+    order: list[str] = []
+    found = measure(lambda: order.append("a"), lambda: order.append("b"), pairs=2, warm_up=1)
+    assert order == ["a", "b", "b", "a", "a", "b"]
+    assert len(found.a) == len(found.b) == 2
+
+
+def test_a_ratio_is_the_median_of_the_pairs() -> None:
+    """2, 3 and 10 times: 3, though the medians alone would say something else."""
+    a = tuple(Spent(each, each) for each in (1.0, 1.0, 1.0))
+    b = tuple(Spent(each, 2 * each) for each in (2.0, 3.0, 10.0))
+    found = Paired(a, b)
+    assert (found.ratio, found.cpu_ratio) == (3.0, 6.0)
+    assert found.ratios == [2.0, 3.0, 10.0]
+
+
+@pytest.mark.parametrize(("value", "kept"), [(1.03, True), (1.031, False)])
+def test_a_figure_keeps_its_target_up_to_the_target_itself(value: float, kept: bool) -> None:
+    """`at most 1.03` includes 1.03."""
+    assert Figure("cold", value, "x", 1.03, counted=False).kept is kept
