@@ -25,8 +25,7 @@ def prompt_tokens(ids: Iterable[int], vocabulary: int) -> Tokens:
     `[0, vocabulary)`.
     """
     try:
-        # array.array reads a list three times as fast as numpy: 120K tokens in about 1 ms.
-        tokens: Tokens = np.frombuffer(array.array("i", ids), dtype=np.int32)
+        tokens = _as_array(ids if isinstance(ids, list) else [*ids])
     except (TypeError, ValueError, OverflowError) as error:
         raise PromptError(
             f"The prompt must be text or a list of token ids; one of its items is neither ({error})."
@@ -41,7 +40,18 @@ def prompt_tokens(ids: Iterable[int], vocabulary: int) -> Tokens:
             f"Token id {found} at position {at} is outside the model's vocabulary of {vocabulary}. "
             "Was the prompt made with another model's tokenizer?"
         )
-    return tokens
+    return tokens.view(np.int32)
+
+
+def _as_array(ids: list[int]) -> npt.NDArray[np.uint32] | npt.NDArray[np.int64]:
+    """120K ids in under 1 ms: array.array reads a list faster than numpy, unsigned fastest.
+
+    What does not fit there is out of any vocabulary; it is kept to be named.
+    """
+    try:
+        return np.frombuffer(array.array("I", ids), dtype=np.uint32)
+    except OverflowError:
+        return np.frombuffer(array.array("q", ids), dtype=np.int64)
 
 
 def as_tokens(tokens: npt.ArrayLike) -> Tokens:

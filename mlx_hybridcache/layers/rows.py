@@ -104,8 +104,7 @@ class RowsKind(LayerKind):
             parts = [arrays[which] for arrays in rows]
             if room:
                 parts.append(_blank(shape, dtype, room))
-            # Contiguous, because zeros alone would go on costing nothing, unlike what was claimed.
-            buffers.append(mx.contiguous(mx.concatenate(parts, axis=AXIS)) if parts else None)
+            buffers.append(_joined(parts) if parts else None)
         if buffers[0] is not None:
             cache.keys, cache.values = buffers
             cache.offset = position
@@ -119,6 +118,19 @@ class RowsKind(LayerKind):
                     (cache.keys, cache.values), self.shapes, self.dtypes, strict=True
                 )
             )
+
+
+def _joined(parts: list[mx.array]) -> mx.array:
+    """One buffer of all `parts`, in memory of its own even where they are only zeros.
+
+    MLX's CPU backend concatenates element by element, so eight bytes count as one element.
+    """
+    dtype = parts[0].dtype
+    wide = parts[0].shape[3] * dtype.size % mx.uint64.size == 0
+    if wide:
+        parts = [part.view(mx.uint64) for part in parts]
+    joined = mx.contiguous(mx.concatenate(parts, axis=AXIS))
+    return joined.view(dtype) if wide else joined
 
 
 def _blank(shape: tuple[int, ...], dtype: mx.Dtype, rows: int) -> mx.array:
