@@ -273,6 +273,7 @@ class Engine:
         return self.report(request, self.store.find(self.namespace, request.tokens), 0.0)
 
     def report(self, request: Request, found: Found, seconds: float) -> CacheReport:
+        """What was found for a request, and what was done about it so far."""
         tokens, matched = request.tokens, found.match.matched
         contradicted = found.match.contradicted
         return CacheReport(
@@ -301,6 +302,7 @@ class Engine:
         return Reason.BRANCH if found.match.contradicted else Reason.PREFIX
 
     def uncached_report(self, request: Request, why: list[str]) -> CacheReport:
+        """The report of a request served without the cache, because of `why` or of the model."""
         return CacheReport(
             prompt_tokens=len(request.tokens),
             matched_tokens=0,

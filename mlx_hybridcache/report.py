@@ -26,7 +26,7 @@ class Reason(StrEnum):
 
 
 _SENTENCES = {
-    Reason.EXACT: "The whole prompt was read before; only what is needed for logits was replayed.",
+    Reason.EXACT: "All of the prompt was read before; only what lies behind the nearest checkpoint was replayed.",
     Reason.PREFIX: "The prompt continues what is stored; its new tokens were replayed.",
     Reason.BRANCH: "The prompt parts ways with what is stored; it was replayed from the nearest checkpoint.",
     Reason.COLD: "Nothing stored begins as this prompt does; all of it was read.",
