@@ -1,0 +1,308 @@
+"""The public class: arguments checked, work handed to the worker thread, results handed back."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from importlib.metadata import version
+from types import TracebackType
+from typing import Any, Self
+
+import mlx.core as mx
+from mlx_lm.generate import wired_limit
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from . import models
+from .engine import REPLY_ROOM, ROW_STEP, Engine
+from .errors import (
+    BudgetError,
+    CacheMismatchError,
+    ClosedError,
+    HybridCacheError,
+    PromptError,
+    SettingError,
+)
+from .generate import random_state
+from .layers.adapt import Layout
+from .report import CacheReport
+from .request import Generation, HeldClaim, Progress, Ready, Request
+from .schedule import Grid
+from .sizes import format_bytes, parse_bytes
+from .store import Store, StoreStats
+from .tokens import Tokens, learn_turn_marks, namespace, prompt_tokens
+from .worker import Worker
+
+log = logging.getLogger("mlx_hybridcache")
+
+UNCACHED_OPTIONS = ("kv_bits", "max_kv_size", "draft_model", "input_embeddings", "prompt_cache")
+"""Options of `mlx_lm.stream_generate` whose requests are served without the cache, and say so."""
+
+
+class HybridPromptCache:
+    """A prompt cache for one model, hybrid or not. Every method may be called from any thread.
+
+    `memory_budget` is bytes or text with a unit and bounds the store and the running requests
+    together. `exact` makes hot and cold agree bit for bit on devices where the shape of a slice
+    changes the last bits, at the cost of at most one step of replay. `prefill_step_size` and
+    `checkpoint_every` are tokens. `swa_full` stores every row of sliding windows, which then
+    restore at any position, not at checkpoints only. `cache_salt` separates namespaces.
+
+    Raises `BudgetError` when the budget is smaller than one checkpoint with its rows.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any = None,
+        *,
+        memory_budget: int | str | None = None,
+        exact: bool = False,
+        prefill_step_size: int = 2048,
+        checkpoint_every: int = 2048,
+        checkpoint_min_step: int = 512,
+        swa_full: bool = False,
+        cache_salt: str = "",
+    ):
+        if prefill_step_size < 1 or checkpoint_every < 1 or checkpoint_min_step < 1:
+            raise ValueError(
+                "prefill_step_size, checkpoint_every and checkpoint_min_step are >= 1."
+            )
+        if tokenizer is not None and not isinstance(tokenizer, TokenizerWrapper):
+            tokenizer = TokenizerWrapper(tokenizer)
+        models.evaluate(model)
+        layout = Layout.of(model, prefill_step_size, swa_full=swa_full)
+        every = -(-checkpoint_every // prefill_step_size) * prefill_step_size
+        budget = models.default_budget(model) if memory_budget is None else memory_budget
+        store = Store(
+            parse_bytes(budget),
+            needs_checkpoints=layout.needs_snapshots,
+            stride=prefill_step_size if exact else 1,
+        )
+        _check_budget(layout, store)
+        device = (str(mx.default_device()), version("mlx"), prefill_step_size)
+        self.engine = Engine(
+            model=model,
+            tokenizer=tokenizer,
+            layout=layout,
+            grid=Grid(prefill_step_size, every, checkpoint_min_step, layout.alignment),
+            store=store,
+            marks=learn_turn_marks(tokenizer),
+            namespace=namespace(
+                model=models.fingerprint(model),
+                salt=cache_salt,
+                swa_full=swa_full,
+                exact=device if exact else False,
+            ),
+            exact=exact,
+        )
+        if layout.unsupported:
+            log.warning(
+                "%s cannot be stored by this version: requests are served without the cache.",
+                ", ".join(layout.unsupported),
+            )
+        self._worker = Worker(held=lambda: _mlx_thread(model), name="mlx-hybridcache")
+
+    @property
+    def last_report(self) -> CacheReport | None:
+        """The report of the call that finished last."""
+        return self.engine.last_report
+
+    # Generating
+
+    def stream_generate(
+        self,
+        prompt: str | Iterable[int],
+        max_tokens: int = 256,
+        *,
+        boundaries: Sequence[int] = (),
+        prompt_progress_callback: Progress | None = None,
+        **options: Any,
+    ) -> Generation:
+        """A reply to `prompt`, text or token ids; keyword arguments are `mlx_lm.stream_generate`'s.
+
+        `boundaries` declares positions worth a checkpoint. Samplers, logits processors and the
+        progress callback run on the worker thread; samplers draw from the calling thread's random
+        state as it is now. Raises `PromptError` before any work for a prompt that cannot be read.
+        """
+        engine = self.engine
+        if engine.tokenizer is None:
+            raise HybridCacheError(
+                "stream_generate needs a tokenizer; give one to the constructor."
+            )
+        if max_tokens == 0:
+            raise SettingError("max_tokens must not be zero (use -1 for no limit).")
+        request = self._request(prompt, max_tokens, boundaries, prompt_progress_callback)
+        uncached = [name for name in UNCACHED_OPTIONS if options.get(name) is not None]
+        if options.get("sampler") is not None:
+            options["seed"] = _take_random_state()
+        if uncached or engine.layout.unsupported:
+            steps = engine.answer_uncached(request, uncached, options)
+        else:
+            for name in (*UNCACHED_OPTIONS, "num_draft_tokens"):
+                options.pop(name, None)
+            steps = engine.answer(request, options)
+        return Generation(request, self._worker.stream(steps))
+
+    # For frameworks that run the model themselves
+
+    def prefill(
+        self,
+        prompt: str | Iterable[int],
+        *,
+        max_tokens: int = REPLY_ROOM,
+        boundaries: Sequence[int] = (),
+        prompt_progress_callback: Progress | None = None,
+    ) -> Ready:
+        """Caches that have read all of `prompt` but its last token, restored as far as possible."""
+        request = self._request(prompt, max_tokens, boundaries, prompt_progress_callback)
+        return self._ready(request, read=True)
+
+    def restore(self, prompt: str | Iterable[int], *, max_tokens: int = REPLY_ROOM) -> Ready:
+        """The same without reading anything: `rest` is all that is not restored."""
+        return self._ready(self._request(prompt, max_tokens), read=False)
+
+    def _ready(self, request: Request, *, read: bool) -> Ready:
+        engine = self.engine
+        if engine.layout.unsupported:
+            ready = self._worker.call(engine.prepare_uncached, request)
+        else:
+            (ready,) = self._worker.stream(engine.prepare(request, read=read))
+        assert request.report is not None
+        rest = request.tokens[ready.position :].tolist()
+        held = HeldClaim(ready.claim, self._worker)
+        return Ready(ready.caches, rest, ready.position, request.report, held)
+
+    def save(self, tokens: Iterable[int], prompt_cache: Sequence[Any]) -> None:
+        """Store what `prompt_cache` holds, which must have read exactly `tokens`.
+
+        Raises `CacheMismatchError` when it does not stand there, and in exact mode, where only
+        states that this library read along its own grid can be told to be exact; `BudgetError`
+        when there is no room.
+        """
+        engine, layout = self.engine, self.engine.layout
+        history = prompt_tokens(tokens, layout.vocabulary)
+        if engine.exact or layout.unsupported:
+            raise CacheMismatchError(
+                "An exact store keeps only what it has read itself; use prefill."
+                if engine.exact
+                else f"{', '.join(layout.unsupported)} cannot be stored by this version."
+            )
+        why = layout.mismatch(prompt_cache, len(history))
+        if why is not None:
+            raise CacheMismatchError(
+                f"Cannot save {len(history)} tokens: {why}. Nothing was stored."
+            )
+        mx.eval([cache.state for cache in prompt_cache])  # lazy arrays belong to this thread
+        if not self._worker.call(engine.save_caches, history, prompt_cache):
+            raise BudgetError(
+                "Nothing was saved: there was no room (raise memory_budget or release caches)"
+                + layout.stores_every_slice * ", or rows have left a sliding window"
+                + "."
+            )
+
+    # Looking and keeping
+
+    def lookup(self, prompt: str | Iterable[int]) -> CacheReport:
+        """What would be restored for `prompt`. Changes nothing."""
+        return self._worker.call(self.engine.lookup, self._request(prompt, REPLY_ROOM))
+
+    def stats(self) -> StoreStats:
+        """What is held, in bytes and counts."""
+        return self._worker.call(self.engine.store.stats)
+
+    def checkpoints(self) -> list[list[int]]:
+        """The tokens that lead to each stored checkpoint."""
+        engine = self.engine
+        return self._worker.call(
+            lambda: [tokens.tolist() for tokens, _ in engine.store.checkpoints(engine.namespace)]
+        )
+
+    def clear(self) -> None:
+        """Forget everything that is stored; running requests go on."""
+        self._worker.call(self.engine.store.clear)
+
+    def pin(self, prompt: str | Iterable[int]) -> int:
+        """Never evict what restores `prompt`; returns the position kept. It must be stored.
+
+        Raises `BudgetError` when pins would take more than half the budget.
+        """
+        engine = self.engine
+        return self._worker.call(engine.store.pin, engine.namespace, self._tokens(prompt))
+
+    def unpin(self, prompt: str | Iterable[int]) -> int:
+        """Treat what restores `prompt` like everything else again; returns its position."""
+        engine = self.engine
+        return self._worker.call(engine.store.unpin, engine.namespace, self._tokens(prompt))
+
+    def close(self) -> None:
+        """End running requests and the worker thread, and let go of everything stored."""
+        with suppress(ClosedError):  # closing twice is no mistake
+            self._worker.call(self.engine.store.clear)
+        self._worker.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _tokens(self, prompt: str | Iterable[int]) -> Tokens:
+        if isinstance(prompt, str):
+            tokenizer = self.engine.tokenizer
+            if tokenizer is None:
+                raise PromptError("A text prompt needs a tokenizer; give one to the constructor.")
+            # The rule by which mlx_lm.stream_generate adds special tokens.
+            bos = tokenizer.bos_token
+            ids = tokenizer.encode(
+                prompt, add_special_tokens=bos is None or not prompt.startswith(bos)
+            )
+        else:
+            ids = prompt.tolist() if hasattr(prompt, "tolist") else prompt
+        return prompt_tokens(ids, self.engine.layout.vocabulary)
+
+    def _request(
+        self,
+        prompt: str | Iterable[int],
+        max_tokens: int,
+        boundaries: Sequence[int] = (),
+        on_progress: Progress | None = None,
+    ) -> Request:
+        request = Request(self._tokens(prompt), max_tokens, tuple(boundaries))
+        if on_progress is not None:
+            request.on_progress = on_progress
+        return request
+
+
+def _check_budget(layout: Layout, store: Store) -> None:
+    smallest = layout.running_bytes(ROW_STEP) + layout.snapshot_bytes + ROW_STEP * layout.row_bytes
+    if store.budget_bytes < smallest:
+        raise BudgetError(
+            f"memory_budget is {format_bytes(store.budget_bytes)}; one running request of "
+            f"{ROW_STEP} tokens and one checkpoint of this model need {format_bytes(smallest)}."
+        )
+
+
+@contextmanager
+def _mlx_thread(model: Any) -> Iterator[None]:
+    """What the worker thread holds for its life: the wired limit, and its own MLX streams.
+
+    MLX 0.32 ends the process with `terminate` at exit when a thread leaves its streams behind.
+    """
+    try:
+        with wired_limit(model):
+            yield
+    finally:
+        mx.clear_streams()
+
+
+def _take_random_state() -> int:
+    """The calling thread's random state, and move it on, so that the next request draws anew."""
+    state = random_state()
+    mx.eval(mx.random.uniform())
+    return state

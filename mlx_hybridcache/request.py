@@ -1,0 +1,95 @@
+"""A request on its way, and what its caller holds of it: a generator, or caches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from mlx_lm.generate import GenerationResponse
+
+from .report import CacheReport
+from .store import Claim
+from .tokens import Tokens
+from .worker import Stream, Worker
+
+Progress = Callable[[int, int], None]
+"""Called with the prompt's tokens read so far and all of them, on the worker thread."""
+
+
+@dataclass(eq=False)
+class Request:
+    """What was asked, and the account kept of it."""
+
+    tokens: Tokens
+    max_tokens: int
+    boundaries: tuple[int, ...] = ()
+    on_progress: Progress = field(default=lambda read, total: None)
+    report: CacheReport | None = None
+    forwards: int = 0
+    taken: int = 0
+    refused: int = 0
+
+
+class Generation:
+    """A reply under way: iterate for mlx-lm's `GenerationResponse`s, from any thread.
+
+    `report` says what the cache did, from the moment the prompt is read. Closing it, or dropping
+    it, cancels the request; what was read stays stored.
+    """
+
+    def __init__(self, request: Request, stream: Stream[GenerationResponse]):
+        self._request = request
+        self._stream = stream
+
+    def __iter__(self) -> Iterator[GenerationResponse]:
+        return self
+
+    def __next__(self) -> GenerationResponse:
+        return next(self._stream)
+
+    def close(self) -> None:
+        """Stop here. Returns when the work has stopped."""
+        self._stream.close()
+
+    @property
+    def report(self) -> CacheReport | None:
+        """What the cache did for this request; None until its prompt is read."""
+        return self._request.report
+
+
+class HeldClaim:
+    """A claim given back on the worker thread, at the latest when its holder is dropped."""
+
+    def __init__(self, claim: Claim, worker: Worker):
+        self._claim: Claim | None = claim
+        self._worker = worker
+
+    def release(self) -> None:
+        """Give it back; once is enough."""
+        claim, self._claim = self._claim, None
+        if claim is not None:
+            self._worker.post(claim.release)
+
+    def __del__(self) -> None:
+        self.release()
+
+
+@dataclass(frozen=True)
+class Ready:
+    """Caches for a framework that runs the model itself.
+
+    `prompt_cache` are mlx-lm caches that stand at `position`; `rest` are the prompt's tokens from
+    there on, at least one. They count against the budget until `release` is called or this object
+    is dropped.
+    """
+
+    prompt_cache: list[Any]
+    rest: list[int]
+    position: int
+    report: CacheReport
+    _claim: HeldClaim
+
+    def release(self) -> None:
+        """Say that the caches are no longer used."""
+        self._claim.release()
