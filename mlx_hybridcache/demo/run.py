@@ -11,6 +11,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 from mlx_lm.generate import GenerationResponse, stream_generate
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -118,8 +119,7 @@ def run(
     console.print(_table(seen))
     equal = sum(one.difference == 0 for one in seen)
     console.print(
-        f"{equal} of {len(seen)} replies through the cache equal the reply without it, bit for bit "
-        "(tokens and log-probabilities).",
+        f"{equal} of {len(seen)} replies through the cache equal the reply without it, bit for bit.",
         highlight=False,
     )
     return seen
@@ -132,7 +132,10 @@ def wide_console() -> Console:
 
 
 def _table(seen: list[Outcome]) -> Table:
-    table = Table(title="Time to first token, without the cache (cold) and through it (hot)")
+    table = Table(
+        title="Time to first token, without the cache (cold) and through it (hot)",
+        box=box.SIMPLE_HEAD,
+    )
     table.add_column("call", no_wrap=True)
     for name in ("prompt", "matched", "restored", "replayed", "cold ms", "hot ms", "ratio"):
         table.add_column(name, justify="right", no_wrap=True)
