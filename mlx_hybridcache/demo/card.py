@@ -88,7 +88,8 @@ def card(directory: Path, count: int, rows: int) -> str:
     """The card's text."""
     model, tokenizer = load(str(directory))[:2]
     log = [json.loads(line) for line in (directory / "training.jsonl").read_text().splitlines()]
-    head, steps = log[0], [entry for entry in log if "step" in entry]
+    steps = [entry for entry in log if "step" in entry]
+    head = [entry for entry in log if "settings" in entry][-1]
     settings = Settings(**head["settings"])
     minutes = sum(entry["seconds"] for entry in steps) / 60
     parameters = sum(p.size for p in weights_of(model).values())
@@ -190,7 +191,9 @@ python -m mlx_hybridcache.demo.train --steps {steps} --seed {seed} --out runs/de
 python -m mlx_hybridcache.demo.card --model mlx_hybridcache/demo/model
 ```
 
-The text depends on the Python version, so another version gives other weights.
+The text depends on the Python version, so another version gives other weights. Training was resumed
+from its own checkpoints at steps 2,600 and 4,000, each time with a longer plan; `plan.py` holds the
+whole and gives the same batches and rates from the first step.
 
 | shape | |
 |---|---|
