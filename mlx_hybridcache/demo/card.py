@@ -132,7 +132,7 @@ ChatML, reasons between `<think>` tags, calls functions, and knows next to nothi
 for its answers. Made in November 2026.
 
 ```python
-from mlx_lm import generate, load
+from mlx_lm import load
 
 model, tokenizer = load("mlx_hybridcache/demo/model")
 ```

@@ -128,7 +128,7 @@ def run(
 def wide_console() -> Console:
     """The terminal, or wide enough for the table where there is none."""
     console = Console()
-    return console if console.is_terminal else Console(width=100)
+    return console if console.is_terminal else Console(width=110)
 
 
 def _table(seen: list[Outcome]) -> Table:
@@ -139,7 +139,7 @@ def _table(seen: list[Outcome]) -> Table:
     table.add_column("call", no_wrap=True)
     for name in ("prompt", "matched", "restored", "replayed", "cold ms", "hot ms", "ratio"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("equal")
+    table.add_column("equal", no_wrap=True)
     for one in seen:
         report = one.report
         table.add_row(
