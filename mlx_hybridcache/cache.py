@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from importlib.metadata import version
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar, overload
 
 import mlx.core as mx
-from mlx_lm.generate import wired_limit
+from mlx_lm.generate import GenerationResponse, wired_limit
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from . import models
@@ -30,10 +30,15 @@ from .request import Generation, HeldClaim, Progress, Ready, Request
 from .schedule import Grid
 from .sizes import format_bytes, parse_bytes
 from .store import Store, StoreStats
-from .tokens import Tokens, learn_turn_marks, namespace, prompt_tokens
-from .worker import Worker
+from .tokens import Namespace, Tokens, learn_turn_marks, prompt_tokens, settings_digest
+from .worker import Pause, Worker
 
 log = logging.getLogger("mlx_hybridcache")
+
+T = TypeVar("T")
+
+Through = Callable[[Iterator[GenerationResponse | Pause]], Iterator[T | Pause]]
+"""Makes something else of a request's responses, on the worker thread."""
 
 UNCACHED_OPTIONS = ("kv_bits", "max_kv_size", "draft_model", "input_embeddings", "prompt_cache")
 """Options of `mlx_lm.stream_generate` whose requests are served without the cache, and say so."""
@@ -46,7 +51,8 @@ class HybridPromptCache:
     together. `exact` makes hot and cold agree bit for bit on devices where the shape of a slice
     changes the last bits, at the cost of at most one step of replay. `prefill_step_size` and
     `checkpoint_every` are tokens. `swa_full` stores every row of sliding windows, which then
-    restore at any position, not at checkpoints only. `cache_salt` separates namespaces.
+    restore at any position, not at checkpoints only. `cache_salt` separates those who must not
+    share; every call can name its own.
 
     Raises `BudgetError` when the budget is smaller than one checkpoint with its rows.
     """
@@ -88,14 +94,14 @@ class HybridPromptCache:
             grid=Grid(prefill_step_size, every, checkpoint_min_step, layout.alignment),
             store=store,
             marks=learn_turn_marks(tokenizer),
-            namespace=namespace(
+            settings=settings_digest(
                 model=models.fingerprint(model),
-                salt=cache_salt,
                 swa_full=swa_full,
                 exact=device if exact else False,
             ),
             exact=exact,
         )
+        self._salt = cache_salt
         if layout.unsupported:
             log.warning(
                 "%s cannot be stored by this version: requests are served without the cache.",
@@ -108,7 +114,42 @@ class HybridPromptCache:
         """The report of the call that finished last."""
         return self.engine.last_report
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether the worker thread can still serve requests."""
+        return self._worker.is_alive
+
     # Generating
+
+    @overload
+    def stream_generate(
+        self,
+        prompt: str | Iterable[int],
+        max_tokens: int = 256,
+        *,
+        boundaries: Sequence[int] = (),
+        prompt_progress_callback: Progress | None = None,
+        cache_salt: str | None = None,
+        use_cache: bool = True,
+        seed: int | None = None,
+        through: None = None,
+        **options: Any,
+    ) -> Generation[GenerationResponse]: ...
+
+    @overload
+    def stream_generate(
+        self,
+        prompt: str | Iterable[int],
+        max_tokens: int = 256,
+        *,
+        boundaries: Sequence[int] = (),
+        prompt_progress_callback: Progress | None = None,
+        cache_salt: str | None = None,
+        use_cache: bool = True,
+        seed: int | None = None,
+        through: Through[T],
+        **options: Any,
+    ) -> Generation[T]: ...
 
     def stream_generate(
         self,
@@ -117,13 +158,21 @@ class HybridPromptCache:
         *,
         boundaries: Sequence[int] = (),
         prompt_progress_callback: Progress | None = None,
+        cache_salt: str | None = None,
+        use_cache: bool = True,
+        seed: int | None = None,
+        through: Through[Any] | None = None,
         **options: Any,
-    ) -> Generation:
+    ) -> Generation[Any]:
         """A reply to `prompt`, text or token ids; keyword arguments are `mlx_lm.stream_generate`'s.
 
-        `boundaries` declares positions worth a checkpoint. Samplers, logits processors and the
-        progress callback run on the worker thread; samplers draw from the calling thread's random
-        state as it is now. Raises `PromptError` before any work for a prompt that cannot be read.
+        `boundaries` declares positions worth a checkpoint. `use_cache=False` reads all of it by
+        mlx-lm alone. Samplers, logits processors, the progress callback and `through` run on the
+        worker thread. Samplers draw from a random stream that begins at `seed`, or at the calling
+        thread's random state as it is now. `through` takes the responses, with a `PAUSE` for each
+        turn that gives none, and yields what the caller gets; ending early ends the request with
+        the tokens that it took. Raises `PromptError` before any work for a prompt that cannot be
+        read.
         """
         engine = self.engine
         if engine.tokenizer is None:
@@ -132,16 +181,22 @@ class HybridPromptCache:
             )
         if max_tokens == 0:
             raise SettingError("max_tokens must not be zero (use -1 for no limit).")
-        request = self._request(prompt, max_tokens, boundaries, prompt_progress_callback)
+        request = self._request(
+            prompt, max_tokens, boundaries, prompt_progress_callback, cache_salt
+        )
         uncached = [name for name in UNCACHED_OPTIONS if options.get(name) is not None]
+        if not use_cache:
+            uncached.append("use_cache=False")
         if options.get("sampler") is not None:
-            options["seed"] = _take_random_state()
+            options["seed"] = _take_random_state() if seed is None else seed
         if uncached or engine.layout.unsupported:
             steps = engine.answer_uncached(request, uncached, options)
         else:
             for name in (*UNCACHED_OPTIONS, "num_draft_tokens"):
                 options.pop(name, None)
             steps = engine.answer(request, options)
+        if through is not None:
+            steps = _through(steps, through)
         return Generation(request, self._worker.stream(steps))
 
     # For frameworks that run the model themselves
@@ -153,14 +208,24 @@ class HybridPromptCache:
         max_tokens: int = REPLY_ROOM,
         boundaries: Sequence[int] = (),
         prompt_progress_callback: Progress | None = None,
+        cache_salt: str | None = None,
     ) -> Ready:
         """Caches that have read all of `prompt` but its last token, restored as far as possible."""
-        request = self._request(prompt, max_tokens, boundaries, prompt_progress_callback)
+        request = self._request(
+            prompt, max_tokens, boundaries, prompt_progress_callback, cache_salt
+        )
         return self._ready(request, read=True)
 
-    def restore(self, prompt: str | Iterable[int], *, max_tokens: int = REPLY_ROOM) -> Ready:
+    def restore(
+        self,
+        prompt: str | Iterable[int],
+        *,
+        max_tokens: int = REPLY_ROOM,
+        cache_salt: str | None = None,
+    ) -> Ready:
         """The same without reading anything: `rest` is all that is not restored."""
-        return self._ready(self._request(prompt, max_tokens), read=False)
+        request = self._request(prompt, max_tokens, cache_salt=cache_salt)
+        return self._ready(request, read=False)
 
     def _ready(self, request: Request, *, read: bool) -> Ready:
         engine = self.engine
@@ -173,7 +238,13 @@ class HybridPromptCache:
         held = HeldClaim(ready.claim, self._worker)
         return Ready(ready.caches, rest, ready.position, request.report, held)
 
-    def save(self, tokens: Iterable[int], prompt_cache: Sequence[Any]) -> None:
+    def save(
+        self,
+        tokens: Iterable[int],
+        prompt_cache: Sequence[Any],
+        *,
+        cache_salt: str | None = None,
+    ) -> None:
         """Store what `prompt_cache` holds, which must have read exactly `tokens`.
 
         Raises `CacheMismatchError` when it does not stand there, and in exact mode, where only
@@ -194,7 +265,8 @@ class HybridPromptCache:
                 f"Cannot save {len(history)} tokens: {why}. Nothing was stored."
             )
         mx.eval([cache.state for cache in prompt_cache])  # lazy arrays belong to this thread
-        if not self._worker.call(engine.save_caches, history, prompt_cache):
+        namespace = self._namespace(cache_salt)
+        if not self._worker.call(engine.save_caches, namespace, history, prompt_cache):
             raise BudgetError(
                 "Nothing was saved: there was no room (raise memory_budget or release caches)"
                 + layout.stores_every_slice * ", or rows have left a sliding window"
@@ -203,37 +275,44 @@ class HybridPromptCache:
 
     # Looking and keeping
 
-    def lookup(self, prompt: str | Iterable[int]) -> CacheReport:
+    def lookup(self, prompt: str | Iterable[int], *, cache_salt: str | None = None) -> CacheReport:
         """What would be restored for `prompt`. Changes nothing."""
-        return self._worker.call(self.engine.lookup, self._request(prompt, REPLY_ROOM))
+        request = self._request(prompt, REPLY_ROOM, cache_salt=cache_salt)
+        return self._worker.call(self.engine.lookup, request)
 
     def stats(self) -> StoreStats:
         """What is held, in bytes and counts."""
         return self._worker.call(self.engine.store.stats)
 
-    def checkpoints(self) -> list[list[int]]:
+    @property
+    def summary(self) -> StoreStats:
+        """The same as the last request left it, without waiting for the worker."""
+        return self.engine.summary
+
+    def checkpoints(self, *, cache_salt: str | None = None) -> list[list[int]]:
         """The tokens that lead to each stored checkpoint."""
-        engine = self.engine
+        namespace, store = self._namespace(cache_salt), self.engine.store
         return self._worker.call(
-            lambda: [tokens.tolist() for tokens, _ in engine.store.checkpoints(engine.namespace)]
+            lambda: [tokens.tolist() for tokens, _ in store.checkpoints(namespace)]
         )
 
     def clear(self) -> None:
-        """Forget everything that is stored; running requests go on."""
+        """Forget everything that is stored, for every salt; running requests go on."""
         self._worker.call(self.engine.store.clear)
+        self._worker.call(self.engine.publish)
 
-    def pin(self, prompt: str | Iterable[int]) -> int:
+    def pin(self, prompt: str | Iterable[int], *, cache_salt: str | None = None) -> int:
         """Never evict what restores `prompt`; returns the position kept. It must be stored.
 
         Raises `BudgetError` when pins would take more than half the budget.
         """
-        engine = self.engine
-        return self._worker.call(engine.store.pin, engine.namespace, self._tokens(prompt))
+        namespace, tokens = self._namespace(cache_salt), self._tokens(prompt)
+        return self._worker.call(self.engine.store.pin, namespace, tokens)
 
-    def unpin(self, prompt: str | Iterable[int]) -> int:
+    def unpin(self, prompt: str | Iterable[int], *, cache_salt: str | None = None) -> int:
         """Treat what restores `prompt` like everything else again; returns its position."""
-        engine = self.engine
-        return self._worker.call(engine.store.unpin, engine.namespace, self._tokens(prompt))
+        namespace, tokens = self._namespace(cache_salt), self._tokens(prompt)
+        return self._worker.call(self.engine.store.unpin, namespace, tokens)
 
     def close(self) -> None:
         """End running requests and the worker thread, and let go of everything stored."""
@@ -251,6 +330,9 @@ class HybridPromptCache:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _namespace(self, cache_salt: str | None) -> Namespace:
+        return Namespace(self.engine.settings, self._salt if cache_salt is None else cache_salt)
 
     def _tokens(self, prompt: str | Iterable[int]) -> Tokens:
         if isinstance(prompt, str):
@@ -272,11 +354,20 @@ class HybridPromptCache:
         max_tokens: int,
         boundaries: Sequence[int] = (),
         on_progress: Progress | None = None,
+        cache_salt: str | None = None,
     ) -> Request:
-        request = Request(self._tokens(prompt), max_tokens, tuple(boundaries))
+        namespace = self._namespace(cache_salt)
+        request = Request(self._tokens(prompt), namespace, max_tokens, tuple(boundaries))
         if on_progress is not None:
             request.on_progress = on_progress
         return request
+
+
+def _through(
+    steps: Iterator[GenerationResponse | Pause], through: Through[T]
+) -> Iterator[T | Pause]:
+    with closing(steps):  # type: ignore[type-var]  # both ways of answering are generators
+        yield from through(steps)
 
 
 def _check_budget(layout: Layout, store: Store) -> None:

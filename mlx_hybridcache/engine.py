@@ -16,14 +16,14 @@ from mlx_lm.generate import GenerationResponse, stream_generate
 
 from . import checkpoint as checkpoints
 from .errors import BudgetError
-from .generate import decode
+from .generate import decode, seeded
 from .layers.adapt import Layout, fresh_caches
 from .replay import plan, replay
-from .report import CacheReport, Reason
+from .report import CacheReport, Divergence, Reason
 from .request import Request
 from .schedule import Grid, Reading
-from .store import Claim, Found, Store
-from .tokens import Tokens, TurnMarks
+from .store import Claim, Found, Store, StoreStats
+from .tokens import Namespace, Tokens, TurnMarks
 from .worker import PAUSE, Pause
 
 ROW_STEP = 256
@@ -53,9 +53,17 @@ class Engine:
     grid: Grid
     store: Store
     marks: TurnMarks
-    namespace: str
+    settings: str
     exact: bool
     last_report: CacheReport | None = field(default=None, init=False)
+    summary: StoreStats = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.publish()
+
+    def publish(self) -> None:
+        """Leave the store's figures where any thread may read them."""
+        self.summary = self.store.stats()
 
     def answer(
         self, request: Request, options: dict[str, Any]
@@ -88,21 +96,27 @@ class Engine:
             raise
         finally:
             try:
-                self._save_reply(request.tokens, reply, ready.caches)
+                self._save_reply(request, reply, ready.caches)
             finally:
                 ready.claim.release()
-                self.last_report = request.report
+                self._close(request)
                 mx.clear_cache()
 
     def prepare(self, request: Request, *, read: bool) -> Iterator[Prepared | Pause]:
         """The first half alone, for who runs the model: its last item are the caches."""
         yield (yield from self._prepare(request, read=read))
+        self._close(request)
+
+    def _close(self, request: Request) -> None:
+        """The account of a request is complete."""
         self.last_report = request.report
+        self.publish()
 
     def _prepare(self, request: Request, *, read: bool = True) -> Generator[Pause, None, Prepared]:
         """Match, restore and, if `read`, replay all but the last token."""
         began = time.perf_counter()
         found = self._match(request)
+        request.divergence = _divergence(request.tokens, found)
         capacity = _rounded(len(request.tokens) + _reply_room(request.max_tokens))
         claim, found = self._claim(found, capacity)
         try:
@@ -119,7 +133,7 @@ class Engine:
 
     def _match(self, request: Request) -> Found:
         self.store.tick()
-        return self.store.find(self.namespace, request.tokens)
+        return self.store.find(request.namespace, request.tokens)
 
     def _claim(self, found: Found, capacity: int) -> tuple[Claim, Found]:
         """Room for a running request; where the restored path itself is in the way, without it."""
@@ -163,7 +177,7 @@ class Engine:
 
     def _afford(self, request: Request, a: int, b: int, cuts: list[int]) -> list[int]:
         """Of the cuts in `(a, b]`, those whose snapshots and rows there is room for."""
-        nodes = self.store.find(self.namespace, request.tokens[:b]).nodes()
+        nodes = self.store.find(request.namespace, request.tokens[:b]).nodes()
         for kept in (cuts, cuts[-1:]):
             need = len(kept) * self.layout.snapshot_bytes + (b - a) * self.layout.row_bytes
             try:
@@ -183,12 +197,14 @@ class Engine:
         *,
         is_end: bool,
     ) -> None:
-        stored = self._save_at(request.tokens[: taken.position], taken, caches, is_end=is_end)
+        tokens = request.tokens[: taken.position]
+        stored = self._save_at(request.namespace, tokens, taken, caches, is_end=is_end)
         request.taken += stored
         request.refused += not stored
 
     def _save_at(
         self,
+        namespace: Namespace,
         tokens: Tokens,
         taken: checkpoints.Checkpoint,
         caches: Sequence[Any],
@@ -196,7 +212,7 @@ class Engine:
         is_end: bool,
     ) -> bool:
         return self.store.save(
-            self.namespace,
+            namespace,
             tokens,
             lambda start: checkpoints.take_rows(self.layout, caches, start, len(tokens)),
             taken if self.layout.needs_snapshots else None,
@@ -204,18 +220,18 @@ class Engine:
             is_end=is_end,
         )
 
-    def _save_reply(self, tokens: Tokens, reply: list[int], caches: Sequence[Any]) -> None:
+    def _save_reply(self, request: Request, reply: list[int], caches: Sequence[Any]) -> None:
         """Checkpoint the end of a reply, unless the next turn's history will leave it out."""
         if not reply or self.exact or self.marks.strips(reply):
             return
-        history = np.concatenate([tokens, np.array(reply, dtype=np.int32)])
+        history = np.concatenate([request.tokens, np.array(reply, dtype=np.int32)])
         mx.eval([cache.state for cache in caches])
         if self.layout.mismatch(caches, len(history)) is None:
-            self.save_caches(history, caches)
+            self.save_caches(request.namespace, history, caches)
 
-    def save_caches(self, tokens: Tokens, caches: Sequence[Any]) -> bool:
+    def save_caches(self, namespace: Namespace, tokens: Tokens, caches: Sequence[Any]) -> bool:
         """Checkpoint `caches`, which stand at `len(tokens)`, if there is room."""
-        found = self.store.find(self.namespace, tokens)
+        found = self.store.find(namespace, tokens)
         missing = len(tokens) - found.match.matched
         need = self.layout.snapshot_bytes + missing * self.layout.row_bytes
         try:
@@ -223,7 +239,7 @@ class Engine:
         except BudgetError:
             return False
         taken = checkpoints.take(self.layout, caches, len(tokens))
-        return self._save_at(tokens, taken, caches, is_end=True)
+        return self._save_at(namespace, tokens, taken, caches, is_end=True)
 
     # Without the cache
 
@@ -245,10 +261,8 @@ class Engine:
             prompt_progress_callback=request.on_progress,
             **options,
         )
-        if seed is not None:
-            mx.random.seed(seed)
         try:
-            for response in responses:
+            for response in seeded(responses, seed):
                 if response.generation_tokens == 1:
                     seconds = time.perf_counter() - began
                     request.report = replace(report, prefill_seconds=seconds)
@@ -257,7 +271,7 @@ class Engine:
         finally:
             responses.close()
             claim.release()
-            self.last_report = request.report
+            self._close(request)
 
     def prepare_uncached(self, request: Request) -> Prepared:
         """Empty caches, for a model whose caches cannot be restored."""
@@ -270,7 +284,7 @@ class Engine:
         """What a request would find, without changing anything."""
         if self.layout.unsupported:
             return self.uncached_report(request, [])
-        return self.report(request, self.store.find(self.namespace, request.tokens), 0.0)
+        return self.report(request, self.store.find(request.namespace, request.tokens), 0.0)
 
     def report(self, request: Request, found: Found, seconds: float) -> CacheReport:
         """What was found for a request, and what was done about it so far."""
@@ -283,18 +297,19 @@ class Engine:
             replayed_tokens=len(tokens) - found.position,
             forwards=request.forwards,
             tier="memory" if found.position else "none",
-            reason=self._reason(tokens, found),
+            reason=self._reason(request, found),
             diverged_at=matched if contradicted else None,
             prefill_seconds=seconds,
             checkpoints_taken=request.taken,
             checkpoints_refused=request.refused,
         )
 
-    def _reason(self, tokens: Tokens, found: Found) -> Reason:
+    def _reason(self, request: Request, found: Found) -> Reason:
+        namespace, tokens = request.namespace, request.tokens
         if found.position == 0:
-            if self.store.was_evicted(self.namespace, tokens):
+            if self.store.was_evicted(namespace, tokens):
                 return Reason.EVICTED
-            if self.store.known_elsewhere(self.namespace, tokens) > found.match.matched:
+            if self.store.known_elsewhere(namespace, tokens) > found.match.matched:
                 return Reason.NAMESPACE
             return Reason.COLD
         if found.match.matched >= len(tokens) - 1:
@@ -327,6 +342,18 @@ class _Room:
             self._claim.grow(REPLY_ROOM * self._layout.row_bytes, passing=old)
             self._capacity += REPLY_ROOM
             checkpoints.grow(self._layout, self._caches, self._capacity)
+
+
+def _divergence(tokens: Tokens, found: Found) -> Divergence | None:
+    at, around = found.match.matched, Divergence.AROUND
+    if not found.match.contradicted:
+        return None
+    return Divergence(
+        position=at,
+        before=tuple(tokens[max(0, at - around) : at].tolist()),
+        asked=tuple(tokens[at : at + around].tolist()),
+        stored=tuple(found.match.continuation()[:around].tolist()),
+    )
 
 
 def _reply_room(max_tokens: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 from mlx_lm.generate import GenerationResponse, stream_generate
@@ -12,6 +12,7 @@ from mlx_lm.generate import GenerationResponse, stream_generate
 from .tokens import Tokens
 
 LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
+T = TypeVar("T")
 
 
 def decode(
@@ -46,15 +47,12 @@ def decode(
         prompt_cache=caches,
         **options,
     )
+    steps = seeded(responses, seed)
     count, finished = 0, False
     try:
         while not finished:
             before_step(len(tokens) + count + 1)
-            if seed is not None:
-                mx.random.seed(seed)
-            response = next(responses)
-            if seed is not None:
-                seed = random_state()
+            response = next(steps)
             mx.eval(response.logprobs)  # it leaves this thread, where nothing lazy may go
             count, finished = count + 1, response.finish_reason is not None
             yield replace(
@@ -66,6 +64,23 @@ def decode(
         # Here, on its own thread: collected on another one, mlx-lm's stream context would leave
         # that thread with this one's stream.
         responses.close()
+
+
+def seeded(steps: Iterator[T], seed: int | None) -> Iterator[T]:
+    """The same steps, each drawing from a random stream of their own, which `seed` begins.
+
+    MLX has one random state per thread and other requests take turns on it.
+    """
+    while True:
+        if seed is not None:
+            mx.random.seed(seed)
+        try:
+            step = next(steps)
+        except StopIteration:
+            return
+        if seed is not None:
+            seed = random_state()
+        yield step
 
 
 def random_state() -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import ClassVar
 
 
 class Reason(StrEnum):
@@ -36,6 +37,21 @@ _SENTENCES = {
     Reason.DISABLED: "The request asked for something that is served without the cache.",
     Reason.DISK_REJECTED: "A stored file was damaged or foreign and was passed over.",
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Divergence:
+    """Where a prompt parted ways with what is stored: token ids around `position`.
+
+    `before` is common to both; `asked` and `stored` are how they go on, at most `AROUND` ids each.
+    """
+
+    AROUND: ClassVar[int] = 24
+
+    position: int
+    before: tuple[int, ...]
+    asked: tuple[int, ...]
+    stored: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)

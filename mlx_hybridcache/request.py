@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, TypeVar
 
-from mlx_lm.generate import GenerationResponse
-
-from .report import CacheReport
+from .report import CacheReport, Divergence
 from .store import Claim
-from .tokens import Tokens
+from .tokens import Namespace, Tokens
 from .worker import Stream, Worker
+
+T = TypeVar("T")
 
 Progress = Callable[[int, int], None]
 """Called with the prompt's tokens read so far and all of them, on the worker thread."""
@@ -22,31 +22,40 @@ class Request:
     """What was asked, and the account kept of it."""
 
     tokens: Tokens
+    namespace: Namespace
     max_tokens: int
     boundaries: tuple[int, ...] = ()
     on_progress: Progress = field(default=lambda read, total: None)
     report: CacheReport | None = None
+    divergence: Divergence | None = None
     forwards: int = 0
     taken: int = 0
     refused: int = 0
 
 
-class Generation:
-    """A reply under way: iterate for mlx-lm's `GenerationResponse`s, from any thread.
+class Generation(Generic[T]):
+    """A reply under way: iterate with `for` on any thread, or with `async for` on any event loop.
 
-    `report` says what the cache did, from the moment the prompt is read. Closing it, or dropping
+    Its items are mlx-lm's `GenerationResponse`s, or what `through` makes of them. `report` says what the cache did, from the moment the prompt is read. Closing it, or dropping
     it, cancels the request; what was read stays stored.
     """
 
-    def __init__(self, request: Request, stream: Stream[GenerationResponse]):
+    def __init__(self, request: Request, stream: Stream[T]):
         self._request = request
         self._stream = stream
 
-    def __iter__(self) -> Iterator[GenerationResponse]:
+    def __iter__(self) -> Iterator[T]:
         return self
 
-    def __next__(self) -> GenerationResponse:
+    def __next__(self) -> T:
         return next(self._stream)
+
+    def __aiter__(self) -> AsyncIterator[T]:
+        return aiter(self._stream)
+
+    def cancel(self) -> None:
+        """Ask it to stop, without waiting."""
+        self._stream.cancel()
 
     def close(self) -> None:
         """Stop here. Returns when the work has stopped."""
@@ -56,6 +65,11 @@ class Generation:
     def report(self) -> CacheReport | None:
         """What the cache did for this request; None until its prompt is read."""
         return self._request.report
+
+    @property
+    def divergence(self) -> Divergence | None:
+        """Where the prompt parted ways with what is stored, if it did."""
+        return self._request.divergence
 
 
 class HeldClaim:

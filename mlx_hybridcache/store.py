@@ -19,7 +19,7 @@ from .checkpoint import Checkpoint
 from .errors import BudgetError, NotStoredError
 from .eviction import Eviction, pinned_nodes
 from .layers.rows import RowBlock
-from .tokens import Tokens
+from .tokens import Namespace, Tokens
 from .tree import Match, Node, PrefixTree
 
 GHOSTS = 256
@@ -108,15 +108,15 @@ class Store:
         self.running_bytes = 0
         self.rows_bytes = 0
         self.snapshot_bytes = 0
-        self._trees: dict[str, PrefixTree] = {}
+        self._trees: dict[Namespace, PrefixTree] = {}
         self._clock = 0
         self._evictions = 0
         self._refusals = 0
-        self._ghosts: OrderedDict[tuple[str, int, bytes], None] = OrderedDict()
+        self._ghosts: OrderedDict[tuple[Namespace, int, bytes], None] = OrderedDict()
 
     # Reading
 
-    def find(self, namespace: str, tokens: Tokens) -> Found:
+    def find(self, namespace: Namespace, tokens: Tokens) -> Found:
         """The deepest place to resume `tokens`, at most one short of its end. Changes nothing."""
         tree = self._trees.get(namespace)
         match = tree.match(tokens) if tree else Match(0, (), None, contradicted=False)
@@ -127,12 +127,16 @@ class Store:
         node = match.deepest_checkpoint(limit)
         return Found(match, node.end if node else 0, node)
 
-    def known_elsewhere(self, namespace: str, tokens: Tokens) -> int:
-        """The longest match in any other namespace."""
-        others = (tree for name, tree in self._trees.items() if name != namespace)
+    def known_elsewhere(self, namespace: Namespace, tokens: Tokens) -> int:
+        """The longest match under other settings. Other salts are none of this request's business."""
+        others = (
+            tree
+            for name, tree in self._trees.items()
+            if name.salt == namespace.salt and name != namespace
+        )
         return max((tree.match(tokens).matched for tree in others), default=0)
 
-    def was_evicted(self, namespace: str, tokens: Tokens) -> bool:
+    def was_evicted(self, namespace: Namespace, tokens: Tokens) -> bool:
         """Whether a beginning of `tokens` had a checkpoint that was let go."""
         lengths = sorted({n for name, n, _ in self._ghosts if name == namespace})
         digest, read = hashlib.blake2b(digest_size=16), 0
@@ -160,7 +164,7 @@ class Store:
             refusals=self._refusals,
         )
 
-    def checkpoints(self, namespace: str) -> Iterator[tuple[Tokens, Node]]:
+    def checkpoints(self, namespace: Namespace) -> Iterator[tuple[Tokens, Node]]:
         """Every checkpoint with the tokens that lead to it."""
         tree = self._trees.get(namespace)
         for node in tree.nodes() if tree else ():
@@ -226,7 +230,7 @@ class Store:
 
     def save(
         self,
-        namespace: str,
+        namespace: Namespace,
         tokens: Tokens,
         rows_of: Callable[[int], RowBlock | None],
         checkpoint: Checkpoint | None,
@@ -273,7 +277,7 @@ class Store:
                 tree.merge(above)
         return True
 
-    def pin(self, namespace: str, tokens: Tokens) -> int:
+    def pin(self, namespace: Namespace, tokens: Tokens) -> int:
         """Keep what restores `tokens` whatever comes; returns the position that is kept.
 
         Raises `BudgetError` when pins would weigh more than half the budget, `NotStoredError`
@@ -292,7 +296,7 @@ class Store:
         node.pinned = True
         return node.end
 
-    def unpin(self, namespace: str, tokens: Tokens) -> int:
+    def unpin(self, namespace: Namespace, tokens: Tokens) -> int:
         """Let what restores `tokens` go like everything else; returns its position."""
         node = self._restoring_node(namespace, tokens)
         node.pinned = False
@@ -304,7 +308,7 @@ class Store:
         self._ghosts.clear()
         self.rows_bytes = self.snapshot_bytes = 0
 
-    def _restoring_node(self, namespace: str, tokens: Tokens) -> Node:
+    def _restoring_node(self, namespace: Namespace, tokens: Tokens) -> Node:
         tree = self._trees.get(namespace)
         match = tree.match(tokens) if tree else Match(0, (), None, contradicted=False)
         if self.needs_checkpoints:
@@ -335,13 +339,13 @@ class Store:
             tree.merge(last)
         self._evictions += 1
 
-    def _tree_of(self, node: Node) -> tuple[str, PrefixTree]:
+    def _tree_of(self, node: Node) -> tuple[Namespace, PrefixTree]:
         root = node
         while root.parent is not None:
             root = root.parent
         return next((name, tree) for name, tree in self._trees.items() if tree.root is root)
 
-    def _remember(self, name: str, node: Node) -> None:
+    def _remember(self, name: Namespace, node: Node) -> None:
         tokens = _tokens_of(node)
         digest = hashlib.blake2b(tokens.tobytes(), digest_size=16).digest()
         self._ghosts[(name, len(tokens), digest)] = None

@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -158,7 +158,18 @@ def _token(tokenizer: Any, name: str) -> int | None:
     return int(ids[0]) if len(ids) == 1 else None
 
 
-def namespace(**parts: Any) -> str:
-    """A short name for what must be equal for two requests to share anything."""
+class Namespace(NamedTuple):
+    """What must be equal for two requests to share anything.
+
+    `settings` is a digest of the model and of how it is run, `salt` the caller's own word. They stay
+    apart so that a report never tells one salt about another's prompts.
+    """
+
+    settings: str
+    salt: str = ""
+
+
+def settings_digest(**parts: Any) -> str:
+    """A short name for a model and the settings it is run with."""
     text = json.dumps(parts, sort_keys=True, default=str)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

@@ -121,6 +121,15 @@ class Match:
         """The path, with the node in whose run the agreement ends."""
         return self.path if self.inside is None else (*self.path, self.inside)
 
+    def continuation(self) -> Tokens:
+        """How the tree goes on where the prompt contradicts it; of several branches, the last used."""
+        if self.inside is not None:
+            return self.inside.tokens[self.matched - self.inside.start :]
+        children = self.path[-1].children if self.path else None
+        if not children:
+            return as_tokens([])
+        return max(children.values(), key=lambda child: child.last_used).tokens
+
     def deepest_checkpoint(self, limit: int) -> Node | None:
         """The deepest node on the path with a checkpoint at a position of at most `limit`."""
         for node in reversed(self.path):

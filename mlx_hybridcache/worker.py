@@ -8,12 +8,13 @@ stops reading parks its request and blocks nobody.
 
 from __future__ import annotations
 
+import asyncio
 import queue
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any, Generic, TypeVar
 
 from .errors import ClosedError
@@ -42,6 +43,7 @@ class _Task:
         self.taken = 0
         self.parked = False
         self.finished = False
+        self.wake: Callable[[], None] = lambda: None
 
     def advance(self) -> None:
         """One turn. What goes wrong in a request ends that request only."""
@@ -55,6 +57,7 @@ class _Task:
             if item is not PAUSE:
                 self.sent += 1
                 self.outbox.put(("item", item))
+                self.wake()
 
     def cancel(self) -> None:
         """Stop where it stands; its own clean-up runs here, on the worker."""
@@ -72,6 +75,7 @@ class _Task:
         self.finished = True
         self.steps = iter(())
         self.outbox.put((kind, value))
+        self.wake()
 
 
 _Inbox = queue.SimpleQueue[Callable[["_Turns"], None]]
@@ -114,7 +118,10 @@ class _Turns:
 
 
 class Stream(Generic[T]):
-    """A request's items, in order, for any thread. Closing or dropping it cancels the request."""
+    """A request's items, in order, for any thread or event loop.
+
+    Closing or dropping it cancels the request.
+    """
 
     def __init__(self, task: _Task, inbox: _Inbox):
         self._task = task
@@ -129,7 +136,32 @@ class Stream(Generic[T]):
     def __next__(self) -> T:
         if self._over:
             raise StopIteration
-        kind, value = self._task.outbox.get()
+        return self._take(*self._task.outbox.get(), StopIteration)
+
+    def __aiter__(self) -> AsyncIterator[T]:
+        return self
+
+    async def __anext__(self) -> T:
+        if self._over:
+            raise StopAsyncIteration
+        while self._task.outbox.empty():
+            await self._woken()
+        return self._take(*self._task.outbox.get(), StopAsyncIteration)
+
+    async def _woken(self) -> None:
+        """Wait for the worker to put something into the outbox, without holding a thread."""
+        loop = asyncio.get_running_loop()
+        came = asyncio.Event()
+
+        def wake() -> None:
+            with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                loop.call_soon_threadsafe(came.set)
+
+        self._task.wake = wake
+        if self._task.outbox.empty():  # else it came before the worker could know whom to wake
+            await came.wait()
+
+    def _take(self, kind: str, value: Any, end: type[Exception]) -> T:
         if kind == "item":
             self._task.taken += 1
             if self._task.parked:
@@ -139,7 +171,11 @@ class Stream(Generic[T]):
         self._cancel.detach()
         if kind == "error":
             raise value
-        raise StopIteration
+        raise end
+
+    def cancel(self) -> None:
+        """Ask the worker to stop here, without waiting. What is under way may still come out."""
+        self._cancel()
 
     def close(self) -> None:
         """Cancel, and wait until the request has left behind what it is going to leave."""
@@ -168,6 +204,11 @@ class Worker:
         )
         self._thread.start()
         self._stop = weakref.finalize(self, _stop, self._inbox, self._thread)
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the thread still runs."""
+        return self._thread.is_alive()
 
     def call(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         """Run `function` between two turns and wait for what it returns or raises."""

@@ -1,5 +1,6 @@
 """The public surface, as a program sees it: replies, reports, threads, cancellation, bad input."""
 
+import asyncio
 import gc
 import logging
 import threading
@@ -19,9 +20,11 @@ from mlx_hybridcache import (
     ClosedError,
     HybridCacheError,
     HybridPromptCache,
+    NotStoredError,
     PromptError,
     Reason,
 )
+from mlx_hybridcache.worker import PAUSE
 
 SMALL = {"prefill_step_size": 64, "checkpoint_every": 64, "checkpoint_min_step": 16}
 
@@ -529,3 +532,134 @@ def test_the_reply_of_a_thinking_model_is_not_stored_where_history_strips_it():
         )
         stored = [tokens for tokens in cache.checkpoints() if len(tokens) > len(prompt)]
         assert stored == []
+
+
+# Salts, seeds, event loops
+
+
+def test_salts_share_nothing_and_tell_nothing(cache):
+    """A prompt known under one salt is cold under another, and the report does not say it is known."""
+    prompt = list(text_tokens(300))
+    list(cache.stream_generate(prompt, 2, cache_salt="alice"))
+    for other in ("bob", None):
+        generation = cache.stream_generate(prompt, 2, cache_salt=other)
+        list(generation)
+        assert generation.report.reason is Reason.COLD
+        assert generation.report.matched_tokens == 0
+    assert cache.lookup(prompt, cache_salt="alice").restored_tokens == 299
+    assert cache.lookup(prompt, cache_salt="eve").reason is Reason.COLD
+    assert cache.pin(prompt, cache_salt="alice") == cache.unpin(prompt, cache_salt="alice")
+    with pytest.raises(NotStoredError):
+        cache.pin(prompt, cache_salt="eve")
+
+
+def test_a_request_may_decline_the_cache(cache):
+    """It is read whole, says so, and leaves nothing behind."""
+    prompt = list(text_tokens(200))
+    list(cache.stream_generate(prompt, 2))
+    before = cache.checkpoints()
+    generation = cache.stream_generate(prompt, 5, use_cache=False)
+    same(list(generation), plain(prompt, 5))
+    assert generation.report.reason is Reason.DISABLED
+    assert generation.report.detail == "use_cache=False"
+    assert cache.checkpoints() == before
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_a_seed_gives_the_same_reply_beside_other_requests(cache, use_cache):
+    """Two seeded requests taking turns on one thread draw what each would draw alone."""
+    prompt = list(text_tokens(80))
+
+    def seeded(seed):
+        sampler = make_sampler(1.0)
+        return cache.stream_generate(prompt, 10, sampler=sampler, seed=seed, use_cache=use_cache)
+
+    alone = [[r.token for r in seeded(seed)] for seed in (1, 2)]
+    assert alone[0] != alone[1]
+    both = [seeded(1), seeded(2)]
+    together = [[], []]
+    for _ in range(10):
+        for replies, generation in zip(together, both, strict=True):
+            replies.append(next(generation).token)
+    assert together == alone
+
+
+def test_an_event_loop_reads_replies_side_by_side(cache):
+    """`async for` gives what `for` gives, several at once on one loop, errors included."""
+
+    async def read(prompt):
+        return [response async for response in cache.stream_generate(prompt, 12)]
+
+    async def both():
+        return await asyncio.gather(read(list(text_tokens(70))), read(list(text_tokens(90))))
+
+    def fails(logits):
+        raise RuntimeError("sampler")
+
+    async def failing():
+        async for _ in cache.stream_generate([1, 2, 3], 4, sampler=fails):
+            pass
+
+    for hot, length in zip(asyncio.run(both()), (70, 90), strict=True):
+        same(hot, plain(list(text_tokens(length))))
+    with pytest.raises(RuntimeError, match="sampler"):
+        asyncio.run(failing())
+
+
+def test_a_cancelled_reader_on_a_loop_leaves_the_checkpoints(cache):
+    """Cancelled after two tokens, the loop goes on and the prompt is stored."""
+    prompt = list(text_tokens(200))
+
+    async def read_two():
+        generation = cache.stream_generate(prompt, 500)
+        count = 0
+        async for _ in generation:
+            count += 1
+            if count == 2:
+                generation.cancel()
+        return count
+
+    assert 2 <= asyncio.run(read_two()) < 100
+    assert cache.lookup(prompt).restored_tokens == 199
+
+
+def test_what_comes_through_ends_the_request_where_it_ends(cache):
+    """A view that stops after three tokens leaves the reply's end stored at exactly those three."""
+    prompt = list(text_tokens(100))
+
+    def three(steps):
+        taken = 0
+        for step in steps:
+            if step is PAUSE:
+                yield step
+                continue
+            taken += 1
+            yield step.token
+            if taken == 3:
+                return
+
+    tokens = list(cache.stream_generate(prompt, 50, through=three))
+    assert tokens == [r.token for r in plain(prompt, 4)][:3]
+    assert [*prompt, *tokens] in cache.checkpoints()
+    assert not any(len(stored) > 103 for stored in cache.checkpoints())
+
+
+def test_a_divergence_names_what_was_asked_and_what_is_stored(cache):
+    """Position 150: the 24 tokens before are common, what follows differs."""
+    stored, asked = list(text_tokens(200)), list(text_tokens(150)) + list(text_tokens(50, 500))
+    list(cache.stream_generate(stored, 1))
+    generation = cache.stream_generate(asked, 1)
+    list(generation)
+    assert generation.divergence.position == generation.report.diverged_at == 150
+    assert list(generation.divergence.before) == stored[126:150]
+    assert list(generation.divergence.asked) == asked[150:174]
+    assert list(generation.divergence.stored) == stored[150:174]
+
+
+def test_figures_are_published_without_waiting_for_the_worker(cache):
+    """After a request and after clearing, `summary` is what `stats` says."""
+    list(cache.stream_generate(list(text_tokens(100)), 2))
+    assert cache.summary == cache.stats()
+    assert cache.summary.checkpoints > 0
+    cache.clear()
+    assert cache.summary.checkpoints == 0

@@ -10,7 +10,7 @@ from mlx_hybridcache.errors import BudgetError, NotStoredError
 from mlx_hybridcache.layers.kind import Snapshot
 from mlx_hybridcache.layers.rows import RowBlock
 from mlx_hybridcache.store import Store
-from mlx_hybridcache.tokens import as_tokens
+from mlx_hybridcache.tokens import Namespace, as_tokens
 
 ROW = 16
 """Bytes of one token's rows: a key and a value of two float32 each."""
@@ -31,7 +31,10 @@ def state(position):
     return Checkpoint(position, (None, Snapshot((array,))))
 
 
-def save(store, tokens, *, is_end=False, space="n"):
+N = Namespace("n")
+
+
+def save(store, tokens, *, is_end=False, space=N):
     return store.save(
         space,
         as_tokens(tokens),
@@ -42,7 +45,7 @@ def save(store, tokens, *, is_end=False, space="n"):
     )
 
 
-def held(store, space="n"):
+def held(store, space=N):
     """What the nodes really hold, counted afresh."""
     tree = store._trees[space]
     return sum(node.rows_nbytes for node in tree.nodes()), sum(
@@ -67,11 +70,11 @@ def test_saving_the_same_again_stores_nothing():
     """Twice the same tokens: the first state stays."""
     store = Store(10**6, needs_checkpoints=True)
     save(store, range(10))
-    first = next(store.checkpoints("n"))[1].checkpoint
+    first = next(store.checkpoints(N))[1].checkpoint
     before = store.stats()
     assert save(store, range(10))
     assert store.stats() == before
-    assert next(store.checkpoints("n"))[1].checkpoint is first
+    assert next(store.checkpoints(N))[1].checkpoint is first
 
 
 def test_the_budget_is_never_exceeded_and_bytes_are_what_nodes_hold():
@@ -103,7 +106,7 @@ def test_no_rows_are_kept_that_nothing_restores():
         store.tick()
         save(store, [first, *range(30)])
         save(store, [first, *range(30), *range(50, 70)], is_end=True)
-    leaves = [node for node in store._trees["n"].nodes() if not node.children]
+    leaves = [node for node in store._trees[N].nodes() if not node.children]
     assert leaves
     assert all(leaf.checkpoint is not None for leaf in leaves)
 
@@ -115,13 +118,13 @@ def test_only_what_was_used_is_refreshed():
         store.tick()
         save(store, [first] * 30, is_end=True)
     store.tick()
-    store.find("n", as_tokens([2] * 31))
-    store.use(store.find("n", as_tokens([1] * 31)))
+    store.find(N, as_tokens([2] * 31))
+    store.use(store.find(N, as_tokens([1] * 31)))
     for first in (4, 5):
         store.tick()
         save(store, [first] * 30, is_end=True)
-    assert store.find("n", as_tokens([1] * 31)).position == 30
-    assert store.find("n", as_tokens([2] * 31)).position == 0
+    assert store.find(N, as_tokens([1] * 31)).position == 30
+    assert store.find(N, as_tokens([2] * 31)).position == 0
 
 
 def test_a_long_conversation_thins_itself_near_its_beginning():
@@ -131,9 +134,9 @@ def test_a_long_conversation_thins_itself_near_its_beginning():
     store.tick()
     for cut in range(100, 6001, 100):
         assert save(store, path[:cut], is_end=cut == 6000)
-    kept = [node.end for _, node in store.checkpoints("n")]
+    kept = [node.end for _, node in store.checkpoints(N)]
     assert kept[-3:] == [5800, 5900, 6000]
-    assert store.find("n", as_tokens(path)).match.matched == 6000
+    assert store.find(N, as_tokens(path)).match.matched == 6000
     early = sum(position <= 3000 for position in kept)
     assert 1 <= early < len(kept) / 2
 
@@ -153,29 +156,32 @@ def test_pins_are_kept_and_bounded_to_half_the_budget():
     store = Store(4 * (STATE + 30 * ROW), needs_checkpoints=True)
     for first in (1, 2, 3):
         save(store, [first] * 30)
-    assert store.pin("n", as_tokens([1] * 40)) == 30
-    assert store.pin("n", as_tokens([2] * 40)) == 30
+    assert store.pin(N, as_tokens([1] * 40)) == 30
+    assert store.pin(N, as_tokens([2] * 40)) == 30
     with pytest.raises(BudgetError, match="half"):
-        store.pin("n", as_tokens([3] * 40))
+        store.pin(N, as_tokens([3] * 40))
     with pytest.raises(NotStoredError):
-        store.pin("n", as_tokens([9]))
+        store.pin(N, as_tokens([9]))
     for first in range(10, 20):
         store.tick()
         save(store, [first] * 30, is_end=True)
-    assert store.find("n", as_tokens([1] * 31)).position == 30
-    store.unpin("n", as_tokens([1] * 40))
+    assert store.find(N, as_tokens([1] * 31)).position == 30
+    store.unpin(N, as_tokens([1] * 40))
     for first in range(20, 30):
         store.tick()
         save(store, [first] * 30, is_end=True)
-    assert store.find("n", as_tokens([1] * 31)).position == 0
+    assert store.find(N, as_tokens([1] * 31)).position == 0
 
 
 def test_namespaces_share_nothing_and_know_of_each_other():
-    """The same tokens under two names are two trees."""
+    """The same tokens under two models are two trees; another salt is not even told of them."""
     store = Store(10**6, needs_checkpoints=True)
-    save(store, range(10), space="a")
-    assert store.find("b", as_tokens(range(11))).match.matched == 0
-    assert store.known_elsewhere("b", as_tokens(range(11))) == 10
+    save(store, range(10), space=Namespace("a"))
+    asked = as_tokens(range(11))
+    assert store.find(Namespace("b"), asked).match.matched == 0
+    assert store.known_elsewhere(Namespace("b"), asked) == 10
+    assert store.known_elsewhere(Namespace("b", "salt"), asked) == 0
+    assert store.known_elsewhere(Namespace("a", "salt"), asked) == 0
 
 
 def test_an_evicted_beginning_is_remembered_by_its_digest():
@@ -184,10 +190,10 @@ def test_an_evicted_beginning_is_remembered_by_its_digest():
     for first in range(5):
         store.tick()
         save(store, [first] * 30)
-    gone = [f for f in range(5) if store.find("n", as_tokens([f] * 31)).position == 0]
+    gone = [f for f in range(5) if store.find(N, as_tokens([f] * 31)).position == 0]
     assert len(gone) == 2
-    assert all(store.was_evicted("n", as_tokens([f] * 35)) for f in gone)
-    assert not store.was_evicted("n", as_tokens([77] * 35))
+    assert all(store.was_evicted(N, as_tokens([f] * 35)) for f in gone)
+    assert not store.was_evicted(N, as_tokens([77] * 35))
 
 
 def test_rows_alone_restore_at_any_position_or_at_a_stride():
@@ -195,10 +201,10 @@ def test_rows_alone_restore_at_any_position_or_at_a_stride():
     for stride, expected in ((1, 17), (8, 16)):
         store = Store(10**6, needs_checkpoints=False, stride=stride)
         tokens = as_tokens(range(30))
-        store.save("n", tokens, lambda start: rows(start, 30), None, row_bytes=ROW)
+        store.save(N, tokens, lambda start: rows(start, 30), None, row_bytes=ROW)
         asked = as_tokens([*range(17), 99, 99])
-        assert store.find("n", asked).position == expected
-        assert sum(block.end - block.start for block in store.find("n", asked).blocks()) == 30
+        assert store.find(N, asked).position == expected
+        assert sum(block.end - block.start for block in store.find(N, asked).blocks()) == 30
 
 
 def test_rows_that_a_request_restores_stay_until_it_has_them():
@@ -206,7 +212,7 @@ def test_rows_that_a_request_restores_stay_until_it_has_them():
     store = Store(20 * ROW + 2 * STATE, needs_checkpoints=True)
     save(store, range(10))
     save(store, range(20))
-    found = store.find("n", as_tokens(range(20)))
+    found = store.find(N, as_tokens(range(20)))
     assert found.position == 10
     claim = store.claim(STATE // 2, found)
     assert store.stats().checkpoints == 1
@@ -227,5 +233,5 @@ def test_a_boundary_whose_checkpoint_went_is_merged_away():
     assert stats.nodes <= stats.checkpoints + 2
     assert stats.tokens == 6000
     assert store.rows_bytes == 6000 * ROW == held(store)[0]
-    blocks = store.find("n", as_tokens([*path, 1])).blocks()
+    blocks = store.find(N, as_tokens([*path, 1])).blocks()
     assert [block.start for block in blocks[1:]] == [block.end for block in blocks[:-1]]

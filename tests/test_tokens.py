@@ -7,7 +7,7 @@ import pytest
 from bundled import chat, load
 
 from mlx_hybridcache.errors import PromptError
-from mlx_hybridcache.tokens import TurnMarks, learn_turn_marks, namespace, prompt_tokens
+from mlx_hybridcache.tokens import TurnMarks, learn_turn_marks, prompt_tokens, settings_digest
 
 
 @pytest.mark.parametrize("ids", [[1, 2, 3], (1, 2, 3), np.array([1, 2, 3]), iter([1, 2, 3])])
@@ -127,7 +127,7 @@ def test_no_template_gives_no_marks():
     assert learn_turn_marks(SimpleNamespace(chat_template=None)) == TurnMarks()
 
 
-def test_a_namespace_differs_when_any_part_does():
+def test_settings_differ_when_any_part_does():
     """The order of the parts does not matter, their values do."""
-    assert namespace(model="m", salt="") == namespace(salt="", model="m")
-    assert len({namespace(model=m, salt=s) for m in "ab" for s in "cd"}) == 4
+    assert settings_digest(model="m", salt="") == settings_digest(salt="", model="m")
+    assert len({settings_digest(model=m, salt=s) for m in "ab" for s in "cd"}) == 4

@@ -18,7 +18,7 @@ from mlx_hybridcache.checkpoint import Checkpoint
 from mlx_hybridcache.layers.rows import RowBlock
 from mlx_hybridcache.schedule import Grid, Reading, cuts_for
 from mlx_hybridcache.store import Store
-from mlx_hybridcache.tokens import Tokens, prompt_tokens
+from mlx_hybridcache.tokens import Namespace, Tokens, prompt_tokens
 
 from .tables import Figure, show
 
@@ -26,7 +26,7 @@ VOCABULARY = 151_936
 SYSTEM_PROMPTS, SYSTEM_TOKENS = 20, 1_500
 TURNS = 3
 TARGET_MS, TARGET_BYTES = 5.0, 8.0
-SPACE = "bench"
+SPACE = Namespace("bench")
 
 
 @dataclass(frozen=True, slots=True)
