@@ -51,8 +51,10 @@ class HybridPromptCache:
     together. `exact` makes hot and cold agree bit for bit on devices where the shape of a slice
     changes the last bits, at the cost of at most one step of replay. `prefill_step_size` and
     `checkpoint_every` are tokens. `swa_full` stores every row of sliding windows, which then
-    restore at any position, not at checkpoints only. `cache_salt` separates those who must not
-    share; every call can name its own.
+    restore at any position, not at checkpoints only. `max_conversations` bounds how many
+    conversations are stored, where every branch of one, such as a regenerated reply, counts;
+    `max_checkpoints` how many checkpoints lie on the way to any position. `cache_salt` separates
+    those who must not share; every call can name its own.
 
     Raises `BudgetError` when the budget is smaller than one checkpoint with its rows.
     """
@@ -68,6 +70,8 @@ class HybridPromptCache:
         checkpoint_every: int = 2048,
         checkpoint_min_step: int = 512,
         swa_full: bool = False,
+        max_conversations: int | None = None,
+        max_checkpoints: int | None = None,
         cache_salt: str = "",
     ):
         if prefill_step_size < 1 or checkpoint_every < 1 or checkpoint_min_step < 1:
@@ -84,6 +88,8 @@ class HybridPromptCache:
             parse_bytes(budget),
             needs_checkpoints=layout.needs_snapshots,
             stride=prefill_step_size if exact else 1,
+            max_conversations=max_conversations,
+            max_checkpoints=max_checkpoints,
         )
         _check_budget(layout, store)
         device = (str(mx.default_device()), version("mlx"), prefill_step_size)

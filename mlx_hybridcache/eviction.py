@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from .policy import Candidate, least_useful
@@ -36,8 +36,7 @@ class Eviction:
 
     def first(self) -> Node | None:
         """The node whose checkpoint (or, without checkpoints, which leaf) goes first."""
-        nodes: list[Node] = []
-        candidates: list[Candidate] = []
+        candidates: dict[Node, Candidate] = {}
         for tree in self.trees:
             for node, around in _surroundings(tree).items():
                 is_free_leaf = not node.children and node not in self.kept
@@ -45,9 +44,44 @@ class Eviction:
                     return node  # rows that nothing restores go first of all
                 restores = node.checkpoint is not None if self.needs_checkpoints else is_free_leaf
                 if restores and not node.pinned and node is not self.spare:
-                    nodes.append(node)
-                    candidates.append(self._candidate(node, around))
-        return nodes[least_useful(candidates)] if nodes else None
+                    candidates[node] = self._candidate(node, around)
+        return _least_useful(candidates) if candidates else None
+
+    def first_of(self, nodes: Collection[Node]) -> Node:
+        """The one of these nodes whose checkpoint goes first."""
+        return _least_useful(
+            {
+                node: self._candidate(node, around)
+                for tree in self.trees
+                for node, around in _surroundings(tree).items()
+                if node in nodes
+            }
+        )
+
+    def conversations(self) -> list[list[Node]]:
+        """Of every stored conversation the nodes that only it needs, its leaf first.
+
+        A conversation is a leaf with what leads to it alone, so a prompt and its reply are one
+        and every further branch, such as a regenerated reply, is one more.
+        """
+        leaves = (node for tree in self.trees for node in tree.nodes() if not node.children)
+        return [
+            own
+            for own in map(Node.unshared, leaves)
+            if not self.needs_checkpoints or any(node.checkpoint is not None for node in own)
+        ]
+
+    def surplus(self, most: int, written: Node) -> Node | None:
+        """The leaf of the least recently used conversation, where there are more than `most`.
+
+        The conversation of `written` stays, and so do those that a pin would keep in part.
+        """
+        every = self.conversations()
+        if len(every) <= most:
+            return None
+        may_go = [own for own in every if not any(node.pinned or node is written for node in own)]
+        oldest = min(may_go, key=lambda own: max(node.last_used for node in own), default=[None])
+        return oldest[0]
 
     def _candidate(self, node: Node, around: _Surroundings) -> Candidate:
         freed = node.checkpoint.nbytes if node.checkpoint is not None else 0
@@ -89,6 +123,22 @@ def pinned_nodes(trees: Iterable[PrefixTree]) -> set[Node]:
     return {
         above for tree in trees for node in tree.nodes() if node.pinned for above in node.path()
     }
+
+
+def crowded(paths: Iterable[Sequence[Node]], position: int, most: int) -> Iterator[list[Node]]:
+    """Of each path with `most` checkpoints beside the one at `position`, those that may go for it.
+
+    The path's last one stays, and so do pins.
+    """
+    for path in paths:
+        others = [node for node in path if node.checkpoint is not None and node.end != position]
+        if len(others) >= most:
+            end = max(position, others[-1].end)
+            yield [node for node in others if node.end < end and not node.pinned]
+
+
+def _least_useful(candidates: dict[Node, Candidate]) -> Node:
+    return list(candidates)[least_useful(list(candidates.values()))]
 
 
 @dataclass(slots=True)

@@ -9,13 +9,13 @@ from .errors import SettingError
 _UNITS = {"": 1} | {
     letter + suffix: factor**power
     for power, letter in enumerate("kmgt", start=1)
-    for suffix, factor in (("", 1024), ("b", 1000), ("ib", 1024))
+    for suffix, factor in (("", 1000), ("b", 1000), ("ib", 1024))
 }
 _UNITS["b"] = 1
 
 
 def parse_bytes(size: int | str) -> int:
-    """Bytes from a number or from text: "16GB" (decimal), "16GiB" or "16G" (binary), "4096".
+    """Bytes from a number or from text: "16GB" or "16G" (decimal), "16GiB" (binary), "4096".
 
     Raises `SettingError` for anything else, and for negative sizes.
     """

@@ -16,8 +16,8 @@ from typing import cast
 import numpy as np
 
 from .checkpoint import Checkpoint
-from .errors import BudgetError, NotStoredError
-from .eviction import Eviction, pinned_nodes
+from .errors import BudgetError, NotStoredError, SettingError
+from .eviction import Eviction, crowded, pinned_nodes
 from .layers.rows import RowBlock
 from .tokens import Namespace, Tokens
 from .tree import Match, Node, PrefixTree
@@ -35,7 +35,9 @@ class StoreStats:
     snapshot_bytes: int
     running_bytes: int
     checkpoints: int
+    conversations: int
     nodes: int
+    pinned: int
     tokens: int
     evictions: int
     refusals: int
@@ -98,13 +100,31 @@ class Claim:
 class Store:
     """All namespaces' trees, their bytes and their recency. Used on the worker thread only.
 
-    Without `needs_checkpoints` rows restore at any multiple of `stride` tokens.
+    Without `needs_checkpoints` rows restore at any multiple of `stride` tokens. A save lets the
+    least recently used conversations beyond `max_conversations` go, except pinned ones, and leaves
+    at most `max_checkpoints` on any path from the root to a leaf.
     """
 
-    def __init__(self, budget_bytes: int, *, needs_checkpoints: bool, stride: int = 1):
+    def __init__(
+        self,
+        budget_bytes: int,
+        *,
+        needs_checkpoints: bool,
+        stride: int = 1,
+        max_conversations: int | None = None,
+        max_checkpoints: int | None = None,
+    ):
+        for name, most in (
+            ("max_conversations", max_conversations),
+            ("max_checkpoints", max_checkpoints),
+        ):
+            if most is not None and most < 1:
+                raise SettingError(f"{name} is {most}; it must be >= 1, or None for no limit.")
         self.budget_bytes = budget_bytes
         self.needs_checkpoints = needs_checkpoints
         self.stride = stride
+        self.max_conversations = max_conversations
+        self.max_checkpoints = max_checkpoints
         self.running_bytes = 0
         self.rows_bytes = 0
         self.snapshot_bytes = 0
@@ -158,7 +178,9 @@ class Store:
             snapshot_bytes=self.snapshot_bytes,
             running_bytes=self.running_bytes,
             checkpoints=sum(node.checkpoint is not None for node in nodes),
+            conversations=len(self._eviction().conversations()),
             nodes=len(nodes),
+            pinned=sum(node.pinned for node in nodes),
             tokens=sum(len(node.tokens) for node in nodes),
             evictions=self._evictions,
             refusals=self._refusals,
@@ -242,15 +264,19 @@ class Store:
 
         `rows_of(start)` copies the rows of `[start, len(tokens))` and is asked only for what the
         tree lacks. The checkpoint's own bytes exist already; they and the rows are claimed before
-        the copy is made. False when they did not fit, or when `rows_of` no longer has the rows,
-        and nothing was added then.
+        the copy is made. False when they did not fit, when `rows_of` no longer has the rows, or
+        when pins and ends fill a path to `max_checkpoints`, and nothing was added then.
         """
         tree = self._trees.setdefault(namespace, PrefixTree())
         match = tree.match(tokens)
         at_end = match.path[-1] if match.path and match.matched == len(tokens) else None
         if at_end is not None and not match.inside and at_end.checkpoint is not None:
             at_end.last_used, at_end.is_end = self._clock, at_end.is_end or is_end
+            self._keep_limits(at_end)
             return True
+        if self._is_full(match, len(tokens)):
+            self._refusals += 1
+            return False
         split = max((rows.nbytes for rows in match.inside.rows), default=0) if match.inside else 0
         need = (len(tokens) - match.matched) * row_bytes + split
         need += checkpoint.nbytes if checkpoint is not None else 0
@@ -275,6 +301,7 @@ class Store:
         for above in node.path()[:-1]:  # what was kept while this path was written
             if eviction.only_joins(above):
                 tree.merge(above)
+        self._keep_limits(node)
         return True
 
     def pin(self, namespace: Namespace, tokens: Tokens) -> int:
@@ -322,6 +349,23 @@ class Store:
     def _eviction(self, keep: Iterable[Node] = (), spare: Node | None = None) -> Eviction:
         trees = self._trees.values()
         return Eviction(trees, frozenset(keep), spare, self.needs_checkpoints, self._clock)
+
+    def _is_full(self, match: Match, position: int) -> bool:
+        """Whether some path has no room for a checkpoint at `position`, and none that may go."""
+        most = self.max_checkpoints
+        return most is not None and not all(crowded(match.paths(position), position, most))
+
+    def _keep_limits(self, written: Node) -> None:
+        """Let go what is one too many now that `written` is stored."""
+        if self.max_checkpoints is not None:
+            paths = list(written.paths())
+            for may_go in crowded(paths, written.end, self.max_checkpoints):
+                eviction = self._eviction()
+                self._drop(eviction.first_of(may_go), eviction)
+        if self.max_conversations is not None:
+            eviction = self._eviction()
+            while leaf := eviction.surplus(self.max_conversations, written):
+                self._drop(leaf, eviction)  # what is left of its conversation is next
 
     def _drop(self, node: Node, eviction: Eviction) -> None:
         name, tree = self._tree_of(node)

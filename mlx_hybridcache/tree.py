@@ -11,7 +11,7 @@ knows MLX: rows and checkpoints are opaque, and matching compares token arrays o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -93,14 +93,27 @@ class Node:
             node = node.parent
         return nodes[::-1]
 
+    def paths(self) -> Iterator[list[Node]]:
+        """Every path through this node, from below the root to a leaf."""
+        return (below.path() for below in self.descendants() if not below.children)
+
+    def unshared(self) -> list[Node]:
+        """This leaf and the nodes above it that lead to no other one, bottom up."""
+        nodes = [self]
+        above = self.parent
+        while above is not None and above.parent is not None and len(above.children or ()) == 1:
+            nodes.append(above)
+            above = above.parent
+        return nodes
+
     def descendants(self) -> Iterator[Node]:
-        """This node and all below it, parents before children."""
+        """This node and all below it, parents before children, older children before younger."""
         stack = [self]
         while stack:
             node = stack.pop()
             yield node
             if node.children:
-                stack.extend(node.children.values())
+                stack.extend(reversed(node.children.values()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +133,10 @@ class Match:
     def nodes(self) -> tuple[Node, ...]:
         """The path, with the node in whose run the agreement ends."""
         return self.path if self.inside is None else (*self.path, self.inside)
+
+    def paths(self, position: int) -> Iterable[Sequence[Node]]:
+        """The paths on which a node that ends at `position` of the prompt lies, or would lie."""
+        return self.nodes()[-1].paths() if self.matched == position else (self.path,)
 
     def continuation(self) -> Tokens:
         """How the tree goes on where the prompt contradicts it; of several branches, the last used."""

@@ -12,12 +12,12 @@ from mlx_hybridcache.sizes import format_bytes, parse_bytes
         ("4096", 4096),
         ("16GB", 16 * 10**9),
         ("1.5 GiB", 3 * 2**29),
-        ("2k", 2048),
+        ("2k", 2000),
         ("7B", 7),
     ],
 )
 def test_a_size_is_bytes_or_a_number_with_a_unit(written, expected):
-    """GB counts in thousands, GiB and a bare letter in 1,024s."""
+    """GB and a bare letter, as in mlx_lm.server, count in thousands, GiB in 1,024s."""
     assert parse_bytes(written) == expected
 
 
