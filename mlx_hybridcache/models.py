@@ -83,10 +83,17 @@ def default_budget(model: Any) -> int:
     return int(free * SHARE_OF_FREE_MEMORY)
 
 
-def load(path_or_repo: str) -> tuple[Any, Any]:
+def load(
+    path_or_repo: str,
+    *,
+    adapter_path: str | None = None,
+    chat_template: str = "",
+    trust_remote_code: bool = False,
+) -> tuple[Any, Any]:
     """The model and tokenizer in a local directory, or of a repository on the hub, by `mlx_lm.load`.
 
-    No code from the model's directory is run. Raises `ModelError` for what cannot be loaded.
+    `chat_template` replaces the tokenizer's own. No code from the model's directory is run, unless
+    `trust_remote_code`. Raises `ModelError` for what cannot be loaded.
     """
     path = Path(path_or_repo).expanduser()
     looks_local = path_or_repo.startswith((".", "/", "~")) or path_or_repo.count("/") != 1
@@ -98,8 +105,16 @@ def load(path_or_repo: str) -> tuple[Any, Any]:
             f"--model {path_or_repo}: found {found} there. Name a directory that holds config.json, "
             "*.safetensors and a tokenizer, or a repository as owner/name."
         )
+    if adapter_path is not None and not Path(adapter_path).expanduser().is_dir():
+        raise ModelError(f"--adapter-path {adapter_path}: found no directory there.")
     try:
-        model, tokenizer = mlx_lm.load(str(path) if path.is_dir() else path_or_repo)[:2]
+        model, tokenizer = mlx_lm.load(
+            str(path) if path.is_dir() else path_or_repo,
+            tokenizer_config={"trust_remote_code": trust_remote_code}
+            | ({"chat_template": chat_template} if chat_template else {}),
+            adapter_path=adapter_path,
+            trust_remote_code=trust_remote_code,
+        )[:2]
     except Exception as error:  # the loader and the hub raise whatever they meet
         raise ModelError(f"{path_or_repo} could not be loaded: {error}") from error
     return model, tokenizer

@@ -30,7 +30,7 @@ _SENTENCES = {
     Reason.EXACT: "All of the prompt was read before; only what lies behind the nearest checkpoint was replayed.",
     Reason.PREFIX: "The prompt continues what is stored; its new tokens were replayed.",
     Reason.BRANCH: "The prompt parts ways with what is stored; it was replayed from the nearest checkpoint.",
-    Reason.COLD: "Nothing stored begins as this prompt does; all of it was read.",
+    Reason.COLD: "Nothing that is stored can be resumed for this prompt; all of it was read.",
     Reason.EVICTED: "The prompt's beginning was stored once and had to make room; it was read again.",
     Reason.NAMESPACE: "The prompt's beginning is stored for another model, setting or salt; it is not shared.",
     Reason.UNSUPPORTED_LAYER: "The model has a cache class that cannot be stored; it was served without the cache.",

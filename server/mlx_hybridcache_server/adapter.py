@@ -1,0 +1,171 @@
+"""What the server takes from mlx-lm beyond the library: the one file to read when mlx-lm moves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.generate import TextStateMachine, make_text_state_machine
+from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache
+from mlx_lm.sample_utils import make_logits_processors, make_sampler
+from mlx_lm.tokenizer_utils import (
+    BPEStreamingDetokenizer,
+    SPMStreamingDetokenizer,
+    _byte_decoder,
+)
+
+NORMAL, REASONING, TOOL = "normal", "reasoning", "tool"
+"""The states of mlx-lm's text state machine that a reply is made of. It has others, without text."""
+
+Span = tuple[str, str]
+"""A state and the text that was written in it, its markers left out."""
+
+
+class Segmenter:
+    """Splits generated text into reasoning, tool calls and the rest, across any chunks.
+
+    What may be the beginning of a marker is held back until it is known not to be one.
+    """
+
+    def __init__(self, tokenizer: Any, initial_state: str):
+        # A machine is not shared: `make_state` adds states to the one it is called on.
+        self._runtime = make_text_state_machine(tokenizer).make_state(initial_state)
+
+    @property
+    def state(self) -> str:
+        """The state that the last character left behind."""
+        return str(self._runtime[0])
+
+    def feed(self, text: str) -> list[Span]:
+        """The spans that `text` completes."""
+        self._runtime, spans = TextStateMachine.split(self._runtime, text)
+        return [(str(state), text) for state, text in spans]
+
+    def end(self) -> list[Span]:
+        """What was held back and is text after all."""
+        self._runtime, text, state = TextStateMachine.flush(self._runtime)
+        return [(str(state), text)]
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How tokens are chosen: the fields of a request under mlx_lm.server's names."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    xtc_probability: float = 0.0
+    xtc_threshold: float = 0.1
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    repetition_penalty: float = 0.0
+    repetition_context_size: int = 20
+    presence_penalty: float = 0.0
+    presence_context_size: int = 20
+    frequency_penalty: float = 0.0
+    frequency_context_size: int = 20
+
+    def sampler(self, tokenizer: Any) -> Callable[[mx.array], mx.array]:
+        """mlx-lm's sampler, which draws from the random stream of the thread that it runs on."""
+        return make_sampler(
+            self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            min_p=self.min_p,
+            xtc_probability=self.xtc_probability,
+            xtc_threshold=self.xtc_threshold,
+            xtc_special_tokens=[*tokenizer.encode("\n"), *tokenizer.eos_token_ids],
+        )
+
+    def processors(self) -> list[Callable[[mx.array, mx.array], mx.array]]:
+        """mlx-lm's logits processors."""
+        penalties = make_logits_processors(
+            None,
+            self.repetition_penalty,
+            self.repetition_context_size,
+            self.presence_penalty,
+            self.presence_context_size,
+            self.frequency_penalty,
+            self.frequency_context_size,
+        )
+        return [*([_biased(self.logit_bias)] if self.logit_bias else []), *penalties]
+
+
+def _biased(
+    bias: Sequence[tuple[int, float]],
+) -> Callable[[mx.array, mx.array], mx.array]:
+    """mlx-lm's own processor for `logit_bias`, made when it is first called: on MLX's thread."""
+    made: list[Callable[[mx.array, mx.array], mx.array]] = []
+
+    def processor(tokens: mx.array, logits: mx.array) -> mx.array:
+        if not made:
+            made.extend(make_logits_processors(dict(bias)))
+        return made[0](tokens, logits)
+
+    return processor
+
+
+def initial_state(tokenizer: Any, tail: Sequence[int]) -> str:
+    """The state in which a reply begins; `tail` are the prompt's tokens of the turn it belongs to."""
+    if tokenizer.response_initial_state:
+        return str(tokenizer.response_initial_state)
+    if not tokenizer.has_thinking:
+        return NORMAL
+    opened, closed = (
+        _last(list(tail), list(marker))
+        for marker in (tokenizer.think_start_tokens, tokenizer.think_end_tokens)
+    )
+    return REASONING if opened > closed else NORMAL
+
+
+def _last(tokens: list[int], marker: list[int]) -> int:
+    """Where `marker` last begins in `tokens`, -1 if nowhere."""
+    for at in range(len(tokens) - len(marker), -1, -1):
+        if tokens[at] == marker[0] and tokens[at : at + len(marker)] == marker:
+            return at
+    return -1
+
+
+def token_bytes(tokenizer: Any) -> Callable[[int], bytes]:
+    """The bytes that each token id stands for; those of a reply's tokens join to its text.
+
+    A leading space that SentencePiece adds to a text's first word is part of its token.
+    """
+    detokenizer = tokenizer.detokenizer
+    added = {int(i): str(t).encode() for i, t in _added_tokens(tokenizer).items()}
+    if isinstance(detokenizer, BPEStreamingDetokenizer):
+        to_byte = _byte_decoder()
+
+        def of(token: int) -> bytes:
+            text = detokenizer.tokenmap[token] or ""
+            return b"".join(
+                bytes([to_byte[char]]) if char in to_byte else char.encode() for char in text
+            )
+    elif isinstance(detokenizer, SPMStreamingDetokenizer):
+
+        def of(token: int) -> bytes:
+            return bytes(detokenizer.tokenmap[token]).replace("\u2581".encode(), b" ")
+    else:
+
+        def of(token: int) -> bytes:
+            return str(tokenizer.decode([token])).encode()
+
+    return lambda token: added[token] if token in added else of(token)
+
+
+def _added_tokens(tokenizer: Any) -> dict[int, Any]:
+    return dict(getattr(tokenizer, "added_tokens_decoder", {}))
+
+
+def can_speculate(model: Any) -> bool:
+    """Whether mlx-lm can run `model` with a draft model: its caches must be able to go back."""
+    return bool(can_trim_prompt_cache(make_prompt_cache(model)))
+
+
+def without_template(messages: list[dict[str, Any]], roles: dict[str, str] | None) -> str:
+    """Messages as text for a tokenizer that has no chat template, as mlx_lm.server writes them."""
+    from mlx_lm.server import convert_chat  # slow to import, and seldom needed
+
+    return str(convert_chat(messages, roles))

@@ -1,0 +1,143 @@
+"""A reply on its way to the client: its choices, run together, as one object or as a stream."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
+from contextlib import aclosing, suppress
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import Request
+from fastapi.sse import format_sse_event
+from starlette.responses import JSONResponse, Response, StreamingResponse
+
+from .choices import Choice
+from .errors import as_api_error
+from .listen import Piece, Progress
+from .merge import merged
+from .replies import Count, Envelope, usage
+from .serving import Run, Serving
+
+log = logging.getLogger("mlx_hybridcache.server")
+
+CLIENT_GONE = 499
+"""nginx's status for a client that closed the connection; nobody reads it but the log."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The choices of one reply, grouped by prompt."""
+
+    serving: Serving
+    envelope: Envelope
+    groups: Sequence[Sequence[Choice]]
+    wants_usage: bool = False
+
+    async def respond(self, request: Request, *, stream: bool) -> Response:
+        """The response, begun or complete."""
+        if stream:
+            return StreamingResponse(
+                self.events(),
+                media_type="text/event-stream",
+                headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
+            )
+        body = await self._unless_gone(request, self.whole())
+        return JSONResponse(body) if body is not None else Response(status_code=CLIENT_GONE)
+
+    async def whole(self) -> dict[str, Any]:
+        """All choices, once the last has ended."""
+        by_run = self._by_run()
+        async with aclosing(self._pieces()) as pieces:
+            async for run, item in pieces:
+                if not isinstance(item, Progress):
+                    by_run[run].take(item)
+        choices = [choice.whole() for choice in by_run.values()]
+        body = self.envelope.around(choices, usage=self._usage(), timings=self._timings())
+        log.debug("Reply: %s", body)
+        return body
+
+    async def events(self) -> AsyncIterator[bytes]:
+        """Server-sent events: chunks, comments that keep the connection alive, and `[DONE]`.
+
+        What fails after the response began is told by an event, as the status is long sent.
+        """
+        try:
+            async with aclosing(self._chunks()) as chunks:
+                async for chunk in chunks:
+                    yield chunk
+        except asyncio.CancelledError:
+            self.serving.metrics.cancelled.inc()
+            raise
+        except Exception as error:
+            failure = as_api_error(error)
+            if failure.status_code == 500:
+                log.exception("A stream failed.")
+            yield _event(failure.body())
+        yield format_sse_event(data_str="[DONE]")
+
+    async def _chunks(self) -> AsyncGenerator[bytes]:
+        by_run = self._by_run()
+        more: dict[str, Any] = {"usage": None} if self.wants_usage else {}
+        async with aclosing(self._pieces()) as pieces:
+            async for run, item in pieces:
+                if isinstance(item, Progress):
+                    yield format_sse_event(comment=f"keepalive {item.read}/{item.total}")
+                    continue
+                chunk = by_run[run].take(item)
+                if chunk is None:
+                    continue
+                is_last = item.finish is not None and not self.wants_usage
+                timings = {"timings": run.timings()} if is_last else {}
+                yield _event(self.envelope.around([chunk], **more, **timings))
+        if self.wants_usage:
+            yield _event(self.envelope.around([], usage=self._usage(), timings=self._timings()))
+
+    def _pieces(self) -> AsyncGenerator[tuple[Run, Piece | Progress]]:
+        return merged([[choice.run for choice in group] for group in self.groups])
+
+    def _by_run(self) -> dict[Run, Choice]:
+        return {choice.run: choice for group in self.groups for choice in group}
+
+    def _usage(self) -> dict[str, Any]:
+        return usage(
+            # A prompt was read, or restored, once: by the first of its choices.
+            choice.run.count
+            if choice is group[0]
+            else Count(completion=choice.run.count.completion, reasoning=choice.run.count.reasoning)
+            for group in self.groups
+            for choice in group
+        )
+
+    def _timings(self) -> dict[str, float]:
+        each = [choice.run.timings() for group in self.groups for choice in group]
+        return {name: round(sum(one[name] for one in each), 3) for name in each[0]}
+
+    async def _unless_gone(
+        self, request: Request, work: Coroutine[Any, Any, dict[str, Any]]
+    ) -> dict[str, Any] | None:
+        """What `work` gives, or None, and `work` cancelled, when the client goes away first."""
+        working = asyncio.create_task(work)
+        leaving = asyncio.create_task(_client_leaves(request))
+        try:
+            await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            if working.done():
+                return working.result()
+            self.serving.metrics.cancelled.inc()
+            return None
+        finally:
+            for task in (working, leaving):
+                task.cancel()
+                with suppress(asyncio.CancelledError, Exception):
+                    await task
+
+
+async def _client_leaves(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _event(body: dict[str, Any]) -> bytes:
+    return format_sse_event(data_str=json.dumps(body, ensure_ascii=False, separators=(",", ":")))

@@ -1,0 +1,157 @@
+"""The FastAPI application: routes, error shapes, and what stands before them."""
+
+from __future__ import annotations
+
+import logging
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from mlx_hybridcache import HybridCacheError
+
+from . import __doc__ as purpose
+from .errors import as_api_error, refuse
+from .gate import LOOPBACK_ORIGINS, Gate
+from .metrics import Metrics
+from .routes import router
+from .serving import Serving
+
+log = logging.getLogger("mlx_hybridcache.server")
+
+METHODS = "GET, POST, DELETE, OPTIONS"
+
+MOST_MISTAKES = 3
+"""Mistakes that one error message lists; a prompt of wrong token ids has thousands."""
+
+
+def build_app(serving: Serving) -> FastAPI:
+    """The application for one server."""
+    app = FastAPI(
+        title="mlx_hybridcache.server",
+        description=purpose or "",
+        docs_url=None,  # its page would fetch scripts from elsewhere; /openapi.json is served
+        redoc_url=None,
+    )
+    app.state.serving = serving
+    app.include_router(router)
+    app.add_exception_handler(HTTPException, _failed)
+    app.add_exception_handler(HybridCacheError, _failed)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    origins = serving.settings.allowed_origins
+    # The last one added is the first one asked.
+    app.add_middleware(_Outermost)
+    app.add_middleware(
+        _Cors,
+        allow_origins=list(origins),
+        allow_origin_regex=None if origins else LOOPBACK_ORIGINS,
+        allow_methods=["*"],
+        allow_headers=["*"],
+    )
+    app.add_middleware(_AsJson)
+    app.add_middleware(Gate, settings=serving.settings)
+    app.add_middleware(_Counted, metrics=serving.metrics)
+    return app
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    failure = as_api_error(error)
+    headers = getattr(error, "headers", None)
+    return JSONResponse(failure.body(), failure.status_code, headers=headers)
+
+
+async def _invalid(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    mistakes = [_mistake(one) for one in error.errors()]
+    shown = list(dict.fromkeys(f"{where}: {what}" if where else what for where, what in mistakes))
+    more = f"; and {len(shown) - MOST_MISTAKES} more" if len(shown) > MOST_MISTAKES else ""
+    failure = refuse("; ".join(shown[:MOST_MISTAKES]) + more + ".", mistakes[0][0] or None)
+    return JSONResponse(failure.body(), failure.status_code)
+
+
+def _mistake(found: dict[str, object]) -> tuple[str, str]:
+    place = found.get("loc")
+    parts = [str(part) for part in place[1:]] if isinstance(place, tuple) else []
+    if found.get("type") == "json_invalid":
+        return "", f"The body is not valid JSON: {found.get('ctx')}"
+    if found.get("type") == "missing" and not parts:
+        return "", "The body is missing: send a JSON object"
+    return ".".join(parts), str(found.get("msg", "")).removeprefix("Value error, ")
+
+
+class _Outermost:
+    """Answers OPTIONS for every path, and what nobody expected with an error a client can read.
+
+    Starlette's own last resort raises again behind its answer, which costs the client its connection.
+    """
+
+    def __init__(self, app: ASGIApp):
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] == "OPTIONS":
+            await Response(status_code=204, headers={"Allow": METHODS})(scope, receive, send)
+            return
+        has_begun = False
+
+        async def noted(message: Message) -> None:
+            nonlocal has_begun
+            has_begun = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, noted)
+        except Exception as error:
+            if has_begun:
+                raise
+            log.exception("A request failed.")
+            failure = as_api_error(error)
+            response = JSONResponse(failure.body(), failure.status_code)
+            await response(scope, receive, send)
+
+
+class _Cors(CORSMiddleware):
+    """Starlette's, with mlx_lm.server's status for a preflight: 204, as there is nothing to say."""
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        response = super().preflight_response(request_headers)
+        if response.status_code == 200:
+            kept = {k: v for k, v in response.headers.items() if not k.startswith("content-")}
+            return Response(status_code=204, headers=kept)
+        return response
+
+
+class _AsJson:
+    """Bodies are JSON whatever their type says, as for mlx_lm.server; `curl -d` says they are a form.
+
+    A page could so avoid the browser's preflight; its Origin has been checked before.
+    """
+
+    def __init__(self, app: ASGIApp):
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            others = [pair for pair in scope["headers"] if pair[0] != b"content-type"]
+            scope["headers"] = [*others, (b"content-type", b"application/json")]
+        await self._app(scope, receive, send)
+
+
+class _Counted:
+    """Counts every response by endpoint and status. Paths that nobody serves share one name."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics):
+        self._app, self._metrics = app, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                endpoint = getattr(scope.get("route"), "path", "other")
+                self._metrics.requests.labels(endpoint, str(message["status"])).inc()
+            await send(message)
+
+        await self._app(scope, receive, counted if scope["type"] == "http" else send)

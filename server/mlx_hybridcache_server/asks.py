@@ -1,0 +1,118 @@
+"""From a request's fields to asks: defaults filled in, everything refused that can be refused now."""
+
+from __future__ import annotations
+
+import secrets
+from typing import Any
+
+from .adapter import Sampling
+from .chat import Rendered
+from .errors import ApiError, refuse
+from .models import DEFAULT_NAME, Loaded
+from .schema import ChatBody, CompletionBody, GenerationBody
+from .serving import Ask
+from .settings import Settings
+
+
+def check(body: GenerationBody, settings: Settings) -> None:
+    """Refuse, before any work, what this server cannot do. Raises `ApiError` 400."""
+    if body.response_format is not None and body.response_format.type != "text":
+        raise refuse(
+            f"response_format {body.response_format.type} is not supported yet; ask for JSON in "
+            "the prompt, or declare a tool.",
+            "response_format",
+        )
+    if body.draft_model not in (None, DEFAULT_NAME, settings.draft_model):
+        raise refuse(
+            "draft_model can name only the server's own (--draft-model), which is used anyway.",
+            "draft_model",
+        )
+    if isinstance(body, CompletionBody):
+        if body.suffix:
+            raise refuse("suffix is not supported: the model writes behind a prompt.", "suffix")
+        if (body.best_of or 1) > (body.n or 1):
+            raise refuse("best_of beyond n is not supported; ask for n choices.", "best_of")
+        if body.echo and _top_logprobs(body) is not None:
+            raise refuse("echo cannot be combined with logprobs.", "echo")
+
+
+def asks(body: GenerationBody, rendered: Rendered, settings: Settings, loaded: Loaded) -> list[Ask]:
+    """The `n` replies that are wanted to one prompt."""
+    most = settings.max_prompt_tokens
+    if most is not None and len(rendered.tokens) > most:
+        raise ApiError(
+            400,
+            f"The prompt has {len(rendered.tokens):,} tokens; this server reads at most {most:,} "
+            "(--max-prompt-tokens).",
+            param="messages" if isinstance(body, ChatBody) else "prompt",
+            code="context_length_exceeded",
+        )
+    sampling = _sampling(body, settings, loaded.renderer.vocabulary)
+    seed = secrets.randbits(63) if body.seed is None else body.seed
+    is_chat = isinstance(body, ChatBody)
+    goes_on, one_tool_call = True, False
+    if isinstance(body, ChatBody):
+        goes_on = bool(body.continue_final_message)
+        one_tool_call = body.parallel_tool_calls is False
+    return [
+        Ask(
+            tokens=rendered.tokens,
+            max_tokens=body.max_completion_tokens or body.max_tokens or settings.max_tokens,
+            sampling=sampling,
+            seed=(seed + index) % 2**64,
+            stops=body.stops(),
+            top_logprobs=_top_logprobs(body),
+            state=rendered.state,
+            is_chat=is_chat,
+            goes_on=goes_on,
+            one_tool_call=one_tool_call,
+            cache_salt=body.cache_salt,
+            use_cache=settings.uses_cache and body.cache_prompt is not False,
+            options={**settings.generation_options(), **_drafting(body, settings, loaded)},
+        )
+        for index in range(body.n or 1)
+    ]
+
+
+def _top_logprobs(body: GenerationBody) -> int | None:
+    """How many alternatives to name; None when no log-probabilities are asked for."""
+    asked = getattr(body, "logprobs", None)
+    if asked is not None and not isinstance(asked, bool):  # the legacy number of alternatives
+        return int(asked)
+    top = max(body.top_logprobs or 0, 0)
+    return top if asked or top else None
+
+
+def _sampling(body: GenerationBody, settings: Settings, vocabulary: int) -> Sampling:
+    own = {
+        "temperature": settings.temp,
+        "top_p": settings.top_p,
+        "top_k": settings.top_k,
+        "min_p": settings.min_p,
+    }
+    asked = {
+        name: value
+        for name in Sampling.__dataclass_fields__
+        if name != "logit_bias" and (value := getattr(body, name)) is not None
+    }
+    asked["logit_bias"] = _bias(body.logit_bias or {}, vocabulary)
+    return Sampling(**{**own, **asked})
+
+
+def _bias(bias: dict[str, float], vocabulary: int) -> tuple[tuple[int, float], ...]:
+    found = []
+    for key, value in bias.items():
+        if not (key.isascii() and key.isdigit() and int(key) < vocabulary):
+            raise refuse(
+                f"logit_bias names {key!r}; this model's token ids are 0 to {vocabulary - 1}.",
+                "logit_bias",
+            )
+        found.append((int(key), value))
+    return tuple(found)
+
+
+def _drafting(body: GenerationBody, settings: Settings, loaded: Loaded) -> dict[str, Any]:
+    if loaded.draft is None:
+        return {}
+    count = settings.num_draft_tokens if body.num_draft_tokens is None else body.num_draft_tokens
+    return {"draft_model": loaded.draft, "num_draft_tokens": count}

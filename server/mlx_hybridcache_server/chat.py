@@ -1,0 +1,193 @@
+"""From messages to prompt tokens."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from mlx_hybridcache.tokens import TurnMarks, prompt_tokens
+
+from .adapter import NORMAL, TOOL, initial_state, without_template
+from .errors import refuse
+from .schema import Conversation, NamedTool
+
+TAKEN = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) | {
+    "messages"
+}
+"""What `chat_template_kwargs` may not name: it would change how, not what, is rendered."""
+
+ToolChoice = str | NamedTool | None
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """A prompt, and the state in which its reply begins."""
+
+    tokens: list[int]
+    state: str = NORMAL
+
+
+@dataclass(frozen=True, slots=True)
+class Renderer:
+    """Renders conversations with one tokenizer. Slow for long ones: not for the event loop."""
+
+    tokenizer: Any
+    marks: TurnMarks
+    vocabulary: int
+    template_args: dict[str, Any]
+
+    def text(self, prompt: str | Sequence[int]) -> Rendered:
+        """A raw prompt, as `/v1/completions` takes it."""
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        return Rendered(_checked(ids, self.vocabulary))
+
+    def chat(
+        self,
+        body: Conversation,
+        *,
+        tool_choice: ToolChoice = None,
+        continues: bool = False,
+        opens_reply: bool = True,
+    ) -> Rendered:
+        """A conversation up to where its reply begins, or, if it `continues`, goes on."""
+        messages = [_for_template(message) for message in body.messages]
+        if not self.tokenizer.has_chat_template:
+            roles = dict(body.role_mapping) if body.role_mapping else None
+            return self.text(without_template(messages, roles))
+        if continues and messages[-1]["role"] != "assistant":
+            raise refuse(
+                "continue_final_message needs an assistant message at the end; the last one is "
+                f"{messages[-1]['role']}.",
+                "continue_final_message",
+            )
+        tokens = self._apply(
+            messages,
+            tools=_offered(body.tools, tool_choice),
+            add_generation_prompt=opens_reply and not continues,
+            **({"continue_final_message": True} if continues else {}),
+            **self._extra(body),
+        )
+        if tool_choice == "required" or isinstance(tool_choice, NamedTool):
+            return self._forced(tokens)
+        return Rendered(tokens, initial_state(self.tokenizer, self._last_turn(tokens)))
+
+    def prefix(self, body: Conversation) -> list[int]:
+        """What every prompt begins with that begins with these messages.
+
+        The tokens that two continuations have in common, and the first one behind: a template may
+        need a user message to render at all, and the next turn's opener is shared as well.
+        """
+        one, other = (
+            self.chat(
+                body.model_copy(
+                    update={"messages": [*body.messages, {"role": "user", "content": word}]}
+                ),
+                opens_reply=False,
+            ).tokens
+            for word in ("0", "a")
+        )
+        pairs = enumerate(zip(one, other, strict=False))
+        shared = next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))
+        return one[: shared + 1]
+
+    def _apply(self, messages: list[dict[str, Any]], **kwargs: Any) -> list[int]:
+        try:
+            tokens = self.tokenizer.apply_chat_template(messages, tokenize=True, **kwargs)
+        except Exception as error:  # templates raise jinja2's errors, their authors' and Python's
+            raise refuse(
+                f"The model's chat template cannot render these messages: {error}", "messages"
+            ) from error
+        return _checked(tokens, self.vocabulary)
+
+    def _extra(self, body: Conversation) -> dict[str, Any]:
+        extra = {**self.template_args, **(body.chat_template_kwargs or {})}
+        if body.reasoning_effort is not None:
+            extra.setdefault("reasoning_effort", body.reasoning_effort)
+        if taken := sorted(TAKEN & extra.keys()):
+            raise refuse(
+                f"chat_template_kwargs cannot set {', '.join(taken)}.", "chat_template_kwargs"
+            )
+        return extra
+
+    def _forced(self, tokens: list[int]) -> Rendered:
+        """The reply's beginning is written for the model: it can only go on to call a tool."""
+        if not self.tokenizer.has_tool_calling:
+            raise refuse("This model's tokenizer has no format for tool calls.", "tool_choice")
+        opener = self.tokenizer.tool_call_start
+        return Rendered([*tokens, *self.tokenizer.encode(opener, add_special_tokens=False)], TOOL)
+
+    def _last_turn(self, tokens: list[int]) -> list[int]:
+        """Markers of earlier turns, or that a user has written, say nothing about this reply."""
+        for at in range(len(tokens) - 1, -1, -1):
+            if tokens[at] in self.marks.openers:
+                return tokens[at:]
+        return tokens
+
+
+def _checked(ids: Iterable[int], vocabulary: int) -> list[int]:
+    tokens: list[int] = prompt_tokens(ids, vocabulary).tolist()
+    return tokens
+
+
+def _offered(tools: list[dict[str, Any]] | None, choice: ToolChoice) -> list[dict[str, Any]] | None:
+    """The tools that the model is told of."""
+    if choice in (None, "auto", "none"):
+        return None if choice == "none" else tools or None
+    if not tools:
+        raise refuse("tool_choice asks for a call, but there are no tools.", "tool_choice")
+    if isinstance(choice, NamedTool):
+        tools = [tool for tool in tools if tool["function"]["name"] == choice.function.name]
+        if not tools:
+            raise refuse(f"No tool is named {choice.function.name}.", "tool_choice")
+    return tools
+
+
+def _for_template(message: dict[str, Any]) -> dict[str, Any]:
+    """A message as chat templates know it: content as text, arguments as objects."""
+    ready = dict(message)
+    ready["content"] = _as_text(message.get("content"))
+    if ready["role"] == "developer":  # OpenAI's newer name, which few templates know
+        ready["role"] = "system"
+    reasoning = message.get("reasoning_content") or message.get("reasoning")
+    if reasoning:  # templates read the one or the other
+        ready["reasoning_content"] = ready["reasoning"] = reasoning
+    if message.get("tool_calls"):
+        ready["tool_calls"] = [_as_objects(call) for call in message["tool_calls"]]
+    else:
+        ready.pop("tool_calls", None)
+    return ready
+
+
+def _as_text(content: str | Iterable[Any] | None) -> str:
+    if content is None or isinstance(content, str):
+        return content or ""
+    return "".join(_part_text(part) for part in content)
+
+
+def _part_text(part: Any) -> str:
+    kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+    text = part.get("text", part.get("refusal")) if isinstance(part, dict) else None
+    if kind not in ("text", "input_text", "output_text", "refusal") or not isinstance(text, str):
+        raise refuse(
+            f"A content part of type {kind!r} cannot be read: this server takes text only, and it "
+            "fetches nothing. Send images to a model and a server made for them.",
+            "messages",
+        )
+    return text
+
+
+def _as_objects(call: dict[str, Any]) -> dict[str, Any]:
+    """A past call with its arguments as an object. What is not JSON stays the text that it is."""
+    function = call.get("function")
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        arguments = json.loads(function["arguments"])
+    except ValueError:
+        return call
+    return {**call, "function": {**function, "arguments": arguments}}

@@ -1,0 +1,112 @@
+"""One choice of a reply, in chunks and as a whole."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from .listen import Piece, TokenLogprob
+from .replies import ChatMessage, Delta, TokenNames
+from .serving import Run
+
+
+class Choice(Protocol):
+    """What a kind of reply makes of a run's pieces."""
+
+    run: Run
+
+    def take(self, piece: Piece) -> dict[str, Any] | None:
+        """The chunk that `piece` completes, if any."""
+        ...
+
+    def whole(self) -> dict[str, Any]:
+        """All that was taken."""
+        ...
+
+
+class ChatChoice:
+    """A choice of `/v1/chat/completions`."""
+
+    def __init__(self, index: int, run: Run, message: ChatMessage, names: TokenNames):
+        self.run = run
+        self._index = index
+        self._message = message
+        self._names = names
+        self._said = Delta()
+        self._entries: list[dict[str, Any]] = []
+        self._sent_entries = 0
+        self._sent_role = False
+        self._finish: str | None = None
+
+    def take(self, piece: Piece) -> dict[str, Any] | None:
+        delta = self._message.take(piece)
+        self._said.add(delta)
+        if piece.logprob is not None:
+            self._entries.append(self._names.entry(piece.logprob))
+        if piece.finish is not None:
+            self._finish = self._message.finish_reason(piece)
+        if not delta and self._finish is None:
+            return None
+        fresh, self._sent_entries = self._entries[self._sent_entries :], len(self._entries)
+        role = {} if self._sent_role else {"role": "assistant"}
+        self._sent_role = True
+        return {
+            "index": self._index,
+            "delta": {**role, **delta.fields()},
+            "logprobs": {"content": fresh} if fresh else None,
+            "finish_reason": self._finish,
+        }
+
+    def whole(self) -> dict[str, Any]:
+        message = {"role": "assistant", "content": None, **self._said.fields()}
+        if calls := message.get("tool_calls"):  # only a stream needs to number them
+            message["tool_calls"] = [
+                {key: value for key, value in call.items() if key != "index"} for call in calls
+            ]
+        return {
+            "index": self._index,
+            "message": message,
+            "logprobs": {"content": self._entries} if self._entries else None,
+            "finish_reason": self._finish,
+        }
+
+
+class TextChoice:
+    """A choice of `/v1/completions`. `echo` is the prompt when it is to be repeated."""
+
+    def __init__(self, index: int, run: Run, names: TokenNames, echo: str):
+        self.run = run
+        self._index = index
+        self._names = names
+        self._text = self._pending = echo
+        self._logprobs: list[TokenLogprob] = []
+        self._sent_logprobs = 0
+        self._sent_length = 0
+        self._finish: str | None = None
+
+    def take(self, piece: Piece) -> dict[str, Any] | None:
+        said = "".join(text for _, text in piece.spans)
+        self._text += said
+        self._pending += said
+        if piece.logprob is not None:
+            self._logprobs.append(piece.logprob)
+        self._finish = piece.finish
+        if not self._pending and self._finish is None:
+            return None
+        text, self._pending = self._pending, ""
+        fresh, self._sent_logprobs = self._logprobs[self._sent_logprobs :], len(self._logprobs)
+        start, self._sent_length = self._sent_length, self._sent_length + len(text)
+        return self._choice(text, fresh, start)
+
+    def whole(self) -> dict[str, Any]:
+        return self._choice(self._text, self._logprobs, 0)
+
+    def _choice(self, text: str, logprobs: list[TokenLogprob], start: int) -> dict[str, Any]:
+        with_top = bool(self.run.ask.top_logprobs)
+        return {
+            "index": self._index,
+            "text": text,
+            "logprobs": self._names.legacy(logprobs, start, with_top=with_top)
+            if logprobs
+            else None,
+            "finish_reason": self._finish,
+        }

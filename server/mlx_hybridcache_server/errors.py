@@ -1,0 +1,67 @@
+"""Errors as OpenAI's clients read them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from starlette.exceptions import HTTPException
+
+from mlx_hybridcache.errors import (
+    BudgetError,
+    ClosedError,
+    HybridCacheError,
+    ModelError,
+    NotStoredError,
+)
+
+
+class ApiError(HTTPException):
+    """A request that is refused or failed: an HTTP status and OpenAI's error object."""
+
+    def __init__(
+        self, status: int, message: str, *, param: str | None = None, code: str | None = None
+    ):
+        super().__init__(status, message)
+        self.param, self.code = param, code
+
+    def body(self) -> dict[str, Any]:
+        """`{"error": ...}`."""
+        kinds = {401: "authentication_error", 403: "permission_error"}
+        kind = "invalid_request_error" if self.status_code < 500 else "server_error"
+        return {
+            "error": {
+                "message": self.detail,
+                "type": kinds.get(self.status_code, kind),
+                "param": self.param,
+                "code": self.code,
+            }
+        }
+
+
+def refuse(message: str, param: str | None = None) -> ApiError:
+    """What a client can put right."""
+    return ApiError(400, message, param=param)
+
+
+def shutting_down() -> ApiError:
+    """What every request hears that comes, or still runs, when the server stops."""
+    return ApiError(503, "The server is shutting down.", code="shutting_down")
+
+
+def as_api_error(error: Exception) -> ApiError:
+    """Any exception, as a client should read it."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, HTTPException):  # the framework's own: unknown paths, methods, bodies
+        return ApiError(error.status_code, str(error.detail))
+    if isinstance(error, BudgetError):
+        return ApiError(503, str(error), code="out_of_memory_budget")
+    if isinstance(error, ClosedError):
+        return shutting_down()
+    if isinstance(error, NotStoredError):
+        return ApiError(404, str(error), code="not_stored")
+    if isinstance(error, ModelError):
+        return ApiError(404, str(error), param="model", code="model_not_found")
+    if isinstance(error, HybridCacheError):
+        return ApiError(400, str(error))
+    return ApiError(500, f"The request failed: {type(error).__name__}: {error}")

@@ -1,0 +1,139 @@
+"""Who may ask, from where, and how much: checked before anything is read or parsed."""
+
+from __future__ import annotations
+
+import hmac
+import ipaddress
+import re
+import socket
+from collections.abc import Iterable
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from .errors import ApiError
+from .settings import Settings
+
+LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
+LOOPBACK_ORIGINS = r"https?://(localhost|127(\.\d+){3}|\[::1\])(:\d+)?"
+OPEN_PATHS = frozenset({"/health"})
+"""What a monitor may ask without a key."""
+
+
+class Gate:
+    """Refuses foreign hosts and origins, missing keys and bodies that are too large.
+
+    A page on the web can send requests to this machine, and by rebinding its own name to 127.0.0.1
+    even read the answers; so names that are not ours are refused. An address is nobody's name.
+    """
+
+    def __init__(self, app: ASGIApp, settings: Settings):
+        self._app = app
+        self._key = settings.api_key
+        self._most = settings.max_body_bytes
+        self._any_origin = "*" in settings.allowed_origins
+        self._origins = frozenset(settings.allowed_origins)
+        self._hosts = _own_names(settings.host, settings.allowed_origins)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        refused = self._refusal(scope, headers)
+        if refused is not None:
+            extra = {"WWW-Authenticate": "Bearer"} if refused.status_code == 401 else None
+            await JSONResponse(refused.body(), refused.status_code, extra)(scope, receive, send)
+            return
+        await self._app(scope, self._measured(receive), send)
+
+    def _refusal(self, scope: Scope, headers: Headers) -> ApiError | None:
+        if not self._knows_host(headers.get("host", "")):
+            return ApiError(
+                403,
+                f"The Host {headers.get('host', '')!r} is not this server's name. Start it with "
+                "--allowed-origins to serve under other names.",
+            )
+        origin = headers.get("origin")
+        if origin is not None and not self._knows_origin(origin):
+            return ApiError(
+                403,
+                f"Pages of {origin!r} may not call this server. Start it with --allowed-origins "
+                f"{origin} to let them.",
+            )
+        if self._needs_key(scope) and not self._has_key(headers):
+            return ApiError(
+                401,
+                "Missing or wrong API key: send Authorization: Bearer KEY.",
+                code="invalid_api_key",
+            )
+        length = headers.get("content-length", "")
+        if length.isdigit() and int(length) > self._most:
+            return self._too_large()
+        return None
+
+    def _knows_host(self, host: str) -> bool:
+        if self._any_origin:
+            return True
+        name = (urlsplit(f"//{host}").hostname or "").lower()
+        return name in self._hosts or ("*" in self._hosts and _is_address(name))
+
+    def _knows_origin(self, origin: str) -> bool:
+        if self._any_origin or origin in self._origins:
+            return True
+        return not self._origins and re.fullmatch(LOOPBACK_ORIGINS, origin) is not None
+
+    def _needs_key(self, scope: Scope) -> bool:
+        return (
+            self._key is not None
+            and scope["method"] != "OPTIONS"
+            and scope["path"] not in OPEN_PATHS
+        )
+
+    def _has_key(self, headers: Headers) -> bool:
+        assert self._key is not None
+        kind, _, sent = headers.get("authorization", "").partition(" ")
+        return kind.lower() == "bearer" and hmac.compare_digest(
+            sent.strip().encode(), self._key.encode()
+        )
+
+    def _too_large(self) -> ApiError:
+        return ApiError(
+            413,
+            f"The request's body is larger than {self._most:,} bytes (--max-body-bytes).",
+            code="body_too_large",
+        )
+
+    def _measured(self, receive: Receive) -> Receive:
+        """A body sent in pieces announces no length, so it is measured as it comes."""
+        seen = 0
+
+        async def measured() -> Message:
+            nonlocal seen
+            message = await receive()
+            seen += len(message.get("body", b""))
+            if seen > self._most:
+                raise self._too_large()
+            return message
+
+        return measured
+
+
+def _own_names(host: str, origins: Iterable[str]) -> frozenset[str]:
+    """The names under which this server is asked for; `*` stands for any address."""
+    names = set(LOOPBACK_NAMES) | {urlsplit(origin).hostname or "" for origin in origins}
+    names.add(host.lower())
+    if not (_is_address(host) and ipaddress.ip_address(host).is_loopback) and host != "localhost":
+        own = socket.gethostname().lower()
+        names |= {"*", own, own.split(".")[0], f"{own.split('.')[0]}.local"}
+    return frozenset(names)
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True

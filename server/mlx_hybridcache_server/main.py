@@ -1,0 +1,128 @@
+"""From the command line to a server that listens, and back."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import socket
+import sys
+from types import FrameType
+
+import mlx.core as mx
+import uvicorn
+
+from mlx_hybridcache import HybridCacheError
+from mlx_hybridcache.errors import SettingError
+
+from .app import build_app
+from .models import load
+from .serving import Serving
+from .settings import Settings, build_parser, read_settings
+
+log = logging.getLogger("mlx_hybridcache.server")
+
+SHUTDOWN_SECONDS = 10
+"""How long replies may take to say that they ended, once the server stops."""
+
+KEEP_ALIVE_SECONDS = 75
+"""An agent thinks, or its user does, between two requests on one connection."""
+
+
+def main(argv: list[str] | None, prog: str) -> int:
+    """Serve until a signal comes. 0: stopped; 2: could not start, with one line that says why."""
+    parser = build_parser(prog)
+    try:
+        settings = read_settings(parser, argv)
+        logging.basicConfig(
+            level=settings.log_level, format="%(asctime)s - %(levelname)s - %(message)s", force=True
+        )
+        for chatty in ("httpx", "httpx2", "httpcore", "asyncio", "urllib3", "filelock"):
+            logging.getLogger(chatty).setLevel(logging.WARNING)
+        _say_what_differs(settings, argv or sys.argv[1:])
+        with _bound(settings) as listening:  # before minutes of loading, not after
+            serving = Serving(settings, load(settings, settings.model))
+            try:
+                _Server(serving, settings).run(sockets=[listening])
+            finally:
+                serving.close()
+    except (HybridCacheError, OSError) as error:
+        print(f"{prog}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:  # before there was a server to stop
+        return 130
+    return 0
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, which on a signal also ends the replies that it would wait for."""
+
+    def __init__(self, serving: Serving, settings: Settings):
+        config = uvicorn.Config(
+            build_app(serving),
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            timeout_graceful_shutdown=SHUTDOWN_SECONDS,
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
+            server_header=False,
+        )
+        super().__init__(config)
+        self._serving = serving
+        self._where = f"http://{_for_url(settings.host)}"
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        log.info("Stopping on %s.", signal.Signals(sig).name)
+        self._serving.stop()
+        # Not uvicorn's own handler: it would raise the signal again at the end, which is a failure.
+        self.force_exit = self.should_exit and sig == signal.SIGINT
+        self.should_exit = True
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for each in sockets or ():
+            log.info("Listening on %s:%d", self._where, each.getsockname()[1])
+
+
+def _bound(settings: Settings) -> socket.socket:
+    """A socket at the address, which holds the port while the model is loaded."""
+    try:
+        found = socket.getaddrinfo(
+            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+    except socket.gaierror as error:
+        raise SettingError(f"--host {settings.host} is no address: {error.strerror}.") from error
+    family, kind, protocol, _, address = found[0]
+    bound = socket.socket(family, kind, protocol)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind(address)
+    except OSError as error:
+        bound.close()
+        raise SettingError(
+            f"Cannot listen on {settings.host}:{settings.port}: {error.strerror}. Stop what uses "
+            "the port, or choose another with --port."
+        ) from error
+    return bound
+
+
+def _for_url(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+def _say_what_differs(settings: Settings, argv: list[str]) -> None:
+    """Nothing that a start script asks for is passed over in silence."""
+    named = {word.split("=")[0] for word in argv}
+    if mx.distributed.init().size() > 1:
+        raise SettingError(
+            "Several machines (mlx.launch) are not supported yet; start this server on one."
+        )
+    if "--pipeline" in named:
+        log.warning("--pipeline has no effect on one machine.")
+    if "--slot-prompt-similarity" in named:
+        log.info("--slot-prompt-similarity is not needed: a prefix tree has no slots to choose.")
+    if settings.kv_bits is not None:
+        log.warning("--kv-bits: requests are served without the cache, which would change replies.")
+    if settings.draft_model is not None:
+        log.warning("--draft-model: requests are served without the cache.")
+    if not settings.uses_cache:
+        log.warning("The cache is off: every prompt is read as a whole.")

@@ -1,0 +1,71 @@
+"""Prometheus metrics: what was asked, what the cache gave, what it holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.metrics_core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from mlx_hybridcache import CacheReport
+from mlx_hybridcache.store import StoreStats
+
+SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250)
+
+
+class Metrics:
+    """One server's metrics, in a registry of their own."""
+
+    def __init__(self, summary: Callable[[], StoreStats]):
+        self.registry = CollectorRegistry()
+        name = "mlx_hybridcache_"
+        self.requests = Counter(
+            f"{name}requests", "Requests answered", ["endpoint", "status"], registry=self.registry
+        )
+        self.reasons = Counter(
+            f"{name}prompts", "Prompts by what the cache did", ["reason"], registry=self.registry
+        )
+        self.restored = Counter(
+            f"{name}restored_tokens", "Prompt tokens restored", registry=self.registry
+        )
+        self.replayed = Counter(
+            f"{name}replayed_tokens", "Prompt tokens read", registry=self.registry
+        )
+        self.generated = Counter(
+            f"{name}generated_tokens", "Tokens written", registry=self.registry
+        )
+        self.cancelled = Counter(
+            f"{name}cancelled", "Replies whose client went away", registry=self.registry
+        )
+        self.running = Gauge(
+            f"{name}running", "Replies under way or waiting", registry=self.registry
+        )
+        self.first_token = Histogram(
+            f"{name}time_to_first_token_seconds",
+            "From a request's arrival to its first token",
+            buckets=SECONDS,
+            registry=self.registry,
+        )
+        self.registry.register(_Held(summary))
+
+    def read(self, report: CacheReport, seconds_to_first_token: float) -> None:
+        """A prompt was read and its first token is there."""
+        self.first_token.observe(seconds_to_first_token)
+        self.reasons.labels(report.reason.value).inc()
+        self.restored.inc(report.restored_tokens)
+        self.replayed.inc(report.replayed_tokens)
+
+
+class _Held(Collector):
+    """The store's figures as its last request left them."""
+
+    def __init__(self, summary: Callable[[], StoreStats]):
+        self._summary = summary
+
+    def collect(self) -> Iterator[Metric]:
+        found = self._summary()
+        for name in StoreStats.__dataclass_fields__:
+            yield GaugeMetricFamily(
+                f"mlx_hybridcache_store_{name}", f"The store's {name}", value=getattr(found, name)
+            )

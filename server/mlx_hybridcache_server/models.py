@@ -1,0 +1,165 @@
+"""A model that is served: loaded, with its cache, its names and its renderer."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import mlx.core as mx
+from huggingface_hub import CacheNotFound, scan_cache_dir
+
+from mlx_hybridcache import HybridPromptCache, models
+from mlx_hybridcache.errors import SettingError
+
+from .adapter import can_speculate, token_bytes
+from .chat import Renderer
+from .replies import TokenNames, ToolFormat
+from .settings import Settings
+
+log = logging.getLogger("mlx_hybridcache.server")
+
+DEFAULT_NAME = "default_model"
+"""mlx_lm.server's name for the model of `--model`."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, eq=False)
+class Loaded:
+    """A model with what serves it.
+
+    `id` is its name in `/v1/models`, `names` all that mean it, `source` what it was loaded from,
+    `adapter` the one that a request asked for.
+    """
+
+    id: str
+    names: frozenset[str]
+    source: str
+    adapter: str | None
+    tokenizer: Any
+    cache: HybridPromptCache
+    renderer: Renderer
+    token_names: TokenNames
+    draft: Any | None
+
+    def serves(self, name: str, adapter: str | None) -> bool:
+        """Whether a request for `name` is a request for this one."""
+        return adapter == self.adapter and name in self.names
+
+    def tool_format(self, tools: list[dict[str, Any]] | None, *, calls: bool) -> ToolFormat | None:
+        """How this model writes calls; None when it has no way to. Without `calls` they are text."""
+        tokenizer = self.tokenizer
+        if not tokenizer.has_tool_calling:
+            return None
+        parse = tokenizer.tool_parser if calls else None
+        return ToolFormat(tokenizer.tool_call_start, tokenizer.tool_call_end or "", parse, tools)
+
+
+def load(settings: Settings, name: str, adapter: str | None = None) -> Loaded:
+    """Load the model that `name` means, a directory or a repository, and make its cache.
+
+    `adapter` replaces the adapter of the settings.
+
+    Raises `ModelError` for what cannot be loaded, `SettingError` and `BudgetError` for settings
+    that do not suit it. The arrays are evaluated: any thread may have loaded them.
+    """
+    is_default = name == settings.model and adapter is None
+    model, tokenizer = models.load(
+        name,
+        adapter_path=settings.adapter_path if is_default else adapter,
+        chat_template=settings.chat_template,
+        trust_remote_code=settings.trust_remote_code,
+    )
+    if settings.use_default_chat_template and tokenizer.chat_template is None:
+        tokenizer.chat_template = getattr(tokenizer, "default_chat_template", None)
+        tokenizer.has_chat_template = tokenizer.chat_template is not None
+    drafts = is_default and settings.draft_model is not None
+    draft = _load_draft(settings, model, tokenizer) if drafts else None
+    cache = HybridPromptCache(
+        model,
+        tokenizer,
+        # With the cache off the budget bounds running requests only.
+        memory_budget=settings.memory_budget or None,
+        exact=settings.exact,
+        prefill_step_size=settings.prefill_step_size,
+        checkpoint_every=settings.checkpoint_every,
+        checkpoint_min_step=settings.checkpoint_min_step,
+        max_conversations=settings.prompt_cache_size or None,
+        max_checkpoints=settings.max_checkpoints,
+        swa_full=settings.swa_full,
+    )
+    engine = cache.engine
+    path = Path(name).expanduser()
+    own_id = str(path.resolve()) if path.exists() else name
+    return Loaded(
+        id=own_id,
+        names=frozenset({own_id, name, str(path)} | ({DEFAULT_NAME} if is_default else set())),
+        source=name,
+        adapter=adapter,
+        tokenizer=tokenizer,
+        cache=cache,
+        renderer=Renderer(
+            tokenizer, engine.marks, engine.layout.vocabulary, settings.chat_template_args
+        ),
+        token_names=TokenNames(token_bytes(tokenizer)),
+        draft=draft,
+    )
+
+
+def _load_draft(settings: Settings, model: Any, tokenizer: Any) -> Any:
+    assert settings.draft_model is not None
+    if not can_speculate(model):
+        raise SettingError(
+            f"--draft-model {settings.draft_model} cannot be used: mlx-lm's speculative decoding "
+            f"must go back in the caches of {settings.model}, and its recurrent layers cannot. "
+            "Leave the flag out."
+        )
+    draft, draft_tokenizer = models.load(settings.draft_model)
+    models.evaluate(draft)
+    if draft_tokenizer.vocab_size != tokenizer.vocab_size:
+        raise SettingError(
+            f"--draft-model {settings.draft_model} has a vocabulary of "
+            f"{draft_tokenizer.vocab_size}, {settings.model} one of {tokenizer.vocab_size}. "
+            "A draft model must share the tokenizer."
+        )
+    return draft
+
+
+def downloaded() -> list[str]:
+    """Repositories in the hub's cache that hold an MLX model, whole ones and sharded ones."""
+    try:
+        repos = scan_cache_dir().repos
+    except CacheNotFound:
+        return []
+    return sorted(
+        repo.repo_id
+        for repo in repos
+        if repo.repo_type == "model"
+        and any(_is_model({Path(f.file_name).name for f in r.files}) for r in repo.revisions)
+    )
+
+
+def _is_model(files: set[str]) -> bool:
+    weights = any(name.startswith("model") and name.endswith(".safetensors") for name in files)
+    return weights and {"config.json", "tokenizer_config.json"} <= files
+
+
+def on_own_thread(work: Callable[[], T]) -> Future[T]:
+    """Run `work`, which calls MLX, on a thread that leaves no MLX stream behind when it ends."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+        finally:
+            mx.clear_streams()
+
+    threading.Thread(target=run, name="load", daemon=True).start()
+    return future

@@ -1,0 +1,158 @@
+"""What a client may send. Null means the default; what is not named here is ignored."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+Count = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+TokenIds = Annotated[list[int], Field(min_length=1)]
+Stop = Annotated[str, Field(min_length=1)]
+
+MOST_CHOICES = 8
+
+
+def _is_message(message: dict[str, Any]) -> dict[str, Any]:
+    if not isinstance(message.get("role"), str):
+        raise ValueError("a message needs a role, such as user")  # noqa: TRY004  # what pydantic reads
+    content = message.get("content")
+    if not (content is None or isinstance(content, str | list)):
+        raise ValueError("content must be text, a list of text parts, or null")
+    calls = message.get("tool_calls")
+    if calls is not None and not (
+        isinstance(calls, list) and all(isinstance(call, dict) for call in calls)
+    ):
+        raise ValueError("tool_calls must be a list of objects")
+    return message
+
+
+def _is_tool(tool: dict[str, Any]) -> dict[str, Any]:
+    function = tool.get("function")
+    if tool.get("type", "function") != "function" or not isinstance(function, dict):
+        raise ValueError('a tool must be {"type": "function", "function": {...}}')
+    if not isinstance(function.get("name"), str):
+        raise ValueError("a function needs a name")  # noqa: TRY004  # what pydantic reads
+    return tool
+
+
+Message = Annotated[dict[str, Any], AfterValidator(_is_message)]
+Tool = Annotated[dict[str, Any], AfterValidator(_is_tool)]
+
+
+class _Body(BaseModel):
+    """Numbers must be numbers: "5" and true are refused, as mlx_lm.server refuses them."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
+
+
+class StreamOptions(_Body):
+    """What else a stream carries."""
+
+    include_usage: bool | None = None
+
+
+class ResponseFormat(_Body):
+    """The form of a reply."""
+
+    type: Literal["text", "json_object", "json_schema"]
+
+
+class NamedFunction(_Body):
+    """A function by its name."""
+
+    name: str
+
+
+class NamedTool(_Body):
+    """A tool that must be called."""
+
+    type: Literal["function"]
+    function: NamedFunction
+
+
+class GenerationBody(_Body):
+    """What chats and completions have in common. Ranges are mlx_lm.server's, and OpenAI's."""
+
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: Annotated[float, Field(ge=0)] | None = None
+    top_p: Share | None = None
+    top_k: Count | None = None
+    min_p: Share | None = None
+    xtc_probability: Share | None = None
+    xtc_threshold: Share | None = None
+    repetition_penalty: Annotated[float, Field(ge=0)] | None = None
+    repetition_context_size: Count | None = None
+    presence_penalty: float | None = None
+    presence_context_size: Count | None = None
+    frequency_penalty: float | None = None
+    frequency_context_size: Count | None = None
+    logit_bias: dict[str, float] | None = None
+    top_logprobs: Annotated[int, Field(ge=-1, le=20)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
+    n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
+    response_format: ResponseFormat | None = None
+    cache_salt: str | None = None
+    cache_prompt: bool | None = None
+    draft_model: str | None = None
+    num_draft_tokens: Count | None = None
+    adapters: str | None = None
+
+    def stops(self) -> tuple[str, ...]:
+        """The texts that end the reply."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    def wants_usage(self) -> bool:
+        """Whether a stream ends with its usage."""
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+
+class Conversation(_Body):
+    """Messages with what the chat template needs."""
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    tools: list[Tool] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    role_mapping: Mapping[str, str] | None = None
+    reasoning_effort: str | None = None
+
+
+class ChatBody(Conversation, GenerationBody):
+    """`POST /v1/chat/completions`."""
+
+    logprobs: bool | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+
+
+Prompt = Annotated[str, Field(min_length=1)] | TokenIds
+
+
+class CompletionBody(GenerationBody):
+    """`POST /v1/completions`. A list of prompts gives a choice for each."""
+
+    prompt: Prompt | Annotated[list[Prompt], Field(min_length=1)]
+    logprobs: bool | Annotated[int, Field(ge=0, le=20)] | None = None
+    echo: bool | None = None
+    suffix: str | None = None
+    best_of: Annotated[int, Field(ge=1)] | None = None
+
+
+class PrefixBody(_Body):
+    """`/v1/cache/warm` and `/v1/cache/pin`: the beginning of prompts to come."""
+
+    model: str | None = None
+    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    tools: list[Tool] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    prompt: Prompt | None = None
+    cache_salt: str | None = None

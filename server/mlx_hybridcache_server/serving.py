@@ -1,0 +1,301 @@
+"""The model being served, the requests running on it, and what is remembered of them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from typing import Any, TypeVar
+
+from mlx_hybridcache import CacheReport
+from mlx_hybridcache.report import Divergence
+from mlx_hybridcache.request import Generation
+
+from .adapter import NORMAL, Sampling, Segmenter
+from .changes import kind_of_change
+from .errors import ApiError, shutting_down
+from .listen import Listener, Piece, Progress
+from .metrics import Metrics
+from .models import DEFAULT_NAME, Loaded, load, on_own_thread
+from .replies import Count
+from .settings import Settings
+
+log = logging.getLogger("mlx_hybridcache.server")
+
+REMEMBERED = 100
+"""Reports that `/v1/cache/recent` tells of."""
+
+SWITCH_POLL_SECONDS = 0.05
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """One reply that is wanted."""
+
+    tokens: list[int]
+    max_tokens: int
+    sampling: Sampling
+    seed: int
+    stops: tuple[str, ...] = ()
+    top_logprobs: int | None = None
+    state: str = NORMAL
+    is_chat: bool = True
+    goes_on: bool = False  # where the prompt's text ends, so that a leading space counts
+    one_tool_call: bool = False
+    cache_salt: str | None = None
+    use_cache: bool = True
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+class Run:
+    """One reply under way. Read `pieces` once; then `report`, `count` and `timings` are complete."""
+
+    def __init__(self, serving: Serving, loaded: Loaded, ask: Ask, reply_id: str):
+        self.ask = ask
+        self.reply_id = reply_id
+        self.count = Count(prompt=len(ask.tokens))
+        self.report: CacheReport | None = None
+        self._serving = serving
+        self._loaded = loaded
+        self._arrived = time.perf_counter()
+        self._began = self._first = self._last = 0.0
+
+    @property
+    def seconds_to_first_token(self) -> float:
+        """From its arrival, waiting included."""
+        return self._first - self._arrived
+
+    async def pieces(self) -> AsyncGenerator[Piece | Progress]:
+        """Wait for a turn, then what comes. Closing this iterator cancels the request."""
+        serving = self._serving
+        with serving.metrics.running.track_inprogress():
+            async with serving.running_slots:
+                generation = await self._start()
+                try:
+                    async for item in self._counted(generation):
+                        yield item
+                finally:
+                    generation.cancel()  # which ends nothing if it has ended
+                    serving.generations.discard(generation)
+                    self._closed(generation)
+
+    async def _start(self) -> Generation[Piece | Progress]:
+        """Hand it to the worker once there is room among those that read."""
+        serving = self._serving
+        await serving.reading_slots.acquire()
+        try:
+            serving.check_open()
+            self._began = time.perf_counter()
+            generation = self._generate()
+        except BaseException:
+            serving.reading_slots.release()
+            raise
+        serving.generations.add(generation)
+        return generation
+
+    async def _counted(
+        self, generation: Generation[Piece | Progress]
+    ) -> AsyncIterator[Piece | Progress]:
+        serving, finished = self._serving, False
+        try:
+            async for item in generation:
+                if isinstance(item, Piece):
+                    if not self._first:
+                        self._read(generation)
+                        serving.reading_slots.release()
+                    self._last = time.perf_counter()
+                    self.count.completion += 1
+                    self.count.reasoning += item.is_reasoning
+                    finished = item.finish is not None
+                yield item
+        finally:
+            if not self._first:
+                serving.reading_slots.release()
+        if not finished:
+            serving.check_open()
+
+    def timings(self) -> dict[str, float]:
+        """What took how long, under llama.cpp's names."""
+        return {
+            "cache_n": self.count.cached,
+            "prompt_n": self.count.prompt - self.count.cached,
+            "prompt_ms": round((self._first - self._began) * 1e3, 3),
+            "predicted_n": self.count.completion,
+            "predicted_ms": round((self._last - self._first) * 1e3, 3),
+        }
+
+    def _generate(self) -> Generation[Piece | Progress]:
+        ask, loaded = self.ask, self._loaded
+        listener = Listener(
+            ask.stops,
+            (lambda: Segmenter(loaded.tokenizer, ask.state)) if ask.is_chat else None,
+            ask.top_logprobs,
+            ask.one_tool_call,
+            loaded.token_names.bytes_of if ask.goes_on else None,
+        )
+        sampling = ask.sampling
+        return loaded.cache.stream_generate(
+            ask.tokens,
+            ask.max_tokens,
+            prompt_progress_callback=listener.on_progress,
+            cache_salt=ask.cache_salt,
+            use_cache=ask.use_cache,
+            seed=ask.seed,
+            # Greedy replies draw nothing, so they need no random stream of their own.
+            sampler=sampling.sampler(loaded.tokenizer) if sampling.temperature else None,
+            logits_processors=sampling.processors() or None,
+            through=listener.listen,
+            **ask.options,
+        )
+
+    def _read(self, generation: Generation[Piece | Progress]) -> None:
+        """The first token is there."""
+        self._first = time.perf_counter()
+        self.report = report = generation.report
+        assert report is not None
+        self.count.cached = report.restored_tokens
+        self._serving.metrics.read(report, self.seconds_to_first_token)
+
+    def _closed(self, generation: Generation[Piece | Progress]) -> None:
+        self._serving.metrics.generated.inc(self.count.completion)
+        if self.report is not None:
+            self._serving.remember(self, generation.divergence)
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What `/v1/cache/recent` tells of one request. `changed` is the kind of thing that differs."""
+
+    id: str
+    endpoint: str
+    created: int
+    report: CacheReport
+    seconds_to_first_token: float
+    completion_tokens: int
+    changed: str | None
+    text: dict[str, str] | None
+
+    def body(self) -> dict[str, Any]:
+        """As JSON."""
+        report = self.report
+        return {
+            "id": self.id,
+            "endpoint": self.endpoint,
+            "created": self.created,
+            **asdict(report),
+            "sentence": report.reason.sentence,
+            "seconds_to_first_token": round(self.seconds_to_first_token, 6),
+            "completion_tokens": self.completion_tokens,
+            "changed": self.changed,
+            "text": self.text,
+        }
+
+
+class Serving:
+    """Runs asks on the model that is loaded, within the limits that were set."""
+
+    def __init__(self, settings: Settings, loaded: Loaded):
+        self.settings = settings
+        self.loaded = loaded
+        self.metrics = Metrics(lambda: self.loaded.cache.summary)
+        self.running_slots = asyncio.Semaphore(settings.decode_concurrency)
+        self.reading_slots = asyncio.Semaphore(settings.prompt_concurrency)
+        self.generations: set[Generation[Piece | Progress]] = set()
+        self.recent: deque[Record] = deque(maxlen=REMEMBERED)
+        self._is_closing = False
+        self._switching = asyncio.Lock()
+        # One thread renders and tokenizes: tokenizers keep state, and long prompts take a while.
+        self._renders = ThreadPoolExecutor(1, thread_name_prefix="render")
+
+    async def render(self, function: Callable[[], T]) -> T:
+        """Run a renderer's work beside the event loop."""
+        return await asyncio.get_running_loop().run_in_executor(self._renders, function)
+
+    async def model(self, name: str | None, adapter: str | None = None) -> Loaded:
+        """The model that a request names, loaded first if that is allowed.
+
+        Raises `ApiError` 404 for any other name. Loading another waits for running replies, and
+        lets go of the old model with its cache, as there is room for one.
+        """
+        name = name or DEFAULT_NAME
+        async with self._switching:
+            if not self.loaded.serves(name, adapter):
+                self._check_may_switch(name, adapter)
+                await self._switch(self.settings.model if name == DEFAULT_NAME else name, adapter)
+            return self.loaded
+
+    def _check_may_switch(self, name: str, adapter: str | None) -> None:
+        if not self.settings.allow_model_switching:
+            what = f"adapter {adapter!r}" if adapter is not None else f"model {name!r}"
+            raise ApiError(
+                404,
+                f"The {what} is not served here; {self.loaded.id!r} is. Start the server with "
+                "--allow-model-switching to let requests load others.",
+                param="model" if adapter is None else "adapters",
+                code="model_not_found",
+            )
+
+    async def _switch(self, name: str, adapter: str | None) -> None:
+        while self.generations:
+            await asyncio.sleep(SWITCH_POLL_SECONDS)
+        old = self.loaded
+        log.warning("Loading %s; what is cached for %s is let go.", name, old.id)
+        await asyncio.to_thread(old.cache.close)
+        try:
+            self.loaded = await self._load(name, adapter)
+        except Exception:
+            self.loaded = await self._load(old.source, old.adapter)
+            raise
+
+    async def _load(self, name: str, adapter: str | None) -> Loaded:
+        return await asyncio.wrap_future(on_own_thread(lambda: load(self.settings, name, adapter)))
+
+    def check_open(self) -> None:
+        """Raises `ApiError` 503 when the server is stopping."""
+        if self._is_closing:
+            raise shutting_down()
+
+    def stop(self) -> None:
+        """End what runs: every stream gets its event, every other request its error."""
+        self._is_closing = True
+        for generation in list(self.generations):
+            generation.cancel()
+
+    def close(self) -> None:
+        """Let go of the model. Waits for the worker."""
+        self._renders.shutdown()
+        self.loaded.cache.close()
+
+    def remember(self, run: Run, divergence: Divergence | None) -> None:
+        """Keep what happened for `/v1/cache/recent`."""
+        assert run.report is not None
+        changed = text = None
+        if divergence is not None:
+            parts = {
+                name: self.loaded.tokenizer.decode(list(getattr(divergence, name)))
+                for name in ("before", "asked", "stored")
+            }
+            changed = kind_of_change(**parts)
+            if self.settings.show_prompts and not run.ask.cache_salt:
+                text = parts
+        self.recent.appendleft(
+            Record(
+                run.reply_id,
+                "/v1/chat/completions" if run.ask.is_chat else "/v1/completions",
+                int(time.time()),
+                run.report,
+                run.seconds_to_first_token,
+                run.count.completion,
+                changed,
+                text,
+            )
+        )
+        log.info(
+            "%s: %s; first token after %.3f s", run.reply_id, run.report, run.seconds_to_first_token
+        )

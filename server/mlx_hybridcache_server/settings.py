@@ -1,0 +1,240 @@
+"""What the command line says: mlx_lm.server's flags under their own names, llama.cpp's, and ours."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from mlx_lm.generate import DEFAULT_QUANTIZED_KV_START
+
+from mlx_hybridcache import HybridCacheError
+from mlx_hybridcache.demo import BUNDLED_MODEL
+from mlx_hybridcache.errors import SettingError
+from mlx_hybridcache.sizes import parse_bytes
+
+API_KEY_VARIABLE = "MLX_HYBRIDCACHE_API_KEY"
+
+LARGEST_BODY = "64MiB"
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """One server's settings. Sizes are bytes, lengths tokens; None means no limit or no default."""
+
+    model: str = str(BUNDLED_MODEL)
+    adapter_path: str | None = None
+    host: str = "127.0.0.1"
+    port: int = 8080
+    allowed_origins: tuple[str, ...] = ()
+    draft_model: str | None = None
+    num_draft_tokens: int = 3
+    trust_remote_code: bool = False
+    log_level: str = "INFO"
+    chat_template: str = ""
+    use_default_chat_template: bool = False
+    temp: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    max_tokens: int = 512
+    chat_template_args: dict[str, Any] = field(default_factory=dict)
+    decode_concurrency: int = 32
+    prompt_concurrency: int = 8
+    prefill_step_size: int = 2048
+    prompt_cache_size: int | None = None
+    memory_budget: int | None = None
+    kv_bits: int | None = None
+    kv_group_size: int = 64
+    quantized_kv_start: int = DEFAULT_QUANTIZED_KV_START
+    api_key: str | None = None
+    max_prompt_tokens: int | None = None
+    max_body_bytes: int = 64 * 2**20
+    exact: bool = False
+    show_prompts: bool = False
+    allow_model_switching: bool = False
+    checkpoint_every: int = 2048
+    checkpoint_min_step: int = 512
+    max_checkpoints: int | None = None
+    swa_full: bool = False
+
+    @property
+    def uses_cache(self) -> bool:
+        """Whether anything is kept between requests."""
+        return self.prompt_cache_size != 0 and self.memory_budget != 0
+
+    def as_configured(self, tokenizer: Any) -> Any:
+        """`tokenizer` with mlx-lm's default chat template where that was asked for."""
+        if self.use_default_chat_template and tokenizer.chat_template is None:
+            tokenizer.chat_template = tokenizer.default_chat_template
+        return tokenizer
+
+    def generation_options(self) -> dict[str, Any]:
+        """The options of `mlx_lm.stream_generate` that hold for every request."""
+        if self.kv_bits is None:
+            return {}
+        return {
+            "kv_bits": self.kv_bits,
+            "kv_group_size": self.kv_group_size,
+            "quantized_kv_start": self.quantized_kv_start,
+        }
+
+
+def build_parser(prog: str) -> argparse.ArgumentParser:
+    """The parser of both entry points. Names and defaults of mlx_lm.server's flags are its own."""
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        usage="%(prog)s [--model MODEL] [--port PORT] [...], --help lists every flag",
+        description="Serve a model over HTTP as OpenAI does, re-using every prefix that was read.",
+    )
+    _add_mlx_lm_flags(parser)
+    _add_own_flags(parser)
+    return parser
+
+
+def _add_mlx_lm_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("as in mlx_lm.server").add_argument
+    add("--model", help="directory, or owner/name (default: the small bundled model)")
+    add("--adapter-path", help="trained adapter weights and their config")
+    add("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
+    add("--port", type=_number(int, 0, 65535), default=8080, help="port (%(default)s)")
+    add(
+        "--allowed-origins",
+        type=lambda text: text.split(","),
+        help="origins, separated by commas, whose pages may call; * for all (default: this machine's)",
+    )
+    add("--draft-model", help="model for speculative decoding; requests are served uncached")
+    add("--num-draft-tokens", type=_number(int, 0), default=3, help="(%(default)s)")
+    add("--trust-remote-code", action="store_true", help="run code from the model's directory")
+    add(
+        "--log-level",
+        default="INFO",
+        choices=["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"],
+        help="DEBUG shows prompts (%(default)s)",
+    )
+    add("--chat-template", default="", help="a chat template for the tokenizer")
+    add("--use-default-chat-template", action="store_true", help="where the tokenizer has none")
+    add("--temp", type=_number(float, 0), default=0.0, help="default temperature (%(default)s)")
+    add("--top-p", type=_number(float, 0, 1), default=1.0, help="default top-p (%(default)s)")
+    add("--top-k", type=_number(int, 0), default=0, help="default top-k (%(default)s: off)")
+    add("--min-p", type=_number(float, 0, 1), default=0.0, help="default min-p (%(default)s: off)")
+    add("--max-tokens", type=_number(int, 1), default=512, help="of a reply (%(default)s)")
+    add(
+        "--chat-template-args",
+        type=_template_args,
+        default="{}",
+        help="JSON arguments for the chat template, as '{\"enable_thinking\":false}'",
+    )
+    add(
+        "--decode-concurrency",
+        type=_number(int, 1),
+        default=32,
+        help="requests that run at once; the others wait (%(default)s)",
+    )
+    add(
+        "--prompt-concurrency",
+        type=_number(int, 1),
+        default=8,
+        help="of these, how many read their prompts at once (%(default)s)",
+    )
+    add(
+        "--prefill-step-size",
+        type=_number(int, 1),
+        default=2048,
+        help="tokens that one forward reads (%(default)s)",
+    )
+    add(
+        "--prompt-cache-size",
+        type=_number(int, 0),
+        help="most conversations kept; 0 turns the cache off (default: as many as fit)",
+    )
+    add("--prompt-cache-bytes", type=_size, help="for the cache and running requests, as 16GB")
+    add("--kv-bits", type=_number(int, 1), help="quantize keys and values; served uncached")
+    add("--kv-group-size", type=_number(int, 1), default=64, help="(%(default)s)")
+    add(
+        "--quantized-kv-start",
+        type=_number(int, 0),
+        default=DEFAULT_QUANTIZED_KV_START,
+        help="(%(default)s)",
+    )
+    add("--pipeline", action="store_true", help="for several machines, which are not supported yet")
+
+
+def _add_own_flags(parser: argparse.ArgumentParser) -> None:
+    own = parser.add_argument_group("our own").add_argument
+    own("--api-key", help=f"key that clients must send (or in ${API_KEY_VARIABLE})")
+    own("--max-prompt-tokens", type=_number(int, 1), help="longer prompts are refused")
+    own("--max-body-bytes", type=_size, default=LARGEST_BODY, help="of a request (%(default)s)")
+    own("--exact", action="store_true", help="equal bits hot and cold on every device")
+    own("--show-prompts", action="store_true", help="let /v1/cache/recent show text")
+    own("--allow-model-switching", action="store_true", help="load what a request names")
+    known = parser.add_argument_group("as in llama.cpp").add_argument
+    known("--ctx-checkpoints", type=_number(int, 1), help="most checkpoints on one path")
+    known("--checkpoint-every-n-tokens", type=_number(int, 1), default=2048, help="(%(default)s)")
+    known("--checkpoint-min-step", type=_number(int, 1), default=512, help="(%(default)s)")
+    known("--cache-ram", type=_mebibytes, help="MiB, or a size as 16GB; like --prompt-cache-bytes")
+    known("--swa-full", action="store_true", help="keep every row of sliding windows")
+    known("--slot-prompt-similarity", type=float, help="accepted; a prefix tree needs none")
+
+
+def read_settings(parser: argparse.ArgumentParser, argv: list[str] | None) -> Settings:
+    """The settings that `argv` names. Raises `SettingError` for what cannot be honoured."""
+    args = parser.parse_args(argv)
+    budget = args.prompt_cache_bytes
+    if args.cache_ram is not None:
+        if budget is not None and budget != args.cache_ram:
+            raise SettingError(
+                "--prompt-cache-bytes and --cache-ram name different sizes; give one of them."
+            )
+        budget = args.cache_ram
+    if args.adapter_path is not None and args.model is None:
+        raise SettingError("--adapter-path needs the --model that it was trained for.")
+    own_names = {
+        "api_key": args.api_key or os.environ.get(API_KEY_VARIABLE) or None,
+        "model": args.model or str(BUNDLED_MODEL),
+        "allowed_origins": tuple(args.allowed_origins or ()),
+        "memory_budget": budget,
+        "checkpoint_every": args.checkpoint_every_n_tokens,
+        "max_checkpoints": args.ctx_checkpoints,
+    }
+    same_names = set(Settings.__dataclass_fields__) & set(vars(args)) - set(own_names)
+    return Settings(**own_names, **{name: getattr(args, name) for name in same_names})
+
+
+def _number(kind: Callable[[str], Any], low: float, high: float | None = None) -> Any:
+    def number(text: str) -> Any:
+        value = kind(text)
+        if not low <= value or (high is not None and value > high):
+            bounds = f"at least {low}" if high is None else f"from {low} to {high}"
+            raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {bounds}.")
+        return value
+
+    number.__name__ = kind.__name__  # argparse names it when the text is no number at all
+    return number
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_bytes(text)
+    except HybridCacheError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _mebibytes(text: str) -> int | None:
+    """llama.cpp's own reading: a bare number is MiB, and -1 sets no limit of its own."""
+    if text == "-1":
+        return None
+    return int(text) * 2**20 if text.isdigit() else _size(text)
+
+
+def _template_args(text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}.") from error
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object.")
+    return found

@@ -1,0 +1,109 @@
+"""The command line of the server: names, units, what is refused before anything is loaded."""
+
+import pytest
+from mlx_hybridcache_server.settings import API_KEY_VARIABLE, Settings, build_parser, read_settings
+
+from mlx_hybridcache.demo import BUNDLED_MODEL
+from mlx_hybridcache.errors import SettingError
+
+
+def settings(*argv):
+    """What a command line means."""
+    return read_settings(build_parser("serve"), list(argv))
+
+
+def refused(capsys, *argv):
+    """The last line of what argparse says."""
+    with pytest.raises(SystemExit) as stopped:
+        settings(*argv)
+    assert stopped.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+def test_no_flag_at_all_means_the_documented_defaults(monkeypatch):
+    """The dataclass and the parser agree, and the bundled model is served."""
+    monkeypatch.delenv(API_KEY_VARIABLE, raising=False)
+    assert settings() == Settings()
+    assert settings().model == str(BUNDLED_MODEL)
+
+
+@pytest.mark.parametrize(
+    ("flag", "text", "expected"),
+    [
+        ("--prompt-cache-bytes", "10GB", 10 * 10**9),
+        ("--prompt-cache-bytes", "10G", 10 * 10**9),  # as mlx_lm.server reads it
+        ("--prompt-cache-bytes", "512MiB", 512 * 2**20),
+        ("--prompt-cache-bytes", "64K", 64_000),
+        ("--prompt-cache-bytes", "64KiB", 65_536),
+        ("--prompt-cache-bytes", "1.5GiB", 3 * 2**29),
+        ("--prompt-cache-bytes", "123456", 123_456),
+        ("--cache-ram", "8192", 8192 * 2**20),
+        ("--cache-ram", "8GB", 8 * 10**9),
+        ("--cache-ram", "-1", None),
+    ],
+)
+def test_sizes_are_read_with_their_units(flag, text, expected):
+    """A letter alone is decimal, `iB` is binary; --cache-ram counts MiB as llama.cpp does."""
+    assert settings(flag, text).memory_budget == expected
+
+
+def test_llama_cpp_names_mean_the_librarys_settings():
+    """--ctx-checkpoints 3 --checkpoint-every-n-tokens 4096."""
+    found = settings(
+        *("--ctx-checkpoints", "3", "--checkpoint-every-n-tokens", "4096"),
+        *("--checkpoint-min-step", "256", "--swa-full", "--slot-prompt-similarity", "0.5"),
+    )
+    assert (found.max_checkpoints, found.checkpoint_every) == (3, 4096)
+    assert (found.checkpoint_min_step, found.swa_full) == (256, True)
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--temp", "-1"], "at least 0"),
+        (["--top-p", "1.5"], "from 0 to 1"),
+        (["--port", "70000"], "from 0 to 65535"),
+        (["--max-tokens", "0"], "at least 1"),
+        (["--prompt-cache-bytes", "ten"], "not a size"),
+        (["--chat-template-args", "{"], "not JSON"),
+        (["--chat-template-args", "[1]"], "not a JSON object"),
+        (["--log-level", "LOUD"], "invalid choice"),
+        (["--unheard-of"], "unrecognized arguments"),
+    ],
+)
+def test_a_value_out_of_range_stops_the_start_with_a_sentence(capsys, argv, said):
+    """The last line names the flag and what was needed."""
+    assert said in refused(capsys, *argv)
+
+
+def test_flags_that_contradict_each_other_are_refused():
+    """Two sizes for one budget; an adapter for no model."""
+    with pytest.raises(SettingError, match="--cache-ram"):
+        settings("--prompt-cache-bytes", "1GB", "--cache-ram", "1")
+    assert settings("--prompt-cache-bytes", "1MiB", "--cache-ram", "1").memory_budget == 2**20
+    with pytest.raises(SettingError, match="--model"):
+        settings("--adapter-path", "somewhere")
+
+
+def test_the_cache_is_off_at_size_zero_only():
+    """No limit by default; three conversations; none."""
+    assert settings().uses_cache
+    assert settings("--prompt-cache-size", "3").uses_cache
+    assert not settings("--prompt-cache-size", "0").uses_cache
+    assert not settings("--prompt-cache-bytes", "0").uses_cache
+
+
+def test_the_key_may_come_from_the_environment(monkeypatch):
+    """The flag wins; an empty variable is none."""
+    monkeypatch.setenv(API_KEY_VARIABLE, "secret")
+    assert settings().api_key == "secret"
+    assert settings("--api-key", "other").api_key == "other"
+    monkeypatch.setenv(API_KEY_VARIABLE, "")
+    assert settings().api_key is None
+
+
+def test_quantized_keys_and_values_become_options_of_generation():
+    """All three, or none."""
+    assert settings().generation_options() == {}
+    found = settings("--kv-bits", "8", "--kv-group-size", "32").generation_options()
+    assert (found["kv_bits"], found["kv_group_size"]) == (8, 32)
