@@ -119,6 +119,7 @@ class Engine:
         request.divergence = _divergence(request.tokens, found)
         capacity = _rounded(len(request.tokens) + _reply_room(request.max_tokens))
         claim, found = self._claim(found, capacity)
+        self.publish()
         try:
             caches, position = self._restore(found, capacity), found.position
             if read:
@@ -251,6 +252,7 @@ class Engine:
         request.report = report = self.uncached_report(request, why)
         capacity = _rounded(len(request.tokens) + _reply_room(request.max_tokens))
         claim = self.store.claim(self.layout.running_bytes(capacity))
+        self.publish()
         seed = options.pop("seed", None)
         responses = stream_generate(
             self.model,

@@ -19,6 +19,7 @@ from .errors import as_api_error, refuse
 from .gate import LOOPBACK_ORIGINS, Gate
 from .metrics import Metrics
 from .routes import router
+from .schema import FIELDS
 from .serving import Serving
 
 log = logging.getLogger("mlx_hybridcache.server")
@@ -75,9 +76,18 @@ async def _invalid(request: Request, error: Exception) -> Response:
 
 def _mistake(found: dict[str, object]) -> tuple[str, str]:
     place = found.get("loc")
-    parts = [str(part) for part in place[1:]] if isinstance(place, tuple) else []
+    # Between the fields stand pydantic's names for the branches of a union.
+    parts = [
+        str(part)
+        for part in (place[1:] if isinstance(place, tuple) else ())
+        if isinstance(part, int) or part in FIELDS
+    ]
     if found.get("type") == "json_invalid":
-        return "", f"The body is not valid JSON: {found.get('ctx')}"
+        context = found.get("ctx")
+        why = context.get("error", "") if isinstance(context, dict) else ""
+        return "", f"The body is not valid JSON: {why}"
+    if not parts and found.get("type") in ("model_attributes_type", "dict_type"):
+        return "", "The body must be a JSON object"
     if found.get("type") == "missing" and not parts:
         return "", "The body is missing: send a JSON object"
     return ".".join(parts), str(found.get("msg", "")).removeprefix("Value error, ")

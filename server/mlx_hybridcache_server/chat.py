@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from mlx_hybridcache.errors import PromptError
 from mlx_hybridcache.tokens import TurnMarks, prompt_tokens
 
 from .adapter import NORMAL, TOOL, initial_state, without_template
@@ -44,7 +45,7 @@ class Renderer:
     def text(self, prompt: str | Sequence[int]) -> Rendered:
         """A raw prompt, as `/v1/completions` takes it."""
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-        return Rendered(_checked(ids, self.vocabulary))
+        return Rendered(_checked(ids, self.vocabulary, "prompt"))
 
     def chat(
         self,
@@ -102,7 +103,7 @@ class Renderer:
             raise refuse(
                 f"The model's chat template cannot render these messages: {error}", "messages"
             ) from error
-        return _checked(tokens, self.vocabulary)
+        return _checked(tokens, self.vocabulary, "messages")
 
     def _extra(self, body: Conversation) -> dict[str, Any]:
         extra = {**self.template_args, **(body.chat_template_kwargs or {})}
@@ -129,8 +130,11 @@ class Renderer:
         return tokens
 
 
-def _checked(ids: Iterable[int], vocabulary: int) -> list[int]:
-    tokens: list[int] = prompt_tokens(ids, vocabulary).tolist()
+def _checked(ids: Iterable[int], vocabulary: int, param: str) -> list[int]:
+    try:
+        tokens: list[int] = prompt_tokens(ids, vocabulary).tolist()
+    except PromptError as error:
+        raise refuse(str(error), param) from error
     return tokens
 
 

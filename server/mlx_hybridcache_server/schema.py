@@ -156,3 +156,9 @@ class PrefixBody(_Body):
     chat_template_kwargs: dict[str, Any] | None = None
     prompt: Prompt | None = None
     cache_salt: str | None = None
+
+
+FIELDS = frozenset(
+    name for body in (ChatBody, CompletionBody, PrefixBody) for name in body.model_fields
+) | {"include_usage", "type", "function", "name"}
+"""Names that a client knows, for messages about where a mistake is."""
