@@ -31,7 +31,7 @@ from .schedule import Grid
 from .sizes import format_bytes, parse_bytes
 from .store import Store, StoreStats
 from .tokens import Namespace, Tokens, learn_turn_marks, prompt_tokens, settings_digest
-from .worker import Pause, Worker
+from .worker import Load, Pause, Worker
 
 log = logging.getLogger("mlx_hybridcache")
 
@@ -92,6 +92,7 @@ class HybridPromptCache:
             max_checkpoints=max_checkpoints,
         )
         _check_budget(layout, store)
+        load = Load()
         device = (str(mx.default_device()), version("mlx"), prefill_step_size)
         self.engine = Engine(
             model=model,
@@ -106,6 +107,7 @@ class HybridPromptCache:
                 exact=device if exact else False,
             ),
             exact=exact,
+            load=load,
         )
         self._salt = cache_salt
         if layout.unsupported:
@@ -113,7 +115,7 @@ class HybridPromptCache:
                 "%s cannot be stored by this version: requests are served without the cache.",
                 ", ".join(layout.unsupported),
             )
-        self._worker = Worker(held=lambda: _mlx_thread(model), name="mlx-hybridcache")
+        self._worker = Worker(held=lambda: _mlx_thread(model), name="mlx-hybridcache", load=load)
 
     @property
     def last_report(self) -> CacheReport | None:
@@ -203,7 +205,7 @@ class HybridPromptCache:
             steps = engine.answer(request, options)
         if through is not None:
             steps = _through(steps, through)
-        return Generation(request, self._worker.stream(steps))
+        return Generation(request, self._worker.stream(steps, request.job))
 
     # For frameworks that run the model themselves
 
@@ -238,7 +240,7 @@ class HybridPromptCache:
         if engine.layout.unsupported:
             ready = self._worker.call(engine.prepare_uncached, request)
         else:
-            (ready,) = self._worker.stream(engine.prepare(request, read=read))
+            (ready,) = self._worker.stream(engine.prepare(request, read=read), request.job)
         assert request.report is not None
         rest = request.tokens[ready.position :].tolist()
         held = HeldClaim(ready.claim, self._worker)

@@ -24,7 +24,8 @@ from .request import Request
 from .schedule import Grid, Reading
 from .store import Claim, Found, Store, StoreStats
 from .tokens import Namespace, Tokens, TurnMarks
-from .worker import PAUSE, Pause
+from .tree import common_length
+from .worker import PAUSE, Load, Pause
 
 ROW_STEP = 256
 """Buffers are sized in multiples of so many rows, as mlx-lm's own are."""
@@ -55,6 +56,8 @@ class Engine:
     marks: TurnMarks
     settings: str
     exact: bool
+    load: Load = field(default_factory=Load)
+    readers: list[Request] = field(default_factory=list, init=False)
     last_report: CacheReport | None = field(default=None, init=False)
     summary: StoreStats = field(init=False)
 
@@ -70,6 +73,7 @@ class Engine:
     ) -> Iterator[GenerationResponse | Pause]:
         """The map: what happens to a request, in order. Each `yield` ends a turn of the worker."""
         ready = yield from self._prepare(request)
+        request.job.left = 0
         reply: list[int] = []
         try:
             request.forwards += 1  # the last token's, which gives the first logits
@@ -115,22 +119,74 @@ class Engine:
     def _prepare(self, request: Request, *, read: bool = True) -> Generator[Pause, None, Prepared]:
         """Match, restore and, if `read`, replay all but the last token."""
         began = time.perf_counter()
-        found = self._match(request)
-        request.divergence = _divergence(request.tokens, found)
-        capacity = _rounded(len(request.tokens) + _reply_room(request.max_tokens))
-        claim, found = self._claim(found, capacity)
-        self.publish()
+        if read:
+            yield from self._wait(request)
         try:
-            caches, position = self._restore(found, capacity), found.position
+            found = self._match(request)
+            request.divergence = _divergence(request.tokens, found)
+            capacity = _rounded(len(request.tokens) + _reply_room(request.max_tokens))
+            claim, found = self._claim(found, capacity)
+            self.publish()
+            try:
+                caches, position = self._restore(found, capacity), found.position
+                if read:
+                    for _ in self._replay(request, found, caches):
+                        yield PAUSE
+                    position = len(request.tokens) - 1
+            except BaseException:
+                claim.release()
+                raise
+        finally:
             if read:
-                for _ in self._replay(request, found, caches):
-                    yield PAUSE
-                position = len(request.tokens) - 1
-        except BaseException:
-            claim.release()
-            raise
+                self.readers.remove(request)
         request.report = self.report(request, found, time.perf_counter() - began)
         return Prepared(caches, position, capacity, claim)
+
+    def _wait(self, request: Request) -> Iterator[Pause]:
+        """Let those who are at it read what this prompt shares with theirs, then become one of them.
+
+        A leader that goes away is a leader no more, and the first of its followers to look takes
+        its place, from the last checkpoint that it left.
+        """
+        try:
+            while True:
+                found = self.store.find(request.namespace, request.tokens)
+                request.advance(found.position)
+                request.job.waits = self._follows(request, found)
+                if not request.job.waits:
+                    break
+                yield PAUSE
+        finally:
+            request.job.waits = False
+        self.readers.append(request)
+        try:
+            yield PAUSE  # how much it has to read is known now: its turn may come later
+        except BaseException:
+            self.readers.remove(request)
+            raise
+
+    def _follows(self, request: Request, found: Found) -> bool:
+        """Whether somebody is about to read a slice or more of this prompt; asks for a checkpoint."""
+        best: tuple[int, Request] | None = None
+        for other in self.readers:
+            if other.namespace != request.namespace:
+                continue
+            shared = common_length(request.tokens, other.tokens)
+            end = len(other.tokens) - 1
+            stop = min(shared, len(request.tokens) - 1, end)
+            stop -= stop % (self.grid.step if self.exact else 1)
+            # At its end a checkpoint is taken anyway; one that is taken for us must be worth it.
+            worth = 1 if stop == end else self.grid.shared_step
+            is_ahead = other.read < stop and stop - found.position >= worth
+            if is_ahead and (best is None or stop > best[0]):
+                best = (stop, other)
+        if best is None:
+            return False
+        stop, leader = best
+        if self.layout.needs_snapshots:
+            leader.stops.add(stop)
+            leader.advance(leader.read)
+        return True
 
     def _match(self, request: Request) -> Found:
         self.store.tick()
@@ -164,15 +220,31 @@ class Engine:
         )
         route = plan(self.layout, self.grid, reading, exact=self.exact)
         request.on_progress(found.position, len(tokens))
+        request.advance(found.position)
+
+        def step() -> int:
+            whole = self.exact or not self.load.is_shared
+            return self.grid.step if whole else self.grid.shared_step
 
         def afford(a: int, b: int, cuts: list[int]) -> list[int]:
             return self._afford(request, a, b, cuts)
 
-        for read in replay(self.layout, self.model, caches, tokens, route, afford):
+        slices = replay(
+            self.layout,
+            self.model,
+            caches,
+            tokens,
+            route,
+            step=step,
+            stops=request.stops,
+            afford=afford,
+        )
+        for read in slices:
             request.forwards += 1
             for taken in read.taken:
                 ends = taken.position == reading.end
                 self._save(request, taken, caches, is_end=ends)
+            request.advance(read.position)
             request.on_progress(read.position, len(tokens))
             yield read.position
 
@@ -249,6 +321,7 @@ class Engine:
     ) -> Iterator[GenerationResponse | Pause]:
         """mlx-lm's own path, for what the cache cannot serve; the report says so."""
         began = time.perf_counter()
+        request.job.left = 0  # mlx-lm reads the prompt in one go, so there is nothing to plan
         request.report = report = self.uncached_report(request, why)
         capacity = _rounded(len(request.tokens) + _reply_room(request.max_tokens))
         claim = self.store.claim(self.layout.running_bytes(capacity))

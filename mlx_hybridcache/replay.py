@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +18,27 @@ from .tokens import Tokens
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Slices `[a, b)` to read, each in one forward, and the cuts `(a, b]` to take on the way."""
+    """What to read, `[start, end)`, and the cuts in `(start, end]` to take on the way.
 
-    slices: tuple[tuple[int, int], ...]
+    A slice is one forward. It ends at multiples of its step, and at `pauses`: the cuts of layers
+    that cannot hand out a state from inside a forward.
+    """
+
+    start: int
+    end: int
     cuts: tuple[int, ...]
+    must_pause: bool
+    cuts_every_slice: bool
+
+    def slice_end(self, position: int, step: int, stops: Collection[int] = ()) -> int:
+        """Where the slice that begins at `position` ends. `stops` are cuts that came up since."""
+        pauses = [*self.cuts, *stops] if self.must_pause else ()
+        return schedule.slice_end(position, self.end, step, pauses)
+
+    def cuts_in(self, a: int, b: int, stops: Collection[int] = ()) -> list[int]:
+        """The cuts to take in `(a, b]`, ascending."""
+        every = {*schedule.cuts_in(self.cuts, a, b), *(cut for cut in stops if a < cut <= b)}
+        return sorted(every | {b} if self.cuts_every_slice else every)
 
 
 def plan(layout: Layout, grid: Grid, reading: Reading, *, exact: bool) -> Plan:
@@ -30,16 +47,13 @@ def plan(layout: Layout, grid: Grid, reading: Reading, *, exact: bool) -> Plan:
     if exact:
         cuts = schedule.cuts_for_exact(reading, grid)
     elif not layout.needs_snapshots:
-        # Rows restore anywhere; a cut per slice stores what was read so far.
-        cuts = [b for _, b in grid.slices(start, end)]
+        cuts = []  # rows restore anywhere; a cut per slice stores what was read so far
     elif layout.must_pause:
         cuts = schedule.cuts_for_pausing(reading, grid)
     else:
         cuts = schedule.cuts_for(reading, grid)
-    if layout.stores_every_slice and not exact:
-        cuts = sorted({*cuts, *(b for _, b in grid.slices(start, end))})
-    pauses = cuts if layout.must_pause else ()
-    return Plan(tuple(schedule.slices_between(grid, start, end, pauses)), tuple(cuts))
+    every_slice = not exact and (layout.stores_every_slice or not layout.needs_snapshots)
+    return Plan(start, end, tuple(cuts), layout.must_pause, every_slice)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,17 +70,24 @@ def replay(
     caches: Sequence[Any],
     tokens: Tokens,
     plan: Plan,
+    *,
+    step: Callable[[], int],
+    stops: Collection[int],
     afford: Callable[[int, int, list[int]], list[int]],
 ) -> Iterator[Progress]:
-    """Read the plan's slices of `tokens` (int32, `(n,)`) into `caches`, one forward each.
+    """Read what the plan says of `tokens` (int32, `(n,)`) into `caches`, a slice at a time.
 
-    `afford(a, b, cuts)` is asked before each slice and returns the cuts whose bytes there is room
-    for, so that no snapshot exists that was not paid for.
+    Before each slice `step()` says how long it may be, `stops` are the cuts that came up meanwhile,
+    and `afford(a, b, cuts)` returns the cuts whose bytes there is room for, so that no snapshot
+    exists that was not paid for.
     """
-    for a, b in plan.slices:
-        cuts = afford(a, b, schedule.cuts_in(plan.cuts, a, b))
+    a = plan.start
+    while a < plan.end:
+        b = plan.slice_end(a, step(), stops)
+        cuts = afford(a, b, plan.cuts_in(a, b, stops))
         yield Progress(b, _read(layout, model, caches, tokens, (a, b), cuts))
         mx.clear_cache()
+        a = b
 
 
 def _read(

@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 from .report import CacheReport, Divergence
 from .store import Claim
 from .tokens import Namespace, Tokens
-from .worker import Stream, Worker
+from .worker import Job, Stream, Worker
 
 T = TypeVar("T")
 
@@ -19,7 +19,11 @@ Progress = Callable[[int, int], None]
 
 @dataclass(eq=False)
 class Request:
-    """What was asked, and the account kept of it."""
+    """What was asked, and the account kept of it.
+
+    `read` tokens are restored or read so far, and `stops` are the positions on the way at which
+    others wait for a checkpoint.
+    """
 
     tokens: Tokens
     namespace: Namespace
@@ -31,6 +35,15 @@ class Request:
     forwards: int = 0
     taken: int = 0
     refused: int = 0
+    job: Job = field(default_factory=lambda: Job(left=1))
+    read: int = 0
+    stops: set[int] = field(default_factory=set)
+
+    def advance(self, read: int) -> None:
+        """`read` tokens are read: say how many more until someone's first token."""
+        self.read = read
+        ahead = [stop for stop in self.stops if stop > read]
+        self.job.left = max(1, min([len(self.tokens), *ahead]) - read)
 
 
 class Generation(Generic[T]):

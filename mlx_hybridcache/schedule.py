@@ -9,9 +9,8 @@ request of this family resumes exactly where the family parts ways).
 from __future__ import annotations
 
 import bisect
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 TAILS = (64, 512)
 """Distances from the prompt's end, in tokens, at which a changed ending finds a checkpoint."""
@@ -59,10 +58,10 @@ class Grid:
         early = [cut for cut in self.first if start < cut < min(end, every)]
         return [*early, *regular]
 
-    def slices(self, start: int, end: int) -> list[tuple[int, int]]:
-        """`[start, end)` in slices that end at multiples of `step`."""
-        bounds = [start, *range((start // self.step + 1) * self.step, end, self.step), end]
-        return [(a, b) for a, b in pairwise(bounds) if a < b]
+    @property
+    def shared_step(self) -> int:
+        """The longest slice while others wait: a quarter step, in whole blocks of the layers."""
+        return min(self.step, _round_up(max(1, self.step // 4), self.alignment))
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,12 +142,10 @@ def _ending(reading: Reading, wanted: set[int]) -> list[int]:
     return sorted(wanted)
 
 
-def slices_between(
-    grid: Grid, start: int, end: int, pauses: Sequence[int]
-) -> list[tuple[int, int]]:
-    """Slices of `[start, end)` that end at multiples of the step and at every pause besides."""
-    bounds = [start, *(cut for cut in pauses if start < cut < end), end]
-    return [part for a, b in pairwise(bounds) for part in grid.slices(a, b)]
+def slice_end(position: int, end: int, step: int, pauses: Iterable[int] = ()) -> int:
+    """Where the slice that begins at `position` ends: at a multiple of `step`, a pause, the end."""
+    whole = min(position + step - position % step, end)
+    return min((cut for cut in pauses if position < cut < whole), default=whole)
 
 
 def cuts_in(cuts: Sequence[int], a: int, b: int) -> list[int]:

@@ -169,7 +169,7 @@ class PrefixTree:
             child = node.child(int(tokens[position]))
             if child is None:
                 return Match(position, tuple(path), None, contradicted=bool(node.children))
-            common = _common(child.tokens, tokens[position:])
+            common = common_length(child.tokens, tokens[position:])
             position += common
             if common < len(child.tokens):
                 return Match(position, tuple(path), child, contradicted=position < len(tokens))
@@ -243,7 +243,7 @@ class PrefixTree:
         return upper_node
 
 
-def _common(run: Tokens, tokens: Tokens) -> int:
+def common_length(run: Tokens, tokens: Tokens) -> int:
     """Length of the common beginning of two token arrays."""
     length = min(len(run), len(tokens))
     differs = run[:length] != tokens[:length]

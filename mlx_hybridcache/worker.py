@@ -1,9 +1,9 @@
 """The one thread that calls MLX: a queue of calls, and turns for the requests under way.
 
 A lazy MLX array can only be evaluated on the thread that made it, so every MLX call of the library
-runs here, whichever thread asked. Requests are generators of steps; each turn advances one of them
-by one step (a slice read, a token decoded), so that none holds the thread for long. A reader that
-stops reading parks its request and blocks nobody.
+runs here, whichever thread asked. Requests are generators of steps. In each round every request that
+writes gets one token and one of those that read gets one slice (`turns`), so that between two tokens
+of a reply at most one slice is read. A client that stops taking parks its request and blocks nobody.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from .errors import ClosedError
+from .turns import next_reader
 
 T = TypeVar("T")
 
@@ -33,11 +35,39 @@ PAUSE = Pause()
 """What a request yields to give up its turn without delivering anything."""
 
 
+@dataclass(eq=False, slots=True)
+class Job:
+    """What the worker must know of a request to give it its turn. Written on the worker thread.
+
+    `left` are the tokens to read until somebody gets a first token of it, 0 once it writes;
+    `waits` while another one reads what this one needs.
+    """
+
+    left: int = 0
+    waits: bool = False
+    passed_over: int = 0
+
+
+@dataclass(slots=True)
+class Load:
+    """How busy the worker is, in requests. Written on the worker thread, read on any."""
+
+    reading: int = 0
+    waiting: int = 0
+    writing: int = 0
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether a request that has its turn keeps another one waiting."""
+        return self.reading + self.waiting + self.writing > 1
+
+
 class _Task:
     """One request under way. The worker writes `sent` and `parked`, its reader `taken`."""
 
-    def __init__(self, steps: Iterator[Any]):
+    def __init__(self, steps: Iterator[Any], job: Job):
         self.steps = steps
+        self.job = job
         self.outbox: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
         self.sent = 0
         self.taken = 0
@@ -84,14 +114,15 @@ _Inbox = queue.SimpleQueue[Callable[["_Turns"], None]]
 class _Turns:
     """The worker thread's own state."""
 
-    def __init__(self) -> None:
+    def __init__(self, load: Load) -> None:
         self.tasks: list[_Task] = []
+        self.load = load
         self.stopped = False
 
     def ready(self) -> list[_Task]:
-        """Requests that can go on, oldest first."""
+        """Requests that can go on, oldest first. A prompt is read whether its client listens or not."""
         for task in self.tasks:
-            task.parked = task.sent - task.taken >= AHEAD
+            task.parked = not task.job.left and task.sent - task.taken >= AHEAD
             if task.parked and task.sent - task.taken < AHEAD:
                 task.parked = False  # its reader took one while the flag was being set
         return [task for task in self.tasks if not task.parked]
@@ -100,12 +131,34 @@ class _Turns:
         with held:
             while not self.stopped:
                 self._drain(inbox)
-                for task in self.ready():
-                    if not self.stopped:
-                        task.advance()
+                self._round(self.ready())
                 self.tasks = [task for task in self.tasks if not task.finished]
+                self._count(self.tasks)
             for task in self.tasks:
                 task.cancel()
+
+    def _round(self, ready: list[_Task]) -> None:
+        """A token for each that writes, a slice for one that reads."""
+        self._count(ready)
+        for task in ready:
+            if not self.stopped and (task.job.waits or not task.job.left):
+                task.advance()
+        readers = [task for task in ready if task.job.left and not task.job.waits]
+        if readers and not self.stopped:
+            chosen = readers[
+                next_reader(
+                    [task.job.left for task in readers], [task.job.passed_over for task in readers]
+                )
+            ]
+            chosen.advance()
+            for task in readers:
+                task.job.passed_over += task is not chosen
+
+    def _count(self, tasks: list[_Task]) -> None:
+        load = self.load
+        load.waiting = sum(task.job.waits for task in tasks)
+        load.writing = sum(not task.job.left for task in tasks)
+        load.reading = len(tasks) - load.waiting - load.writing
 
     def _drain(self, inbox: _Inbox) -> None:
         """Do what was asked since the last turn; wait for it when no request can go on."""
@@ -192,12 +245,16 @@ class Worker:
     """Runs calls and requests on its own thread until it is closed or dropped."""
 
     def __init__(
-        self, held: Callable[[], AbstractContextManager[Any]] = nullcontext, name: str = "mlx"
+        self,
+        held: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        name: str = "mlx",
+        load: Load | None = None,
     ):
         self._inbox: _Inbox = queue.SimpleQueue()
+        turns = _Turns(load or Load())
         # The thread must not keep this object alive, so it gets the inbox only.
         self._thread = threading.Thread(
-            target=lambda inbox: _Turns().run(inbox, held()),
+            target=lambda inbox: turns.run(inbox, held()),
             args=(self._inbox,),
             name=name,
             daemon=True,
@@ -231,11 +288,11 @@ class Worker:
         """Run `function` between two turns, without waiting. After the end it is never run."""
         self._inbox.put(lambda turns: function())
 
-    def stream(self, steps: Iterator[T | Pause]) -> Stream[T]:
+    def stream(self, steps: Iterator[T | Pause], job: Job | None = None) -> Stream[T]:
         """Give a request its turns; its items come out of the returned stream."""
         if not self._stop.alive:
             raise ClosedError("This cache was closed; make a new HybridPromptCache.")
-        task = _Task(steps)
+        task = _Task(steps, job or Job())
         self._inbox.put(lambda turns: turns.tasks.append(task))
         return Stream(task, self._inbox)
 

@@ -32,6 +32,7 @@ ORDER = [
     {"router"},
     {"models"},
     {"schedule"},
+    {"turns"},
     {"eviction"},
     {"policy"},
     {"tree"},
@@ -44,7 +45,17 @@ ORDER = [
 
 RANK = {unit: rank for rank, units in enumerate(ORDER) for unit in units}
 ENTRY_POINTS = ORDER[0]
-WITHOUT_MLX = {"schedule", "eviction", "policy", "tree", "tokens", "report", "errors", "sizes"}
+WITHOUT_MLX = {
+    "schedule",
+    "turns",
+    "eviction",
+    "policy",
+    "tree",
+    "tokens",
+    "report",
+    "errors",
+    "sizes",
+}
 UPPER_PACKAGES = {"mlx_hybridcache_server", "mlx_hybridcache_bench"}
 UNSAFE_FORMATS = {"pickle", "cloudpickle", "dill", "shelve", "marshal"}
 

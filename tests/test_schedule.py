@@ -12,11 +12,22 @@ from mlx_hybridcache.schedule import (
     cuts_for_exact,
     cuts_for_pausing,
     cuts_in,
-    slices_between,
+    slice_end,
     spaced,
 )
 
 GRID = Grid()
+
+
+def slices_of(grid, reading, pauses, steps=None):
+    """What is read, in slices; the k-th is at most the k-th of `steps` long."""
+    slices, position = [], reading.start
+    while position < reading.end:
+        step = grid.step if steps is None else steps[len(slices) % len(steps)]
+        slices.append((position, slice_end(position, reading.end, step, pauses)))
+        position = slices[-1][1]
+    return slices
+
 
 readings = st.builds(
     lambda start, length, turns, branch: Reading(
@@ -78,10 +89,11 @@ def test_cuts_ascend_and_lie_in_what_is_read(reading, step):
 @settings(derandomize=True, max_examples=300, deadline=None)
 @given(reading=readings, step=steps)
 def test_slices_cover_what_is_read_once_and_are_at_most_a_step(reading, step):
-    """No gap, no overlap, no slice over the step."""
+    """No gap, no overlap, no slice over the step, whether it is whole or shared."""
     grid = Grid(step, step, step // 4)
-    for pauses in ((), cuts_for_pausing(reading, grid)):
-        slices = slices_between(grid, reading.start, reading.end, pauses)
+    pausing = cuts_for_pausing(reading, grid)
+    for pauses, lengths in (((), None), (pausing, None), (pausing, [grid.step, grid.shared_step])):
+        slices = slices_of(grid, reading, pauses, lengths)
         assert [b for _, b in slices[:-1]] == [a for a, _ in slices[1:]]
         assert all(0 < b - a <= step for a, b in slices)
         if reading.start < reading.end:
@@ -95,10 +107,10 @@ def test_forwards_stay_within_the_bounds_however_many_turns_there_are(reading, s
     """With the last token's own forward: + 2 captured; paused + 8 cold and + 5 hot."""
     grid = Grid(step, step, step // 4)
     replayed = reading.end + 1 - reading.start
-    captured = slices_between(grid, reading.start, reading.end, ())
+    captured = slices_of(grid, reading, ())
     assert len(captured) + 1 <= ceil(replayed / step) + 2
     pauses = cuts_for_pausing(reading, grid)
-    paused = slices_between(grid, reading.start, reading.end, pauses)
+    paused = slices_of(grid, reading, pauses)
     extra = 8 if reading.start == 0 else 5
     assert len(paused) + 1 <= ceil(replayed / step) + extra
 
@@ -112,6 +124,14 @@ def test_grid_cuts_honour_the_block_of_the_layers():
     """Blocks of 256 with a step of 640: the early cuts move from 160 and 320 to 256 and 512."""
     grid = Grid(640, 1280, 160, alignment=256)
     assert grid.cuts(0, 4000) == [256, 512, 1280, 2560, 3840]
+
+
+def test_a_shared_slice_is_a_quarter_step_in_whole_blocks():
+    """2,048 gives 512; a step of 640 in blocks of 256 gives 256; a step of one block stays."""
+    assert GRID.shared_step == 512
+    assert Grid(640, 1280, 160, alignment=256).shared_step == 256
+    assert Grid(256, 256, 64, alignment=256).shared_step == 256
+    assert Grid(1, 1, 1).shared_step == 1
 
 
 def test_spacing_is_counted_from_the_last_kept_cut():

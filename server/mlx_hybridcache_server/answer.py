@@ -96,7 +96,7 @@ class Answer:
             yield _event(self.envelope.around([], usage=self._usage(), timings=self._timings()))
 
     def _pieces(self) -> AsyncGenerator[tuple[Run, Piece | Progress]]:
-        return merged([[choice.run for choice in group] for group in self.groups])
+        return merged([choice.run for group in self.groups for choice in group])
 
     def _by_run(self) -> dict[Run, Choice]:
         return {choice.run: choice for group in self.groups for choice in group}

@@ -46,7 +46,7 @@ def main(argv: list[str] | None, prog: str) -> int:
             finally:
                 serving.close()
     except (HybridCacheError, OSError) as error:
-        print(f"{prog}: {error}", file=sys.stderr)
+        print(f"{prog}: {' '.join(str(error).split())}", file=sys.stderr)  # one line
         return 2
     except KeyboardInterrupt:  # before there was a server to stop
         return 130

@@ -1,4 +1,4 @@
-"""Several replies read as one stream, those to one prompt behind the first of them."""
+"""Several replies read as one stream."""
 
 from __future__ import annotations
 
@@ -12,24 +12,21 @@ from .serving import Run
 WAITING = 16
 """Items of all replies that may wait for a slow client."""
 
+_Arrived = asyncio.Queue[tuple[Run, Piece | Progress | Exception | None]]
 
-async def merged(groups: Sequence[Sequence[Run]]) -> AsyncGenerator[tuple[Run, Piece | Progress]]:
-    """What every run brings, as it comes. Runs of one group share a prompt, which the first reads.
+
+async def merged(runs: Sequence[Run]) -> AsyncGenerator[tuple[Run, Piece | Progress]]:
+    """What every run brings, as it comes. Runs of one prompt share its reading in the library.
 
     Closing this iterator, or an error in one run, cancels them all.
     """
-    runs = [run for group in groups for run in group]
     if len(runs) == 1:
         async with aclosing(runs[0].pieces()) as pieces:
             async for piece in pieces:
                 yield runs[0], piece
         return
-    arrived: asyncio.Queue[tuple[Run, Piece | Progress | Exception | None]] = asyncio.Queue(WAITING)
-    tasks = [
-        asyncio.create_task(_pump(run, arrived, None if run is group[0] else is_read, is_read))
-        for group, is_read in ((group, asyncio.Event()) for group in groups)
-        for run in group
-    ]
+    arrived: _Arrived = asyncio.Queue(WAITING)
+    tasks = [asyncio.create_task(_pump(run, arrived)) for run in runs]
     try:
         left = len(tasks)
         while left:
@@ -46,23 +43,12 @@ async def merged(groups: Sequence[Sequence[Run]]) -> AsyncGenerator[tuple[Run, P
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _pump(
-    run: Run,
-    arrived: asyncio.Queue[tuple[Run, Piece | Progress | Exception | None]],
-    after: asyncio.Event | None,
-    is_read: asyncio.Event,
-) -> None:
+async def _pump(run: Run, arrived: _Arrived) -> None:
     last: Exception | None = None
     try:
-        if after is not None:
-            await after.wait()
         async with aclosing(run.pieces()) as pieces:
             async for item in pieces:
-                if isinstance(item, Piece):
-                    is_read.set()
                 await arrived.put((run, item))
     except Exception as error:  # whatever it is, the one who reads the stream hears of it
         last = error
-    finally:
-        is_read.set()
     await arrived.put((run, last))

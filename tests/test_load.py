@@ -1,0 +1,267 @@
+"""Several requests at once: turns, sharing, cancellation. Counted in forwards and tokens, not seconds.
+
+Everything happens at a known moment: requests arrive, and go, in callbacks on the worker thread.
+"""
+
+import threading
+from itertools import pairwise
+
+import oracle
+import pytest
+import tiny
+
+from mlx_hybridcache import HybridPromptCache
+from mlx_hybridcache.worker import PAUSE
+
+STEP = 64
+QUARTER = STEP // 4
+
+
+@pytest.fixture
+def cache():
+    with new_cache("qwen3_next") as made:
+        yield made
+
+
+def new_cache(name, **settings):
+    return HybridPromptCache(
+        tiny.build(name),
+        oracle.word_tokenizer(),
+        memory_budget="300MB",
+        prefill_step_size=STEP,
+        checkpoint_every=STEP,
+        checkpoint_min_step=QUARTER,
+        **settings,
+    )
+
+
+def said(log, name):
+    """A view that notes each token in `log`, on the worker thread, as it is made."""
+
+    def through(responses):
+        for response in responses:
+            if response is PAUSE:
+                yield PAUSE
+                continue
+            log.append(name)
+            yield response
+
+    return through
+
+
+def ask(cache, prompt, log, name, count=4, **options):
+    return cache.stream_generate(
+        prompt, count, sampler=oracle.never_ending, through=said(log, name), seed=0, **options
+    )
+
+
+def at(position, action):
+    """A progress callback that acts once, when so many tokens are read."""
+    done = []
+
+    def progress(read, total):
+        if read >= position and not done:
+            done.append(read)
+            action()
+
+    return progress
+
+
+def alone(name, prompt, count=4):
+    """The reply from an empty cache with nobody else about."""
+    with new_cache(name) as cache:
+        return [(r.token, r.logprobs) for r in ask(cache, prompt, [], "", count)]
+
+
+def same(replies, expected):
+    assert [r.token for r in replies] == [token for token, _ in expected]
+    for reply, (_, logprobs) in zip(replies, expected, strict=True):
+        assert oracle.agree(reply.logprobs, logprobs)
+
+
+def events(cache):
+    """The model's forwards and the tokens given out, in order: one list."""
+    return oracle.forwards(cache.engine.model)
+
+
+def test_between_two_tokens_at_most_one_slice_is_read(cache):
+    """While one writes 30 tokens another reads 700: slices of a quarter step, one at a time."""
+    short, long = oracle.prompt(20, seed=1), oracle.prompt(700, seed=2)
+    started = []
+    with events(cache) as log:
+
+        def begin():
+            started.append(ask(cache, long, log, "long"))
+
+        writer = ask(cache, short, log, "token", 30, prompt_progress_callback=at(20, begin))
+        replies = list(writer)
+        others = list(started[0])
+    places = [i for i, event in enumerate(log) if event == "token"]
+    for a, b in pairwise(places):
+        slices = [n for n in log[a + 1 : b] if n not in (1, "long")]
+        assert len(slices) <= 1
+        assert all(n <= QUARTER for n in slices)
+    assert any(n == QUARTER for n in log[places[0] : places[-1]])
+    same(replies, alone("qwen3_next", short, 30))
+    same(others, alone("qwen3_next", long))
+
+
+def test_a_short_question_starts_after_at_most_two_slices_of_a_long_read(cache):
+    """20 tokens arrive when 128 of 900 are read: one slice, then its own, then its first token."""
+    short, long = oracle.prompt(20, seed=1), oracle.prompt(900, seed=2)
+    started = []
+    with events(cache) as log:
+
+        def begin():
+            log.append("arrives")
+            started.append(ask(cache, short, log, "short"))
+
+        reader = ask(cache, long, log, "long", prompt_progress_callback=at(128, begin))
+        replies = list(reader)
+        others = list(started[0])
+    between = log[log.index("arrives") + 1 : log.index("short")]
+    assert sum(n > 1 for n in between) <= 2 + 1  # its own slice is the third
+    assert log.index("short") < log.index("long")
+    same(others, alone("qwen3_next", short))
+    same(replies, alone("qwen3_next", long))
+
+
+def test_a_prompt_alone_is_read_in_whole_slices(cache):
+    """Nobody else: 640 tokens in slices of 64."""
+    with events(cache) as log:
+        list(ask(cache, oracle.prompt(641, seed=3), [], "", 1))
+    assert [n for n in log if n > 1] == [STEP] * 10
+
+
+def test_exact_mode_keeps_its_slices_under_load():
+    """Two long prompts at once: every slice is a whole step but the last of each."""
+    with new_cache("qwen3_next", exact=True) as cache:
+        first, second = oracle.prompt(200, seed=1), oracle.prompt(200, seed=2)
+        started = []
+        with events(cache) as log:
+
+            def begin():
+                started.append(ask(cache, second, log, "second"))
+
+            list(ask(cache, first, log, "first", prompt_progress_callback=at(0, begin)))
+            list(started[0])
+    assert sorted(n for n in log if isinstance(n, int) and n > 1) == [7] * 2 + [STEP] * 6
+
+
+@pytest.mark.parametrize("name", ["qwen3_next", "jamba", "gemma3_text", "qwen3"])
+def test_eight_agents_with_one_system_prompt_read_it_once(name):
+    """650 shared tokens and 20 of each agent's own, all at once: 650 + 8 x 20 are read.
+
+    The checkpoint where they part is taken for the followers; the regular ones are at 640 and 704.
+    """
+    system = oracle.prompt(650, seed=9)
+    prompts = [system + oracle.prompt(20, seed=seed) for seed in range(8)]
+    with new_cache(name) as cache:
+        started = []
+        with events(cache) as log:
+
+            def begin():
+                started.extend(ask(cache, prompt, log, "agent") for prompt in prompts[1:])
+
+            first = ask(cache, prompts[0], log, "agent", prompt_progress_callback=at(0, begin))
+            replies = [list(first)]
+            replies += [list(other) for other in started]
+        read = sum(n for n in log if isinstance(n, int) and n > 1)
+    assert read <= 650 + 8 * 20
+    for prompt, reply in zip(prompts, replies, strict=True):
+        same(reply, alone(name, prompt))
+
+
+@pytest.mark.parametrize("length", [10, 500])
+def test_equal_prompts_at_once_are_read_once(cache, length):
+    """Four times the same tokens: one reading, three restores of all but the last, however few."""
+    prompt = oracle.prompt(length, seed=4)
+    started = []
+    with events(cache) as log:
+
+        def begin():
+            started.extend(ask(cache, prompt, log, "other") for _ in range(3))
+
+        replies = [list(ask(cache, prompt, log, "x", prompt_progress_callback=at(0, begin)))]
+        replies += [list(other) for other in started]
+    assert sum(n for n in log if isinstance(n, int) and n > 1) == length - 1
+    expected = alone("qwen3_next", prompt)
+    for reply in replies:
+        same(reply, expected)
+
+
+def test_a_follower_takes_over_from_a_leader_that_goes_away(cache):
+    """Cancelled at 256 of 640 shared tokens: the follower resumes there, and nothing is read twice."""
+    system = oracle.prompt(640, seed=5)
+    prompt, other = system + oracle.prompt(20, seed=6), system + oracle.prompt(20, seed=7)
+    started, leader = [], []
+    with events(cache) as log:
+
+        def begin():
+            started.append(ask(cache, other, log, "follower"))
+
+        def leave():
+            leader[0].cancel()
+
+        ready = threading.Event()
+        acts = [at(0, begin), at(256, leave)]
+
+        def held(read, total):
+            ready.wait()
+            for act in acts:
+                act(read, total)
+
+        leader.append(ask(cache, prompt, log, "leader", prompt_progress_callback=held))
+        ready.set()
+        replies = list(leader[0])
+        followers = list(started[0])
+    assert replies == []
+    read = sum(n for n in log if isinstance(n, int) and n > 1)
+    assert read <= 660 + STEP  # at most the slice that was under way
+    same(followers, alone("qwen3_next", other))
+
+
+def test_a_cancelled_request_reads_at_most_one_more_slice(cache):
+    """Cancelled when 256 of 2,000 tokens are read."""
+    prompt = oracle.prompt(2000, seed=8)
+    running = []
+    ready = threading.Event()
+    with events(cache) as log:
+
+        def leave():
+            log.append("cancelled")
+            running[0].cancel()
+
+        act = at(256, leave)
+
+        def held(read, total):
+            ready.wait()
+            act(read, total)
+
+        running.append(ask(cache, prompt, log, "x", prompt_progress_callback=held))
+        ready.set()
+        assert list(running[0]) == []
+    assert len([n for n in log[log.index("cancelled") + 1 :] if n != "x"]) <= 1
+    assert cache.lookup(prompt).restored_tokens >= 256
+    assert not cache.engine.readers
+
+
+def test_a_client_that_does_not_listen_holds_nobody_up(cache):
+    """One reply is never taken: another one behind it is, and a third prompt is read."""
+    stalled = ask(cache, oracle.prompt(30, seed=1), [], "stalled", 500)
+    replies = list(ask(cache, oracle.prompt(300, seed=2), [], "x", 20))
+    same(replies, alone("qwen3_next", oracle.prompt(300, seed=2), 20))
+    stalled.close()
+
+
+def test_a_prompt_is_read_whether_its_client_listens_or_not(cache):
+    """A client that takes none of 40 reports of progress does not stall its followers."""
+    system = oracle.prompt(40 * QUARTER, seed=3)
+
+    def reports(responses):
+        yield from (str(response) for response in responses)
+
+    leader = cache.stream_generate([*system, 1, 2], 500, through=reports)
+    follower = ask(cache, [*system, 3, 4], [], "x")
+    same(list(follower), alone("qwen3_next", [*system, 3, 4]))
+    leader.close()
