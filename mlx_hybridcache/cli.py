@@ -1,4 +1,4 @@
-"""The command line: `mlx-hybridcache demo | verify | bench`."""
+"""The command line: `mlx-hybridcache serve | demo | verify | bench`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. 0: done; 1: a comparison did not hold; 2: the request could not be served."""
     parser = _parser()
     options, rest = parser.parse_known_args(argv)
-    if rest and options.command != "bench":
+    if rest and options.command not in ("bench", "serve"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         return int(options.run(options, rest))
@@ -30,6 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mlx-hybridcache", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
+
+    serve = commands.add_parser("serve", help="answer over HTTP as OpenAI does", add_help=False)
+    serve.set_defaults(run=_serve)
 
     demo = commands.add_parser("demo", help="read a long text, cold and through the cache")
     demo.add_argument("--model", default=str(BUNDLED_MODEL), help="directory, or owner/name")
@@ -52,25 +55,39 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _serve(options: argparse.Namespace, rest: list[str]) -> int:
+    from .server import main as serve
+
+    return serve(rest, prog="mlx-hybridcache serve")
+
+
 def _demo(options: argparse.Namespace, rest: list[str]) -> int:
-    from . import models
     from .demo.run import run
+
+    try:
+        seen = run(
+            options.model,
+            file=options.file,
+            tokens=options.tokens,
+            memory_budget=options.memory_budget,
+        )
+    except KeyboardInterrupt:
+        return 130
+    if all(one.difference == 0 for one in seen):
+        return 0
+    return _excuse(options.model)
+
+
+def _excuse(path: str) -> int:
+    """0 when this device changes replies without any cache, and says so; else 1."""
+    from . import models
     from .demo.workloads import default_text
     from .verify import probe
 
-    model, tokenizer = models.load(options.model)
-    seen = run(
-        model,
-        tokenizer,
-        file=options.file,
-        tokens=options.tokens,
-        memory_budget=options.memory_budget,
-    )
-    if all(one.difference == 0 for one in seen):
-        return 0
+    model, tokenizer = models.load(path)
     measured = probe(model, tokenizer.encode(default_text()[:4000]), step=512)
     if measured == 0:
-        return 1  # nothing on this device excuses a difference
+        return 1
     print(
         f"On this device the way a prompt is sliced changes logits by {measured:.2g} with or without "
         "a cache. `mlx-hybridcache verify --exact` shows the mode in which every bit agrees."

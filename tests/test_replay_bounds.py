@@ -142,6 +142,13 @@ def test_a_changed_last_line_of_a_long_system_prompt():
         third.release()
 
 
+def prompt_of(call):
+    """A chat's tokens, or raw text."""
+    if isinstance(call.prompt, str):
+        return call.prompt
+    return chat(*((message["role"], message["content"]) for message in call.prompt))
+
+
 def test_the_demos_own_calls_are_hot():
     """Every call of the demo that follows a like one restores what its bound says."""
     model, tokenizer = load()
@@ -149,7 +156,7 @@ def test_the_demos_own_calls_are_hot():
     restored = {}
     with HybridPromptCache(model, tokenizer, memory_budget="1GB") as cache:
         for call in calls:
-            ready = cache.prefill(call.prompt)
+            ready = cache.prefill(prompt_of(call))
             restored[call.name] = ready.report.replayed_tokens
             ready.release()
     assert restored["the same again"] == 1

@@ -1,42 +1,25 @@
-"""The demo: each call once without the cache and once through it, timed and compared bit for bit."""
+"""The demo: each call twice over HTTP, without the cache and through it, timed and compared."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import mlx.core as mx
-import numpy as np
-from mlx_lm.generate import GenerationResponse, stream_generate
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from ..cache import HybridPromptCache
-from ..report import CacheReport
+from ..errors import HybridCacheError
+from ..sizes import parse_bytes
+from .process import running
 from .workloads import Call, calls, default_text
 
-REPLY_TOKENS = 12
-
-
-@dataclass(frozen=True)
-class Reply:
-    """Tokens, their log-probabilities and the seconds to the first of them."""
-
-    tokens: list[int]
-    logprobs: list[mx.array]
-    first_token_seconds: float
-
-    def difference(self, other: Reply) -> float:
-        """0.0 when all bits agree, else the largest difference; infinite when tokens differ."""
-        if self.tokens != other.tokens:
-            return float("inf")
-        pairs = zip(self.logprobs, other.logprobs, strict=True)
-        return max(float(np.abs(np.array(a - b)).max()) for a, b in pairs)
+if TYPE_CHECKING:
+    from .client import Client, Reply
 
 
 @dataclass(frozen=True)
@@ -44,85 +27,79 @@ class Outcome:
     """One call's account."""
 
     name: str
-    report: CacheReport
-    cold_seconds: float
-    hot_seconds: float
-    difference: float
+    cold: Reply
+    hot: Reply
+    matched_tokens: int
+    reason: str
 
-
-def listen(responses: Iterator[GenerationResponse]) -> Reply:
-    """Read a reply to its end."""
-    began = time.perf_counter()
-    tokens, logprobs, first = [], [], 0.0
-    for response in responses:
-        first = first or time.perf_counter() - began
-        tokens.append(response.token)
-        logprobs.append(response.logprobs)
-    return Reply(tokens, logprobs, first)
-
-
-def outcomes(
-    model: Any, tokenizer: Any, asked: list[Call], cache: HybridPromptCache
-) -> Iterator[Outcome]:
-    """Each call in turn: plain mlx-lm, which reads all of it, then through `cache`."""
-    step = cache.engine.grid.step
-    for call in asked:
-        cold = listen(
-            stream_generate(model, tokenizer, call.prompt, REPLY_TOKENS, prefill_step_size=step)
-        )
-        generation = cache.stream_generate(call.prompt, REPLY_TOKENS)
-        hot = listen(generation)
-        report = generation.report
-        assert report is not None
-        yield Outcome(
-            call.name,
-            report,
-            cold.first_token_seconds,
-            hot.first_token_seconds,
-            cold.difference(hot),
-        )
+    @property
+    def difference(self) -> float:
+        """0.0 when the reply through the cache is the reply without it."""
+        return self.cold.difference(self.hot)
 
 
 def run(
-    model: Any,
-    tokenizer: Any,
+    model: str,
     *,
     file: Path | None = None,
     tokens: int = 4096,
     memory_budget: str | None = None,
     console: Console | None = None,
 ) -> list[Outcome]:
-    """Run every call with a progress bar, print the table, and return what was seen.
+    """Start a server, ask it every call, print the table, and return what was seen.
 
-    Raises `PromptError` when the text is too short for the document asked for.
+    Raises `HybridCacheError` when the server cannot serve that, and `PromptError` when the text is
+    too short for the document asked for.
     """
+    if find_spec("openai") is None:
+        raise HybridCacheError(
+            'The demo asks its server through OpenAI\'s client: pip install "mlx-hybridcache[demo]"'
+        )
     console = console or wide_console()
     text = file.read_text(encoding="utf-8", errors="replace") if file else default_text()
-    asked = calls(tokenizer, text, tokens)
-    seen: list[Outcome] = []
-    with (
-        HybridPromptCache(model, tokenizer, memory_budget=memory_budget) as cache,
-        Progress(
-            TextColumn("{task.description:<22}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            console=console,
-            transient=True,
-        ) as progress,
-    ):
-        bar = progress.add_task(asked[0].name, total=len(asked))
-        for outcome in outcomes(model, tokenizer, asked, cache):
-            seen.append(outcome)
-            following = asked[min(len(seen), len(asked) - 1)].name
-            progress.update(bar, advance=1, description=following)
+    flags = ["--model", model]
+    if memory_budget is not None:
+        flags += ["--prompt-cache-bytes", str(parse_bytes(memory_budget))]
+    with _progress(console) as progress, running(flags) as server:
+        bar = progress.add_task("starting a server", total=None)
+        from .client import Client  # while the server loads its model
+
+        with Client(server.wait_until_ready()) as client:
+            asked = calls(_tokenizer(model), text, tokens)
+            progress.update(bar, total=2 * len(asked))
+            seen = list(
+                outcomes(
+                    client,
+                    asked,
+                    before=lambda call: progress.update(bar, description=call.name),
+                    after=lambda: progress.advance(bar),
+                )
+            )
     console.print(_table(seen))
     equal = sum(one.difference == 0 for one in seen)
     console.print(
-        f"{equal} of {len(seen)} replies through the cache equal the reply without it, bit for bit.",
+        f"{equal} of {len(seen)} replies through the cache equal those without it, to the last bit.",
         highlight=False,
     )
     return seen
+
+
+def outcomes(
+    client: Client,
+    asked: list[Call],
+    *,
+    before: Callable[[Call], None],
+    after: Callable[[], None],
+) -> Iterator[Outcome]:
+    """Each call in turn: read by mlx-lm alone, which reads all of it, then through the cache."""
+    for call in asked:
+        before(call)
+        cold = client.ask(call, through_cache=False)
+        after()
+        hot = client.ask(call, through_cache=True)
+        after()
+        report = client.last_report()
+        yield Outcome(call.name, cold, hot, report["matched_tokens"], report["reason"])
 
 
 def wide_console() -> Console:
@@ -131,26 +108,55 @@ def wide_console() -> Console:
     return console if console.is_terminal else Console(width=110)
 
 
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description:<22}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+
+
+def _tokenizer(model: str) -> Any:
+    """The tokenizer alone, once the server has shown that there is such a model."""
+    from transformers import AutoTokenizer
+
+    path = Path(model).expanduser()
+    return AutoTokenizer.from_pretrained(str(path) if path.is_dir() else model)
+
+
 def _table(seen: list[Outcome]) -> Table:
     table = Table(
-        title="Time to first token, without the cache (cold) and through it (hot)",
+        title="Time to first token over HTTP, without the cache (cold) and through it (hot)",
         box=box.SIMPLE_HEAD,
+        padding=0,  # so that it fits 80 columns
+        show_edge=False,
     )
     table.add_column("call", no_wrap=True)
-    for name in ("prompt", "matched", "restored", "replayed", "cold ms", "hot ms", "ratio"):
+    for name in ("prompt", "matched", "cached", "cold ms", "hot ms", "ratio"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("equal", no_wrap=True)
+    for name in ("equal", "reason"):
+        table.add_column(name, no_wrap=True)
     for one in seen:
-        report = one.report
+        cold, hot = one.cold.first_token_seconds, one.hot.first_token_seconds
         table.add_row(
             one.name,
-            f"{report.prompt_tokens:,}",
-            f"{report.matched_tokens:,}",
-            f"{report.restored_tokens:,}",
-            f"{report.replayed_tokens:,}",
-            f"{one.cold_seconds * 1000:,.0f}",
-            f"{one.hot_seconds * 1000:,.0f}",
-            f"{one.cold_seconds / one.hot_seconds:.1f} x",
-            "yes" if one.difference == 0 else f"by {one.difference:.2g}",
+            f"{one.hot.prompt_tokens:,}",
+            f"{one.matched_tokens:,}",
+            f"{one.hot.cached_tokens:,}",
+            f"{cold * 1000:,.0f}",
+            f"{hot * 1000:,.0f}",
+            f"{cold / hot:.1f}x",
+            _verdict(one.difference),
+            one.reason,
         )
     return table
+
+
+def _verdict(difference: float) -> str:
+    if difference == 0:
+        return "yes"
+    return "no" if difference == float("inf") else f"by {difference:.2g}"

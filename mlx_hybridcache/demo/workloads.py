@@ -17,13 +17,15 @@ LONGER = 500
 LONGEST_TOKEN = 24
 """Characters: so much text is tokenized for each token wanted, and no more of a whole book."""
 
+Message = dict[str, str]
+
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One prompt, as token ids, and the name of what is being tried."""
+    """One prompt, a chat's messages or raw text, and the name of what is being tried."""
 
     name: str
-    prompt: list[int]
+    prompt: list[Message] | str
 
 
 def default_text() -> str:
@@ -36,7 +38,7 @@ def calls(tokenizer: Any, text: str, tokens: int) -> list[Call]:
     """The demo's calls on a document of about `tokens` tokens cut from `text`.
 
     The document's own calls first, then the long chat with its long system prompt, then raw text.
-    Raises `PromptError` when the text is too short for that.
+    The tokenizer is for measuring only. Raises `PromptError` when the text is too short for that.
     """
     needed = tokens + tokens * RULES_SHARE[0] // RULES_SHARE[1]
     ids = tokenizer.encode(text[: needed * LONGEST_TOKEN], add_special_tokens=False)
@@ -49,18 +51,13 @@ def calls(tokenizer: Any, text: str, tokens: int) -> list[Call]:
     rules = tokenizer.decode(ids[tokens:needed])
     first, second = "What is this text about?", "Name one rule that it states."
 
-    def chat(*messages: tuple[str, str], tail: bool = True) -> list[int]:
-        rendered = tokenizer.apply_chat_template(
-            [{"role": role, "content": content} for role, content in messages],
-            tokenize=False,
-            add_generation_prompt=tail,
-        )
-        return list(tokenizer.encode(rendered, add_special_tokens=False))
+    def chat(*messages: tuple[str, str]) -> list[Message]:
+        return [{"role": role, "content": content} for role, content in messages]
 
     def asked(question: str) -> tuple[str, str]:
         return ("user", f"{document}\n\n{question}")
 
-    def long_chat(last_line: str) -> list[int]:
+    def long_chat(last_line: str) -> list[Message]:
         system = ("system", f"{rules}\n\n{last_line}")
         return chat(system, ("user", document), ("assistant", "I have read it."), ("user", second))
 
@@ -74,7 +71,7 @@ def calls(tokenizer: Any, text: str, tokens: int) -> list[Call]:
         Call("long system prompt", long_chat("Today is Monday.")),
         Call("its last line changed", long_chat("Today is Tuesday.")),
         Call("changed once more", long_chat("Today is Friday.")),
-        Call("raw text", ids[:tokens]),
-        Call("raw text, longer", ids[: tokens + LONGER]),
-        Call("raw text, shorter", ids[: tokens - LONGER]),
+        Call("raw text", document),
+        Call("raw text, longer", tokenizer.decode(ids[: tokens + LONGER])),
+        Call("raw text, shorter", tokenizer.decode(ids[: tokens - LONGER])),
     ]
