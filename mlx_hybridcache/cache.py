@@ -123,6 +123,11 @@ class HybridPromptCache:
         return self.engine.last_report
 
     @property
+    def load(self) -> Load:
+        """How many requests read, wait for what others read, and write."""
+        return self.engine.load
+
+    @property
     def is_alive(self) -> bool:
         """Whether the worker thread can still serve requests."""
         return self._worker.is_alive

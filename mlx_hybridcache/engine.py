@@ -135,6 +135,7 @@ class Engine:
                     position = len(request.tokens) - 1
             except BaseException:
                 claim.release()
+                self.publish()
                 raise
         finally:
             if read:

@@ -65,12 +65,15 @@ def as_tokens(tokens: npt.ArrayLike) -> Tokens:
 class TurnMarks:
     """What a tokenizer's chat template says about turns: token ids.
 
-    `openers` are the special tokens that open a turn. `thinking_end` closes reasoning that the
+    `openers` are the special tokens that open a turn, `user_opener` all the tokens that open a
+    user's, its role included: prompts that share a beginning part ways behind them, as tool results
+    are mostly rendered in the user's name. `thinking_end` closes reasoning that the
     template strips from past turns, None where it strips none; `tool_call` opens a tool call, after
     which the reasoning stays in the history.
     """
 
     openers: frozenset[int] = frozenset()
+    user_opener: tuple[int, ...] = ()
     thinking_end: int | None = None
     tool_call: int | None = None
 
@@ -78,8 +81,12 @@ class TurnMarks:
         """Positions just behind an opener, ascending."""
         if not self.openers:
             return []
-        found = np.isin(tokens, np.fromiter(self.openers, dtype=np.int32))
-        return [int(at) + 1 for at in np.flatnonzero(found)]
+        at = np.flatnonzero(np.isin(tokens, np.fromiter(self.openers, dtype=np.int32)))
+        length = len(self.user_opener)
+        whole = at + length <= len(tokens) if length else np.zeros(len(at), dtype=bool)
+        for offset, token in enumerate(self.user_opener):
+            whole &= tokens[np.minimum(at + offset, len(tokens) - 1)] == token
+        return [int(position) for position in at + np.where(whole, length, 1)]
 
     def strips(self, reply: Sequence[int]) -> bool:
         """Whether the next turn's history will leave part of this reply out."""
@@ -106,19 +113,23 @@ def learn_turn_marks(tokenizer: Any) -> TurnMarks:
         {"role": role, "content": word}
         for role, word in zip(("user", "assistant", "user"), _WORDS, strict=True)
     )
-    openers = {
-        opener
+    reply, turn = (
+        _added(tokenizer, shorter, longer)
         for shorter, longer in (
             (_render(tokenizer, [user]), _render(tokenizer, [user], reply=True)),
             (
                 _render(tokenizer, [user, assistant]),
-                _render(tokenizer, [user, assistant, again]),
+                _render(tokenizer, [user, assistant, again]).partition(_WORDS[2])[0],
             ),
         )
-        if (opener := _first_special(tokenizer, shorter, longer, special)) is not None
-    }
+    )
+    openers = {first for added in (reply, turn) if (first := _first_of(added, special)) is not None}
+    begins = turn.index(first) if (first := _first_of(turn, special)) is not None else len(turn)
     return TurnMarks(
-        frozenset(openers), _stripped_thinking_end(tokenizer), _token(tokenizer, "tool_call_start")
+        frozenset(openers),
+        tuple(turn[begins:]),
+        _stripped_thinking_end(tokenizer),
+        _token(tokenizer, "tool_call_start"),
     )
 
 
@@ -130,12 +141,16 @@ def _render(tokenizer: Any, messages: list[dict[str, str]], *, reply: bool = Fal
     return text if isinstance(text, str) else ""
 
 
-def _first_special(tokenizer: Any, shorter: str, longer: str, special: set[int]) -> int | None:
-    """The special token that begins what `longer` adds to `shorter`."""
+def _added(tokenizer: Any, shorter: str, longer: str) -> list[int]:
+    """The tokens of what `longer` adds to `shorter`; none where it does not go on from there."""
     if not shorter or not longer.startswith(shorter):
-        return None
-    added = tokenizer.encode(longer[len(shorter) :], add_special_tokens=False)
-    return next((int(token) for token in added if int(token) in special), None)
+        return []
+    ids = tokenizer.encode(longer[len(shorter) :], add_special_tokens=False)
+    return [int(token) for token in ids]
+
+
+def _first_of(tokens: list[int], special: set[int]) -> int | None:
+    return next((token for token in tokens if token in special), None)
 
 
 def _stripped_thinking_end(tokenizer: Any) -> int | None:

@@ -190,6 +190,12 @@ def test_a_call_that_cannot_be_read_is_text(bad):
     assert finish == "stop"
 
 
+def test_a_call_that_is_cut_off_gets_no_marker_that_was_not_written():
+    """The reply ends inside it."""
+    deltas, _ = message(["<tool_call>", '{"na'])
+    assert "".join(delta.content for delta in deltas) == '<tool_call>{"na'
+
+
 def test_nothing_is_a_call_where_none_is_allowed():
     """tool_choice none: the text as it stands."""
     deltas, finish = message([*CALL, ""], calls=False)

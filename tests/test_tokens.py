@@ -47,13 +47,27 @@ def test_a_turn_starts_just_behind_its_opener():
     assert TurnMarks().starts(np.array([7, 1], dtype=np.int32)) == []
 
 
+def test_a_users_turn_starts_behind_its_whole_opener():
+    """[7, 8, 9] opens it: behind the 9; behind the 7 where another role, or the end, follows."""
+    marks = TurnMarks(frozenset({7}), (7, 8, 9))
+    tokens = np.array([1, 7, 8, 9, 4, 7, 5, 5, 7, 8], dtype=np.int32)
+    assert marks.starts(tokens) == [4, 6, 9]
+
+
 def test_the_opener_is_learnt_from_the_chat_template():
     """The bundled ChatML template opens turns with <|im_start|>."""
     _, tokenizer = load()
     marks = learn_turn_marks(tokenizer)
     assert marks.openers == {tokenizer.convert_tokens_to_ids("<|im_start|>")}
     prompt = np.array(chat(("system", "S"), ("user", "U")), dtype=np.int32)
-    assert len(marks.starts(prompt)) == 3
+    opener = tokenizer.encode("<|im_start|>user\n", add_special_tokens=False)
+    assert marks.user_opener == tuple(opener)
+    starts = marks.starts(prompt)
+    assert len(starts) == 3
+    for before, at in zip(
+        ("<|im_start|>", "<|im_start|>user\n", "<|im_start|>"), starts, strict=True
+    ):
+        assert tokenizer.decode(prompt[:at]).endswith(before)
 
 
 def test_a_reply_whose_reasoning_is_stripped_is_known():
@@ -114,11 +128,14 @@ def broken(messages, reply):
 
 
 @pytest.mark.parametrize(
-    ("render", "openers"), [(headers, {4}), (names, {1, 2}), (plain, set()), (broken, set())]
+    ("render", "openers", "user"),
+    [(headers, {4}, 6), (names, {1, 2}, 1), (plain, set(), 0), (broken, set(), 0)],
 )
-def test_openers_of_other_templates(render, openers):
+def test_openers_of_other_templates(render, openers, user):
     """Llama 3's headers, DeepSeek's names; no mark without special tokens or when rendering fails."""
-    assert learn_turn_marks(Template(render)).openers == openers
+    marks = learn_turn_marks(Template(render))
+    assert marks.openers == openers
+    assert len(marks.user_opener) == user
 
 
 def test_no_template_gives_no_marks():
