@@ -10,11 +10,12 @@ from typing import Any
 from mlx_hybridcache.demo import BUNDLED_MODEL
 from mlx_hybridcache.demo.run import wide_console
 
-from . import decode, overhead
+from . import decode, overhead, server
 
 COMMANDS = {
     "overhead": (overhead, "what the cache costs, each part beside its target"),
     "decode": (decode, "tokens per second with and without the KV cache"),
+    "server": (server, "time to first token and re-use beside mlx_lm.server"),
 }
 
 
