@@ -19,14 +19,24 @@ class ApiError(HTTPException):
     """A request that is refused or failed: an HTTP status and OpenAI's error object."""
 
     def __init__(
-        self, status: int, message: str, *, param: str | None = None, code: str | None = None
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
     ):
-        super().__init__(status, message)
+        super().__init__(status, message, headers)
         self.param, self.code = param, code
 
     def body(self) -> dict[str, Any]:
         """`{"error": ...}`."""
-        kinds = {401: "authentication_error", 403: "permission_error"}
+        kinds = {
+            401: "authentication_error",
+            403: "permission_error",
+            429: "rate_limit_error",
+        }
         kind = "invalid_request_error" if self.status_code < 500 else "server_error"
         return {
             "error": {

@@ -10,6 +10,7 @@ from prometheus_client.registry import Collector
 
 from mlx_hybridcache import CacheReport
 from mlx_hybridcache.store import StoreStats
+from mlx_hybridcache.worker import Load
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250)
 
@@ -17,8 +18,15 @@ SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250)
 class Metrics:
     """One server's metrics, in a registry of their own."""
 
-    def __init__(self, summary: Callable[[], StoreStats]):
+    def __init__(
+        self,
+        *,
+        held: Callable[[], StoreStats],
+        load: Callable[[], Load],
+        waiting: Callable[[], int],
+    ):
         self.registry = CollectorRegistry()
+        self._read_tokens = [0, 0]  # restored, of all
         name = "mlx_hybridcache_"
         self.requests = Counter(
             f"{name}requests", "Requests answered", ["endpoint", "status"], registry=self.registry
@@ -38,8 +46,11 @@ class Metrics:
         self.cancelled = Counter(
             f"{name}cancelled", "Replies whose client went away", registry=self.registry
         )
-        self.running = Gauge(
-            f"{name}running", "Replies under way or waiting", registry=self.registry
+        self.refused = Counter(
+            f"{name}refused", "Replies not given", ["why"], registry=self.registry
+        )
+        self.forwards = Counter(
+            f"{name}prompt_forwards", "Model calls that prompts took", registry=self.registry
         )
         self.first_token = Histogram(
             f"{name}time_to_first_token_seconds",
@@ -47,7 +58,16 @@ class Metrics:
             buckets=SECONDS,
             registry=self.registry,
         )
-        self.registry.register(_Held(summary))
+        gauges: dict[str, tuple[str, Callable[[], float]]] = {
+            "queued": ("Replies that wait for a slot", waiting),
+            "reading": ("Prompts being read", lambda: load().reading),
+            "following": ("Prompts that wait for what another one reads", lambda: load().waiting),
+            "writing": ("Replies being written", lambda: load().writing),
+            "hit_ratio": ("Share of prompt tokens that were restored", self._hit_ratio),
+        }
+        for short, (what, value) in gauges.items():
+            Gauge(f"{name}{short}", what, registry=self.registry).set_function(value)
+        self.registry.register(_Held(held))
 
     def read(self, report: CacheReport, seconds_to_first_token: float) -> None:
         """A prompt was read and its first token is there."""
@@ -55,6 +75,13 @@ class Metrics:
         self.reasons.labels(report.reason.value).inc()
         self.restored.inc(report.restored_tokens)
         self.replayed.inc(report.replayed_tokens)
+        self.forwards.inc(report.forwards)
+        self._read_tokens[0] += report.restored_tokens
+        self._read_tokens[1] += report.prompt_tokens
+
+    def _hit_ratio(self) -> float:
+        restored, asked = self._read_tokens
+        return restored / asked if asked else 0.0
 
 
 class _Held(Collector):

@@ -114,13 +114,13 @@ class ChatMessage:
             if state == TOOL:
                 self._call = (self._call or "") + text
                 continue
-            self._close_call(delta)
+            self._close_call(delta, is_whole=True)
             if state == REASONING:
                 delta.reasoning += text
             elif state == NORMAL:
                 self._write(delta, text)
         if piece.finish is not None:
-            self._close_call(delta)
+            self._close_call(delta, is_whole=False)
             if self._blank and not self._calls:
                 delta.content += self._blank
         return delta
@@ -135,14 +135,14 @@ class ChatMessage:
             self._has_content = True
             delta.content, self._blank = delta.content + self._blank, ""
 
-    def _close_call(self, delta: Delta) -> None:
+    def _close_call(self, delta: Delta, *, is_whole: bool) -> None:
         if self._call is None:
             return
         text, self._call = self._call, None
         assert self._tools is not None, "without a format for calls there is no state for them"
         calls = self._tools.calls(text, self._calls)
         if calls is None:  # nothing that a model wrote may vanish
-            self._write(delta, f"{self._tools.start}{text}{self._tools.end}")
+            self._write(delta, f"{self._tools.start}{text}{self._tools.end * is_whole}")
             return
         self._calls += len(calls)
         delta.tool_calls += calls

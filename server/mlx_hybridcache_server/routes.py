@@ -41,6 +41,7 @@ async def chat(body: ChatBody, request: Request) -> Response:
     serving = _serving(request)
     log.debug("Request: %s", body)
     check(body, serving.settings)
+    serving.check_room()
     loaded = await serving.model(body.model, body.adapters)
     rendered = await serving.render(
         partial(
@@ -71,6 +72,7 @@ async def completions(body: CompletionBody, request: Request) -> Response:
     serving = _serving(request)
     log.debug("Request: %s", body)
     check(body, serving.settings)
+    serving.check_room()
     loaded = await serving.model(body.model, body.adapters)
     envelope = Envelope.new("cmpl", "text_completion", body.model or loaded.id)
     groups: list[list[TextChoice]] = []

@@ -6,8 +6,9 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
@@ -30,6 +31,9 @@ REMEMBERED = 100
 """Reports that `/v1/cache/recent` tells of."""
 
 SWITCH_POLL_SECONDS = 0.05
+
+RETRY_SECONDS = 5
+"""What a client that finds the queue full is told to wait."""
 
 T = TypeVar("T")
 
@@ -65,6 +69,7 @@ class Run:
         self._loaded = loaded
         self._arrived = time.perf_counter()
         self._began = self._first = self._last = 0.0
+        self._is_late = False
 
     @property
     def seconds_to_first_token(self) -> float:
@@ -74,30 +79,50 @@ class Run:
     async def pieces(self) -> AsyncGenerator[Piece | Progress]:
         """Wait for a turn, then what comes. Closing this iterator cancels the request."""
         serving = self._serving
-        with serving.metrics.running.track_inprogress():
-            async with serving.running_slots:
-                generation = await self._start()
-                try:
-                    async for item in self._counted(generation):
-                        yield item
-                finally:
-                    generation.cancel()  # which ends nothing if it has ended
-                    serving.generations.discard(generation)
-                    self._closed(generation)
+        async with AsyncExitStack() as held:
+            generation = await self._start(held)
+            late = serving.settings.request_timeout
+            if late is not None:
+                left = self._arrived + late - time.perf_counter()
+                timer = asyncio.get_running_loop().call_later(left, self._give_up, generation)
+                held.callback(timer.cancel)
+            async for item in self._counted(generation):
+                yield item
 
-    async def _start(self) -> Generation[Piece | Progress]:
-        """Hand it to the worker once there is room among those that read."""
+    async def _start(self, held: AsyncExitStack) -> Generation[Piece | Progress]:
+        """Wait in the queue, then hand it to the worker; `held` gives everything back."""
         serving = self._serving
-        await serving.reading_slots.acquire()
+        reading = serving.reading_slots
+        with serving.queued():
+            try:
+                async with asyncio.timeout(serving.settings.request_timeout):
+                    await held.enter_async_context(serving.running_slots)
+                    await reading.acquire()
+            except TimeoutError as error:
+                raise self._too_late() from error
         try:
             serving.check_open()
             self._began = time.perf_counter()
             generation = self._generate()
         except BaseException:
-            serving.reading_slots.release()
+            reading.release()
             raise
         serving.generations.add(generation)
+        held.callback(self._closed, generation)
         return generation
+
+    def _give_up(self, generation: Generation[Piece | Progress]) -> None:
+        self._is_late = True
+        generation.cancel()
+
+    def _too_late(self) -> ApiError:
+        self._serving.metrics.refused.labels("timeout").inc()
+        return ApiError(
+            504,
+            f"The request took longer than {self._serving.settings.request_timeout:g} s "
+            "(--request-timeout). What was read of its prompt is kept.",
+            code="timeout",
+        )
 
     async def _counted(
         self, generation: Generation[Piece | Progress]
@@ -118,6 +143,8 @@ class Run:
             if not self._first:
                 serving.reading_slots.release()
         if not finished:
+            if self._is_late:
+                raise self._too_late()
             serving.check_open()
 
     def timings(self) -> dict[str, float]:
@@ -163,6 +190,8 @@ class Run:
         self._serving.metrics.read(report, self.seconds_to_first_token)
 
     def _closed(self, generation: Generation[Piece | Progress]) -> None:
+        generation.cancel()  # which ends nothing if it has ended
+        self._serving.generations.discard(generation)
         self._serving.metrics.generated.inc(self.count.completion)
         if self.report is not None:
             self._serving.remember(self, generation.divergence)
@@ -203,7 +232,12 @@ class Serving:
     def __init__(self, settings: Settings, loaded: Loaded):
         self.settings = settings
         self.loaded = loaded
-        self.metrics = Metrics(lambda: self.loaded.cache.summary)
+        self.waiting = 0
+        self.metrics = Metrics(
+            held=lambda: self.loaded.cache.summary,
+            load=lambda: self.loaded.cache.load,
+            waiting=lambda: self.waiting,
+        )
         self.running_slots = asyncio.Semaphore(settings.decode_concurrency)
         self.reading_slots = asyncio.Semaphore(settings.prompt_concurrency)
         self.generations: set[Generation[Piece | Progress]] = set()
@@ -255,6 +289,26 @@ class Serving:
 
     async def _load(self, name: str, adapter: str | None) -> Loaded:
         return await asyncio.wrap_future(on_own_thread(lambda: load(self.settings, name, adapter)))
+
+    @contextmanager
+    def queued(self) -> Iterator[None]:
+        """Count one that waits."""
+        self.waiting += 1
+        try:
+            yield
+        finally:
+            self.waiting -= 1
+
+    def check_room(self) -> None:
+        """Raises `ApiError` 429 when as many wait as may."""
+        if self.waiting >= self.settings.max_queue and self.running_slots.locked():
+            self.metrics.refused.labels("queue").inc()
+            raise ApiError(
+                429,
+                f"{self.waiting} requests are waiting already (--max-queue). Try again later.",
+                code="queue_full",
+                headers={"Retry-After": str(RETRY_SECONDS)},
+            )
 
     def check_open(self) -> None:
         """Raises `ApiError` 503 when the server is stopping."""

@@ -53,6 +53,8 @@ class Settings:
     api_key: str | None = None
     max_prompt_tokens: int | None = None
     max_body_bytes: int = 64 * 2**20
+    max_queue: int = 512
+    request_timeout: float | None = None
     exact: bool = False
     show_prompts: bool = False
     allow_model_switching: bool = False
@@ -168,6 +170,8 @@ def _add_own_flags(parser: argparse.ArgumentParser) -> None:
     own("--api-key", help=f"key that clients must send (or in ${API_KEY_VARIABLE})")
     own("--max-prompt-tokens", type=_number(int, 1), help="longer prompts are refused")
     own("--max-body-bytes", type=_size, default=LARGEST_BODY, help="of a request (%(default)s)")
+    own("--max-queue", type=_number(int, 0), default=512, help="requests that wait (%(default)s)")
+    own("--request-timeout", type=_number(float, 0.001), help="seconds until one is given up")
     own("--exact", action="store_true", help="equal bits hot and cold on every device")
     own("--show-prompts", action="store_true", help="let /v1/cache/recent show text")
     own("--allow-model-switching", action="store_true", help="load what a request names")
