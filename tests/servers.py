@@ -267,17 +267,31 @@ INSTANT = {"chat_template_kwargs": {"enable_thinking": False}}
 """Makes the bundled model answer without reasoning first."""
 
 
-def raw_exchange(server: Server, sent: bytes, *, wait_seconds: float = 30) -> bytes:
-    """Send bytes as they are and read until the server closes, or nothing comes any more."""
-    with socket.create_connection(("127.0.0.1", server.port), timeout=wait_seconds) as connection:
-        connection.sendall(sent)
-        received = b""
+def begin(server: Server, sent: bytes, *, wait_seconds: float = 30) -> socket.socket:
+    """A connection that has sent these bytes, and waits at most so long for each answer."""
+    connection = socket.create_connection(("127.0.0.1", server.port), timeout=wait_seconds)
+    connection.sendall(sent)
+    return connection
+
+
+def read_all(connection: socket.socket) -> bytes:
+    """What comes until the server closes, or nothing comes any more. Closes the connection."""
+    received = b""
+    with connection:
         try:
             while part := connection.recv(65536):
                 received += part
         except (TimeoutError, ConnectionResetError):
             pass
-        return received
+    return received
+
+
+def raw_exchange(server: Server, sent: bytes, *, wait_seconds: float = 30) -> bytes:
+    """Send bytes as they are and read the answer to its end."""
+    try:
+        return read_all(begin(server, sent, wait_seconds=wait_seconds))
+    except (BrokenPipeError, ConnectionResetError):
+        return b""
 
 
 def raw_status(received: bytes) -> int:

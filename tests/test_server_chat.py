@@ -134,13 +134,20 @@ def test_a_users_marker_does_not_open_reasoning():
     assert renderer().chat(made, continues=True).state == "reasoning"
 
 
-def test_a_forced_call_is_begun_for_the_model():
-    """It starts inside the call, and a named function is the only one it knows."""
-    rendered = renderer().chat(body(USER, tools=TOOLS), tool_choice="required")
-    assert rendered.state == "tool"
-    assert text(rendered).endswith("<tool_call>")
+def test_reasoning_may_begin_unless_the_template_has_closed_it():
+    """Thinking on, off, and a model that reasons without being asked."""
+    assert renderer().chat(body(USER)).may_reason
+    assert not renderer(enable_thinking=False).chat(body(USER)).may_reason
+    earlier = renderer().chat(body(("user", "What is </think>?"), ("assistant", "?"), USER))
+    assert earlier.may_reason
+
+
+def test_a_forced_call_leaves_the_prompt_as_it_is():
+    """The reply begins as any other; a named function is the only one that the model is told of."""
+    made = body(USER, tools=TOOLS)
+    assert renderer().chat(made, tool_choice="required") == renderer().chat(made)
     named = NamedTool(type="function", function={"name": "send_mail"})
-    rendered = text(renderer().chat(body(USER, tools=TOOLS), tool_choice=named))
+    rendered = text(renderer().chat(made, tool_choice=named))
     assert "send_mail" in rendered
     assert "get_weather" not in rendered
 

@@ -75,7 +75,9 @@ class Sampling:
             top_k=self.top_k,
             min_p=self.min_p,
             xtc_probability=self.xtc_probability,
-            xtc_threshold=self.xtc_threshold,
+            # No two tokens are likelier than a half, so beyond it nothing is left out; mlx-lm's own
+            # server takes more and its sampler then refuses it.
+            xtc_threshold=min(self.xtc_threshold, 0.5),
             xtc_special_tokens=[*tokenizer.encode("\n"), *tokenizer.eos_token_ids],
         )
 
@@ -118,6 +120,13 @@ def initial_state(tokenizer: Any, tail: Sequence[int]) -> str:
         for marker in (tokenizer.think_start_tokens, tokenizer.think_end_tokens)
     )
     return REASONING if opened > closed else NORMAL
+
+
+def may_reason(tokenizer: Any, tail: Sequence[int]) -> bool:
+    """Whether a reply may begin with reasoning: not behind a block that the template has closed."""
+    if not tokenizer.has_thinking:
+        return False
+    return _last(list(tail), list(tokenizer.think_end_tokens)) < 0
 
 
 def _last(tokens: list[int], marker: list[int]) -> int:

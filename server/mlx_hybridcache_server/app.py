@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -24,10 +27,34 @@ from .serving import Serving
 
 log = logging.getLogger("mlx_hybridcache.server")
 
+STALLED_SECONDS = 60
+
 METHODS = "GET, POST, DELETE, OPTIONS"
 
 MOST_MISTAKES = 3
 """Mistakes that one error message lists; a prompt of wrong token ids has thousands."""
+
+
+class Error(BaseModel):
+    """What went wrong, for a person and for a program."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorReply(BaseModel):
+    """OpenAI's error object."""
+
+    error: Error
+
+
+ERRORS: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": ErrorReply, "description": "Refused, for the reason given"},
+    "5XX": {"model": ErrorReply, "description": "Failed, too late, or shutting down"},
+}
+"""What every endpoint may answer, for `/openapi.json`."""
 
 
 def build_app(serving: Serving) -> FastAPI:
@@ -39,7 +66,7 @@ def build_app(serving: Serving) -> FastAPI:
         redoc_url=None,
     )
     app.state.serving = serving
-    app.include_router(router)
+    app.include_router(router, responses=ERRORS)
     app.add_exception_handler(HTTPException, _failed)
     app.add_exception_handler(HybridCacheError, _failed)
     app.add_exception_handler(RequestValidationError, _invalid)
@@ -96,6 +123,7 @@ def _mistake(found: dict[str, object]) -> tuple[str, str]:
 class _Outermost:
     """Answers OPTIONS for every path, and what nobody expected with an error a client can read.
 
+    A client that takes nothing for a minute loses its reply, and its place with it.
     Starlette's own last resort raises again behind its answer, which costs the client its connection.
     """
 
@@ -111,10 +139,13 @@ class _Outermost:
         async def noted(message: Message) -> None:
             nonlocal has_begun
             has_begun = True
-            await send(message)
+            async with asyncio.timeout(STALLED_SECONDS):
+                await send(message)
 
         try:
             await self._app(scope, receive, noted)
+        except TimeoutError:
+            log.warning("A client took nothing for %d s; its reply is dropped.", STALLED_SECONDS)
         except Exception as error:
             if has_begun:
                 raise

@@ -7,6 +7,7 @@ from typing import Any
 
 from .adapter import Sampling
 from .chat import Rendered
+from .constrain import Constraint
 from .errors import ApiError, refuse
 from .models import DEFAULT_NAME, Loaded
 from .schema import ChatBody, CompletionBody, GenerationBody
@@ -16,12 +17,6 @@ from .settings import Settings
 
 def check(body: GenerationBody, settings: Settings) -> None:
     """Refuse, before any work, what this server cannot do. Raises `ApiError` 400."""
-    if body.response_format is not None and body.response_format.type != "text":
-        raise refuse(
-            f"response_format {body.response_format.type} is not supported yet; ask for JSON in "
-            "the prompt, or declare a tool.",
-            "response_format",
-        )
     if body.draft_model not in (None, DEFAULT_NAME, settings.draft_model):
         raise refuse(
             "draft_model can name only the server's own (--draft-model), which is used anyway.",
@@ -36,7 +31,13 @@ def check(body: GenerationBody, settings: Settings) -> None:
             raise refuse("echo cannot be combined with logprobs.", "echo")
 
 
-def asks(body: GenerationBody, rendered: Rendered, settings: Settings, loaded: Loaded) -> list[Ask]:
+def asks(
+    body: GenerationBody,
+    rendered: Rendered,
+    settings: Settings,
+    loaded: Loaded,
+    constraint: Constraint | None,
+) -> list[Ask]:
     """The `n` replies that are wanted to one prompt."""
     most = settings.max_prompt_tokens
     if most is not None and len(rendered.tokens) > most:
@@ -66,6 +67,7 @@ def asks(body: GenerationBody, rendered: Rendered, settings: Settings, loaded: L
             is_chat=is_chat,
             goes_on=goes_on,
             one_tool_call=one_tool_call,
+            constraint=constraint,
             cache_salt=body.cache_salt,
             use_cache=settings.uses_cache and body.cache_prompt is not False,
             options={**settings.generation_options(), **_drafting(body, settings, loaded)},
@@ -95,8 +97,10 @@ def _sampling(body: GenerationBody, settings: Settings, vocabulary: int) -> Samp
         for name in Sampling.__dataclass_fields__
         if name != "logit_bias" and (value := getattr(body, name)) is not None
     }
-    asked["logit_bias"] = _bias(body.logit_bias or {}, vocabulary)
-    return Sampling(**{**own, **asked})
+    chosen = {**own, **asked, "logit_bias": _bias(body.logit_bias or {}, vocabulary)}
+    if chosen["top_k"] >= vocabulary:  # leaves nothing out, which mlx-lm would call a mistake
+        chosen["top_k"] = 0
+    return Sampling(**chosen)
 
 
 def _bias(bias: dict[str, float], vocabulary: int) -> tuple[tuple[int, float], ...]:

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from mlx_hybridcache.errors import PromptError
 from mlx_hybridcache.tokens import TurnMarks, prompt_tokens
 
-from .adapter import NORMAL, TOOL, initial_state, without_template
+from .adapter import NORMAL, initial_state, may_reason, without_template
 from .errors import refuse
 from .schema import Conversation, NamedTool
 
@@ -27,10 +27,11 @@ ToolChoice = str | NamedTool | None
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """A prompt, and the state in which its reply begins."""
+    """A prompt, the state in which its reply begins, and whether it may begin with reasoning."""
 
     tokens: list[int]
     state: str = NORMAL
+    may_reason: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,14 +69,15 @@ class Renderer:
             )
         tokens = self._apply(
             messages,
-            tools=_offered(body.tools, tool_choice),
+            tools=offered(body.tools, tool_choice),
             add_generation_prompt=opens_reply and not continues,
             **({"continue_final_message": True} if continues else {}),
             **self._extra(body),
         )
-        if tool_choice == "required" or isinstance(tool_choice, NamedTool):
-            return self._forced(tokens)
-        return Rendered(tokens, initial_state(self.tokenizer, self._last_turn(tokens)))
+        turn = self._last_turn(tokens)
+        return Rendered(
+            tokens, initial_state(self.tokenizer, turn), may_reason(self.tokenizer, turn)
+        )
 
     def prefix(self, body: Conversation) -> list[int]:
         """What every prompt begins with that begins with these messages.
@@ -115,13 +117,6 @@ class Renderer:
             )
         return extra
 
-    def _forced(self, tokens: list[int]) -> Rendered:
-        """The reply's beginning is written for the model: it can only go on to call a tool."""
-        if not self.tokenizer.has_tool_calling:
-            raise refuse("This model's tokenizer has no format for tool calls.", "tool_choice")
-        opener = self.tokenizer.tool_call_start
-        return Rendered([*tokens, *self.tokenizer.encode(opener, add_special_tokens=False)], TOOL)
-
     def _last_turn(self, tokens: list[int]) -> list[int]:
         """Markers of earlier turns, or that a user has written, say nothing about this reply."""
         for at in range(len(tokens) - 1, -1, -1):
@@ -138,7 +133,7 @@ def _checked(ids: Iterable[int], vocabulary: int, param: str) -> list[int]:
     return tokens
 
 
-def _offered(tools: list[dict[str, Any]] | None, choice: ToolChoice) -> list[dict[str, Any]] | None:
+def offered(tools: list[dict[str, Any]] | None, choice: ToolChoice) -> list[dict[str, Any]] | None:
     """The tools that the model is told of."""
     if choice in (None, "auto", "none"):
         return None if choice == "none" else tools or None

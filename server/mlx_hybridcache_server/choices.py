@@ -80,7 +80,7 @@ class TextChoice:
         self._text = self._pending = echo
         self._logprobs: list[TokenLogprob] = []
         self._sent_logprobs = 0
-        self._sent_length = 0
+        self._offset = 0
         self._finish: str | None = None
 
     def take(self, piece: Piece) -> dict[str, Any] | None:
@@ -94,8 +94,9 @@ class TextChoice:
             return None
         text, self._pending = self._pending, ""
         fresh, self._sent_logprobs = self._logprobs[self._sent_logprobs :], len(self._logprobs)
-        start, self._sent_length = self._sent_length, self._sent_length + len(text)
-        return self._choice(text, fresh, start)
+        choice = self._choice(text, fresh, self._offset)
+        self._offset += sum(len(self._names.text(each.token)) for each in fresh)
+        return choice
 
     def whole(self) -> dict[str, Any]:
         return self._choice(self._text, self._logprobs, 0)

@@ -18,6 +18,7 @@ from mlx_hybridcache.errors import SettingError
 
 from .adapter import can_speculate, token_bytes
 from .chat import Renderer
+from .constrain import Constraints
 from .replies import TokenNames, ToolFormat
 from .settings import Settings
 
@@ -44,6 +45,7 @@ class Loaded:
     tokenizer: Any
     cache: HybridPromptCache
     renderer: Renderer
+    constraints: Constraints
     token_names: TokenNames
     draft: Any | None
 
@@ -106,6 +108,7 @@ def load(settings: Settings, name: str, adapter: str | None = None) -> Loaded:
         renderer=Renderer(
             tokenizer, engine.marks, engine.layout.vocabulary, settings.chat_template_args
         ),
+        constraints=Constraints(tokenizer),
         token_names=TokenNames(token_bytes(tokenizer)),
         draft=draft,
     )

@@ -11,7 +11,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from . import models
 from .answer import Answer
@@ -27,6 +27,7 @@ log = logging.getLogger("mlx_hybridcache.server")
 
 router = APIRouter()
 STARTED = int(time.time())
+STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
 
 
 def _serving(request: Request) -> Serving:
@@ -34,8 +35,8 @@ def _serving(request: Request) -> Serving:
     return serving
 
 
-@router.post("/v1/chat/completions", response_model=None)
-@router.post("/chat/completions", response_model=None)
+@router.post("/v1/chat/completions", response_model=None, responses=STREAMED)
+@router.post("/chat/completions", response_model=None, responses=STREAMED)
 async def chat(body: ChatBody, request: Request) -> Response:
     """A reply to a conversation."""
     serving = _serving(request)
@@ -52,13 +53,15 @@ async def chat(body: ChatBody, request: Request) -> Response:
             opens_reply=body.add_generation_prompt is not False,
         )
     )
-    tools = loaded.tool_format(body.tools, calls=body.tool_choice != "none")
-    wanted = asks(body, rendered, serving.settings, loaded)
+    constraint = await serving.render(partial(loaded.constraints.of, body, rendered))
+    tools = (constraint and constraint.tools) or body.tools
+    calls = loaded.tool_format(tools, calls=body.tool_choice != "none")
+    wanted = asks(body, rendered, serving.settings, loaded, constraint)
     kind = "chat.completion.chunk" if body.stream else "chat.completion"
     envelope = Envelope.new("chatcmpl", kind, body.model or loaded.id)
     choices = [
         ChatChoice(
-            index, Run(serving, loaded, ask, envelope.id), ChatMessage(tools), loaded.token_names
+            index, Run(serving, loaded, ask, envelope.id), ChatMessage(calls), loaded.token_names
         )
         for index, ask in enumerate(wanted)
     ]
@@ -66,7 +69,7 @@ async def chat(body: ChatBody, request: Request) -> Response:
     return await answer.respond(request, stream=bool(body.stream))
 
 
-@router.post("/v1/completions", response_model=None)
+@router.post("/v1/completions", response_model=None, responses=STREAMED)
 async def completions(body: CompletionBody, request: Request) -> Response:
     """A continuation of each prompt."""
     serving = _serving(request)
@@ -78,7 +81,8 @@ async def completions(body: CompletionBody, request: Request) -> Response:
     groups: list[list[TextChoice]] = []
     for prompt in _prompts(body):
         rendered = await serving.render(partial(loaded.renderer.text, prompt))
-        wanted = asks(body, rendered, serving.settings, loaded)
+        constraint = await serving.render(partial(loaded.constraints.of, body, rendered))
+        wanted = asks(body, rendered, serving.settings, loaded, constraint)
         echo = _text_of(prompt, loaded) if body.echo else ""
         first = len(groups) * len(wanted)
         groups.append(
@@ -106,7 +110,7 @@ def _text_of(prompt: str | list[int], loaded: Loaded) -> str:
     return prompt if isinstance(prompt, str) else str(loaded.tokenizer.decode(prompt))
 
 
-@router.get("/health")
+@router.get("/health", responses={503: {"description": "The worker has ended"}})
 async def health(request: Request) -> Response:
     """Whether requests can be served."""
     if _serving(request).loaded.cache.is_alive:
@@ -138,7 +142,7 @@ async def _models(serving: Serving) -> list[dict[str, Any]]:
     ]
 
 
-@router.get("/metrics")
+@router.get("/metrics", response_class=PlainTextResponse)
 async def metrics(request: Request) -> Response:
     """Prometheus metrics."""
     text = generate_latest(_serving(request).metrics.registry)

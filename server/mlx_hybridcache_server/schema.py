@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema
 
-Count = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=0, lt=2**31)]  # what an index in MLX holds
 Share = Annotated[float, Field(ge=0, le=1)]
 TokenIds = Annotated[list[int], Field(min_length=1)]
 Stop = Annotated[str, Field(min_length=1)]
@@ -38,8 +38,42 @@ def _is_tool(tool: dict[str, Any]) -> dict[str, Any]:
     return tool
 
 
-Message = Annotated[dict[str, Any], AfterValidator(_is_message)]
-Tool = Annotated[dict[str, Any], AfterValidator(_is_tool)]
+_TEXT_PART = {
+    "type": "object",
+    "properties": {"type": {"enum": ["text", "input_text", "output_text", "refusal"]}},
+    "required": ["type"],
+    "anyOf": [
+        {"properties": {"text": {"type": "string"}}, "required": ["text"]},
+        {"properties": {"refusal": {"type": "string"}}, "required": ["refusal"]},
+    ],
+}
+_MESSAGE = {
+    "type": "object",
+    "properties": {
+        "role": {"type": "string", "examples": ["system", "user", "assistant", "tool"]},
+        "content": {
+            "anyOf": [{"type": "string"}, {"type": "array", "items": _TEXT_PART}, {"type": "null"}]
+        },
+        "tool_calls": {"anyOf": [{"type": "array", "items": {"type": "object"}}, {"type": "null"}]},
+    },
+    "required": ["role"],
+}
+_TOOL = {
+    "type": "object",
+    "properties": {
+        "type": {"const": "function"},
+        "function": {
+            "type": "object",
+            "properties": {"name": {"type": "string"}},
+            "required": ["name"],
+        },
+    },
+    "required": ["function"],
+}
+
+# Dicts, not models: the chat template reads them with all their fields, in the client's order.
+Message = Annotated[dict[str, Any], AfterValidator(_is_message), WithJsonSchema(_MESSAGE)]
+Tool = Annotated[dict[str, Any], AfterValidator(_is_tool), WithJsonSchema(_TOOL)]
 
 
 class _Body(BaseModel):
@@ -54,10 +88,19 @@ class StreamOptions(_Body):
     include_usage: bool | None = None
 
 
+class JsonSchema(_Body):
+    """A schema as OpenAI wraps it. A reply is held to it whether `strict` or not."""
+
+    name: str | None = None
+    content: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+
+
 class ResponseFormat(_Body):
     """The form of a reply."""
 
     type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
 
 
 class NamedFunction(_Body):

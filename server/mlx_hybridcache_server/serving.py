@@ -13,11 +13,13 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
 from mlx_hybridcache import CacheReport
+from mlx_hybridcache.cache import Through
 from mlx_hybridcache.report import Divergence
 from mlx_hybridcache.request import Generation
 
 from .adapter import NORMAL, Sampling, Segmenter
 from .changes import kind_of_change
+from .constrain import Constraint
 from .errors import ApiError, shutting_down
 from .listen import Listener, Piece, Progress
 from .metrics import Metrics
@@ -52,6 +54,7 @@ class Ask:
     is_chat: bool = True
     goes_on: bool = False  # where the prompt's text ends, so that a leading space counts
     one_tool_call: bool = False
+    constraint: Constraint | None = None
     cache_salt: str | None = None
     use_cache: bool = True
     options: dict[str, Any] = field(default_factory=dict)
@@ -70,6 +73,7 @@ class Run:
         self._arrived = time.perf_counter()
         self._began = self._first = self._last = 0.0
         self._is_late = False
+        self._giving_back: asyncio.Future[None] | None = None
 
     @property
     def seconds_to_first_token(self) -> float:
@@ -84,7 +88,7 @@ class Run:
             late = serving.settings.request_timeout
             if late is not None:
                 left = self._arrived + late - time.perf_counter()
-                timer = asyncio.get_running_loop().call_later(left, self._give_up, generation)
+                timer = asyncio.get_running_loop().call_later(left, self._give_up, generation, held)
                 held.callback(timer.cancel)
             async for item in self._counted(generation):
                 yield item
@@ -111,9 +115,11 @@ class Run:
         held.callback(self._closed, generation)
         return generation
 
-    def _give_up(self, generation: Generation[Piece | Progress]) -> None:
+    def _give_up(self, generation: Generation[Piece | Progress], held: AsyncExitStack) -> None:
+        """The time is over. What it holds is free at once, though its client may not be listening."""
         self._is_late = True
         generation.cancel()
+        self._giving_back = asyncio.ensure_future(held.aclose())
 
     def _too_late(self) -> ApiError:
         self._serving.metrics.refused.labels("timeout").inc()
@@ -167,6 +173,12 @@ class Run:
             loaded.token_names.bytes_of if ask.goes_on else None,
         )
         sampling = ask.sampling
+        processors = sampling.processors()
+        through: Through[Piece | Progress] = listener.listen
+        if ask.constraint is not None:
+            guide = ask.constraint.start()
+            processors.append(guide)  # last: no bias can allow what the grammar does not
+            through = guide.watching(through)
         return loaded.cache.stream_generate(
             ask.tokens,
             ask.max_tokens,
@@ -176,8 +188,8 @@ class Run:
             seed=ask.seed,
             # Greedy replies draw nothing, so they need no random stream of their own.
             sampler=sampling.sampler(loaded.tokenizer) if sampling.temperature else None,
-            logits_processors=sampling.processors() or None,
-            through=listener.listen,
+            logits_processors=processors or None,
+            through=through,
             **ask.options,
         )
 

@@ -1,0 +1,346 @@
+"""What a reply may be, written in llguidance's dialect of Lark. Text in, text out: nothing is compiled."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+WHITESPACE = r" |\n[ \t]{0,32}"
+"""Between the parts of a JSON text, once: JSON allows any, and a weak model would never end it."""
+
+Reasoning = Literal["none", "possible", "open"]
+Schema = dict[str, Any]
+Tool = dict[str, Any]
+
+
+class GrammarError(ValueError):
+    """What is asked for has no grammar here."""
+
+
+@dataclass(frozen=True, slots=True)
+class Speech:
+    """How a model marks the parts of its replies; None for a part that it does not have.
+
+    `parser` names mlx-lm's parser of its calls. `token_of` gives a marker that is not plain text to
+    the tokenizer as a Lark expression of tokens. `has_headers`: Mistral's newer form of calls.
+    """
+
+    think_start: str | None
+    think_end: str | None
+    call_start: str | None
+    call_end: str | None
+    parser: str | None
+    token_of: Callable[[str], str | None]
+    has_headers: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """JSON by a schema, calls of tools, or, with both, either.
+
+    `is_plain` is a text without parts, as `/v1/completions` gives it.
+    """
+
+    schema: Schema | None = None
+    tools: Sequence[Tool] = ()
+    most_calls: int | None = None
+    reasoning: Reasoning = "none"
+    is_plain: bool = False
+
+
+def written(speech: Speech, wanted: Wanted) -> tuple[str, ...]:
+    """The grammars that all must allow a reply. Raises `GrammarError`.
+
+    The first is what is asked for. mlx-lm finds the parts of a reply by their markers, wherever they
+    stand, and a JSON string may hold any text; so the second one keeps markers out of values.
+    """
+    grammars = [_Writer(speech, is_exact=True).write(wanted)]
+    if not wanted.is_plain and (speech.think_start or speech.call_start):
+        grammars.append(_Writer(speech, is_exact=False).write(wanted))
+    return tuple(grammars)
+
+
+def for_parser(speech: Speech, tools: Sequence[Tool]) -> list[Tool]:
+    """`tools` as mlx-lm's parser must see them to read calls back as they were written here."""
+    if speech.parser != "qwen3_coder":
+        return list(tools)
+    # It reads what is declared as an object as JSON of any kind, and other types by rules of its own.
+    return [
+        {
+            "type": "function",
+            "function": {
+                "name": tool["function"]["name"],
+                "parameters": {
+                    "properties": {
+                        name: {"type": "object" if _bare(schema) is None else "string"}
+                        for name, schema in _parameters(tool).get("properties", {}).items()
+                    }
+                },
+            },
+        }
+        for tool in tools
+    ]
+
+
+class _Writer:
+    """Writes one grammar: the one that was asked for, or the one that keeps markers out."""
+
+    def __init__(self, speech: Speech, *, is_exact: bool):
+        self._speech = speech
+        self._is_exact = is_exact
+        # Where only one text can follow, llguidance would allow only the tokens that its tokenizer
+        # makes of it: those of a marker for its text in a string, and others in either grammar.
+        self._lines = ['%llguidance {"no_forcing": true}', r"SPACE: /[ \n]{1,4}/"]
+
+    def write(self, wanted: Wanted) -> str:
+        bodies = []
+        if wanted.schema is not None:
+            bodies.append(self._json_reply(wanted.schema))
+        if wanted.tools:
+            bodies.append(self._calls(wanted.tools, wanted.most_calls))
+        lead = self._reasoning(wanted.reasoning)
+        return "\n".join([f"start: {lead} ({' | '.join(bodies)})", *self._lines, ""])
+
+    # Parts
+
+    def _reasoning(self, reasoning: Reasoning) -> str:
+        speech = self._speech
+        if reasoning == "none" or speech.think_start is None or speech.think_end is None:
+            return ""
+        # mlx-lm's state machine leaves reasoning for a call, too.
+        thought = f"{self._until(speech.think_end, speech.call_start)} SPACE?"
+        return (
+            thought if reasoning == "open" else f"({self._marker(speech.think_start)} {thought})?"
+        )
+
+    def _json_reply(self, schema: Schema) -> str:
+        if self._is_exact:
+            return self._json(closed(schema))
+        return self._free(self._speech.think_start, self._speech.call_start)
+
+    def _calls(self, tools: Sequence[Tool], most: int | None) -> str:
+        speech = self._speech
+        if speech.call_start is None:
+            raise GrammarError("This model's tokenizer has no format for tool calls.")
+        forms = {"json_tools": self._json_tools, "qwen3_coder": self._xml, "mistral": self._mistral}
+        if speech.parser not in forms:
+            raise GrammarError(
+                f"Calls cannot be forced in the format of this model's tool parser, {speech.parser}; "
+                f"they can in those of {', '.join(forms)}."
+            )
+        return forms[speech.parser](tools, most)
+
+    def _several(self, call: str, most: int | None) -> str:
+        rule = self._rule(call)
+        return rule if most == 1 else f"{rule} (SPACE? {rule})*"
+
+    # Formats of calls
+
+    def _json_tools(self, tools: Sequence[Tool], most: int | None) -> str:
+        """`{"name": ..., "arguments": {...}}` between the markers."""
+        start, end = self._markers()
+        if not self._is_exact:
+            return self._several(f"{start} {self._until(end)}", most)
+        calls = " | ".join(map(self._object_call, tools))
+        return self._several(f"{start} SPACE? ({calls}) SPACE? {self._marker(end)}", most)
+
+    def _mistral(self, tools: Sequence[Tool], most: int | None) -> str:
+        """`[{...}, {...}]` or `name[ARGS]{...}` behind a marker; nothing ends the calls."""
+        start, _ = self._markers()
+        if not self._is_exact:
+            return f"{start} (/(?s:.+)/ | <[*]>)*"
+        if self._speech.has_headers:
+            calls = " | ".join(
+                f"{_literal(_name(tool))} {self._marker('[ARGS]')} {self._arguments(tool)}"
+                for tool in tools
+            )
+            return self._several(f"{start} ({calls})", most)
+        call = self._rule(" | ".join(map(self._object_call, tools)))
+        more = "" if most == 1 else f" (/, ?/ {call})*"
+        return f'{start} SPACE? "[" {call}{more} "]"'
+
+    def _xml(self, tools: Sequence[Tool], most: int | None) -> str:
+        """`<function=name>`, `<parameter=name>` and the value, each on lines of their own."""
+        start, end = self._markers()
+        calls = " | ".join(self._xml_call(tool, end) for tool in tools)
+        return self._several(f"{start} ({calls}) {self._marker(end)}", most)
+
+    def _xml_call(self, tool: Tool, end: str) -> str:
+        parameters = _parameters(tool)
+        known = {"type", "properties", "required", "additionalProperties", "title", "description"}
+        extra = parameters.keys() - known - {"$defs", "definitions", "$schema", "$id", "strict"}
+        required = parameters.get("required") or []
+        names = parameters.get("properties") or {}
+        unnamed = [name for name in required if name not in names]
+        if extra or unnamed:
+            raise GrammarError(
+                f"The parameters of {_name(tool)} have {', '.join(map(repr, [*sorted(extra), *unnamed]))}, "
+                "which this model's format of calls, a list of named values, has no place for."
+            )
+        shared: Schema = {k: parameters[k] for k in ("$defs", "definitions") if k in parameters}
+        parts = [_literal(f"\n<function={_bare_name(_name(tool))}>\n")]
+        for name, schema in names.items():
+            value = self._xml_value(schema, shared, end)
+            part = f"{_literal(f'<parameter={_bare_name(name)}>' + chr(10))} {value}"
+            parts.append(part if name in required else f"({part})?")
+        return " ".join([*parts, _literal("</function>\n")])
+
+    def _xml_value(self, schema: Any, shared: Schema, end: str) -> str:
+        close = "\n</parameter>\n"
+        if not isinstance(schema, dict):
+            schema = {} if schema else {"enum": []}
+        bare = _bare(schema)
+        if self._is_exact and bare is None:
+            return f"{self._json(closed({**schema, **shared}))} {_literal(close)}"
+        if self._is_exact and bare:
+            return f"({' | '.join(_literal(each + close) for each in bare)})"
+        free = self._free("</parameter>", "</function>", end)
+        if self._is_exact:  # "null" in any case is read as null
+            free = self._terminal(f"{free} & ~/(?i:null)/")
+        return self._lazy(f"{free} {_literal(close)}")
+
+    def _object_call(self, tool: Tool) -> str:
+        name = _pattern(json.dumps(_name(tool), ensure_ascii=False))
+        return rf'/\{{"name": ?{name}, ?"arguments": ?/ {self._arguments(tool)} "}}"'
+
+    def _arguments(self, tool: Tool) -> str:
+        return self._json(closed(_parameters(tool)))
+
+    def _markers(self) -> tuple[str, str]:
+        speech = self._speech
+        assert speech.call_start is not None
+        return self._marker(speech.call_start), speech.call_end or ""
+
+    # Pieces of Lark
+
+    def _json(self, schema: Schema) -> str:
+        options = {"whitespace_pattern": WHITESPACE}
+        return self._rule(f"%json {json.dumps({**schema, 'x-guidance': options})}")
+
+    def _marker(self, text: str) -> str:
+        return self._speech.token_of(text) or _literal(text)
+
+    def _free(self, *without: str | None) -> str:
+        """Any text that holds none of these, an empty one included."""
+        held = "|".join(_pattern(text) for text in without if text)
+        return self._terminal(f"/(?s:.*)/ & ~/(?s:.*)({held})(?s:.*)/" if held else "/(?s:.*)/")
+
+    def _until(self, marker: str, *without: str | None) -> str:
+        """Any text without these, and the marker that ends it."""
+        free, token = self._free(marker, *without), self._speech.token_of(marker)
+        return f"{free} {token}" if token else self._lazy(f"{free} {_literal(marker)}")
+
+    def _terminal(self, body: str) -> str:
+        return self._define(f"T{len(self._lines)}", body)
+
+    def _rule(self, body: str) -> str:
+        return self._define(f"r{len(self._lines)}", body)
+
+    def _lazy(self, body: str) -> str:
+        """A text that ends as soon as it can."""
+        terminal, name = self._terminal(body), f"r{len(self._lines)}"
+        self._lines.append(f"{name}[lazy]: {terminal}")
+        return name
+
+    def _define(self, name: str, body: str) -> str:
+        self._lines.append(f"{name}: {body}")
+        return name
+
+
+def _name(tool: Tool) -> str:
+    return str(tool["function"]["name"])
+
+
+def _parameters(tool: Tool) -> Schema:
+    """A tool's parameters as the schema of an object; without any it takes none."""
+    parameters = tool["function"].get("parameters")
+    if parameters is None:
+        return {"type": "object", "properties": {}}
+    if not isinstance(parameters, dict) or parameters.get("type", "object") != "object":
+        raise GrammarError(f"The parameters of {_name(tool)} must be the schema of an object.")
+    if not isinstance(parameters.get("properties", {}), dict):
+        raise GrammarError(f"The properties of {_name(tool)} must be an object.")
+    required = parameters.get("required", [])
+    if not isinstance(required, list) or not all(isinstance(name, str) for name in required):
+        raise GrammarError(f"What is required of {_name(tool)} must be a list of names.")
+    return {"type": "object", **parameters}
+
+
+def _bare(schema: Any) -> list[str] | None:
+    """The texts that a parameter can be, none for any; None when its value is written as JSON."""
+    notes = {"type", "title", "description", "default", "examples", "enum"}
+    if not isinstance(schema, dict) or schema.get("type") != "string" or schema.keys() - notes:
+        return None
+    if "enum" not in schema:
+        return []
+    texts = schema["enum"]
+    is_plain = isinstance(texts, list) and all(
+        isinstance(text, str) and re.fullmatch(r"[^<>\n]+", text) and text.lower() != "null"
+        for text in texts
+    )
+    return texts or None if is_plain else None
+
+
+def _bare_name(name: str) -> str:
+    if not re.fullmatch(r"[^\s<>]+", name):
+        raise GrammarError(f"This model's format of calls has no way to write the name {name!r}.")
+    return name
+
+
+def _literal(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _pattern(text: str) -> str:
+    """A text as part of a Lark regular expression."""
+    return "".join(rf"\x{ord(c):02x}" if c < " " else _escaped(c) for c in text)
+
+
+def _escaped(char: str) -> str:
+    # Not re.escape: what it does to < and a space means something else here.
+    return f"\\{char}" if char in r"\.+*?()|[]{}^$#&-~/" else char
+
+
+def closed(schema: Schema) -> Schema:
+    """`schema` with objects that hold only what it names, unless it says `additionalProperties`.
+
+    By the letter any other key may follow, and a weak model would not stop inventing them. What the
+    result allows, `schema` allows; where schemas are combined, it stays as it is.
+    """
+    return schema if any(map(_combines, _objects(schema))) else _closed(schema)
+
+
+def _objects(value: Any) -> Iterator[Schema]:
+    if isinstance(value, dict):
+        yield value
+    if isinstance(value, dict | list):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _objects(each)
+
+
+def _combines(schema: Schema) -> bool:
+    choices = schema.keys() & {"anyOf", "$ref", "$dynamicRef"}
+    own = schema.keys() & {"properties", "required", "minProperties", "patternProperties"}
+    return bool(schema.keys() & {"allOf", "oneOf"} or len(choices) > 1 or (choices and own))
+
+
+def _closed(schema: Any) -> Any:
+    if isinstance(schema, list):
+        return [_closed(each) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    made = dict(schema)
+    for key in schema.keys() & {"properties", "$defs", "definitions"}:
+        if isinstance(schema[key], dict):
+            made[key] = {name: _closed(each) for name, each in schema[key].items()}
+    for key in schema.keys() & {"items", "prefixItems", "anyOf", "additionalProperties"}:
+        made[key] = _closed(schema[key])
+    names, required = schema.get("properties"), schema.get("required", [])
+    is_open = schema.keys() & {"additionalProperties", "patternProperties", "minProperties"}
+    if isinstance(names, dict) and isinstance(required, list) and not is_open:
+        has_all = all(isinstance(name, str) and name in names for name in required)
+        made.update({"additionalProperties": False} if has_all else {})
+    return made
