@@ -10,12 +10,13 @@ from typing import Any
 from mlx_hybridcache.demo import BUNDLED_MODEL
 from mlx_hybridcache.demo.run import wide_console
 
-from . import decode, overhead, server
+from . import decode, load, overhead, server
 
 COMMANDS = {
     "overhead": (overhead, "what the cache costs, each part beside its target"),
     "decode": (decode, "tokens per second with and without the KV cache"),
     "server": (server, "time to first token and re-use beside mlx_lm.server"),
+    "load": (load, "many clients at once beside mlx_lm.server"),
 }
 
 

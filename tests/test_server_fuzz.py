@@ -1,0 +1,553 @@
+"""What our own OpenAPI allows or forbids, and clients that vanish, dawdle or never read."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import struct
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from itertools import count, cycle, pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+import schemathesis
+from bundled import text
+from hypothesis import HealthCheck, Phase, given, settings
+from prometheus_client.parser import text_string_to_metric_families
+from schemathesis import GenerationMode
+from schemathesis.specs.openapi import checks
+from servers import (
+    CHAT,
+    COMPLETIONS,
+    INSTANT,
+    OURS,
+    Server,
+    Stream,
+    begin,
+    raw_post,
+    raw_status,
+    read_all,
+    read_stream,
+    running,
+    user,
+)
+
+VOCABULARY = 3072  # the bundled model's
+
+# What the OpenAPI says
+
+BODIES = {
+    f"POST {CHAT}": 12,
+    "POST /chat/completions": 3,
+    f"POST {COMPLETIONS}": 15,
+    "POST /v1/cache/warm": 10,
+    "POST /v1/cache/pin": 5,
+    "DELETE /v1/cache/pin": 5,
+}
+"""Operations that take a body, and how many random ones each gets, good and bad."""
+
+NO_BODIES = [
+    "GET /health",
+    "GET /metrics",
+    "GET /v1/models",
+    "GET /v1/models/{name}",
+    "GET /v1/cache",
+    "DELETE /v1/cache",
+    "GET /v1/cache/recent",
+]
+
+ANY_TYPE_IS_JSON = ("malformed_content_type", "unsupported_content_type")
+"""Bodies are read as JSON whatever their Content-Type says, as mlx_lm.server reads them."""
+
+CONFORMS = [
+    checks.status_code_conformance,
+    checks.content_type_conformance,
+    checks.response_schema_conformance,
+    checks.unsupported_method,
+]
+
+
+class Fuzzed:
+    """A server and what its /openapi.json says."""
+
+    def __init__(self, server: Server):
+        self.server = server
+        self.schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
+        self.operations = {
+            found.ok().label: found.ok() for found in self.schema.get_all_operations()
+        }
+        self.session = requests.Session()
+        self.session.trust_env = False
+
+    def limits(self, label: str, mode: GenerationMode) -> Iterator[schemathesis.Case]:
+        """Each field with its least, its greatest, its other types, and what is just outside."""
+        return self.schema.iter_coverage_cases(
+            self.operations[label],
+            generation_modes=[mode],
+            generation_config=self.schema.config.generation,
+        )
+
+    def at_random(
+        self, label: str, mode: GenerationMode, count: int, judge: Callable[[Any], None]
+    ) -> None:
+        """Show `judge` so many cases, the same ones in every run."""
+
+        @settings(
+            max_examples=count,
+            derandomize=True,
+            database=None,
+            deadline=None,
+            phases=[Phase.generate],
+            suppress_health_check=list(HealthCheck),
+        )
+        @given(case=self.operations[label].as_strategy(generation_mode=mode))
+        def judged(case: schemathesis.Case) -> None:
+            judge(case)
+
+        judged()
+
+    def send(self, case: schemathesis.Case) -> tuple[int, Any]:
+        """The status and the reply, which must be a documented one, in OpenAI's shape if an error."""
+        response = case.call(base_url=self.server.url, session=self.session, timeout=60)
+        case.validate_response(response, checks=CONFORMS)
+        assert response.status_code < 500, f"{case!r}: {response.text}"
+        (kind,) = response.headers.get("content-type", [""])
+        if response.status_code >= 400:
+            assert_error(response.json())
+            return response.status_code, response.json()["error"]
+        if kind.startswith("text/event-stream"):
+            stream = Stream(response.status_code, {})
+            list(read_stream(iter(response.text.split("\n")), stream))
+            assert stream.done
+            assert not any("error" in event for event in stream.events), f"{case!r}: {stream}"
+            return response.status_code, stream.events
+        is_json = kind.startswith("application/json")
+        return response.status_code, response.json() if is_json else response.text
+
+
+def assert_error(reply: dict[str, Any]) -> None:
+    assert reply.keys() == {"error"}
+    assert reply["error"].keys() == {"message", "type", "param", "code"}
+    assert reply["error"]["message"]
+    assert reply["error"]["type"]
+
+
+@pytest.fixture(scope="module")
+def process():
+    flags = ("--max-tokens", "2", "--max-prompt-tokens", "2000", "--prefill-step-size", "256")
+    with running(OURS, *flags) as server:
+        fuzzed = Fuzzed(server)
+        with fuzzed.session:
+            yield fuzzed
+
+
+@pytest.fixture
+def fuzzed(process):
+    """Whatever a test sent, afterwards the server is healthy, and nothing failed unforeseen."""
+    process.server.newly_logged()
+    yield process
+    assert process.server.healthy
+    assert "Traceback" not in (log := process.server.newly_logged()), log
+
+
+def bounded(case: schemathesis.Case) -> schemathesis.Case:
+    """A case that takes no time: two tokens of a reply at most."""
+    if isinstance(case.body, dict):
+        for name in ("max_tokens", "max_completion_tokens"):
+            asked = case.body.get(name)
+            if isinstance(asked, int | float) and asked > 2:
+                case.body[name] = 2
+    return case
+
+
+def test_the_openapi_names_every_endpoint(fuzzed):
+    """Thirteen operations; the alias of the chat is described as the chat is."""
+    assert fuzzed.operations.keys() == {*BODIES, *NO_BODIES}
+    paths = fuzzed.server.client.get("/openapi.json").json()["paths"]
+    alias, chat = paths["/chat/completions"]["post"], paths[CHAT]["post"]
+    assert {**alias, "operationId": ""} == {**chat, "operationId": ""}
+    for path, methods in paths.items():
+        for method, said in methods.items():
+            assert {"200", "4XX", "5XX"} <= said["responses"].keys(), f"{method} {path}"
+            assert "422" not in said["responses"]  # the framework's own, which is never sent
+
+
+@pytest.mark.parametrize(
+    "label", [label for label in BODIES if not label.endswith(" /chat/completions")]
+)
+def test_values_at_the_limits_are_answered_and_those_beyond_refused(fuzzed, label):
+    """`top_p` 0, 1, -1, 2, "0", null, ...: about 180 bodies that the schema allows, 300 that it forbids."""
+    answered = refused = 0
+    for case in fuzzed.limits(label, GenerationMode.POSITIVE):
+        status, reply = fuzzed.send(bounded(case))
+        answered += status == 200
+        refused += status != 200
+        assert status == 200 or reply["param"] or reply["code"], f"{case!r}: {reply}"
+    assert answered >= (100 if "completions" in label else 4)
+    assert refused < answered or "cache" in label
+    for case in fuzzed.limits(label, GenerationMode.NEGATIVE):
+        scenario = case.meta.phase.data.scenario
+        status, reply = fuzzed.send(bounded(case))
+        if scenario in ANY_TYPE_IS_JSON or case.method == "OPTIONS":
+            continue
+        assert 400 <= status < 500, f"{case.meta.phase.data.description}: {case!r}: {reply}"
+
+
+@pytest.mark.parametrize("label", NO_BODIES)
+def test_other_methods_and_headers_are_answered_or_refused(fuzzed, label):
+    """PUT, PATCH, TRACE, QUERY: 405 with the methods that are allowed. A body that nobody asked for."""
+    for mode in GenerationMode:
+        for case in fuzzed.limits(label, mode):
+            status, _ = fuzzed.send(case)
+            assert status in (200, 204, 404, 405)
+            assert status != 404 or "{name}" in label
+
+
+@pytest.mark.parametrize("label", BODIES)
+def test_random_bodies_that_the_schema_allows_are_answered_or_refused_with_a_reason(fuzzed, label):
+    """The reason names a field, or has a code."""
+
+    def judge(case: schemathesis.Case) -> None:
+        status, reply = fuzzed.send(bounded(case))
+        assert status == 200 or reply["param"] or reply["code"], f"{case!r}: {reply}"
+
+    fuzzed.at_random(label, GenerationMode.POSITIVE, BODIES[label], judge)
+
+
+@pytest.mark.parametrize("label", BODIES)
+def test_random_bodies_that_the_schema_forbids_are_refused(fuzzed, label):
+    """A field missing or of another type, no JSON at all."""
+
+    def judge(case: schemathesis.Case) -> None:
+        status, reply = fuzzed.send(bounded(case))
+        assert 400 <= status < 500, f"{case!r}: {reply}"
+
+    fuzzed.at_random(label, GenerationMode.NEGATIVE, BODIES[label], judge)
+
+
+def test_random_names_of_models_are_not_found(fuzzed):
+    """Any text, slashes and controls among it: 404, with the code of it."""
+
+    def judge(case: schemathesis.Case) -> None:
+        status, reply = fuzzed.send(case)
+        assert status == 404, f"{case!r}: {reply}"
+
+    fuzzed.at_random("GET /v1/models/{name}", GenerationMode.POSITIVE, 20, judge)
+
+
+# Left out of a random request: what refers to things that may not be there.
+REFERENCES = {
+    *("model", "adapters", "draft_model", "response_format", "chat_template_kwargs"),
+    *("tool_choice", "continue_final_message", "suffix", "best_of", "echo"),
+}
+
+
+def tamed(body: dict[str, Any]) -> dict[str, Any]:
+    """A random body with everything put right that no schema can say: it must be answered."""
+    found = {name: value for name, value in body.items() if name not in REFERENCES}
+    for name, value in found.items():
+        if isinstance(value, float) and value.is_integer() and abs(value) < 2**31:
+            found[name] = int(value)  # 1.0 is an integer for JSON schema, not for OpenAI
+    for name in ("max_tokens", "max_completion_tokens"):
+        if found.get(name) is not None:
+            found[name] = 1 + int(found[name]) % 3
+    for name in ("temperature", "top_p", "min_p", "xtc_probability", "xtc_threshold"):
+        if found.get(name) is not None:
+            found[name] = round(min(found[name], 1))  # MLX compiles each value for a second
+    if found.get("n") is not None:
+        found["n"] = min(found["n"], 2)
+    if found.get("logit_bias"):
+        biases = found["logit_bias"].values()
+        found["logit_bias"] = {str(token): bias for token, bias in enumerate(biases)}
+    if "prompt" in found:
+        found["prompt"] = tamed_prompt(found["prompt"])
+    for number, message in enumerate(found.get("messages", ())):
+        message["role"] = ("system", "user", "assistant", "tool")[number % 4]
+        for name in ("tool_calls", "reasoning", "reasoning_content"):
+            message.pop(name, None)
+        if isinstance(message.get("content"), list):
+            message["content"] = [{"type": "text", "text": "abc"} for _ in message["content"]]
+    found["seed"] = 7
+    return found
+
+
+def tamed_prompt(prompt: Any) -> Any:
+    if isinstance(prompt, list):
+        return [
+            int(item) % VOCABULARY if isinstance(item, int | float) else tamed_prompt(item)
+            for item in prompt[:5]
+        ]
+    return prompt
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+def test_random_requests_in_order_are_answered_and_hot_as_they_were_cold(fuzzed, path):
+    """20 with any fields, every second one streamed: each is answered, and again from the cache."""
+    streams = cycle((False, True))
+
+    def judge(case: schemathesis.Case) -> None:
+        case.body = {**tamed(case.body), "stream": next(streams)}
+        told = []
+        for _ in range(2):
+            status, reply = fuzzed.send(case)
+            assert status == 200, f"{case.body}: {reply}"
+            events = reply if isinstance(reply, list) else [reply]
+            told.append([choice for event in events for choice in event["choices"]])
+        prompts = case.body.get("prompt")
+        is_list = isinstance(prompts, list) and not isinstance(prompts[0], int)
+        choices = (case.body.get("n") or 1) * (len(prompts) if is_list else 1)
+        assert {choice["index"] for choice in told[0]} == set(range(choices))
+        finishes = [choice["finish_reason"] for choice in told[0] if choice["finish_reason"]]
+        assert len(finishes) == choices
+        assert set(finishes) <= {"stop", "length", "tool_calls"}
+        order = [sorted(each, key=lambda choice: choice["index"]) for each in told]
+        assert order[0] == order[1], case.body
+
+    fuzzed.at_random(f"POST {path}", GenerationMode.POSITIVE, 20, judge)
+
+
+LARGEST, TINIEST = 1.7e308, 5e-324
+AT_THE_LIMITS: list[tuple[dict[str, Any], dict[str, Any] | None]] = [
+    ({"top_k": VOCABULARY - 1}, None),
+    ({"top_k": VOCABULARY}, {}),
+    ({"top_k": 2**31 - 1}, {}),
+    ({"xtc_probability": 1, "xtc_threshold": 1}, {"xtc_probability": 1, "xtc_threshold": 0.5}),
+    ({"min_p": TINIEST, "top_p": TINIEST}, None),
+    ({"temperature": TINIEST}, None),
+    ({"temperature": LARGEST, "presence_penalty": LARGEST, "frequency_penalty": -LARGEST}, None),
+    ({"repetition_penalty": TINIEST, "logit_bias": {"5": LARGEST, "6": -LARGEST}}, None),
+    (
+        {"repetition_penalty": 1.1, "repetition_context_size": 2**31 - 1},
+        {"repetition_penalty": 1.1, "repetition_context_size": 1000},
+    ),
+]
+"""Settings that are the last or the first of their kind, and others that mean the same."""
+
+
+@pytest.mark.parametrize(("given_", "same"), AT_THE_LIMITS, ids=str)
+def test_a_sampler_at_its_limits_answers(fuzzed, given_, same):
+    """`top_k` of the whole vocabulary is none at all; mlx-lm fails there, in the middle of a reply."""
+    body = {"prompt": "def", "temperature": 1, "max_tokens": 3, "seed": 5}
+    choices = fuzzed.server.answer(COMPLETIONS, **{**body, **given_})["choices"]
+    if same is not None:
+        assert fuzzed.server.answer(COMPLETIONS, **{**body, **same})["choices"] == choices
+
+
+# Clients that vanish
+
+TIMES = 10
+linux_only = pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="threads and files are counted in /proc"
+)
+HELLO = {"prompt": "def", "max_tokens": 3}
+ENDLESS = {"prompt": "a", "max_tokens": 100_000, "logit_bias": {"700": 100}, "cache_prompt": False}
+numbers = count(1)
+
+
+def gauges(server: Server) -> dict[str, float]:
+    families = text_string_to_metric_families(server.client.get("/metrics").text)
+    samples = (sample for family in families for sample in family.samples)
+    found = {s.name.removeprefix("mlx_hybridcache_"): s.value for s in samples if not s.labels}
+    return {name: found[name] for name in ("reading", "following", "writing", "queued")}
+
+
+def footprint(server: Server) -> dict[str, float]:
+    """What a request may hold while it runs, and must have given back."""
+    assert server.process is not None
+    proc = Path("/proc") / str(server.process.pid)
+    status = dict(line.split(":", 1) for line in (proc / "status").read_text().splitlines())
+    return {
+        "threads": int(status["Threads"]),
+        "files": sum(1 for _ in (proc / "fd").iterdir()),
+        "running_bytes": server.client.get("/v1/cache").json()["running_bytes"],
+        **gauges(server),
+    }
+
+
+def resident_bytes(server: Server) -> int:
+    assert server.process is not None
+    pages = (Path("/proc") / str(server.process.pid) / "statm").read_text().split()[1]
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+
+def wait_until(holds: Callable[[], bool], what: str) -> None:
+    until = time.monotonic() + 20
+    while not holds():
+        assert time.monotonic() < until, what
+        time.sleep(0.01)
+
+
+def told(connection: socket.socket, *words: bytes) -> None:
+    """Read until one of these has come."""
+    received = b""
+    while not any(word in received for word in words):
+        part = connection.recv(4096)
+        assert part, received
+        received += part
+
+
+Act = Callable[[Server, bool], socket.socket]
+
+
+def posted(server: Server, stream: bool, share: float = 1, **body: Any) -> socket.socket:
+    """A connection on which so much of a request has been sent."""
+    sent = raw_post(COMPLETIONS, json.dumps({**body, "stream": stream}).encode())
+    head = sent.index(b"\r\n\r\n") + 4
+    at = {0.1: 9, 0.5: head // 2, 0.8: (head + len(sent)) // 2, 1: len(sent)}[share]
+    return begin(server, sent[:at])
+
+
+def while_reading(server: Server, stream: bool) -> socket.socket:
+    prompt = f"{next(numbers)}. {text(1300)}"  # which nothing stored begins with
+    connection = posted(server, stream, prompt=prompt, max_tokens=1)
+    if stream:
+        told(connection, b": keepalive")
+    else:
+        wait_until(lambda: gauges(server)["reading"] > 0, "the prompt was never read")
+    return connection
+
+
+def while_writing(server: Server, stream: bool) -> socket.socket:
+    connection = posted(server, stream, **ENDLESS)
+    if stream:
+        told(connection, b"data:")
+    else:
+        wait_until(lambda: gauges(server)["writing"] > 0, "nothing was written")
+    return connection
+
+
+def without_reading(server: Server, stream: bool) -> socket.socket:
+    """Large events, which nobody takes."""
+    connection = posted(server, stream, **ENDLESS, logprobs=20)
+    wait_until(lambda: gauges(server)["writing"] > 0, "nothing was written")
+    time.sleep(0.05)
+    return connection
+
+
+STAGES: dict[str, Act] = {
+    "connected": lambda server, stream: begin(server, b""),
+    "half a request line": lambda server, stream: posted(server, stream, 0.1, **HELLO),
+    "half the headers": lambda server, stream: posted(server, stream, 0.5, **HELLO),
+    "half the body": lambda server, stream: posted(server, stream, 0.8, **HELLO),
+    "before the reply": lambda server, stream: posted(server, stream, **HELLO),
+    "while the prompt is read": while_reading,
+    "while the reply is written": while_writing,
+    "without ever reading": without_reading,
+}
+
+
+def vanish(connection: socket.socket, *, reset: bool) -> None:
+    """Close the connection, politely or with a reset."""
+    if reset:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    connection.close()
+
+
+@pytest.fixture(scope="module")
+def visited(process):
+    """A server that has seen a client vanish at every stage once, so that its pools are filled."""
+    for act in STAGES.values():
+        for stream in (False, True):
+            vanish(act(process.server, stream), reset=stream)
+    return process.server
+
+
+@linux_only
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_clients_that_vanish_leave_nothing_behind(visited, stage, stream):
+    """Ten at each stage, every second one with a reset: threads, files and bytes are as before."""
+    server = visited
+    expected = server.answer(COMPLETIONS, **HELLO)["choices"]
+    wait_until(lambda: not any(gauges(server).values()), "the last request still runs")
+    before = footprint(server)
+    for number in range(TIMES):
+        vanish(STAGES[stage](server, stream), reset=number % 2 == 1)
+        assert server.answer(COMPLETIONS, **HELLO)["choices"] == expected
+    after: dict[str, float] = {}
+
+    def is_as_before() -> bool:
+        after.update(footprint(server))
+        return all(after[name] <= before[name] for name in before)
+
+    wait_until(is_as_before, f"{before} became {after}")
+    assert server.healthy
+
+
+@linux_only
+def test_memory_stays_where_it_was_when_clients_vanish(visited):
+    """Two rounds of every stage: the second takes no more; without the cache's content nothing is held."""
+    server = visited
+
+    def go_round() -> int:
+        for _ in range(2):
+            for act in STAGES.values():
+                for stream in (False, True):
+                    vanish(act(server, stream), reset=stream)
+        wait_until(lambda: not any(gauges(server).values()), "an abandoned request still runs")
+        cleared = server.client.delete("/v1/cache").json()
+        assert cleared["held_bytes"] == cleared["running_bytes"] == 0
+        return resident_bytes(server)
+
+    first = go_round()
+    assert go_round() < first + 2**26
+
+
+# Clients that dawdle
+
+
+def test_clients_that_send_a_byte_a_second_keep_nobody_waiting(process):
+    """Twenty of them, with headers and bodies that never end; ten others are answered meanwhile."""
+    body = json.dumps(HELLO).encode()
+    whole = raw_post(COMPLETIONS, body)
+    dawdling = [begin(process.server, whole[: -len(body)] if i % 2 else b"") for i in range(20)]
+    stop = threading.Event()
+    sent = [len(whole) - len(body) if i % 2 else 0 for i in range(20)]
+
+    def drip() -> None:
+        while not stop.wait(1):
+            for i, connection in enumerate(dawdling):
+                connection.sendall(whole[sent[i] : sent[i] + 1])
+                sent[i] += 1
+
+    dripping = threading.Thread(target=drip)
+    dripping.start()
+    expected = process.server.answer(COMPLETIONS, **HELLO)["choices"]
+    for _ in range(10):
+        assert process.server.answer(COMPLETIONS, **HELLO)["choices"] == expected
+        stop.wait(0.15)
+    stop.set()
+    dripping.join()
+    assert all(0 < at < len(whole) for at in sent), "nobody dawdled"
+    # What they send to the end is answered like anybody's.
+    for i, connection in enumerate(dawdling):
+        connection.sendall(whole[sent[i] :])
+        assert raw_status(received := read_all(connection)) == 200
+        assert json.loads(received.split(b"\r\n\r\n", 1)[1])["choices"] == expected
+
+
+@pytest.mark.parametrize("chunked", [False, True], ids=["with a length", "chunked"])
+def test_a_body_that_comes_in_pieces_is_read_whole(process, chunked):
+    """Twelve pieces, the cuts through words, numbers and a character of four bytes."""
+    request = {"messages": user("Hi \N{GRINNING FACE}, I am Zoe."), "max_tokens": 6, **INSTANT}
+    body = json.dumps(request, ensure_ascii=False).encode()
+    expected = process.server.answer(CHAT, **request)["choices"]
+    cuts = sorted({len(body) * i // 12 for i in range(13)} | {body.index(b"\xf0") + 2})
+    pieces = [body[a:b] for a, b in pairwise(cuts)]
+    lengths = {"Content_Length": "", "Transfer_Encoding": "chunked"} if chunked else {}
+    head = raw_post(CHAT, body, **lengths).removesuffix(body)
+    connection = begin(process.server, head)
+    for piece in pieces:
+        time.sleep(0.03)
+        connection.sendall(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
+    if chunked:
+        connection.sendall(b"0\r\n\r\n")
+    received = read_all(connection)
+    assert raw_status(received) == 200
+    assert json.loads(received.split(b"\r\n\r\n", 1)[1])["choices"] == expected
