@@ -14,7 +14,7 @@ from mlx_lm.generate import GenerationResponse, wired_limit
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from . import models
-from .engine import REPLY_ROOM, ROW_STEP, Engine
+from .engine import Engine
 from .errors import (
     BudgetError,
     CacheMismatchError,
@@ -23,7 +23,7 @@ from .errors import (
     PromptError,
     SettingError,
 )
-from .generate import random_state
+from .generate import REPLY_ROOM, ROW_STEP, random_state
 from .layers.adapt import Layout
 from .report import CacheReport
 from .request import Generation, HeldClaim, Progress, Ready, Request
@@ -42,6 +42,10 @@ Through = Callable[[Iterator[GenerationResponse | Pause]], Iterator[T | Pause]]
 
 UNCACHED_OPTIONS = ("kv_bits", "max_kv_size", "draft_model", "input_embeddings", "prompt_cache")
 """Options of `mlx_lm.stream_generate` whose requests are served without the cache, and say so."""
+
+
+WITHOUT_EFFECT = ("num_draft_tokens", "kv_group_size", "quantized_kv_start", "prefill_step_size")
+"""Options that qualify one of those, or that the constructor has decided."""
 
 
 class HybridPromptCache:
@@ -205,7 +209,7 @@ class HybridPromptCache:
         if uncached or engine.layout.unsupported:
             steps = engine.answer_uncached(request, uncached, options)
         else:
-            for name in (*UNCACHED_OPTIONS, "num_draft_tokens"):
+            for name in (*UNCACHED_OPTIONS, *WITHOUT_EFFECT):
                 options.pop(name, None)
             steps = engine.answer(request, options)
         if through is not None:

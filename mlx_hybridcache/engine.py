@@ -5,6 +5,7 @@ Everything here runs on the worker thread.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,7 +17,7 @@ from mlx_lm.generate import GenerationResponse, stream_generate
 
 from . import checkpoint as checkpoints
 from .errors import BudgetError
-from .generate import decode, seeded
+from .generate import REPLY_ROOM, Decoder, Prepared, Writer, respond, rounded, seeded
 from .layers.adapt import Layout, fresh_caches
 from .replay import plan, replay
 from .report import CacheReport, Divergence, Reason
@@ -27,21 +28,7 @@ from .tokens import Namespace, Tokens, TurnMarks
 from .tree import common_length
 from .worker import PAUSE, Load, Pause
 
-ROW_STEP = 256
-"""Buffers are sized in multiples of so many rows, as mlx-lm's own are."""
-
-REPLY_ROOM = 8192
-"""Rows kept ready for a reply whose length is not bounded, or bounded higher."""
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """Caches that stand at `position`, with room for `capacity` tokens, paid for by `claim`."""
-
-    caches: list[Any]
-    position: int
-    capacity: int
-    claim: Claim
+log = logging.getLogger("mlx_hybridcache")
 
 
 @dataclass(eq=False)
@@ -57,11 +44,14 @@ class Engine:
     settings: str
     exact: bool
     load: Load = field(default_factory=Load)
+    decoder: Decoder = field(init=False)
     readers: list[Request] = field(default_factory=list, init=False)
     last_report: CacheReport | None = field(default=None, init=False)
     summary: StoreStats = field(init=False)
 
     def __post_init__(self) -> None:
+        # Which bits a batch gives depends on the device, so exact mode decodes one by one.
+        self.decoder = Decoder(self.model, self.layout, self.store, batches=not self.exact)
         self.publish()
 
     def publish(self) -> None:
@@ -75,34 +65,37 @@ class Engine:
         ready = yield from self._prepare(request)
         request.job.left = 0
         reply: list[int] = []
+        writer: Writer | None = None
+        claim = ready.claim
         try:
             request.forwards += 1  # the last token's, which gives the first logits
             assert request.report is not None
             request.report = replace(request.report, forwards=request.forwards)
-            for response in decode(
-                self.model,
-                self.tokenizer,
+            writer = self.decoder.begin(
                 request.tokens,
-                ready.caches,
+                ready,
+                ends=self.tokenizer.eos_token_ids,
                 max_tokens=request.max_tokens,
-                prefill_seconds=request.report.prefill_seconds,
-                before_step=_Room(self.layout, ready).reach,
                 **options,
+            )
+            del ready  # a batch that takes its caches over must be the last to hold them
+            for response in respond(
+                self.decoder,
+                writer,
+                self.tokenizer,
+                prompt_tokens=len(request.tokens),
+                prefill_seconds=request.report.prefill_seconds,
             ):
                 reply.append(response.token)
                 if len(reply) == 1:
                     request.on_progress(len(request.tokens), len(request.tokens))
                 yield response
-        except Exception as error:
-            # Other errors may leave a step half done: running states would be a token ahead.
-            if not isinstance(error, BudgetError):
-                reply.clear()
-            raise
         finally:
             try:
-                self._save_reply(request, reply, ready.caches)
+                if writer is not None:
+                    self._end(request, reply, writer)
             finally:
-                ready.claim.release()
+                (claim if writer is None else writer.claim).release()
                 self._close(request)
                 mx.clear_cache()
 
@@ -117,14 +110,31 @@ class Engine:
         self.publish()
 
     def _prepare(self, request: Request, *, read: bool = True) -> Generator[Pause, None, Prepared]:
-        """Match, restore and, if `read`, replay all but the last token."""
+        """Match, restore and, if `read`, replay all but the last token.
+
+        Memory that MLX cannot get is made: half of the store goes, and what is read by then serves
+        a second try.
+        """
         began = time.perf_counter()
+        try:
+            return (yield from self._try(request, began, read=read))
+        except RuntimeError as error:
+            if not _is_allocation_failure(error):
+                raise
+            log.warning("Memory ran out while a prompt was read; making room for a second try.")
+        self.store.halve()
+        mx.clear_cache()
+        return (yield from self._try(request, began, read=read))
+
+    def _try(
+        self, request: Request, began: float, *, read: bool
+    ) -> Generator[Pause, None, Prepared]:
         if read:
             yield from self._wait(request)
         try:
             found = self._match(request)
             request.divergence = _divergence(request.tokens, found)
-            capacity = _rounded(len(request.tokens) + _reply_room(request.max_tokens))
+            capacity = rounded(len(request.tokens) + _reply_room(request.max_tokens))
             claim, found = self._claim(found, capacity)
             self.publish()
             try:
@@ -294,9 +304,11 @@ class Engine:
             is_end=is_end,
         )
 
-    def _save_reply(self, request: Request, reply: list[int], caches: Sequence[Any]) -> None:
-        """Checkpoint the end of a reply, unless the next turn's history will leave it out."""
-        if not reply or self.exact or self.marks.strips(reply):
+    def _end(self, request: Request, reply: list[int], writer: Writer) -> None:
+        """Checkpoint the end of a reply, unless the next turn's history will leave part of it out."""
+        keep = bool(reply) and not self.exact and not self.marks.strips(reply)
+        caches = self.decoder.end(writer, keep=keep)
+        if caches is None:
             return
         history = np.concatenate([request.tokens, np.array(reply, dtype=np.int32)])
         mx.eval([cache.state for cache in caches])
@@ -324,7 +336,7 @@ class Engine:
         began = time.perf_counter()
         request.job.left = 0  # mlx-lm reads the prompt in one go, so there is nothing to plan
         request.report = report = self.uncached_report(request, why)
-        capacity = _rounded(len(request.tokens) + _reply_room(request.max_tokens))
+        capacity = rounded(len(request.tokens) + _reply_room(request.max_tokens))
         claim = self.store.claim(self.layout.running_bytes(capacity))
         self.publish()
         seed = options.pop("seed", None)
@@ -404,20 +416,10 @@ class Engine:
         )
 
 
-class _Room:
-    """Keeps a running request's buffers ahead of what decoding writes, and paid for."""
-
-    def __init__(self, layout: Layout, ready: Prepared):
-        self._layout, self._caches, self._claim = layout, ready.caches, ready.claim
-        self._capacity = ready.capacity
-
-    def reach(self, position: int) -> None:
-        """Make sure that `position` tokens fit."""
-        if position > self._capacity:
-            old = max(kind.row_bytes for kind in self._layout.kinds) * self._capacity
-            self._claim.grow(REPLY_ROOM * self._layout.row_bytes, passing=old)
-            self._capacity += REPLY_ROOM
-            checkpoints.grow(self._layout, self._caches, self._capacity)
+def _is_allocation_failure(error: RuntimeError) -> bool:
+    """MLX has no class for it: `[metal::malloc] Unable to allocate`, `[malloc_or_wait]`, and so on."""
+    said = str(error).lower()
+    return any(word in said for word in ("malloc", "unable to allocate", "out of memory"))
 
 
 def _divergence(tokens: Tokens, found: Found) -> Divergence | None:
@@ -434,7 +436,3 @@ def _divergence(tokens: Tokens, found: Found) -> Divergence | None:
 
 def _reply_room(max_tokens: int) -> int:
     return min(max_tokens, REPLY_ROOM) if max_tokens > 0 else REPLY_ROOM
-
-
-def _rounded(rows: int) -> int:
-    return -(-rows // ROW_STEP) * ROW_STEP

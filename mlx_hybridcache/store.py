@@ -91,6 +91,12 @@ class Claim:
         self._store.running_bytes += nbytes
         self.nbytes += nbytes
 
+    def shrink(self, nbytes: int) -> None:
+        """Give back what is more than `nbytes`."""
+        if nbytes < self.nbytes:
+            self._store.running_bytes -= self.nbytes - nbytes
+            self.nbytes = nbytes
+
     def release(self) -> None:
         """Give all of it back."""
         self._store.running_bytes -= self.nbytes
@@ -236,6 +242,13 @@ class Store:
         while self.used_bytes() + nbytes > self.budget_bytes:
             node = eviction.first()
             assert node is not None, "what is not fixed can be let go"
+            self._drop(node, eviction)
+
+    def halve(self) -> None:
+        """Let half of what is stored go, pins and running requests excepted, as far as that goes."""
+        stored = self.rows_bytes + self.snapshot_bytes
+        eviction = self._eviction()
+        while self.rows_bytes + self.snapshot_bytes > stored // 2 and (node := eviction.first()):
             self._drop(node, eviction)
 
     # Changing

@@ -9,6 +9,7 @@ of a reply at most one slice is read. A client that stops taking parks its reque
 from __future__ import annotations
 
 import asyncio
+import logging
 import queue
 import threading
 import weakref
@@ -20,6 +21,8 @@ from typing import Any, Generic, TypeVar
 
 from .errors import ClosedError
 from .turns import next_reader
+
+log = logging.getLogger("mlx_hybridcache")
 
 T = TypeVar("T")
 
@@ -101,6 +104,13 @@ class _Task:
             else:
                 self._finish("end", None)
 
+    def fail(self, error: BaseException) -> None:
+        """End it with an error that is not its own."""
+        if not self.finished:
+            with suppress(BaseException):  # its clean-up; the error that ends it is told
+                self.steps.close()  # type: ignore[attr-defined]
+            self._finish("error", error)
+
     def _finish(self, kind: str, value: Any) -> None:
         self.finished = True
         self.steps = iter(())
@@ -130,10 +140,14 @@ class _Turns:
     def run(self, inbox: _Inbox, held: AbstractContextManager[Any]) -> None:
         with held:
             while not self.stopped:
-                self._drain(inbox)
-                self._round(self.ready())
-                self.tasks = [task for task in self.tasks if not task.finished]
-                self._count(self.tasks)
+                try:
+                    self._drain(inbox)
+                    self._round(self.ready())
+                except BaseException as error:  # requests end with their own errors; this is ours
+                    log.exception("The worker failed; the requests under way end.")
+                    for task in self.tasks:
+                        task.fail(error)
+                self._settle()
             for task in self.tasks:
                 task.cancel()
 
@@ -154,6 +168,10 @@ class _Turns:
             for task in readers:
                 task.job.passed_over += task is not chosen
 
+    def _settle(self) -> None:
+        self.tasks = [task for task in self.tasks if not task.finished]
+        self._count(self.tasks)
+
     def _count(self, tasks: list[_Task]) -> None:
         load = self.load
         load.waiting = sum(task.job.waits for task in tasks)
@@ -168,6 +186,7 @@ class _Turns:
             except queue.Empty:
                 return
             asked(self)
+            self._settle()  # before waiting again: it may have ended the last request
 
 
 class Stream(Generic[T]):

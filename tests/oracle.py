@@ -261,3 +261,21 @@ def word_tokenizer() -> TokenizerWrapper:
     inner.pre_tokenizer = WhitespaceSplit()
     last = f"t{tiny.VOCAB - 1}"
     return TokenizerWrapper(PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=last))
+
+
+@contextmanager
+def batch_sizes(model: nn.Module) -> Iterator[list[int]]:
+    """How many rows each one-token forward of the model's own `__call__` has meanwhile."""
+    sizes: list[int] = []
+    original = type(model).__call__
+
+    def counted(self: nn.Module, inputs: mx.array, *args: Any, **options: Any) -> mx.array:
+        if inputs.shape[1] == 1:
+            sizes.append(inputs.shape[0])
+        return original(self, inputs, *args, **options)
+
+    type(model).__call__ = counted
+    try:
+        yield sizes
+    finally:
+        type(model).__call__ = original

@@ -265,3 +265,61 @@ def test_a_prompt_is_read_whether_its_client_listens_or_not(cache):
     follower = ask(cache, [*system, 3, 4], [], "x")
     same(list(follower), alone("qwen3_next", [*system, 3, 4]))
     leader.close()
+
+
+def failing_once(model, at, message):
+    """The model, whose forward number `at` raises what MLX raises when there is no memory."""
+    original = type(model).__call__
+    count = []
+
+    def counted(self, inputs, *args, **options):
+        count.append(inputs.shape[1])
+        if len(count) == at:
+            raise RuntimeError(message)
+        return original(self, inputs, *args, **options)
+
+    return original, counted
+
+
+def test_memory_that_runs_out_is_made_and_the_request_served(cache, monkeypatch):
+    """The fifth slice of ten fails to allocate: half the store goes, and the second try goes on."""
+    list(ask(cache, oracle.prompt(900, seed=1), [], "x"))
+    before = cache.stats().evictions
+    model, prompt = cache.engine.model, oracle.prompt(640, seed=2)
+    _, broken = failing_once(model, 5, "[malloc] Unable to allocate 10 bytes.")
+    monkeypatch.setattr(type(model), "__call__", broken)
+    replies = list(ask(cache, prompt, [], "x"))
+    monkeypatch.undo()
+    same(replies, alone("qwen3_next", prompt))
+    assert cache.stats().evictions > before
+    assert cache.stats().running_bytes == 0
+
+
+def test_a_forward_that_fails_ends_its_request_and_no_other(cache, monkeypatch):
+    """Not for lack of memory: no second try; the next request is served."""
+    model, prompt = cache.engine.model, oracle.prompt(300, seed=2)
+    _, broken = failing_once(model, 3, "something else")
+    monkeypatch.setattr(type(model), "__call__", broken)
+    with pytest.raises(RuntimeError, match="something else"):
+        list(ask(cache, prompt, [], "x"))
+    monkeypatch.undo()
+    assert cache.stats().running_bytes == 0
+    assert not cache.engine.readers
+    same(list(ask(cache, prompt, [], "x")), alone("qwen3_next", prompt))
+
+
+def test_a_worker_that_fails_goes_on(cache):
+    """A call of the library's own that raises ends what is under way, and nothing else."""
+    running = ask(cache, oracle.prompt(60, seed=1), [], "x", 2000)
+    next(running)
+
+    def fails():
+        raise MemoryError("no room for a list")
+
+    cache._worker.post(fails)
+    with pytest.raises(MemoryError):
+        list(running)
+    assert cache.is_alive
+    assert cache.stats().running_bytes == 0
+    prompt = oracle.prompt(70, seed=3)
+    same(list(ask(cache, prompt, [], "x")), alone("qwen3_next", prompt))

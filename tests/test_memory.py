@@ -12,7 +12,7 @@ import pytest
 import tiny
 from mlx_lm.models import qwen3_next
 
-from mlx_hybridcache import BudgetError, HybridPromptCache, engine
+from mlx_hybridcache import BudgetError, HybridPromptCache, engine, generate
 
 CONVERSATIONS = 50
 BUDGET = 12_000_000
@@ -297,6 +297,7 @@ def test_a_reply_that_outgrows_the_budget_ends_with_an_error(
     The reader's thread, which gets the error with its traceback, can go on using MLX.
     """
     monkeypatch.setattr(engine, "REPLY_ROOM", 16)
+    monkeypatch.setattr(generate, "REPLY_ROOM", 16)
     reply: list[int] = []
     with new_cache(smallest_budget()) as cache:
         held = cache.prefill(oracle.prompt(100, seed=5), max_tokens=16)

@@ -108,6 +108,15 @@ class Layout:
         return self.hook is None and any(not kind.sees_interior for kind in self.kinds)
 
     @property
+    def batches_exactly(self) -> bool:
+        """Whether replies have the same bits in mlx-lm's batches as alone.
+
+        Rows and states have. A window's ring is summed in another order there, and other caches
+        cannot be merged.
+        """
+        return all(each in (mlx_caches.KVCache, mlx_caches.ArraysCache) for each in self.classes)
+
+    @property
     def row_bytes(self) -> int:
         """Bytes that one token's rows weigh."""
         return sum(kind.row_bytes for kind in self.kinds)
