@@ -197,11 +197,8 @@ def leave(server: Server, path: str, body: Body, how: str) -> str:
 
 
 def essence(reply: dict[str, Any]) -> dict[str, Any]:
-    """All that must be equal, streamed or not: what was said, tokens, floats, the end, the counts.
-
-    Text offsets say where a text was cut into events, which is no matter of the cache.
-    """
-    logprobs = {name: told for name, told in reply["logprobs"].items() if name != "text_offset"}
+    """All that must be equal, streamed or not: what was said, tokens, floats, the end, the counts."""
+    logprobs = dict(reply["logprobs"])
     message = {name: value for name, value in reply.get("message", {}).items() if value}
     calls = [call["function"] for call in message.pop("tool_calls", ())]
     counts = {name: reply["usage"][name] for name in ("prompt_tokens", "completion_tokens")}

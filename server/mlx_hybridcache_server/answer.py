@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 from fastapi import Request
 from fastapi.sse import format_sse_event
 from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from .choices import Choice
 from .errors import as_api_error
@@ -39,7 +40,7 @@ class Answer:
     async def respond(self, request: Request, *, stream: bool) -> Response:
         """The response, begun or complete."""
         if stream:
-            return StreamingResponse(
+            return _Stream(
                 self.events(),
                 media_type="text/event-stream",
                 headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
@@ -59,7 +60,7 @@ class Answer:
         log.debug("Reply: %s", body)
         return body
 
-    async def events(self) -> AsyncIterator[bytes]:
+    async def events(self) -> AsyncGenerator[bytes]:
         """Server-sent events: chunks, comments that keep the connection alive, and `[DONE]`.
 
         What fails after the response began is told by an event, as the status is long sent.
@@ -132,6 +133,18 @@ class Answer:
                 task.cancel()
                 with suppress(asyncio.CancelledError, Exception):
                     await task
+
+
+class _Stream(StreamingResponse):
+    """A stream that ends with its response. Starlette leaves a generator that waits in a `yield`
+    to the garbage collector, and with it the request and its place.
+    """
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        events = self.body_iterator
+        assert isinstance(events, AsyncGenerator)
+        async with aclosing(events):
+            await super().__call__(scope, receive, send)
 
 
 async def _client_leaves(request: Request) -> None:
