@@ -150,3 +150,10 @@ def test_several_choices_share_one_reading():
         assert [choice["text"] for choice in reply["choices"]] == [
             one["choices"][0]["text"] for one in seeds
         ]
+
+
+def test_exact_mode_says_at_its_start_what_it_costs_others():
+    """Its slices stay whole; and it answers."""
+    with running(OURS, "--exact", "--prefill-step-size", "512") as server:
+        assert "whole slices of 512 tokens" in server.log
+        assert server.answer(COMPLETIONS, **LONG)["choices"]

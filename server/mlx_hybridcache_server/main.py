@@ -124,5 +124,11 @@ def _say_what_differs(settings: Settings, argv: list[str]) -> None:
         log.warning("--kv-bits: requests are served without the cache, which would change replies.")
     if settings.draft_model is not None:
         log.warning("--draft-model: requests are served without the cache.")
+    if settings.exact:
+        log.info(
+            "--exact: prompts are read in whole slices of %d tokens and replies written one by one, "
+            "so that a short request may wait longer beside a long one.",
+            settings.prefill_step_size,
+        )
     if not settings.uses_cache:
         log.warning("The cache is off: every prompt is read as a whole.")
