@@ -157,3 +157,11 @@ def test_exact_mode_says_at_its_start_what_it_costs_others():
     with running(OURS, "--exact", "--prefill-step-size", "512") as server:
         assert "whole slices of 512 tokens" in server.log
         assert server.answer(COMPLETIONS, **LONG)["choices"]
+
+
+def test_prompts_are_private_in_the_log(narrow):
+    """Neither a request that is answered nor one that is refused leaves its text there."""
+    narrow.answer(COMPLETIONS, prompt="unmistakable words", max_tokens=1)
+    narrow.post(COMPLETIONS, prompt="unmistakable words", max_tokens=1, stop=5)
+    assert "restored" in narrow.log
+    assert "unmistakable" not in narrow.log

@@ -6,9 +6,9 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack, contextmanager
+from contextlib import AsyncExitStack, aclosing, contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
@@ -90,8 +90,9 @@ class Run:
                 left = self._arrived + late - time.perf_counter()
                 timer = asyncio.get_running_loop().call_later(left, self._give_up, generation, held)
                 held.callback(timer.cancel)
-            async for item in self._counted(generation):
-                yield item
+            async with aclosing(self._counted(generation)) as items:
+                async for item in items:
+                    yield item
 
     async def _start(self, held: AsyncExitStack) -> Generation[Piece | Progress]:
         """Wait in the queue, then hand it to the worker; `held` gives everything back."""
@@ -132,7 +133,7 @@ class Run:
 
     async def _counted(
         self, generation: Generation[Piece | Progress]
-    ) -> AsyncIterator[Piece | Progress]:
+    ) -> AsyncGenerator[Piece | Progress]:
         serving, finished = self._serving, False
         try:
             async for item in generation:
