@@ -13,7 +13,7 @@ from mlx_hybridcache_bench.crowd import AT_ONCE, SITUATIONS, Failure, Run, measu
 from mlx_hybridcache_bench.load import QUICK_SIZES, ROWS, figures
 from mlx_hybridcache_bench.mixture import CLIENTS, Habit
 from mlx_hybridcache_bench.scenarios import Material
-from mlx_hybridcache_bench.server import _tokenizer
+from mlx_hybridcache_bench.server import tokenizer_of
 from mlx_hybridcache_bench.servers import OURS, THEIRS, Launch, ServerProcess
 from mlx_hybridcache_bench.target import Target
 
@@ -98,7 +98,7 @@ def test_mixed_clients_share_what_they_share(quick: Result) -> None:
 @pytest.fixture(scope="module")
 def material() -> Material:
     """Text by the token of the bundled model."""
-    return Material(_tokenizer(str(BUNDLED_MODEL)), 2_000)
+    return Material(tokenizer_of(str(BUNDLED_MODEL)), 2_000)
 
 
 def test_clients_share_beginnings_and_own_the_rest(material: Material) -> None:

@@ -14,7 +14,7 @@ from mlx_hybridcache_bench.client import CHAT, COMPLETIONS, Client, Reply, Reque
 from mlx_hybridcache_bench.comparison import different_replies, figures, rows
 from mlx_hybridcache_bench.rounds import Asked, Death, Side, fresh_nonce, measure_rounds
 from mlx_hybridcache_bench.scenarios import SCENARIOS, SESSIONS, Material, Script, Step
-from mlx_hybridcache_bench.server import _tokenizer
+from mlx_hybridcache_bench.server import tokenizer_of
 from mlx_hybridcache_bench.servers import OURS, THEIRS, Launch, ServerError, ServerProcess
 
 from mlx_hybridcache import PromptError
@@ -242,7 +242,7 @@ http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[-1])), Handler).serve
 @pytest.fixture(scope="module")
 def material() -> Material:
     """Text by the token of the bundled model."""
-    return Material(_tokenizer(str(BUNDLED_MODEL)), 2_000)
+    return Material(tokenizer_of(str(BUNDLED_MODEL)), 2_000)
 
 
 def steps(*names: str) -> Callable[..., Script]:

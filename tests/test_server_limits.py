@@ -95,7 +95,7 @@ def test_a_reply_that_takes_too_long_is_a_504(narrow):
 def test_what_was_read_before_the_time_was_over_is_kept(narrow):
     """A prompt that takes longer than two seconds gets further with each try."""
     prompt = text(9000, start=3000)
-    cached, tries = 0, 0
+    tries = 0
     while True:
         tries += 1
         response = narrow.post(COMPLETIONS, prompt=prompt, max_tokens=1)

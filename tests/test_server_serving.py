@@ -6,6 +6,7 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+from bundled import text
 from mlx_hybridcache_server import app as app_module
 from mlx_hybridcache_server import models
 from mlx_hybridcache_server.app import build_app
@@ -87,6 +88,32 @@ def test_a_client_that_takes_nothing_for_a_while_loses_its_reply(serving, monkey
     """A tenth of a second here, a minute else: the place is free before the time limit frees it."""
     monkeypatch.setattr(app_module, "STALLED_SECONDS", 0.1)
     assert asyncio.run(served_beside_a_deaf_one(serving)) == [200, 200, 200]
+
+
+async def readers_at_once(serving, prompts):
+    """The most prompts that were being read at any moment, and the most that waited."""
+    app = build_app(serving)
+    calls = [asyncio.create_task(call(app, {"prompt": p, "max_tokens": 2})) for p in prompts]
+    reading, waiting = [], []
+    while not all(each.done() for each in calls):
+        reading.append(sum(one.report is None for one in serving.generations))
+        waiting.append(serving.waiting)
+        await asyncio.sleep(0.002)
+    assert [(await each)[0]["status"] for each in calls] == [200] * len(calls)
+    return max(reading), max(waiting)
+
+
+@pytest.mark.parametrize("most", [1, 2])
+def test_no_more_prompts_are_read_at_once_than_were_allowed(most):
+    """--prompt-concurrency: of three prompts of 600 tokens the others wait."""
+    flags = ["--prompt-concurrency", str(most)]
+    settings = read_settings(build_parser("serve"), flags)
+    serving = Serving(settings, models.load(settings, settings.model))
+    try:
+        prompts = [text(600, start=start) for start in (1_000, 9_000, 17_000)]
+        assert asyncio.run(readers_at_once(serving, prompts)) == (most, 3 - most)
+    finally:
+        serving.close()
 
 
 def hub_cache(folder: Path) -> Path:

@@ -14,7 +14,7 @@ from .crowd import AT_ONCE, SITUATIONS, Failure, Run, Sizes, measure_runs
 from .machine import machine, one_line
 from .mixture import CLIENTS, ROOM
 from .scenarios import Material
-from .server import _tokenizer
+from .server import tokenizer_of
 from .servers import COMMANDS, OURS, THEIRS, Launch, ServerError, ServerProcess
 from .tables import Figure, show, show_figures, write_json
 from .target import Target
@@ -82,7 +82,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     servers = [args.only] if args.only else [THEIRS, OURS]
     found = machine()
     console.print(one_line(found), highlight=False)
-    material = Material(_tokenizer(args.model), max(sizes.long, ROOM * sizes.mixed))
+    material = Material(tokenizer_of(args.model), max(sizes.long, ROOM * sizes.mixed))
     with (
         console.status("starting the servers") as status,
         started([Launch.of(name, args.model) for name in servers], material) as targets,

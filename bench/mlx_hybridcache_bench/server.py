@@ -60,7 +60,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         raise PromptError(f"A size must exceed {LONGER} tokens, by which raw text is shortened.")
     found = machine()
     console.print(one_line(found), highlight=False)
-    material = Material(_tokenizer(args.model), max(sizes) + SPARE_TOKENS)
+    material = Material(tokenizer_of(args.model), max(sizes) + SPARE_TOKENS)
     launches = [Launch.of(name, args.model) for name in servers]
     warm_up = QUICK_WARM_UP if args.quick else sizes[0]
     with (
@@ -112,7 +112,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     return int(any(figure.counted and not figure.kept for figure in promised))
 
 
-def _tokenizer(model: str) -> object:
+def tokenizer_of(model: str) -> object:
     """The model's tokenizer alone, to cut text by the token; the servers load the weights."""
     try:
         return load_tokenizer(Path(model) if Path(model).is_dir() else model)

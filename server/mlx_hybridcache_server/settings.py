@@ -68,12 +68,6 @@ class Settings:
         """Whether anything is kept between requests."""
         return self.prompt_cache_size != 0 and self.memory_budget != 0
 
-    def as_configured(self, tokenizer: Any) -> Any:
-        """`tokenizer` with mlx-lm's default chat template where that was asked for."""
-        if self.use_default_chat_template and tokenizer.chat_template is None:
-            tokenizer.chat_template = tokenizer.default_chat_template
-        return tokenizer
-
     def generation_options(self) -> dict[str, Any]:
         """The options of `mlx_lm.stream_generate` that hold for every request."""
         if self.kv_bits is None:
