@@ -34,6 +34,13 @@ def text(count: int, start: int = 0) -> str:
     return tokenizer.decode(list(text_tokens(count, start)))
 
 
+@cache
+def never_ending() -> dict[str, float]:
+    """A `logit_bias` under which no reply ends before its `max_tokens`."""
+    _, tokenizer = load()
+    return {str(token): -100.0 for token in tokenizer.eos_token_ids}
+
+
 def chat(*messages: tuple[str, str], reply: bool = True, **options: Any) -> list[int]:
     """A conversation of (role, content), rendered and tokenized, up to the reply's opener."""
     _, tokenizer = load()

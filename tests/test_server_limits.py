@@ -5,12 +5,12 @@ import time
 from contextlib import contextmanager
 
 import pytest
-from bundled import text
+from bundled import never_ending, text
 from prometheus_client.parser import text_string_to_metric_families
 from servers import COMPLETIONS, OURS, Stream, read_stream, running
 
 LONG = {"prompt": text(2500, start=700), "max_tokens": 4}
-ENDLESS = {"prompt": "The", "max_tokens": 100_000, "temperature": 1, "logit_bias": {"0": -100}}
+ENDLESS = {"prompt": "The", "max_tokens": 100_000, "temperature": 1, "logit_bias": never_ending()}
 
 
 @pytest.fixture(scope="module")

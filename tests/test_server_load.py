@@ -13,7 +13,7 @@ from typing import Any
 
 import httpx2
 import pytest
-from bundled import load, text_tokens
+from bundled import load, never_ending, text_tokens
 from prometheus_client.parser import text_string_to_metric_families
 from servers import CHAT, COMPLETIONS, INSTANT, OURS, Server, running, user
 
@@ -28,7 +28,7 @@ GONE_WHILE_READ, GONE_WHILE_WRITTEN, GONE_UNSTREAMED = "while read", "while writ
 LEAVES = (GONE_WHILE_READ, GONE_WHILE_WRITTEN, GONE_UNSTREAMED, GONE_WHILE_READ)
 """Each client leaves four of its requests, in an order and at places of its own."""
 
-ENDLESS = {"max_tokens": 500, "logit_bias": {"0": -100}}
+ENDLESS = {"max_tokens": 500, "logit_bias": never_ending()}
 """A reply that ends by its client's leaving only: the end token never comes."""
 
 PATIENCE_SECONDS = 0.4
