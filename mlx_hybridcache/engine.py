@@ -23,9 +23,9 @@ from .replay import plan, replay
 from .report import CacheReport, Divergence, Reason
 from .request import Request
 from .schedule import Grid, Reading
+from .sharing import Readers
 from .store import Claim, Found, Store, StoreStats
 from .tokens import Namespace, Tokens, TurnMarks
-from .tree import common_length
 from .worker import PAUSE, Load, Pause
 
 log = logging.getLogger("mlx_hybridcache")
@@ -45,13 +45,14 @@ class Engine:
     exact: bool
     load: Load = field(default_factory=Load)
     decoder: Decoder = field(init=False)
-    readers: list[Request] = field(default_factory=list, init=False)
+    readers: Readers = field(init=False)
     last_report: CacheReport | None = field(default=None, init=False)
     summary: StoreStats = field(init=False)
 
     def __post_init__(self) -> None:
         # Which bits a batch gives depends on the device, so exact mode decodes one by one.
         self.decoder = Decoder(self.model, self.layout, self.store, batches=not self.exact)
+        self.readers = Readers(self.layout, self.grid, self.exact, self._restorable)
         self.publish()
 
     def publish(self) -> None:
@@ -130,7 +131,7 @@ class Engine:
         self, request: Request, began: float, *, read: bool
     ) -> Generator[Pause, None, Prepared]:
         if read:
-            yield from self._wait(request)
+            yield from self.readers.join(request)
         try:
             found = self._match(request)
             request.divergence = _divergence(request.tokens, found)
@@ -149,55 +150,12 @@ class Engine:
                 raise
         finally:
             if read:
-                self.readers.remove(request)
+                self.readers.leave(request)
         request.report = self.report(request, found, time.perf_counter() - began)
         return Prepared(caches, position, capacity, claim)
 
-    def _wait(self, request: Request) -> Iterator[Pause]:
-        """Let those who are at it read what this prompt shares with theirs, then become one of them.
-
-        A leader that goes away is a leader no more, and the first of its followers to look takes
-        its place, from the last checkpoint that it left.
-        """
-        try:
-            while True:
-                found = self.store.find(request.namespace, request.tokens)
-                request.advance(found.position)
-                request.job.waits = self._follows(request, found)
-                if not request.job.waits:
-                    break
-                yield PAUSE
-        finally:
-            request.job.waits = False
-        self.readers.append(request)
-        try:
-            yield PAUSE  # how much it has to read is known now: its turn may come later
-        except BaseException:
-            self.readers.remove(request)
-            raise
-
-    def _follows(self, request: Request, found: Found) -> bool:
-        """Whether somebody is about to read a slice or more of this prompt; asks for a checkpoint."""
-        best: tuple[int, Request] | None = None
-        for other in self.readers:
-            if other.namespace != request.namespace:
-                continue
-            shared = common_length(request.tokens, other.tokens)
-            end = len(other.tokens) - 1
-            stop = min(shared, len(request.tokens) - 1, end)
-            stop -= stop % (self.grid.step if self.exact else 1)
-            # At its end a checkpoint is taken anyway; one that is taken for us must be worth it.
-            worth = 1 if stop == end else self.grid.shared_step
-            is_ahead = other.read < stop and stop - found.position >= worth
-            if is_ahead and (best is None or stop > best[0]):
-                best = (stop, other)
-        if best is None:
-            return False
-        stop, leader = best
-        if self.layout.needs_snapshots:
-            leader.stops.add(stop)
-            leader.advance(leader.read)
-        return True
+    def _restorable(self, request: Request) -> int:
+        return self.store.find(request.namespace, request.tokens).position
 
     def _match(self, request: Request) -> Found:
         self.store.tick()

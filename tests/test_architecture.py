@@ -21,6 +21,7 @@ ORDER = [
     {"__init__"},
     {"cache"},
     {"engine"},
+    {"sharing"},
     {"request"},
     {"worker"},
     {"generate"},
