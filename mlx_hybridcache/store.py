@@ -20,7 +20,7 @@ from .errors import BudgetError, NotStoredError, SettingError
 from .eviction import Eviction, crowded, pinned_nodes
 from .layers.rows import RowBlock
 from .tokens import Namespace, Tokens
-from .tree import Match, Node, PrefixTree
+from .tree import Held, Match, Node, PrefixTree, Rows
 
 GHOSTS = 256
 """Evicted prefixes that are remembered by their digest, so that a report can say `evicted`."""
@@ -34,6 +34,7 @@ class StoreStats:
     rows_bytes: int
     snapshot_bytes: int
     running_bytes: int
+    lingering_bytes: int
     checkpoints: int
     conversations: int
     nodes: int
@@ -45,7 +46,8 @@ class StoreStats:
     @property
     def held_bytes(self) -> int:
         """Everything that counts against the budget."""
-        return self.rows_bytes + self.snapshot_bytes + self.running_bytes
+        stored = self.rows_bytes + self.snapshot_bytes
+        return stored + self.running_bytes + self.lingering_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +75,21 @@ class Found:
     def checkpoint(self) -> Checkpoint | None:
         """The state at `position`; None for models that rows alone restore."""
         return cast("Checkpoint", self.node.checkpoint) if self.node is not None else None
+
+
+class Holders:
+    """Who else holds what a store lets go of. Here nobody; a tier with other holders says so.
+
+    Both return the bytes that stay held although the store no longer has them.
+    """
+
+    def dropped(self, payload: Held) -> int:
+        """A checkpoint, or the rows of a node, left the store."""
+        return 0
+
+    def split(self, rows: Held) -> int:
+        """Rows were replaced by two parts of their own."""
+        return 0
 
 
 class Claim:
@@ -119,6 +136,7 @@ class Store:
         stride: int = 1,
         max_conversations: int | None = None,
         max_checkpoints: int | None = None,
+        holders: Holders | None = None,
     ):
         for name, most in (
             ("max_conversations", max_conversations),
@@ -132,8 +150,10 @@ class Store:
         self.max_conversations = max_conversations
         self.max_checkpoints = max_checkpoints
         self.running_bytes = 0
+        self.lingering_bytes = 0
         self.rows_bytes = 0
         self.snapshot_bytes = 0
+        self._holders = holders or Holders()
         self._trees: dict[Namespace, PrefixTree] = {}
         self._clock = 0
         self._evictions = 0
@@ -183,6 +203,7 @@ class Store:
             rows_bytes=self.rows_bytes,
             snapshot_bytes=self.snapshot_bytes,
             running_bytes=self.running_bytes,
+            lingering_bytes=self.lingering_bytes,
             checkpoints=sum(node.checkpoint is not None for node in nodes),
             conversations=len(self._eviction().conversations()),
             nodes=len(nodes),
@@ -203,7 +224,8 @@ class Store:
 
     def used_bytes(self) -> int:
         """Everything that counts against the budget."""
-        return self.rows_bytes + self.snapshot_bytes + self.running_bytes
+        stored = self.rows_bytes + self.snapshot_bytes
+        return stored + self.running_bytes + self.lingering_bytes
 
     def claim(self, nbytes: int, found: Found | None = None) -> Claim:
         """Hold `nbytes` for a running request, letting go of anything but what `found` restores.
@@ -241,7 +263,11 @@ class Store:
             )
         while self.used_bytes() + nbytes > self.budget_bytes:
             node = eviction.first()
-            assert node is not None, "what is not fixed can be let go"
+            if node is None:  # what was let go is held elsewhere for a moment longer
+                raise BudgetError(
+                    f"{nbytes:,} bytes do not fit before {self.lingering_bytes:,} that are being "
+                    "written to disk are released. Try again, or raise memory_budget."
+                )
             self._drop(node, eviction)
 
     def halve(self) -> None:
@@ -304,7 +330,10 @@ class Store:
             if block is None:
                 self._refusals += 1
                 return False
+        cut = match.inside.rows if match.inside is not None else ()
         node = tree.extend(tokens, (block,) if block is not None else ())
+        if match.inside is not None:
+            self._settle_split(cut, match.inside)
         node.last_used, node.is_end = self._clock, node.is_end or is_end
         self.rows_bytes += block.nbytes if block is not None else 0
         if checkpoint is not None:
@@ -344,9 +373,19 @@ class Store:
 
     def clear(self) -> None:
         """Forget everything that is stored."""
+        for tree in self._trees.values():
+            for node in reversed(list(tree.nodes())):
+                self._remove(tree, node)
         self._trees.clear()
         self._ghosts.clear()
-        self.rows_bytes = self.snapshot_bytes = 0
+
+    def settle(self, nbytes: int) -> None:
+        """So many lingering bytes are held no longer."""
+        self.lingering_bytes -= nbytes
+
+    def linger(self, nbytes: int) -> None:
+        """So many bytes, given back by a request, are held until `settle`."""
+        self.lingering_bytes += nbytes
 
     def _restoring_node(self, namespace: Namespace, tokens: Tokens) -> Node:
         tree = self._trees.get(namespace)
@@ -385,16 +424,33 @@ class Store:
         dead = list(eviction.dead_with(node))
         if node.checkpoint is not None or not self.needs_checkpoints:
             self._remember(name, node)
-        if node.checkpoint is not None:
-            self.snapshot_bytes -= node.checkpoint.nbytes
-            node.checkpoint = None
-        for gone in dead:
-            self.rows_bytes -= gone.rows_nbytes
-            tree.remove(gone)
         last = dead[-1].parent if dead else node
+        self._let_checkpoint_go(node)
+        for gone in dead:
+            self._remove(tree, gone)
         if last is not None and eviction.only_joins(last):
             tree.merge(last)
         self._evictions += 1
+
+    def _let_checkpoint_go(self, node: Node) -> None:
+        if node.checkpoint is not None:
+            self.snapshot_bytes -= node.checkpoint.nbytes
+            self.lingering_bytes += self._holders.dropped(node.checkpoint)
+            node.checkpoint = None
+
+    def _remove(self, tree: PrefixTree, leaf: Node) -> None:
+        self._let_checkpoint_go(leaf)
+        self.rows_bytes -= leaf.rows_nbytes
+        self.lingering_bytes += sum(self._holders.dropped(rows) for rows in leaf.rows)
+        tree.remove(leaf)
+
+    def _settle_split(self, before: tuple[Rows, ...], lower: Node) -> None:
+        """Tell of the rows that were replaced when a run was cut above `lower`."""
+        assert lower.parent is not None
+        after = {id(rows) for rows in (*lower.parent.rows, *lower.rows)}
+        self.lingering_bytes += sum(
+            self._holders.split(rows) for rows in before if id(rows) not in after
+        )
 
     def _tree_of(self, node: Node) -> tuple[Namespace, PrefixTree]:
         root = node

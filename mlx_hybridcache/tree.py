@@ -60,7 +60,7 @@ class Node:
     )
 
     def __init__(self, parent: Node | None, start: int, tokens: Tokens, rows: tuple[Rows, ...]):
-        self.parent = parent
+        self.parent = parent  # None for the root, and for what was taken out
         self.start = start
         self.tokens = tokens
         self.rows = rows
@@ -203,6 +203,7 @@ class PrefixTree:
         del node.parent.children[int(node.tokens[0])]
         if not node.parent.children:
             node.parent.children = None
+        node.parent = None
 
     def merge(self, node: Node) -> None:
         """Let the only child of `node`, which has no checkpoint, take over its run and its rows."""
@@ -212,6 +213,7 @@ class PrefixTree:
         child.tokens = as_tokens(np.concatenate([node.tokens, child.tokens]))
         child.rows = node.rows + child.rows
         node.parent.children[int(node.tokens[0])] = child
+        node.parent = None
 
     def nodes(self) -> Iterator[Node]:
         """Every node but the root, parents before children."""
