@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from importlib.metadata import version
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar, overload
 
@@ -30,6 +33,7 @@ from .request import Generation, HeldClaim, Progress, Ready, Request
 from .schedule import Grid
 from .sizes import format_bytes, parse_bytes
 from .store import Store, StoreStats
+from .tiers import DiskStats, DiskTier, Lent
 from .tokens import Namespace, Tokens, learn_turn_marks, prompt_tokens, settings_digest
 from .worker import Load, Pause, Worker
 
@@ -44,6 +48,9 @@ UNCACHED_OPTIONS = ("kv_bits", "max_kv_size", "draft_model", "input_embeddings",
 """Options of `mlx_lm.stream_generate` whose requests are served without the cache, and say so."""
 
 
+FLUSH_INTERVAL_SECONDS = 0.01
+"""How often a flush looks whether it is done."""
+
 WITHOUT_EFFECT = ("num_draft_tokens", "kv_group_size", "quantized_kv_start", "prefill_step_size")
 """Options that qualify one of those, or that the constructor has decided."""
 
@@ -55,7 +62,8 @@ class HybridPromptCache:
     together. `exact` makes hot and cold agree bit for bit on devices where the shape of a slice
     changes the last bits, at the cost of at most one step of replay. `prefill_step_size` and
     `checkpoint_every` are tokens. `swa_full` stores every row of sliding windows, which then
-    restore at any position, not at checkpoints only. `max_conversations` bounds how many
+    restore at any position, not at checkpoints only. `cache_dir` keeps what is stored in files too, at
+    most `disk_budget` bytes of them, for other processes and later runs. `max_conversations` bounds how many
     conversations are stored, where every branch of one, such as a regenerated reply, counts;
     `max_checkpoints` how many checkpoints lie on the way to any position. `cache_salt` separates
     those who must not share; every call can name its own.
@@ -76,6 +84,8 @@ class HybridPromptCache:
         swa_full: bool = False,
         max_conversations: int | None = None,
         max_checkpoints: int | None = None,
+        cache_dir: str | Path | None = None,
+        disk_budget: int | str | None = None,
         cache_salt: str = "",
     ):
         if prefill_step_size < 1 or checkpoint_every < 1 or checkpoint_min_step < 1:
@@ -94,8 +104,11 @@ class HybridPromptCache:
             stride=prefill_step_size if exact else 1,
             max_conversations=max_conversations,
             max_checkpoints=max_checkpoints,
+            holders=(lent := Lent()),
         )
         _check_budget(layout, store)
+        if disk_budget is not None and cache_dir is None:
+            raise SettingError("disk_budget needs a cache_dir to hold.")
         load = Load()
         device = (str(mx.default_device()), version("mlx"), prefill_step_size)
         self.engine = Engine(
@@ -114,12 +127,30 @@ class HybridPromptCache:
             load=load,
         )
         self._salt = cache_salt
+        self._disk_end: Callable[[], object] = lambda: None
         if layout.unsupported:
             log.warning(
                 "%s cannot be stored by this version: requests are served without the cache.",
                 ", ".join(layout.unsupported),
             )
         self._worker = Worker(held=lambda: _mlx_thread(model), name="mlx-hybridcache", load=load)
+        if cache_dir is not None and not layout.unsupported:
+            disk = DiskTier.open(
+                Path(cache_dir).expanduser(),
+                None if disk_budget is None else parse_bytes(disk_budget),
+                store,
+                lent,
+                layout,
+                model,
+                every,
+                self._worker.post,
+            )
+            self._disk_end = weakref.finalize(self, disk.thread.close)
+            self._worker.call(self._attach, disk)
+
+    def _attach(self, disk: DiskTier) -> None:
+        self.engine.disk = disk
+        self.engine.publish()
 
     @property
     def last_report(self) -> CacheReport | None:
@@ -306,6 +337,16 @@ class HybridPromptCache:
         """The same as the last request left it, without waiting for the worker."""
         return self.engine.summary
 
+    def disk_stats(self) -> DiskStats | None:
+        """What the cache directory holds; None without one."""
+        disk = self.engine.disk
+        return None if disk is None else self._worker.call(disk.stats)
+
+    @property
+    def disk_summary(self) -> DiskStats | None:
+        """The same as the last request left it, without waiting for the worker."""
+        return self.engine.disk_summary
+
     def checkpoints(self, *, cache_salt: str | None = None) -> list[list[int]]:
         """The tokens that lead to each stored checkpoint."""
         namespace, store = self._namespace(cache_salt), self.engine.store
@@ -314,9 +355,11 @@ class HybridPromptCache:
         )
 
     def clear(self) -> None:
-        """Forget everything that is stored, for every salt; running requests go on."""
-        self._worker.call(self.engine.store.clear)
-        self._worker.call(self.engine.publish)
+        """Forget everything that is stored, for every salt; running requests go on.
+
+        In a cache directory that is everything of every model, if this process writes there.
+        """
+        self._worker.call(self.engine.clear)
 
     def pin(self, prompt: str | Iterable[int], *, cache_salt: str | None = None) -> int:
         """Never evict what restores `prompt`; returns the position kept. It must be stored.
@@ -324,18 +367,37 @@ class HybridPromptCache:
         Raises `BudgetError` when pins would take more than half the budget.
         """
         namespace, tokens = self._namespace(cache_salt), self._tokens(prompt)
-        return self._worker.call(self.engine.store.pin, namespace, tokens)
+        return self._worker.call(self.engine.pin, namespace, tokens, is_pinned=True)
 
     def unpin(self, prompt: str | Iterable[int], *, cache_salt: str | None = None) -> int:
         """Treat what restores `prompt` like everything else again; returns its position."""
         namespace, tokens = self._namespace(cache_salt), self._tokens(prompt)
-        return self._worker.call(self.engine.store.unpin, namespace, tokens)
+        return self._worker.call(self.engine.pin, namespace, tokens, is_pinned=False)
 
-    def close(self) -> None:
-        """End running requests and the worker thread, and let go of everything stored."""
+    def flush(self, seconds: float | None = None) -> bool:
+        """Wait until everything stored is on disk too, for `seconds` at most; whether it is.
+
+        The most useful is written first. Without a cache directory there is nothing to wait for.
+        """
+        disk = self.engine.disk
+        until = None if seconds is None else time.monotonic() + seconds
+        while disk is not None and self._worker.call(disk.is_writing):
+            if until is not None and time.monotonic() >= until:
+                return False
+            time.sleep(FLUSH_INTERVAL_SECONDS)
+        return disk is None or self._worker.call(lambda: disk.is_written)
+
+    def close(self, flush_seconds: float = 20.0) -> None:
+        """End running requests and the worker thread, and let go of everything in memory.
+
+        What the cache directory lacks is written first, the most useful first, within
+        `flush_seconds`.
+        """
         with suppress(ClosedError):  # closing twice is no mistake
+            self.flush(flush_seconds)
             self._worker.call(self.engine.store.clear)
         self._worker.close()
+        self._disk_end()
 
     def __enter__(self) -> Self:
         return self

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,12 +19,14 @@ from . import checkpoint as checkpoints
 from .errors import BudgetError
 from .generate import REPLY_ROOM, Decoder, Prepared, Writer, respond, rounded, seeded
 from .layers.adapt import Layout, fresh_caches
+from .layers.rows import RowBlock
 from .replay import plan, replay
 from .report import CacheReport, Divergence, Reason
 from .request import Request
 from .schedule import Grid, Reading
 from .sharing import Readers
 from .store import Claim, Found, Store, StoreStats
+from .tiers import DiskStats, DiskTier
 from .tokens import Namespace, Tokens, TurnMarks
 from .worker import PAUSE, Load, Pause
 
@@ -44,10 +46,12 @@ class Engine:
     settings: str
     exact: bool
     load: Load = field(default_factory=Load)
+    disk: DiskTier | None = None
     decoder: Decoder = field(init=False)
     readers: Readers = field(init=False)
     last_report: CacheReport | None = field(default=None, init=False)
     summary: StoreStats = field(init=False)
+    disk_summary: DiskStats | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         # Which bits a batch gives depends on the device, so exact mode decodes one by one.
@@ -56,8 +60,24 @@ class Engine:
         self.publish()
 
     def publish(self) -> None:
-        """Leave the store's figures where any thread may read them."""
+        """Leave both tiers' figures where any thread may read them."""
         self.summary = self.store.stats()
+        self.disk_summary = self.disk.stats() if self.disk is not None else None
+
+    def clear(self) -> None:
+        """Forget everything, in memory and in files."""
+        self.store.clear()
+        if self.disk is not None:
+            self.disk.clear()
+        self.publish()
+
+    def pin(self, namespace: Namespace, tokens: Tokens, *, is_pinned: bool) -> int:
+        """Keep what restores `tokens` in both tiers, or no longer; returns its position."""
+        change = self.store.pin if is_pinned else self.store.unpin
+        position = change(namespace, tokens)
+        if self.disk is not None:
+            self.disk.pin(namespace, tokens[:position], is_pinned=is_pinned)
+        return position
 
     def answer(
         self, request: Request, options: dict[str, Any]
@@ -133,13 +153,11 @@ class Engine:
         if read:
             yield from self.readers.join(request)
         try:
-            found = self._match(request)
-            request.divergence = _divergence(request.tokens, found)
             capacity = rounded(len(request.tokens) + _reply_room(request.max_tokens))
-            claim, found = self._claim(found, capacity)
+            caches, found, claim = yield from self._resume(request, capacity)
+            position = found.position
             self.publish()
             try:
-                caches, position = self._restore(found, capacity), found.position
                 if read:
                     for _ in self._replay(request, found, caches):
                         yield PAUSE
@@ -154,12 +172,76 @@ class Engine:
         request.report = self.report(request, found, time.perf_counter() - began)
         return Prepared(caches, position, capacity, claim)
 
-    def _restorable(self, request: Request) -> int:
-        return self.store.find(request.namespace, request.tokens).position
-
-    def _match(self, request: Request) -> Found:
+    def _resume(
+        self, request: Request, capacity: int
+    ) -> Generator[Pause, None, tuple[list[Any], Found, Claim]]:
+        """Caches that stand as far into the prompt as either tier reaches, what was found, their bytes."""
         self.store.tick()
-        return self.store.find(request.namespace, request.tokens)
+        if self.disk is not None:
+            self.disk.tick()
+        while True:
+            found = self.store.find(request.namespace, request.tokens)
+            request.divergence = _divergence(request.tokens, found)
+            deeper = self._on_disk(request, found.position)
+            if deeper is not None:
+                try:
+                    promoted = yield from self._promote(request, found, deeper, capacity)
+                except BudgetError:
+                    pass  # what memory has needs less
+                else:
+                    if promoted is not None:
+                        return promoted
+                    request.rejected += 1
+                    continue  # without the file that was not what it should be
+            claim, found = self._claim(found, capacity)
+            try:
+                return self._restore(found, capacity), found, claim
+            except BaseException:
+                claim.release()
+                raise
+
+    def _on_disk(self, request: Request, beyond: int) -> Found | None:
+        if self.disk is None:
+            return None
+        return self.disk.find(request.namespace, request.tokens, beyond)
+
+    def _promote(
+        self, request: Request, found: Found, deeper: Found, capacity: int
+    ) -> Generator[Pause, None, tuple[list[Any], Found, Claim] | None]:
+        """The same from files, which the disk thread reads while others have their turns.
+
+        What was read is in memory then like what was just computed. None when a file failed.
+        """
+        assert self.disk is not None
+        need = self.layout.running_bytes(capacity) + self.layout.snapshot_bytes
+        if self.layout.stores_every_slice:
+            need += deeper.position * self.layout.row_bytes
+        claim = self.store.claim(need, found)
+        try:
+            landing = yield from self.disk.promote(found, deeper, capacity, request.job)
+            if landing is None:
+                claim.release()
+                return None
+            caches, checkpoint = landing.caches(self.model)
+            self._save_at(
+                request.namespace,
+                request.tokens[: deeper.position],
+                landing.block,
+                checkpoint,
+                is_end=False,
+            )
+            del landing, checkpoint  # a buffer that is held twice is copied when it is written to
+            claim.shrink(self.layout.running_bytes(capacity))
+        except BaseException:
+            claim.release()
+            raise
+        match = max(found.match, deeper.match, key=lambda match: match.matched)
+        return caches, Found(match, deeper.position, None, tier="disk"), claim
+
+    def _restorable(self, request: Request) -> int:
+        position = self.store.find(request.namespace, request.tokens).position
+        deeper = self._on_disk(request, position)
+        return position if deeper is None else deeper.position
 
     def _claim(self, found: Found, capacity: int) -> tuple[Claim, Found]:
         """Room for a running request; where the restored path itself is in the way, without it."""
@@ -240,11 +322,11 @@ class Engine:
         is_end: bool,
     ) -> None:
         tokens = request.tokens[: taken.position]
-        stored = self._save_at(request.namespace, tokens, taken, caches, is_end=is_end)
+        stored = self._save_from(request.namespace, tokens, taken, caches, is_end=is_end)
         request.taken += stored
         request.refused += not stored
 
-    def _save_at(
+    def _save_from(
         self,
         namespace: Namespace,
         tokens: Tokens,
@@ -253,14 +335,32 @@ class Engine:
         *,
         is_end: bool,
     ) -> bool:
-        return self.store.save(
+        def rows_of(start: int) -> RowBlock | None:
+            return checkpoints.take_rows(self.layout, caches, start, len(tokens))
+
+        return self._save_at(namespace, tokens, rows_of, taken, is_end=is_end)
+
+    def _save_at(
+        self,
+        namespace: Namespace,
+        tokens: Tokens,
+        rows_of: Callable[[int], RowBlock | None],
+        taken: checkpoints.Checkpoint | None,
+        *,
+        is_end: bool,
+    ) -> bool:
+        """Into the memory tier, and from there to the disk in time."""
+        is_stored = self.store.save(
             namespace,
             tokens,
-            lambda start: checkpoints.take_rows(self.layout, caches, start, len(tokens)),
+            rows_of,
             taken if self.layout.needs_snapshots else None,
             row_bytes=self.layout.row_bytes,
             is_end=is_end,
         )
+        if is_stored and self.disk is not None:
+            self.disk.offer(namespace, self.store.find(namespace, tokens).nodes()[-1])
+        return is_stored
 
     def _end(self, request: Request, reply: list[int], writer: Writer) -> None:
         """Checkpoint the end of a reply, unless the next turn's history will leave part of it out."""
@@ -283,7 +383,7 @@ class Engine:
         except BudgetError:
             return False
         taken = checkpoints.take(self.layout, caches, len(tokens))
-        return self._save_at(namespace, tokens, taken, caches, is_end=True)
+        return self._save_from(namespace, tokens, taken, caches, is_end=True)
 
     # Without the cache
 
@@ -330,7 +430,9 @@ class Engine:
         """What a request would find, without changing anything."""
         if self.layout.unsupported:
             return self.uncached_report(request, [])
-        return self.report(request, self.store.find(request.namespace, request.tokens), 0.0)
+        found = self.store.find(request.namespace, request.tokens)
+        deeper = self._on_disk(request, found.position)
+        return self.report(request, found if deeper is None else replace(deeper, tier="disk"), 0.0)
 
     def report(self, request: Request, found: Found, seconds: float) -> CacheReport:
         """What was found for a request, and what was done about it so far."""
@@ -342,7 +444,7 @@ class Engine:
             restored_tokens=found.position,
             replayed_tokens=len(tokens) - found.position,
             forwards=request.forwards,
-            tier="memory" if found.position else "none",
+            tier=found.tier if found.position else "none",
             reason=self._reason(request, found),
             diverged_at=matched if contradicted else None,
             prefill_seconds=seconds,
@@ -352,6 +454,8 @@ class Engine:
 
     def _reason(self, request: Request, found: Found) -> Reason:
         namespace, tokens = request.namespace, request.tokens
+        if request.rejected:
+            return Reason.DISK_REJECTED
         if found.position == 0:
             if self.store.was_evicted(namespace, tokens):
                 return Reason.EVICTED

@@ -35,6 +35,7 @@ class Request:
     forwards: int = 0
     taken: int = 0
     refused: int = 0
+    rejected: int = 0
     job: Job = field(default_factory=lambda: Job(left=1))
     read: int = 0
     stops: set[int] = field(default_factory=set)

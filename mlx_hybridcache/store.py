@@ -57,6 +57,7 @@ class Found:
     match: Match
     position: int
     node: Node | None
+    tier: str = "memory"
 
     def nodes(self) -> tuple[Node, ...]:
         """The nodes that agree with the prompt, wholly or in part."""
@@ -155,7 +156,7 @@ class Store:
         self.snapshot_bytes = 0
         self._holders = holders or Holders()
         self._trees: dict[Namespace, PrefixTree] = {}
-        self._clock = 0
+        self.clock = 0
         self._evictions = 0
         self._refusals = 0
         self._ghosts: OrderedDict[tuple[Namespace, int, bytes], None] = OrderedDict()
@@ -197,7 +198,7 @@ class Store:
 
     def stats(self) -> StoreStats:
         """Counts and bytes at this moment."""
-        nodes = [node for tree in self._trees.values() for node in tree.nodes()]
+        nodes = list(self.nodes())
         return StoreStats(
             budget_bytes=self.budget_bytes,
             rows_bytes=self.rows_bytes,
@@ -281,13 +282,13 @@ class Store:
 
     def tick(self) -> None:
         """One request has come: the logical clock goes on."""
-        self._clock += 1
+        self.clock += 1
 
     def use(self, found: Found) -> None:
         """Refresh the recency of what was restored, and of nothing else."""
         nodes = found.match.path[-1:] if found.node is None else (found.node,)
         for node in nodes:
-            node.last_used = self._clock
+            node.last_used = self.clock
 
     def save(
         self,
@@ -310,7 +311,7 @@ class Store:
         match = tree.match(tokens)
         at_end = match.path[-1] if match.path and match.matched == len(tokens) else None
         if at_end is not None and not match.inside and at_end.checkpoint is not None:
-            at_end.last_used, at_end.is_end = self._clock, at_end.is_end or is_end
+            at_end.last_used, at_end.is_end = self.clock, at_end.is_end or is_end
             self._keep_limits(at_end)
             return True
         if self._is_full(match, len(tokens)):
@@ -334,7 +335,7 @@ class Store:
         node = tree.extend(tokens, (block,) if block is not None else ())
         if match.inside is not None:
             self._settle_split(cut, match.inside)
-        node.last_used, node.is_end = self._clock, node.is_end or is_end
+        node.last_used, node.is_end = self.clock, node.is_end or is_end
         self.rows_bytes += block.nbytes if block is not None else 0
         if checkpoint is not None:
             node.checkpoint = checkpoint
@@ -379,6 +380,24 @@ class Store:
         self._trees.clear()
         self._ghosts.clear()
 
+    def nodes(self) -> Iterator[Node]:
+        """Every node of every namespace, parents before children."""
+        for tree in self._trees.values():
+            yield from tree.nodes()
+
+    def forget(self, node: Node, *, rows: bool) -> None:
+        """What stands at `node` is of no use any more; with `rows`, neither is its run.
+
+        Then all below it goes too, because nothing there can be restored.
+        """
+        if node.parent is None:
+            return
+        _, tree = self._tree_of(node)
+        self._let_checkpoint_go(node)
+        if rows:
+            for below in reversed(list(node.descendants())):
+                self._remove(tree, below)
+
     def settle(self, nbytes: int) -> None:
         """So many lingering bytes are held no longer."""
         self.lingering_bytes -= nbytes
@@ -400,7 +419,7 @@ class Store:
 
     def _eviction(self, keep: Iterable[Node] = (), spare: Node | None = None) -> Eviction:
         trees = self._trees.values()
-        return Eviction(trees, frozenset(keep), spare, self.needs_checkpoints, self._clock)
+        return Eviction(trees, frozenset(keep), spare, self.needs_checkpoints, self.clock)
 
     def _is_full(self, match: Match, position: int) -> bool:
         """Whether some path has no room for a checkpoint at `position`, and none that may go."""

@@ -43,11 +43,13 @@ class Job:
     """What the worker must know of a request to give it its turn. Written on the worker thread.
 
     `left` are the tokens to read until somebody gets a first token of it, 0 once it writes;
-    `waits` while another one reads what this one needs.
+    `waits` while another one reads what this one needs, `asleep` until something outside the worker
+    wakes it: it gets no turns.
     """
 
     left: int = 0
     waits: bool = False
+    asleep: bool = False
     passed_over: int = 0
 
 
@@ -135,7 +137,7 @@ class _Turns:
             task.parked = not task.job.left and task.sent - task.taken >= AHEAD
             if task.parked and task.sent - task.taken < AHEAD:
                 task.parked = False  # its reader took one while the flag was being set
-        return [task for task in self.tasks if not task.parked]
+        return [task for task in self.tasks if not task.parked and not task.job.asleep]
 
     def run(self, inbox: _Inbox, held: AbstractContextManager[Any]) -> None:
         with held:

@@ -82,5 +82,23 @@ class LayerKind:
         """
         raise NotImplementedError
 
+    def buffer_rows(self, position: int, capacity: int) -> int:
+        """Rows of the buffers that `adopt` takes for a cache that stands at `position`."""
+        return position
+
+    def adopt(
+        self,
+        cache: Any,
+        buffers: Arrays,
+        snapshot: Snapshot | None,
+        position: int,
+    ) -> None:
+        """Make the fresh `cache` stand at `position` in buffers of `buffer_rows`, unevaluated.
+
+        They hold the rows of `[0, position)` at their beginning, and are the cache's from now on;
+        none are given to layers without rows.
+        """
+        self.fill(cache, [buffers] if buffers else [], snapshot, position, position)
+
     def grow(self, cache: Any, capacity: int) -> None:
         """Give a live `cache` room for `capacity` tokens. Nothing to do where it has its size."""

@@ -109,6 +109,13 @@ class RowsKind(LayerKind):
             cache.keys, cache.values = buffers
             cache.offset = position
 
+    def buffer_rows(self, position: int, capacity: int) -> int:
+        return max(position, capacity) if self.headroom else position
+
+    def adopt(self, cache: Any, buffers: Arrays, snapshot: Snapshot | None, position: int) -> None:
+        cache.keys, cache.values = buffers
+        cache.offset = position
+
     def grow(self, cache: Any, capacity: int) -> None:
         room = capacity - cache.keys.shape[AXIS]
         if self.headroom and room > 0:

@@ -1,0 +1,337 @@
+"""What the directory holds, as trees: what a prompt finds there, what a checkpoint still lacks, what goes.
+
+The trees, their policy and their accounting are the memory tier's own (`Store`); here rows and
+checkpoints are parts of files. Splitting a run costs nothing, and a file goes when nothing needs any
+part of it. Used on the worker thread only, and touches no file itself.
+"""
+
+from __future__ import annotations
+
+import bisect
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Literal, cast
+
+import numpy as np
+
+from ..store import Found, Holders, Store
+from ..tokens import Namespace, Tokens, as_tokens
+from ..tree import Held, Node
+from .index import Entry
+from .segment import Segment, prefix_keys
+
+
+@dataclass(frozen=True, slots=True)
+class FileRows:
+    """The rows of `[start, end)`, which lie in a segment."""
+
+    segment: Segment
+    start: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        """The part's share of the file. Shares add up to the file, however it is split."""
+        return self._up_to(self.end) - self._up_to(self.start)
+
+    def _up_to(self, position: int) -> int:
+        segment = self.segment
+        length = segment.end - segment.start
+        return segment.file_nbytes * (position - segment.start) // length
+
+    def split(self, position: int) -> tuple[FileRows, FileRows]:
+        """Two parts of the same file."""
+        return replace(self, end=position), replace(self, start=position)
+
+
+@dataclass(frozen=True, slots=True)
+class FileState:
+    """A checkpoint, which is a segment of its own."""
+
+    segment: Segment
+
+    @property
+    def nbytes(self) -> int:
+        return self.segment.file_nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class Lacking:
+    """A segment that is not there yet: rows of `[start, end)`, or the state at `end`."""
+
+    kind: Literal["rows", "state"]
+    start: int
+    end: int
+    key: str
+    parent: str
+
+    @property
+    def name(self) -> tuple[str, str]:
+        return self.key, self.kind
+
+
+class _Files(Holders):
+    """Which files the trees still need, in bytes of each that they use."""
+
+    def __init__(self) -> None:
+        self.delete: Callable[[Segment], None] = lambda segment: None
+        self.used: dict[str, int] = {}
+        self.states = 0
+
+    def add(self, segment: Segment, used: int) -> None:
+        """So many bytes of a file are needed."""
+        self.used[segment.name] = used
+        self.states += segment.kind == "state"
+
+    def dropped(self, payload: Held) -> int:
+        part = cast("FileRows | FileState", payload)
+        name = part.segment.name
+        self.used[name] -= part.nbytes
+        if self.used[name] > 0:
+            return part.nbytes
+        del self.used[name]
+        self.states -= part.segment.kind == "state"
+        self.delete(part.segment)
+        return part.nbytes - part.segment.file_nbytes
+
+
+class Catalogue:
+    """The segments of one directory, inside `budget_bytes`.
+
+    `on_unneeded` names who deletes what nothing needs any more. With `stride`, models of rows alone
+    restore at its multiples.
+    """
+
+    def __init__(
+        self,
+        budget_bytes: int,
+        *,
+        needs_checkpoints: bool,
+        stride: int = 1,
+    ):
+        self._files = _Files()
+        self.store = Store(
+            budget_bytes,
+            needs_checkpoints=needs_checkpoints,
+            stride=stride,
+            holders=self._files,
+        )
+
+    def on_unneeded(self, delete: Callable[[Segment], None]) -> None:
+        """Tell `delete` of each file that nothing needs any more."""
+        self._files.delete = delete
+
+    # Reading
+
+    def __contains__(self, segment: Segment) -> bool:
+        return segment.name in self._files.used
+
+    def find(self, namespace: str, tokens: Tokens) -> Found:
+        """Where `tokens` can be resumed from files."""
+        return self.store.find(Namespace(namespace), tokens)
+
+    def lacking(self, namespace: str, tokens: Tokens, *, state: bool, step: int) -> list[Lacking]:
+        """What must be written so that `tokens` can be restored at their end, in order.
+
+        Rows end at multiples of `step`, so that a file is never large. With `state`, the checkpoint
+        at the end too.
+        """
+        found = self.find(namespace, tokens)
+        start, end = found.match.matched, len(tokens)
+        ends = [*range(start - start % step + step, end, step), end] if start < end else []
+        keys = prefix_keys(namespace, tokens, [start, *ends])
+        bounds = list(zip([start, *ends], keys, strict=True))
+        rows = [
+            Lacking("rows", a, b, key, parent if a else "")
+            for (a, parent), (b, key) in pairwise(bounds)
+        ]
+        if not state or _has_state(found, end):
+            return rows
+        return [*rows, Lacking("state", end, end, keys[-1], keys[-1])]
+
+    @property
+    def files(self) -> int:
+        """How many files are needed."""
+        return len(self._files.used)
+
+    @property
+    def checkpoints(self) -> int:
+        """How many of them are checkpoints."""
+        return self._files.states
+
+    def segments(self) -> list[Segment]:
+        """Every segment that is needed."""
+        every = (payload.segment for payload in _payloads(self.store.nodes()))
+        return list({segment.name: segment for segment in every}.values())
+
+    # Changing
+
+    def load(self, entries: Sequence[Entry]) -> list[Segment]:
+        """Take over what the directory holds; returns what nothing leads to.
+
+        A key covers all tokens before it, so a file is believed only behind those that hold them.
+        What is over the budget goes, least useful first.
+        """
+        chains = _Chains([entry.segment for entry in entries])
+        budget, self.store.budget_bytes = self.store.budget_bytes, sys.maxsize
+        in_order = sorted(
+            entries,
+            key=lambda entry: (
+                entry.segment.kind == "state",
+                entry.used if entry.segment.kind == "state" else entry.segment.start,
+            ),
+        )
+        orphans: list[Segment] = []
+        for entry in in_order:
+            tokens = chains.tokens(entry.segment)
+            if tokens is None or not (entry.segment in self or self.add(entry.segment, tokens)):
+                orphans.append(entry.segment)
+            else:
+                self._remember(entry, tokens)
+        self.store.budget_bytes = budget
+        self.make_room(0)
+        return orphans
+
+    def _remember(self, entry: Entry, tokens: Tokens) -> None:
+        """Its recency and its pin, from the index."""
+        if entry.segment.kind == "state" or not self.store.needs_checkpoints:
+            node = self._node(entry.segment.namespace, tokens)
+            if node is not None:
+                node.last_used = max(node.last_used, entry.used)
+                node.pinned = entry.pinned
+        self.store.clock = max(self.store.clock, entry.used)
+
+    def add(self, segment: Segment, tokens: Tokens) -> bool:
+        """A segment is in the directory: `tokens` are all that lead to its end.
+
+        False where what it holds is there already, or the rows before it are not.
+        """
+        if segment in self:
+            return False
+        namespace = Namespace(segment.namespace)
+        found = self.store.find(namespace, tokens)
+        is_read = found.match.matched == len(tokens)
+        if segment.kind == "rows" and (is_read or found.match.matched < segment.start):
+            return False
+        if segment.kind == "state" and (not is_read or _has_state(found, len(tokens))):
+            return False
+        rows: list[FileRows] = []
+
+        def rows_of(start: int) -> FileRows:
+            rows.append(FileRows(segment, start, segment.end))
+            return rows[-1]
+
+        is_state = segment.kind == "state"
+        if not self.store.save(
+            namespace,
+            tokens,
+            rows_of,  # type: ignore[arg-type]  # the tree knows rows by their protocol only
+            FileState(segment) if is_state else None,  # type: ignore[arg-type]
+            row_bytes=-(-segment.file_nbytes // max(1, segment.end - segment.start)),
+            is_end=is_state,
+        ):
+            return False
+        used = rows[0].nbytes if rows else segment.file_nbytes
+        self._files.add(segment, used)
+        self.store.linger(segment.file_nbytes - used)
+        return True
+
+    def make_room(self, nbytes: int, keep: Iterable[Node] = ()) -> None:
+        """Let the least useful go until `nbytes` more fit. Raises `BudgetError` when they do not."""
+        self.store.make_room(nbytes, keep)
+
+    def use(self, found: Found) -> list[str]:
+        """Refresh what was restored; returns the files whose recency that is."""
+        self.store.use(found)
+        return [payload.segment.name for payload in _payloads(found.match.path[-1:])]
+
+    def forget(self, segment: Segment) -> None:
+        """A file is damaged or gone: it goes, and what cannot be restored without it."""
+        for tree_node in list(self.store.nodes()):
+            if any(payload.segment.name == segment.name for payload in _payloads([tree_node])):
+                self.store.forget(tree_node, rows=segment.kind == "rows")
+
+    def pin(self, namespace: str, tokens: Tokens, *, is_pinned: bool) -> list[str]:
+        """Keep what restores `tokens` at their end whatever comes, or no longer; returns its files."""
+        node = self._node(namespace, tokens)
+        if node is None:
+            return []
+        node.pinned = is_pinned
+        return [payload.segment.name for payload in _payloads([node])]
+
+    def _node(self, namespace: str, tokens: Tokens) -> Node | None:
+        path = self.store.find(Namespace(namespace), tokens).match.path
+        return path[-1] if path and path[-1].end == len(tokens) else None
+
+
+def parts_of(found: Found) -> Iterator[FileRows]:
+    """The rows that a restore from files needs, in order."""
+    for node in found.nodes():
+        for rows in node.rows:
+            if rows.start < found.position:
+                yield cast("FileRows", rows)
+
+
+def state_of(found: Found) -> Segment | None:
+    """The checkpoint that a restore from files needs; None for models of rows alone."""
+    if found.node is None or found.node.checkpoint is None:
+        return None
+    return cast("FileState", found.node.checkpoint).segment
+
+
+def _has_state(found: Found, end: int) -> bool:
+    path = found.match.path
+    return bool(path) and path[-1].end == end and path[-1].checkpoint is not None
+
+
+def _payloads(nodes: Iterable[Node]) -> Iterator[FileRows | FileState]:
+    for node in nodes:
+        yield from cast("tuple[FileRows, ...]", node.rows)
+        if node.checkpoint is not None:
+            yield cast("FileState", node.checkpoint)
+
+
+class _Chains:
+    """All tokens that lead to each segment, from the runs that the segments before it hold."""
+
+    def __init__(self, segments: Sequence[Segment]):
+        self._starts: dict[str, list[int]] = defaultdict(list)
+        for segment in segments:
+            self._starts[segment.namespace].append(segment.start)
+        for starts in self._starts.values():
+            starts.sort()
+        self._known: dict[tuple[str, str], tuple[Segment, int]] = {}
+        rows = [segment for segment in segments if segment.kind == "rows"]
+        for segment in sorted(rows, key=lambda segment: segment.start):
+            self._link(segment)
+
+    def tokens(self, segment: Segment) -> Tokens | None:
+        """Those of `[0, segment.end)`; None where some are missing or are not what they were."""
+        return self._before(segment.namespace, segment.key)
+
+    def _link(self, segment: Segment) -> None:
+        """Know the keys of every position in this run at which another segment begins."""
+        before = self._before(segment.namespace, segment.parent)
+        if before is None or len(before) != segment.start:
+            return
+        tokens = as_tokens(np.concatenate([before, segment.tokens]))
+        starts = self._starts[segment.namespace]
+        first, last = (bisect.bisect_right(starts, x) for x in (segment.start, segment.end))
+        ends = sorted({*starts[first:last], segment.end})
+        keys = prefix_keys(segment.namespace, tokens, ends)
+        if keys[-1] == segment.key:
+            for end, key in zip(ends, keys, strict=True):
+                self._known.setdefault((segment.namespace, key), (segment, end))
+
+    def _before(self, namespace: str, key: str) -> Tokens | None:
+        runs: list[Tokens] = []
+        while key:
+            if (namespace, key) not in self._known:
+                return None
+            segment, end = self._known[(namespace, key)]
+            runs.append(segment.tokens[: end - segment.start])
+            key = segment.parent
+        return as_tokens(np.concatenate(runs[::-1])) if runs else as_tokens([])

@@ -1,0 +1,152 @@
+"""The one thread that touches files: it reads, writes and deletes what it is told to, reads first.
+
+It calls no MLX function. What it is handed are byte views of arrays; they are given back to whoever
+asked, who alone may drop them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import queue
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+
+from .directory import Directory
+from .index import Entry
+from .segment import Segment, SegmentError, read_data
+
+log = logging.getLogger("mlx_hybridcache")
+
+TICK_SECONDS = 5.0
+"""How often an idle reader looks whether files came or went, and whether the writer is gone."""
+
+_READ, _CHANGE, _STOP = range(3)
+"""Reads go first: a request waits for them. What changes the directory keeps its order."""
+
+_Job = tuple[int, int, Callable[[], None]]
+
+
+@dataclass(eq=False)
+class Transfer:
+    """Segments on their way, each with the views of its bytes; `failed` is the first that did not come.
+
+    Whoever asked for it holds the arrays behind the views, and clears `parts` when it is done.
+    """
+
+    parts: list[tuple[Segment, list[memoryview]]]
+    done: Callable[[Transfer], None]
+    failed: Segment | None = None
+    error: Exception | None = None
+
+
+class DiskThread:
+    """Does what it is asked in its own time and hands the outcome to `post`, in any thread's stead.
+
+    `watch` names who gets the new list of files when the directory was changed by another process, or
+    when this one has become the writer. Closing it, or dropping it, ends the thread after the job at hand.
+    """
+
+    def __init__(
+        self,
+        directory: Directory,
+        post: Callable[[Callable[[], None]], None],
+    ):
+        self.directory = directory
+        self._jobs: queue.PriorityQueue[_Job] = queue.PriorityQueue()
+        self._count = itertools.count()
+        self._post = post
+        self._watchers: list[Callable[[list[Entry]], None]] = []
+        self._thread = threading.Thread(
+            target=_run,
+            args=(self._jobs, directory, post, self._watchers),
+            name="mlx-hybridcache-disk",
+            daemon=True,
+        )
+        self._thread.start()
+
+    @property
+    def ident(self) -> int | None:
+        """The thread's own number."""
+        return self._thread.ident
+
+    def watch(self, changed: Callable[[list[Entry]], None]) -> None:
+        """Post the new list of files to `changed` whenever there is one."""
+        self._watchers.append(changed)
+
+    def read(self, transfer: Transfer) -> None:
+        """Fill the views of `transfer`; the first segment that is not what it was ends it."""
+        root = self.directory.segments
+
+        def read() -> None:
+            for segment, views in transfer.parts:
+                try:
+                    read_data(root, segment, views)
+                except (SegmentError, OSError) as error:
+                    transfer.failed, transfer.error = segment, error
+                    break
+
+        self._do(_READ, transfer, read)
+
+    def write(self, transfer: Transfer, used: int, *, is_pinned: bool) -> None:
+        """Write the one segment of `transfer`."""
+
+        def write() -> None:
+            (segment, views) = transfer.parts[0]
+            try:
+                self.directory.write(Entry(segment, used, is_pinned, segment.file_nbytes), views)
+            except (SegmentError, OSError) as error:
+                transfer.failed, transfer.error = segment, error
+
+        self._do(_CHANGE, transfer, write)
+
+    def change(self, change: Callable[[Directory], None]) -> None:
+        """Delete files or note something, in its turn."""
+        self._put(_CHANGE, lambda: change(self.directory))
+
+    def close(self) -> None:
+        """End after what is to be changed, and let another process write."""
+        self._put(_STOP, lambda: None)
+        self._thread.join()
+        self.directory.close()
+
+    def _do(self, priority: int, transfer: Transfer, work: Callable[[], None]) -> None:
+        def job() -> None:
+            try:
+                work()
+            except BaseException as error:  # whoever waits for it must hear of it
+                transfer.failed, transfer.error = transfer.parts[0][0], RuntimeError(repr(error))
+            self._post(lambda: transfer.done(transfer))
+
+        self._put(priority, job)
+
+    def _put(self, priority: int, work: Callable[[], None]) -> None:
+        self._jobs.put((priority, next(self._count), work))
+
+
+def _run(
+    jobs: queue.PriorityQueue[_Job],
+    directory: Directory,
+    post: Callable[[Callable[[], None]], None],
+    watchers: list[Callable[[list[Entry]], None]],
+) -> None:
+    while True:
+        try:
+            priority, _, work = jobs.get(timeout=TICK_SECONDS)
+        except queue.Empty:
+            with suppress(OSError):
+                if directory.changed():
+                    found = directory.entries()
+                    for changed in watchers:
+                        post(partial(changed, found))
+            continue
+        if priority == _STOP:
+            return
+        try:
+            work()
+        except OSError as error:
+            log.warning("%s: %s", directory.root, error)
+        del work  # what it holds is the worker's to drop

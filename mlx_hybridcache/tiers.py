@@ -1,0 +1,442 @@
+"""The disk tier beside the memory tier: which checkpoints go down, and how a prompt comes up again.
+
+Used on the worker thread, which does no file operation: files are the disk thread's. What is written
+is lent to it as views of the store's own arrays; what it reads goes straight into the buffers of the
+caches that are being restored.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import logging
+import shutil
+import time
+from collections import deque
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from .checkpoint import Checkpoint
+from .disk.catalogue import Catalogue, Lacking, parts_of, state_of
+from .disk.directory import Directory
+from .disk.index import Entry
+from .disk.segment import Segment
+from .disk.thread import DiskThread, Transfer
+from .errors import BudgetError, SettingError
+from .layers.adapt import Layout
+from .layers.rows import RowBlock
+from .sizes import format_bytes
+from .store import Found, Holders, Store
+from .tokens import Namespace, Tokens
+from .transfer import Landing, Shapes, rows_freight, state_freight
+from .tree import Held, Node
+from .worker import PAUSE, Job, Pause
+
+log = logging.getLogger("mlx_hybridcache")
+
+WORTH = 64
+"""Tokens that files must save beyond memory before they are read."""
+
+QUEUE_SHARE = 16
+"""What waits to be written is at most this part of the memory budget, or one segment."""
+
+MOST_BYTES = 100 * 10**9
+"""The default disk budget is never more."""
+
+REST_SECONDS = 30.0
+"""How long nothing is written after a write that failed."""
+
+
+class Lent(Holders):
+    """What the disk thread holds of the memory tier. What the store lets go of meanwhile counts on."""
+
+    def __init__(self) -> None:
+        self._holds: dict[int, int] = {}
+        self._gone: set[int] = set()
+
+    def lend(self, payload: Held) -> None:
+        """One more holds it."""
+        self._holds[id(payload)] = self._holds.get(id(payload), 0) + 1
+
+    def give_back(self, payload: Held) -> int:
+        """One less holds it; the bytes that are held no longer by anybody."""
+        self._holds[id(payload)] -= 1
+        if self._holds[id(payload)]:
+            return 0
+        del self._holds[id(payload)]
+        is_gone = id(payload) in self._gone
+        self._gone.discard(id(payload))
+        return payload.nbytes if is_gone else 0
+
+    def dropped(self, payload: Held) -> int:
+        if id(payload) not in self._holds:
+            return 0
+        self._gone.add(id(payload))
+        return payload.nbytes
+
+    def split(self, rows: Held) -> int:
+        return self.dropped(rows)
+
+
+@dataclass(frozen=True, slots=True)
+class DiskStats:
+    """What the directory holds for all models, and what this process did there."""
+
+    budget_bytes: int
+    held_bytes: int
+    checkpoints: int
+    files: int
+    is_writer: bool
+    queued_bytes: int
+    unwritten: int
+    written_bytes: int
+    read_bytes: int
+    rejected: int
+    failures: int
+
+
+@dataclass(eq=False)
+class _Writing:
+    """One checkpoint on its way down: `tokens` lead to it, `left` is what its files still lack."""
+
+    node: Node
+    name: Namespace
+    namespace: str
+    tokens: Tokens
+    left: deque[Lacking]
+
+
+@dataclass(eq=False)
+class DiskTier:
+    """Writes behind and reads ahead for one engine. `step` bounds a file of rows, in tokens."""
+
+    thread: DiskThread
+    catalogue: Catalogue
+    store: Store
+    lent: Lent
+    layout: Layout
+    shapes: Shapes
+    step: int
+    model: str = ""
+    _unwritten: dict[Node, Namespace] = field(default_factory=dict, init=False)
+    _current: _Writing | None = field(default=None, init=False)
+    _in_flight: dict[tuple[str, str], int] = field(default_factory=dict, init=False)
+    _rest_until: float = field(default=0.0, init=False)
+    _written_bytes: int = field(default=0, init=False)
+    _read_bytes: int = field(default=0, init=False)
+    _rejected: int = field(default=0, init=False)
+    _failures: int = field(default=0, init=False)
+
+    @classmethod
+    def open(
+        cls,
+        root: Path,
+        budget_bytes: int | None,
+        store: Store,
+        lent: Lent,
+        layout: Layout,
+        model: Any,
+        step: int,
+        post: Callable[[Callable[[], None]], None],
+    ) -> DiskTier:
+        """The tier in the directory `root`, which is made if need be. `post` runs things on the worker.
+
+        Without `budget_bytes` half of what is free there, at most `MOST_BYTES`. Raises `SettingError`
+        when the directory cannot be used.
+        """
+        directory = Directory(root)
+        try:
+            entries = directory.open()
+            if budget_bytes is None:
+                held = sum(entry.file_nbytes for entry in entries)
+                budget_bytes = held + min(shutil.disk_usage(root).free // 2, MOST_BYTES)
+        except OSError as error:
+            raise SettingError(f"The cache directory {root} cannot be used: {error}.") from error
+        catalogue = Catalogue(
+            budget_bytes,
+            needs_checkpoints=store.needs_checkpoints,
+            stride=store.stride,
+        )
+        thread = DiskThread(directory, post)
+        name = str(getattr(model, "model_type", ""))
+        shapes = Shapes.of(layout, model)
+        tier = cls(thread, catalogue, store, lent, layout, shapes, step, name)
+        catalogue.on_unneeded(tier.delete)
+        thread.watch(tier.changed)
+        tier.load(entries)
+        log.info(
+            "%s holds %d checkpoints in %s (%s).",
+            root,
+            catalogue.checkpoints,
+            format_bytes(catalogue.store.used_bytes()),
+            "writing" if directory.is_writer else "another process writes; reading only",
+        )
+        return tier
+
+    # Finding
+
+    def find(self, namespace: Namespace, tokens: Tokens, beyond: int) -> Found | None:
+        """Where files resume `tokens`, if that is worth reading them when memory reaches `beyond`."""
+        found = self.catalogue.find(digest(namespace), tokens)
+        return found if found.position >= beyond + WORTH else None
+
+    # Writing
+
+    def offer(self, namespace: Namespace, node: Node) -> None:
+        """A checkpoint, or the rows of a model that needs none, is in memory; write it in time."""
+        if len(self._unwritten) > 2 * len(self._in_flight) + 4096:
+            self._unwritten = {n: name for n, name in self._unwritten.items() if self._is_there(n)}
+        self._unwritten[node] = namespace
+        self.write()
+
+    def write(self) -> None:
+        """Hand over what the queue has room for, the most useful first."""
+        most = self.store.budget_bytes // QUEUE_SHARE
+        while self.may_write and (self._queued == 0 or self._queued < most):
+            if self._current is None:
+                self._current = self._next()
+            if self._current is None:
+                return
+            self._hand_over(self._current)
+
+    @property
+    def may_write(self) -> bool:
+        """Whether this process writes, and the last write did not just fail."""
+        return self.thread.directory.is_writer and time.monotonic() >= self._rest_until
+
+    def is_writing(self) -> bool:
+        """Whether something is being written, or will be without waiting for anything."""
+        self.write()
+        return bool(self._in_flight)
+
+    @property
+    def is_written(self) -> bool:
+        """Whether everything in memory is on disk too, as far as this process writes."""
+        return not self._in_flight and not self._unwritten and self._current is None
+
+    @property
+    def _queued(self) -> int:
+        return sum(self._in_flight.values())
+
+    def _next(self) -> _Writing | None:
+        while self._unwritten:
+            node = self._most_useful()
+            name = self._unwritten.pop(node)
+            namespace = digest(name)
+            if not self._is_there(node):
+                continue
+            tokens = np.concatenate([part.tokens for part in node.path()])
+            lacking = self.catalogue.lacking(
+                namespace, tokens, state=self.store.needs_checkpoints, step=self.step
+            )
+            left = deque(one for one in lacking if one.name not in self._in_flight)
+            if left:
+                return _Writing(node, name, namespace, tokens, left)
+        return None
+
+    def _most_useful(self) -> Node:
+        return max(self._unwritten, key=lambda node: (node.is_end, node.last_used, node.end))
+
+    def _is_there(self, node: Node) -> bool:
+        has_state = node.checkpoint is not None or not self.store.needs_checkpoints
+        return node.parent is not None and has_state
+
+    def _hand_over(self, writing: _Writing) -> None:
+        """One segment more."""
+        if not writing.left or not self._is_there(writing.node):
+            self._current = None
+            return
+        lacking, node = writing.left.popleft(), writing.node
+        payloads: list[Held]
+        if lacking.kind == "state":
+            assert node.checkpoint is not None
+            payloads = [node.checkpoint]
+            freight = state_freight(cast("Checkpoint", node.checkpoint))
+        else:
+            a, b = lacking.start, lacking.end
+            every = [rows for part in node.path() for rows in part.rows]
+            payloads = [rows for rows in every if rows.start < b and rows.end > a]
+            freight = rows_freight(cast("list[RowBlock]", payloads), a, b)
+        segment = Segment(
+            kind=lacking.kind,
+            namespace=writing.namespace,
+            key=lacking.key,
+            parent=lacking.parent,
+            start=lacking.start,
+            end=lacking.end,
+            tokens=writing.tokens[lacking.start : lacking.end],
+            tensors=freight.tensors,
+            model=self.model,
+        )
+        there = self.catalogue.find(writing.namespace, writing.tokens)
+        try:
+            claim = self.catalogue.store.claim(segment.file_nbytes, there)
+        except BudgetError:
+            self._current = None
+            return
+        for payload in payloads:
+            self.lent.lend(payload)
+        self._in_flight[lacking.name] = segment.file_nbytes
+        tokens = writing.tokens[: lacking.end]
+
+        def done(transfer: Transfer) -> None:
+            transfer.parts.clear()
+            self.store.settle(sum(self.lent.give_back(payload) for payload in payloads))
+            payloads.clear()
+            del self._in_flight[lacking.name]
+            claim.release()
+            if transfer.error is None:
+                self._wrote(segment, tokens)
+            else:
+                self._unwritten.setdefault(node, writing.name)
+                self._failed(transfer.error)
+            self.write()
+
+        transfer = Transfer([(segment, freight.data)], done)
+        self.thread.write(transfer, self.catalogue.store.clock, is_pinned=node.pinned)
+
+    def _wrote(self, segment: Segment, tokens: Tokens) -> None:
+        self._written_bytes += segment.file_nbytes
+        if not self.catalogue.add(segment, tokens):
+            self.delete(segment)  # what leads to it went meanwhile
+
+    def _failed(self, error: Exception) -> None:
+        self._failures += 1
+        self._current = None
+        self._rest_until = time.monotonic() + REST_SECONDS
+        used = self.catalogue.store.used_bytes()
+        is_full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+        if is_full:
+            self.catalogue.store.budget_bytes = min(self.catalogue.store.budget_bytes, used)
+        log.warning(
+            "Could not write to %s: %s. %s",
+            self.thread.directory.root,
+            error,
+            f"From now on it holds at most {format_bytes(used)}."
+            if is_full
+            else f"Trying again in {REST_SECONDS:.0f} s; replies are not affected.",
+        )
+
+    def delete(self, segment: Segment) -> None:
+        """Nothing needs this file any more; only the writer deletes it."""
+        if self.thread.directory.is_writer:
+            self.thread.change(lambda directory: directory.delete(segment))
+
+    # Reading
+
+    def promote(
+        self, found: Found, deeper: Found, capacity: int, job: Job
+    ) -> Generator[Pause, None, Landing | None]:
+        """Buffers with the rows of `[0, deeper.position)`: from memory as far as `found` has them.
+
+        None when a file was not what it should be: it is forgotten then, and another look is due.
+        A request that is cancelled meanwhile leaves its buffers to the disk thread until it is done.
+        """
+        wanted = self._wanted(deeper, covered := min(found.match.matched, deeper.position))
+        state = state_of(deeper)
+        segments = [one for one, _, _ in wanted] + ([state] if state is not None else [])
+        for segment in segments:
+            if not self.shapes.suit(segment):
+                self._reject(segment, "it was not written for this model")
+                return None
+        landing = Landing(self.layout, deeper.position, capacity)
+        landing.copy(replace(found, position=covered).blocks(), covered)
+        parts = [(one, list(landing.room_for_rows(one, a, b))) for one, a, b in wanted]
+        if state is not None:
+            parts.append((state, list(landing.room_for_state(state))))
+        abandoned = 0
+
+        def done(transfer: Transfer) -> None:
+            transfer.parts.clear()
+            self.store.settle(abandoned)
+            job.asleep = False
+
+        transfer = Transfer(parts, done)
+        job.asleep = True
+        self.thread.read(transfer)
+        try:
+            yield PAUSE
+        except BaseException:
+            abandoned = landing.nbytes
+            self.store.linger(abandoned)
+            raise
+        if transfer.failed is not None:
+            self._reject(transfer.failed, transfer.error)
+            return None
+        self._read_bytes += sum(segment.file_nbytes for segment in segments)
+        names, clock = self.catalogue.use(deeper), self.catalogue.store.clock
+        if self.thread.directory.is_writer:
+            self.thread.change(lambda directory: directory.touch(names, clock))
+        return landing
+
+    def _wanted(self, deeper: Found, covered: int) -> list[tuple[Segment, int, int]]:
+        """The segments to read for `[covered, deeper.position)`, each with the range that is needed."""
+        wanted: dict[str, tuple[Segment, int, int]] = {}
+        for part in parts_of(deeper):
+            a, b = max(part.start, covered), min(part.end, deeper.position)
+            if a < b:  # a run that was split lies in two parts of one file
+                _, first, _ = wanted.get(part.segment.name, (part.segment, a, b))
+                wanted[part.segment.name] = (part.segment, first, b)
+        return list(wanted.values())
+
+    def _reject(self, segment: Segment, why: object) -> None:
+        self._rejected += 1
+        log.warning("Passed over %s: %s", segment.name, why)
+        self.catalogue.forget(segment)
+
+    # Keeping
+
+    def tick(self) -> None:
+        """One request has come."""
+        self.catalogue.store.tick()
+
+    def changed(self, entries: list[Entry]) -> None:
+        """Another process changed the directory, or left it to this one."""
+        names = {entry.segment.name for entry in entries}
+        for segment in self.catalogue.segments():
+            if segment.name not in names:
+                self.catalogue.forget(segment)
+        self.load(entries)
+        self.write()
+
+    def load(self, entries: list[Entry]) -> None:
+        """Know what the directory holds."""
+        for segment in self.catalogue.load(entries):
+            self.delete(segment)
+
+    def pin(self, namespace: Namespace, tokens: Tokens, *, is_pinned: bool) -> None:
+        """Keep the files of a checkpoint that is pinned in memory, or no longer."""
+        names = self.catalogue.pin(digest(namespace), tokens, is_pinned=is_pinned)
+        if names and self.thread.directory.is_writer:
+            self.thread.change(lambda directory: directory.pin(names, is_pinned=is_pinned))
+
+    def clear(self) -> None:
+        """Delete every file of every model, if this process may."""
+        self._unwritten.clear()
+        self.catalogue.store.clear()
+
+    def stats(self) -> DiskStats:
+        """What is there and what was done."""
+        return DiskStats(
+            budget_bytes=self.catalogue.store.budget_bytes,
+            held_bytes=self.catalogue.store.used_bytes(),
+            checkpoints=self.catalogue.checkpoints,
+            files=self.catalogue.files,
+            is_writer=self.thread.directory.is_writer,
+            queued_bytes=self._queued,
+            unwritten=len(self._unwritten),
+            written_bytes=self._written_bytes,
+            read_bytes=self._read_bytes,
+            rejected=self._rejected,
+            failures=self._failures,
+        )
+
+
+def digest(namespace: Namespace) -> str:
+    """The namespace as files name it: neither the model's settings nor the salt can be read from it."""
+    text = "\0".join(namespace)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

@@ -1,0 +1,256 @@
+"""Arrays as bytes: what the disk tier is handed to write, and the memory it reads into.
+
+Nothing is copied on the way to the disk: views of evaluated, contiguous arrays are handed over. On the
+way back the bytes go straight into the buffers in which the caches will live.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import mlx.core as mx
+
+from .checkpoint import Checkpoint, take, take_rows
+from .disk.segment import Segment, Tensor
+from .layers.adapt import Layout, fresh_caches, leaves
+from .layers.kind import Arrays, Snapshot
+from .layers.rows import AXIS, RowBlock, compact, evaluate_to_keep
+
+_NAMES = {
+    mx.bool_: "BOOL",
+    mx.uint8: "U8",
+    mx.int8: "I8",
+    mx.uint16: "U16",
+    mx.int16: "I16",
+    mx.float16: "F16",
+    mx.bfloat16: "BF16",
+    mx.uint32: "U32",
+    mx.int32: "I32",
+    mx.float32: "F32",
+    mx.uint64: "U64",
+    mx.int64: "I64",
+}
+_DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+
+_PLAIN = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}
+"""Whole numbers of each width: Python knows no bfloat16, and views share their array's memory."""
+
+EMPTY = Tensor("", "BOOL", (0,))
+"""How an empty slot of a snapshot is written."""
+
+
+@dataclass(frozen=True, slots=True)
+class Freight:
+    """Tensors with views of their bytes, in file order; a tensor may lie in several views."""
+
+    tensors: tuple[Tensor, ...]
+    data: list[memoryview]
+
+
+def rows_freight(blocks: Sequence[RowBlock], start: int, end: int) -> Freight:
+    """The rows of `[start, end)` of every layer, without a copy.
+
+    `blocks` are adjoining and cover that range.
+    """
+    parts = [block for block in blocks if block.start < end and block.end > start]
+    tensors: list[Tensor] = []
+    data: list[memoryview] = []
+    columns = [_plain([x for arrays in block.layers for x in arrays]) for block in parts]
+    names = [
+        (f"{leaf}.{which}", array)
+        for leaf, arrays in enumerate(parts[0].layers)
+        for which, array in enumerate(arrays)
+    ]
+    for column, (name, array) in enumerate(names):
+        _, heads, _, dim = array.shape
+        tensors.append(Tensor(name, _NAMES[array.dtype], (1, heads, end - start, dim)))
+        row = dim * array.dtype.size
+        for head in range(heads):
+            for block, views in zip(parts, columns, strict=True):
+                first = head * (block.end - block.start) - block.start
+                a, b = max(start, block.start), min(end, block.end)
+                data.append(views[column][(first + a) * row : (first + b) * row])
+    return Freight(tuple(tensors), data)
+
+
+def state_freight(checkpoint: Checkpoint) -> Freight:
+    """Every layer's snapshot, without a copy."""
+    named = [
+        (f"{leaf}.{slot}", array)
+        for leaf, snapshot in enumerate(checkpoint.snapshots)
+        if snapshot is not None
+        for slot, array in enumerate(snapshot.arrays)
+    ]
+    tensors = tuple(
+        Tensor(name, EMPTY.dtype, EMPTY.shape)
+        if array is None
+        else Tensor(name, _NAMES[array.dtype], tuple(array.shape))
+        for name, array in named
+    )
+    return Freight(tensors, _plain([array for _, array in named if array is not None]))
+
+
+def _plain(arrays: Sequence[mx.array]) -> list[memoryview]:
+    """A view of each array's bytes. One evaluation for all that need another dtype for it."""
+    views = [x if x.dtype.size == 4 else x.view(_PLAIN[x.dtype.size]) for x in arrays]
+    mx.eval(views)
+    return [memoryview(view).cast("B") for view in views]  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, slots=True)
+class Shapes:
+    """What the files of one model hold: the tensors of one token's rows, and of a checkpoint."""
+
+    rows: tuple[Tensor, ...]
+    state: tuple[Tensor, ...]
+    is_fixed: frozenset[int]
+
+    @classmethod
+    def of(cls, layout: Layout, model: Any) -> Shapes:
+        """Learn them by letting the model read one token. A window's state grows with what it read."""
+        caches = fresh_caches(model)
+        mx.eval(model(mx.array([[0]]), cache=caches), [cache.state for cache in caches])
+        block = take_rows(layout, caches, 0, 1)
+        assert block is not None
+        taken = take(layout, caches, 1)
+        is_fixed = frozenset(
+            leaf
+            for leaf, (kind, snapshot) in enumerate(zip(layout.kinds, taken.snapshots, strict=True))
+            if snapshot is not None and snapshot.nbytes == kind.snapshot_bytes
+        )
+        return cls(rows_freight([block], 0, 1).tensors, state_freight(taken).tensors, is_fixed)
+
+    def suit(self, segment: Segment) -> bool:
+        """Whether the file is one of this model's, whatever its name says."""
+        expected = self.rows if segment.kind == "rows" else self.state
+        return len(expected) == len(segment.tensors) and all(
+            self._is_like(known, found, segment)
+            for known, found in zip(expected, segment.tensors, strict=True)
+        )
+
+    def _is_like(self, known: Tensor, found: Tensor, segment: Segment) -> bool:
+        if (found.name, found.dtype, len(found.shape)) != (
+            known.name,
+            known.dtype,
+            len(known.shape),
+        ):
+            return False
+        shape = known.shape
+        if segment.kind == "rows":
+            shape = (*shape[:AXIS], segment.end - segment.start, *shape[AXIS + 1 :])
+        elif int(known.name.partition(".")[0]) not in self.is_fixed:
+            shape = (*shape[:AXIS], *found.shape[AXIS : AXIS + 1], *shape[AXIS + 1 :])
+        return found.shape == shape
+
+
+class Landing:
+    """Caches under construction: buffers for `[0, position)` with room for `capacity` tokens.
+
+    Rows come from memory by `copy`, or from files into the views that `room_for_rows` and
+    `room_for_state` give out; `caches` are the whole.
+    """
+
+    def __init__(self, layout: Layout, position: int, capacity: int):
+        self.position = position
+        self._layout = layout
+        self._capacity = capacity
+        self._rows: dict[str, tuple[mx.array, memoryview, mx.Dtype]] = {}
+        self._states: dict[str, tuple[mx.array | None, mx.Dtype]] = {}
+
+    def copy(self, blocks: Sequence[RowBlock], end: int) -> None:
+        """Take the rows of `[0, end)` from memory."""
+        for block in blocks:
+            if block.start >= end:
+                break
+            a, b = block.start, min(block.end, end)
+            freight = rows_freight([block], a, b)
+            views = iter(freight.data)
+            for tensor in freight.tensors:
+                for target in self._targets(tensor, a, b):
+                    target[:] = next(views)
+
+    def room_for_rows(self, segment: Segment, start: int, end: int) -> Iterator[memoryview]:
+        """Where the bytes of a segment belong, in file order, of which `[start, end)` is wanted.
+
+        What lies outside is read as well, because the checksum covers it, into memory that is
+        thrown away.
+        """
+        before, behind = start - segment.start, segment.end - end
+        for tensor in segment.tensors:
+            row = tensor.nbytes // max(1, prod(tensor.shape[:3]))
+            scrap = memoryview(bytearray(max(before, behind) * row))
+            for target in self._targets(tensor, start, end):
+                yield from (scrap[: before * row], target, scrap[: behind * row])
+
+    def room_for_state(self, segment: Segment) -> Iterator[memoryview]:
+        """Where the bytes of a checkpoint belong, in file order."""
+        for tensor in segment.tensors:
+            if (tensor.dtype, tensor.shape) == (EMPTY.dtype, EMPTY.shape):
+                self._states[tensor.name] = (None, mx.bool_)
+                continue
+            dtype = _DTYPES[tensor.dtype]
+            array = mx.zeros(tensor.shape, _PLAIN[dtype.size])
+            mx.eval(array)
+            self._states[tensor.name] = (array, dtype)
+            yield memoryview(array).cast("B")  # type: ignore[arg-type]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held so far."""
+        states = sum(array.nbytes for array, _ in self._states.values() if array is not None)
+        return states + sum(buffer.nbytes for buffer, _, _ in self._rows.values())
+
+    def block(self, start: int) -> RowBlock:
+        """A copy of the rows of `[start, position)`, as the memory tier keeps them."""
+        layers = tuple(
+            tuple(compact(x[:, :, start : self.position]) for x in self._buffers(leaf))
+            for leaf in range(len(self._layout.kinds))
+        )
+        evaluate_to_keep(layers)
+        return RowBlock(start, self.position, layers)
+
+    def caches(self, model: Any) -> tuple[list[Any], Checkpoint | None]:
+        """The model's caches, standing at `position`, and the checkpoint they were made from."""
+        caches = fresh_caches(model)
+        snapshots = tuple(self._snapshot(leaf) for leaf in range(len(self._layout.kinds)))
+        checkpoint = Checkpoint(self.position, snapshots) if any(snapshots) else None
+        for leaf, (kind, cache) in enumerate(zip(self._layout.kinds, leaves(caches), strict=True)):
+            kind.adopt(cache, self._buffers(leaf), snapshots[leaf], self.position)
+        mx.eval([cache.state for cache in caches])
+        return caches, checkpoint
+
+    def _targets(self, tensor: Tensor, start: int, end: int) -> Iterator[memoryview]:
+        """Of each head the bytes of positions `[start, end)` in this tensor's buffer."""
+        _, heads, _, dim = tensor.shape
+        if tensor.name not in self._rows:
+            dtype = _DTYPES[tensor.dtype]
+            kind = self._layout.kinds[int(tensor.name.partition(".")[0])]
+            length = kind.buffer_rows(self.position, self._capacity)
+            buffer = mx.zeros((1, heads, length, dim), _PLAIN[dtype.size])
+            mx.eval(buffer)
+            view = memoryview(buffer).cast("B")  # type: ignore[arg-type]
+            self._rows[tensor.name] = (buffer, view, dtype)
+        buffer, view, dtype = self._rows[tensor.name]
+        length, row = buffer.shape[AXIS], dim * dtype.size
+        for head in range(heads):
+            yield view[(head * length + start) * row : (head * length + end) * row]
+
+    def _buffers(self, leaf: int) -> Arrays:
+        found: list[mx.array] = []
+        while (name := f"{leaf}.{len(found)}") in self._rows:
+            buffer, _, dtype = self._rows[name]
+            found.append(buffer.view(dtype))
+        return tuple(found)
+
+    def _snapshot(self, leaf: int) -> Snapshot | None:
+        found: list[mx.array | None] = []
+        while (name := f"{leaf}.{len(found)}") in self._states:
+            array, dtype = self._states[name]
+            found.append(None if array is None else array.view(dtype))
+        if not found:
+            return None
+        mx.eval([array for array in found if array is not None])
+        return Snapshot(tuple(found))
