@@ -36,6 +36,32 @@ def test_one_changed_weight_is_another_model():
     assert len(seen) == 3
 
 
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+def test_one_changed_number_is_another_model(dtype):
+    """Of 130,000 in a tensor, wherever it stands; and two that swap places."""
+    model = tiny.fresh("qwen3_next")
+    embedding = model.model.embed_tokens
+    plain = mx.random.normal((1001, 130), key=mx.random.key(1)).astype(dtype)
+    embedding.weight = plain
+    seen = {models.fingerprint(model)}
+    for at in ((0, 0), (0, 1), (500, 77), (1000, 129)):
+        embedding.weight = mx.array(plain)
+        embedding.weight[at] = embedding.weight[at] + 0.5
+        seen.add(models.fingerprint(model))
+    embedding.weight = mx.array(plain)
+    embedding.weight[3, 4], embedding.weight[9, 9] = plain[9, 9], plain[3, 4]
+    seen.add(models.fingerprint(model))
+    assert len(seen) == 6
+
+
+def test_another_configuration_is_another_model():
+    """The same weights with another base of the rotary embedding."""
+    model = tiny.fresh("qwen3_next")
+    before = models.fingerprint(model)
+    model.args.rope_theta *= 2
+    assert models.fingerprint(model) != before
+
+
 def test_a_quantized_model_is_another_model():
     """The same weights at 8 bits."""
     model = tiny.fresh("qwen3")
