@@ -14,12 +14,14 @@ from .errors import (
 from .report import CacheReport, Reason
 from .request import Generation, Ready
 from .store import StoreStats
+from .tiers import DiskStats
 
 __all__ = [
     "BudgetError",
     "CacheMismatchError",
     "CacheReport",
     "ClosedError",
+    "DiskStats",
     "Generation",
     "HybridCacheError",
     "HybridPromptCache",

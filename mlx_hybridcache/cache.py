@@ -146,11 +146,7 @@ class HybridPromptCache:
                 self._worker.post,
             )
             self._disk_end = weakref.finalize(self, disk.thread.close)
-            self._worker.call(self._attach, disk)
-
-    def _attach(self, disk: DiskTier) -> None:
-        self.engine.disk = disk
-        self.engine.publish()
+            self.engine.disk = disk
 
     @property
     def last_report(self) -> CacheReport | None:
@@ -344,8 +340,8 @@ class HybridPromptCache:
 
     @property
     def disk_summary(self) -> DiskStats | None:
-        """The same as the last request left it, without waiting for the worker."""
-        return self.engine.disk_summary
+        """The same as the last request or write left it, without waiting for the worker."""
+        return None if self.engine.disk is None else self.engine.disk.summary
 
     def checkpoints(self, *, cache_salt: str | None = None) -> list[list[int]]:
         """The tokens that lead to each stored checkpoint."""

@@ -26,7 +26,7 @@ from .request import Request
 from .schedule import Grid, Reading
 from .sharing import Readers
 from .store import Claim, Found, Store, StoreStats
-from .tiers import DiskStats, DiskTier
+from .tiers import DiskTier
 from .tokens import Namespace, Tokens, TurnMarks
 from .worker import PAUSE, Load, Pause
 
@@ -51,7 +51,6 @@ class Engine:
     readers: Readers = field(init=False)
     last_report: CacheReport | None = field(default=None, init=False)
     summary: StoreStats = field(init=False)
-    disk_summary: DiskStats | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         # Which bits a batch gives depends on the device, so exact mode decodes one by one.
@@ -62,7 +61,8 @@ class Engine:
     def publish(self) -> None:
         """Leave both tiers' figures where any thread may read them."""
         self.summary = self.store.stats()
-        self.disk_summary = self.disk.stats() if self.disk is not None else None
+        if self.disk is not None:
+            self.disk.summary = self.disk.stats()
 
     def clear(self) -> None:
         """Forget everything, in memory and in files."""

@@ -33,7 +33,7 @@ from .sizes import format_bytes
 from .store import Found, Holders, Store
 from .tokens import Namespace, Tokens
 from .transfer import Landing, Shapes, rows_freight, state_freight
-from .tree import Held, Node
+from .tree import Held, Node, common_length
 from .worker import PAUSE, Job, Pause
 
 log = logging.getLogger("mlx_hybridcache")
@@ -46,6 +46,9 @@ QUEUE_SHARE = 16
 
 MOST_BYTES = 100 * 10**9
 """The default disk budget is never more."""
+
+MOST_UNWRITTEN = 4096
+"""Checkpoints on a waiting list that is then rid of those that memory has let go of."""
 
 REST_SECONDS = 30.0
 """How long nothing is written after a write that failed."""
@@ -124,12 +127,19 @@ class DiskTier:
     model: str = ""
     _unwritten: dict[Node, Namespace] = field(default_factory=dict, init=False)
     _current: _Writing | None = field(default=None, init=False)
-    _in_flight: dict[tuple[str, str], int] = field(default_factory=dict, init=False)
+    _in_flight: dict[tuple[str, str], tuple[Segment, Tokens]] = field(
+        default_factory=dict, init=False
+    )
     _rest_until: float = field(default=0.0, init=False)
     _written_bytes: int = field(default=0, init=False)
     _read_bytes: int = field(default=0, init=False)
     _rejected: int = field(default=0, init=False)
     _failures: int = field(default=0, init=False)
+    summary: DiskStats = field(init=False)
+    """What `stats` said last: any thread may read it."""
+
+    def __post_init__(self) -> None:
+        self.summary = self.stats()
 
     @classmethod
     def open(
@@ -168,6 +178,7 @@ class DiskTier:
         catalogue.on_unneeded(tier.delete)
         thread.watch(tier.changed)
         tier.load(entries)
+        tier.summary = tier.stats()
         log.info(
             "%s holds %d checkpoints in %s (%s).",
             root,
@@ -188,7 +199,7 @@ class DiskTier:
 
     def offer(self, namespace: Namespace, node: Node) -> None:
         """A checkpoint, or the rows of a model that needs none, is in memory; write it in time."""
-        if len(self._unwritten) > 2 * len(self._in_flight) + 4096:
+        if len(self._unwritten) > MOST_UNWRITTEN:
             self._unwritten = {n: name for n, name in self._unwritten.items() if self._is_there(n)}
         self._unwritten[node] = namespace
         self.write()
@@ -220,7 +231,7 @@ class DiskTier:
 
     @property
     def _queued(self) -> int:
-        return sum(self._in_flight.values())
+        return sum(segment.file_nbytes for segment, _ in self._in_flight.values())
 
     def _next(self) -> _Writing | None:
         while self._unwritten:
@@ -231,12 +242,27 @@ class DiskTier:
                 continue
             tokens = np.concatenate([part.tokens for part in node.path()])
             lacking = self.catalogue.lacking(
-                namespace, tokens, state=self.store.needs_checkpoints, step=self.step
+                namespace,
+                tokens,
+                state=self.store.needs_checkpoints,
+                step=self.step,
+                coming=self._coming(namespace, tokens),
             )
             left = deque(one for one in lacking if one.name not in self._in_flight)
             if left:
                 return _Writing(node, name, namespace, tokens, left)
         return None
+
+    def _coming(self, namespace: str, tokens: Tokens) -> int:
+        """How far the rows of `tokens` are being written at this moment."""
+        return max(
+            (
+                common_length(tokens, others)
+                for segment, others in self._in_flight.values()
+                if segment.kind == "rows" and segment.namespace == namespace
+            ),
+            default=0,
+        )
 
     def _most_useful(self) -> Node:
         return max(self._unwritten, key=lambda node: (node.is_end, node.last_used, node.end))
@@ -280,8 +306,8 @@ class DiskTier:
             return
         for payload in payloads:
             self.lent.lend(payload)
-        self._in_flight[lacking.name] = segment.file_nbytes
         tokens = writing.tokens[: lacking.end]
+        self._in_flight[lacking.name] = segment, tokens
 
         def done(transfer: Transfer) -> None:
             transfer.parts.clear()
@@ -295,14 +321,15 @@ class DiskTier:
                 self._unwritten.setdefault(node, writing.name)
                 self._failed(transfer.error)
             self.write()
+            self.summary = self.stats()
 
         transfer = Transfer([(segment, freight.data)], done)
         self.thread.write(transfer, self.catalogue.store.clock, is_pinned=node.pinned)
 
     def _wrote(self, segment: Segment, tokens: Tokens) -> None:
         self._written_bytes += segment.file_nbytes
-        if not self.catalogue.add(segment, tokens):
-            self.delete(segment)  # what leads to it went meanwhile
+        if segment not in self.catalogue and not self.catalogue.add(segment, tokens):
+            self.delete(segment)  # what leads to it went meanwhile, or is there twice
 
     def _failed(self, error: Exception) -> None:
         self._failures += 1
@@ -402,6 +429,7 @@ class DiskTier:
                 self.catalogue.forget(segment)
         self.load(entries)
         self.write()
+        self.summary = self.stats()
 
     def load(self, entries: list[Entry]) -> None:
         """Know what the directory holds."""

@@ -133,14 +133,16 @@ class Catalogue:
         """Where `tokens` can be resumed from files."""
         return self.store.find(Namespace(namespace), tokens)
 
-    def lacking(self, namespace: str, tokens: Tokens, *, state: bool, step: int) -> list[Lacking]:
+    def lacking(
+        self, namespace: str, tokens: Tokens, *, state: bool, step: int, coming: int = 0
+    ) -> list[Lacking]:
         """What must be written so that `tokens` can be restored at their end, in order.
 
-        Rows end at multiples of `step`, so that a file is never large. With `state`, the checkpoint
-        at the end too.
+        Rows end at multiples of `step`, so that a file is never large; those before `coming` are
+        being written already. With `state`, the checkpoint at the end too.
         """
         found = self.find(namespace, tokens)
-        start, end = found.match.matched, len(tokens)
+        start, end = max(found.match.matched, coming), len(tokens)
         ends = [*range(start - start % step + step, end, step), end] if start < end else []
         keys = prefix_keys(namespace, tokens, [start, *ends])
         bounds = list(zip([start, *ends], keys, strict=True))
