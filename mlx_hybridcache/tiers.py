@@ -10,10 +10,11 @@ from __future__ import annotations
 import errno
 import hashlib
 import logging
+import math
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -49,6 +50,9 @@ MOST_BYTES = 100 * 10**9
 
 MOST_UNWRITTEN = 4096
 """Checkpoints on a waiting list that is then rid of those that memory has let go of."""
+
+FULL = {errno.ENOSPC, errno.EDQUOT}
+"""Errors that say that the directory holds all that it can."""
 
 REST_SECONDS = 30.0
 """How long nothing is written after a write that failed."""
@@ -127,7 +131,7 @@ class DiskTier:
     model: str = ""
     _unwritten: dict[Node, Namespace] = field(default_factory=dict, init=False)
     _current: _Writing | None = field(default=None, init=False)
-    _in_flight: dict[tuple[str, str], tuple[Segment, Tokens]] = field(
+    _in_flight: dict[tuple[str, str], tuple[Segment, _Writing]] = field(
         default_factory=dict, init=False
     )
     _rest_until: float = field(default=0.0, init=False)
@@ -202,7 +206,11 @@ class DiskTier:
         if len(self._unwritten) > MOST_UNWRITTEN:
             self._unwritten = {n: name for n, name in self._unwritten.items() if self._is_there(n)}
         self._unwritten[node] = namespace
-        self.write()
+        try:
+            self.write()
+        except Exception:  # what goes wrong here must not cost a reply
+            log.exception("Writing to %s fails; it goes on without.", self.thread.directory.root)
+            self._rest_until = math.inf
 
     def write(self) -> None:
         """Hand over what the queue has room for, the most useful first."""
@@ -257,8 +265,8 @@ class DiskTier:
         """How far the rows of `tokens` are being written at this moment."""
         return max(
             (
-                common_length(tokens, others)
-                for segment, others in self._in_flight.values()
+                min(common_length(tokens, writing.tokens), segment.end)
+                for segment, writing in self._in_flight.values()
                 if segment.kind == "rows" and segment.namespace == namespace
             ),
             default=0,
@@ -298,16 +306,15 @@ class DiskTier:
             tensors=freight.tensors,
             model=self.model,
         )
-        there = self.catalogue.find(writing.namespace, writing.tokens)
         try:
-            claim = self.catalogue.store.claim(segment.file_nbytes, there)
+            claim = self.catalogue.claim(segment.file_nbytes, self._paths(writing))
         except BudgetError:
             self._current = None
             return
         for payload in payloads:
             self.lent.lend(payload)
         tokens = writing.tokens[: lacking.end]
-        self._in_flight[lacking.name] = segment, tokens
+        self._in_flight[lacking.name] = segment, writing
 
         def done(transfer: Transfer) -> None:
             transfer.parts.clear()
@@ -316,7 +323,7 @@ class DiskTier:
             del self._in_flight[lacking.name]
             claim.release()
             if transfer.error is None:
-                self._wrote(segment, tokens)
+                self._wrote(segment, tokens, is_pinned=node.pinned)
             else:
                 self._unwritten.setdefault(node, writing.name)
                 self._failed(transfer.error)
@@ -326,27 +333,33 @@ class DiskTier:
         transfer = Transfer([(segment, freight.data)], done)
         self.thread.write(transfer, self.catalogue.store.clock, is_pinned=node.pinned)
 
-    def _wrote(self, segment: Segment, tokens: Tokens) -> None:
+    def _paths(self, writing: _Writing) -> Iterator[tuple[str, Tokens]]:
+        """What leads to everything that is being written: its files must not go meanwhile."""
+        under_way = [each for _, each in self._in_flight.values()]
+        for each in dict.fromkeys([writing, *under_way]):
+            yield each.namespace, each.tokens
+
+    def _wrote(self, segment: Segment, tokens: Tokens, *, is_pinned: bool) -> None:
         self._written_bytes += segment.file_nbytes
         if segment not in self.catalogue and not self.catalogue.add(segment, tokens):
             self.delete(segment)  # what leads to it went meanwhile, or is there twice
+        elif is_pinned:
+            self.catalogue.pin(segment.namespace, tokens, is_pinned=True)
 
     def _failed(self, error: Exception) -> None:
         self._failures += 1
         self._current = None
         self._rest_until = time.monotonic() + REST_SECONDS
         used = self.catalogue.store.used_bytes()
-        is_full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+        is_full = isinstance(error, OSError) and error.errno in FULL
         if is_full:
             self.catalogue.store.budget_bytes = min(self.catalogue.store.budget_bytes, used)
-        log.warning(
-            "Could not write to %s: %s. %s",
-            self.thread.directory.root,
-            error,
+        then = (
             f"From now on it holds at most {format_bytes(used)}."
             if is_full
-            else f"Trying again in {REST_SECONDS:.0f} s; replies are not affected.",
+            else f"Trying again in {REST_SECONDS:.0f} s; replies are not affected."
         )
+        self.thread.directory.complain("files", f"nothing can be written: {error}. {then}")
 
     def delete(self, segment: Segment) -> None:
         """Nothing needs this file any more; only the writer deletes it."""
@@ -392,7 +405,7 @@ class DiskTier:
             self.store.linger(abandoned)
             raise
         if transfer.failed is not None:
-            self._reject(transfer.failed, transfer.error)
+            self._reject(transfer.failed, transfer.error, is_told=transfer.is_told)
             return None
         self._read_bytes += sum(segment.file_nbytes for segment in segments)
         names, clock = self.catalogue.use(deeper), self.catalogue.store.clock
@@ -410,9 +423,10 @@ class DiskTier:
                 wanted[part.segment.name] = (part.segment, first, b)
         return list(wanted.values())
 
-    def _reject(self, segment: Segment, why: object) -> None:
+    def _reject(self, segment: Segment, why: object, *, is_told: bool = False) -> None:
         self._rejected += 1
-        log.warning("Passed over %s: %s", segment.name, why)
+        if not is_told:
+            log.warning("Passed over %s: %s", segment.name, why)
         self.catalogue.forget(segment)
 
     # Keeping

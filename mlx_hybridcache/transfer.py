@@ -94,8 +94,13 @@ def state_freight(checkpoint: Checkpoint) -> Freight:
 
 
 def _plain(arrays: Sequence[mx.array]) -> list[memoryview]:
-    """A view of each array's bytes. One evaluation for all that need another dtype for it."""
-    views = [x if x.dtype.size == 4 else x.view(_PLAIN[x.dtype.size]) for x in arrays]
+    """A view of each array's bytes. One evaluation for all that need another dtype for it.
+
+    A window that was read in one slice still lies as the model computed it, token by token instead of
+    head by head; such an array is copied into the order of the file.
+    """
+    plain = [mx.contiguous(x) for x in arrays]
+    views = [x if x.dtype.size == 4 else x.view(_PLAIN[x.dtype.size]) for x in plain]
     mx.eval(views)
     return [memoryview(view).cast("B") for view in views]  # type: ignore[arg-type]
 

@@ -13,11 +13,11 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Literal, cast
+from typing import ClassVar, Literal, cast
 
 import numpy as np
 
-from ..store import Found, Holders, Store
+from ..store import Claim, Found, Holders, Store
 from ..tokens import Namespace, Tokens, as_tokens
 from ..tree import Held, Node
 from .index import Entry
@@ -59,6 +59,15 @@ class FileState:
 
 
 @dataclass(frozen=True, slots=True)
+class FileEnd:
+    """Where rows of a model without states end: they restore by themselves."""
+
+    segment: Segment
+
+    nbytes: ClassVar[int] = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Lacking:
     """A segment that is not there yet: rows of `[start, end)`, or the state at `end`."""
 
@@ -87,6 +96,8 @@ class _Files(Holders):
         self.states += segment.kind == "state"
 
     def dropped(self, payload: Held) -> int:
+        if isinstance(payload, FileEnd):
+            return 0
         part = cast("FileRows | FileState", payload)
         name = part.segment.name
         self.used[name] -= part.nbytes
@@ -101,8 +112,8 @@ class _Files(Holders):
 class Catalogue:
     """The segments of one directory, inside `budget_bytes`.
 
-    `on_unneeded` names who deletes what nothing needs any more. With `stride`, models of rows alone
-    restore at its multiples.
+    `on_unneeded` names who deletes what nothing needs any more. `needs_checkpoints` and `stride` are
+    those of the model that looks things up; the files of others weigh and go by the same policy.
     """
 
     def __init__(
@@ -113,12 +124,9 @@ class Catalogue:
         stride: int = 1,
     ):
         self._files = _Files()
-        self.store = Store(
-            budget_bytes,
-            needs_checkpoints=needs_checkpoints,
-            stride=stride,
-            holders=self._files,
-        )
+        self._needs_checkpoints = needs_checkpoints
+        self._stride = stride
+        self.store = Store(budget_bytes, needs_checkpoints=True, holders=self._files)
 
     def on_unneeded(self, delete: Callable[[Segment], None]) -> None:
         """Tell `delete` of each file that nothing needs any more."""
@@ -130,8 +138,12 @@ class Catalogue:
         return segment.name in self._files.used
 
     def find(self, namespace: str, tokens: Tokens) -> Found:
-        """Where `tokens` can be resumed from files."""
-        return self.store.find(Namespace(namespace), tokens)
+        """Where `tokens` can be resumed from files, at most one short of their end."""
+        found = self.store.find(Namespace(namespace), tokens)
+        if self._needs_checkpoints:
+            return found
+        reach = min(found.match.matched, len(tokens) - 1)
+        return replace(found, position=reach - reach % self._stride, node=None)
 
     def lacking(
         self, namespace: str, tokens: Tokens, *, state: bool, step: int, coming: int = 0
@@ -178,6 +190,7 @@ class Catalogue:
         What is over the budget goes, least useful first.
         """
         chains = _Chains([entry.segment for entry in entries])
+        with_states = {e.segment.namespace for e in entries if e.segment.kind == "state"}
         budget, self.store.budget_bytes = self.store.budget_bytes, sys.maxsize
         in_order = sorted(
             entries,
@@ -189,7 +202,10 @@ class Catalogue:
         orphans: list[Segment] = []
         for entry in in_order:
             tokens = chains.tokens(entry.segment)
-            if tokens is None or not (entry.segment in self or self.add(entry.segment, tokens)):
+            restores = entry.segment.namespace not in with_states
+            if tokens is None or not (
+                entry.segment in self or self.add(entry.segment, tokens, restores=restores)
+            ):
                 orphans.append(entry.segment)
             else:
                 self._remember(entry, tokens)
@@ -199,17 +215,17 @@ class Catalogue:
 
     def _remember(self, entry: Entry, tokens: Tokens) -> None:
         """Its recency and its pin, from the index."""
-        if entry.segment.kind == "state" or not self.store.needs_checkpoints:
-            node = self._node(entry.segment.namespace, tokens)
-            if node is not None:
-                node.last_used = max(node.last_used, entry.used)
-                node.pinned = entry.pinned
+        node = self._node(entry.segment.namespace, tokens)
+        if node is not None and node.checkpoint is not None:
+            node.last_used = max(node.last_used, entry.used)
+            node.pinned = entry.pinned
         self.store.clock = max(self.store.clock, entry.used)
 
-    def add(self, segment: Segment, tokens: Tokens) -> bool:
+    def add(self, segment: Segment, tokens: Tokens, *, restores: bool | None = None) -> bool:
         """A segment is in the directory: `tokens` are all that lead to its end.
 
-        False where what it holds is there already, or the rows before it are not.
+        `restores` says that rows do so by themselves, as with the model that looks things up if it is
+        not given. False where what it holds is there already, or the rows before it are not.
         """
         if segment in self:
             return False
@@ -226,14 +242,20 @@ class Catalogue:
             rows.append(FileRows(segment, start, segment.end))
             return rows[-1]
 
-        is_state = segment.kind == "state"
+        stands: FileState | FileEnd | None = None
+        if segment.kind == "state":
+            stands = FileState(segment)
+            if (node := self._node(segment.namespace, tokens)) is not None:
+                node.checkpoint = None  # a `FileEnd`: this model has states after all
+        elif not self._needs_checkpoints if restores is None else restores:
+            stands = FileEnd(segment)
         if not self.store.save(
             namespace,
             tokens,
             rows_of,  # type: ignore[arg-type]  # the tree knows rows by their protocol only
-            FileState(segment) if is_state else None,  # type: ignore[arg-type]
+            stands,  # type: ignore[arg-type]
             row_bytes=-(-segment.file_nbytes // max(1, segment.end - segment.start)),
-            is_end=is_state,
+            is_end=stands is not None,
         ):
             return False
         used = rows[0].nbytes if rows else segment.file_nbytes
@@ -244,6 +266,19 @@ class Catalogue:
     def make_room(self, nbytes: int, keep: Iterable[Node] = ()) -> None:
         """Let the least useful go until `nbytes` more fit. Raises `BudgetError` when they do not."""
         self.store.make_room(nbytes, keep)
+
+    def claim(self, nbytes: int, paths: Iterable[tuple[str, Tokens]]) -> Claim:
+        """Room for `nbytes` that are about to be written; what leads to `paths` stays.
+
+        Raises `BudgetError` when there is none.
+        """
+        keep = [
+            node
+            for namespace, tokens in paths
+            for node in self.store.find(Namespace(namespace), tokens).nodes()
+        ]
+        self.make_room(nbytes, keep)
+        return self.store.claim(nbytes)
 
     def use(self, found: Found) -> list[str]:
         """Refresh what was restored; returns the files whose recency that is."""
@@ -279,21 +314,20 @@ def parts_of(found: Found) -> Iterator[FileRows]:
 
 def state_of(found: Found) -> Segment | None:
     """The checkpoint that a restore from files needs; None for models of rows alone."""
-    if found.node is None or found.node.checkpoint is None:
-        return None
-    return cast("FileState", found.node.checkpoint).segment
+    stands = found.node.checkpoint if found.node is not None else None
+    return stands.segment if isinstance(stands, FileState) else None
 
 
 def _has_state(found: Found, end: int) -> bool:
     path = found.match.path
-    return bool(path) and path[-1].end == end and path[-1].checkpoint is not None
+    return bool(path) and path[-1].end == end and isinstance(path[-1].checkpoint, FileState)
 
 
 def _payloads(nodes: Iterable[Node]) -> Iterator[FileRows | FileState]:
     for node in nodes:
         yield from cast("tuple[FileRows, ...]", node.rows)
-        if node.checkpoint is not None:
-            yield cast("FileState", node.checkpoint)
+        if isinstance(node.checkpoint, FileState):
+            yield node.checkpoint
 
 
 class _Chains:

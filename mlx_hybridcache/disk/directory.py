@@ -6,16 +6,19 @@ however it went, the next one that looks takes its place.
 
 from __future__ import annotations
 
+import errno
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from filelock import FileLock, Timeout
 
 from .files import make_directory
-from .index import Entry, Index, scan
-from .segment import Segment, write
+from .index import Entry, Index, IndexUnavailableError, scan
+from .segment import SEGMENTS, Segment, write
 
 log = logging.getLogger("mlx_hybridcache")
 
@@ -29,6 +32,8 @@ class Directory:
     _index: Index | None = field(default=None, init=False)
     _lock: FileLock = field(init=False)
     _seen: object = field(default=None, init=False)
+    _lock_seen: object = field(default=None, init=False)
+    _wrong: set[str] = field(default_factory=set, init=False)
 
     def __post_init__(self) -> None:
         self._lock = FileLock(self.root / "writer.lock", mode=0o600, thread_local=False)
@@ -36,7 +41,7 @@ class Directory:
     @property
     def segments(self) -> Path:
         """The folder of the files themselves."""
-        return self.root / "segments"
+        return self.root / SEGMENTS
 
     def open(self) -> list[Entry]:
         """Become the writer if nobody is, and find what is there."""
@@ -45,33 +50,62 @@ class Directory:
         self._try_to_write()
         return self.entries()
 
+    def complain(self, about: Literal["files", "index"], sentence: str) -> None:
+        """One line about what is wrong with the directory, and no other until that went well again.
+
+        Any thread may call it.
+        """
+        if not self._wrong:
+            log.warning("%s: %s", self.root, sentence)
+        self._wrong.add(about)
+
     def entries(self) -> list[Entry]:
         """Everything that can be read. A writer adopts what its index does not know."""
         self._seen = self._signature()
         index = self._index or Index.read_only(self.root / "index.sqlite")
         try:
-            return list(
-                scan(self.segments, index, adopt=self.is_writer, on_rejected=self._rejected)
-            )
+            found = scan(self.root, index, adopt=self.is_writer, on_rejected=self._rejected)
         finally:
             if index is not None and index is not self._index:
                 index.close()
+        if index is not None and index.was_new and found:
+            log.warning("%s: the index was lost; made anew from %d files.", self.root, len(found))
+            index.was_new = False
+        return found
 
     def changed(self) -> bool:
-        """Whether this process became the writer, or the writer changed something."""
-        if self.is_writer:
+        """Whether this process became the writer, or the writer changed something.
+
+        A directory that was removed is made anew: its lock went with it, so another process may
+        have become the writer of a new one.
+        """
+        if self.is_writer and not self.is_lost():
             return False
+        if self.is_writer:
+            self.complain("files", "it was removed while it was in use, and is made anew.")
+            self.close()
         return self._try_to_write() or self._signature() != self._seen
+
+    def is_lost(self) -> bool:
+        """Whether the directory that this process writes is no longer there, or is another one."""
+        return self.is_writer and self._lock_identity() != self._lock_seen
 
     def write(self, entry: Entry, data: Sequence[memoryview]) -> None:
         """Write a segment, and note it in the index, which is a cache and may fail."""
-        write(self.segments, entry.segment, data)
+        if self.is_lost():
+            raise FileNotFoundError(errno.ENOENT, "it was removed while it was in use")
+        write(self.root, entry.segment, data)
+        self._wrong.discard("files")
         self._note(lambda index: index.put([entry]))
 
     def delete(self, segment: Segment) -> None:
-        """Delete a segment."""
-        (self.segments / segment.name).unlink(missing_ok=True)
-        self._note(lambda index: index.drop([segment.name]))
+        """Delete a segment. What cannot be deleted is found again at the next start."""
+        try:
+            (self.segments / segment.name).unlink(missing_ok=True)
+        except OSError as error:
+            self.complain("files", f"{segment.name} cannot be deleted: {error}.")
+        else:
+            self._note(lambda index: index.drop([segment.name]))
 
     def touch(self, names: Sequence[str], used: int) -> None:
         """These were used."""
@@ -83,22 +117,22 @@ class Directory:
 
     def close(self) -> None:
         """Let another one write."""
-        if self._index is not None:
-            self._index.close()
-            self._index = None
+        self._close_index()
         self.is_writer = False
         self._lock.release()
 
     def _try_to_write(self) -> bool:
         try:
+            make_directory(self.root)
             self._lock.acquire(timeout=0)
         except (Timeout, OSError):
             return False
+        self._lock_seen = self._lock_identity()
         self.is_writer = True
         try:
             self._index = Index(self.root / "index.sqlite")
         except OSError as error:
-            log.warning("The index of %s cannot be kept: %s", self.root, error)
+            self.complain("index", str(error))
         return True
 
     def _note(self, change: Callable[[Index], None]) -> None:
@@ -106,13 +140,30 @@ class Directory:
             return
         try:
             change(self._index)
-        except OSError as error:
-            log.warning("The index of %s is made anew at the next start: %s", self.root, error)
-            self._index.close()
-            self._index = None
+        except IndexUnavailableError as error:
+            self.complain("index", str(error))
+            if error.is_damaged:  # else what could not be noted is found again at the next start
+                self._close_index()
+        else:
+            self._wrong.discard("index")
+
+    def _close_index(self) -> None:
+        index, self._index = self._index, None
+        if index is not None:
+            with suppress(IndexUnavailableError):
+                index.close()
 
     def _rejected(self, path: Path, error: Exception) -> None:
         log.warning("Passed over %s: %s", path.name, error)
+
+    def _lock_identity(self) -> object:
+        try:
+            status = (self.root / "writer.lock").stat()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError:  # it may be there: not known otherwise
+            return self._lock_seen
+        return status.st_dev, status.st_ino
 
     def _signature(self) -> object:
         """Changes when the writer notes something."""

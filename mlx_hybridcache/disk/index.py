@@ -55,6 +55,9 @@ _OURS = re.compile(rf"[0-9a-f]{{32}}\.(rows|state)\.safetensors(\.[0-9a-f]+{re.e
 class IndexUnavailableError(HybridCacheError, OSError):
     """The index cannot be read or written just now. The files are what counts: go on without it."""
 
+    is_damaged = False
+    """Whether it will not be usable again: a new one is made at the next start."""
+
 
 @dataclass(frozen=True, slots=True)
 class Entry:
@@ -82,7 +85,7 @@ class Index:
                 try:
                     self._db = _opened(path)
                 except sqlite3.Error as error:
-                    if getattr(error, "sqlite_errorcode", 0) & 0xFF in _NOT_ITS_FAULT:
+                    if _is_not_its_fault(error):
                         raise
                 else:
                     return
@@ -314,6 +317,10 @@ def _translated() -> Iterator[None]:
     try:
         yield
     except sqlite3.Error as error:
-        raise IndexUnavailableError(
-            f"The index of the disk tier cannot be used: {error}."
-        ) from error
+        told = IndexUnavailableError(f"The index of the disk tier cannot be used: {error}.")
+        told.is_damaged = not _is_not_its_fault(error)
+        raise told from error
+
+
+def _is_not_its_fault(error: sqlite3.Error) -> bool:
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF in _NOT_ITS_FAULT

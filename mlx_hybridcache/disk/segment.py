@@ -38,6 +38,9 @@ _LARGEST_HEAD = 16 << 20
 _LARGEST_TENSOR = 1 << 53
 _LAST_POSITION = (1 << 31) - 1
 _NO_CHECKSUM = "0" * 32
+_SEAL = b'"header_xxh3":"%s"'
+"""Found but once: within a JSON string its quotes would be escaped."""
+
 _KEY = re.compile(r"[0-9a-f]{32}")
 _NAMESPACE = re.compile(r"[0-9a-f]{1,128}")
 
@@ -251,13 +254,14 @@ def _head(segment: Segment, data_xxh3: str) -> bytes:
     There is one way to write them, so a reader writes them again and compares.
     """
     tokens = _token_bytes(segment.tokens)
-    unsealed = _json(segment, data_xxh3, _NO_CHECKSUM)
-    header_xxh3 = xxhash.xxh3_128_hexdigest(unsealed + tokens)
-    text = _json(segment, data_xxh3, header_xxh3)
+    text = _json(segment, data_xxh3)
+    seal = xxhash.xxh3_128_hexdigest(text + tokens)
+    text = text.replace(_SEAL % _NO_CHECKSUM.encode(), _SEAL % seal.encode(), 1)
     return struct.pack("<Q", len(text)) + text + tokens
 
 
-def _json(segment: Segment, data_xxh3: str, header_xxh3: str) -> bytes:
+def _json(segment: Segment, data_xxh3: str) -> bytes:
+    """The header as its own checksum sees it: without one."""
     table: dict[str, object] = {
         "__metadata__": {
             "format": FORMAT,
@@ -269,7 +273,7 @@ def _json(segment: Segment, data_xxh3: str, header_xxh3: str) -> bytes:
             "start": str(segment.start),
             "end": str(segment.end),
             "model": segment.model,
-            "header_xxh3": header_xxh3,
+            "header_xxh3": _NO_CHECKSUM,
             "data_xxh3": data_xxh3,
         }
     }
@@ -335,8 +339,10 @@ def _parsed_head(fd: int) -> tuple[Segment, str]:
         metadata["model"],
     )
     checksum: str = metadata["data_xxh3"]
-    if _head(segment, checksum) != length + text + tokens:
+    head = _head(segment, checksum)
+    if head != length + text + tokens:
         raise SegmentError("Its header was changed after it was written.")
+    object.__setattr__(segment, "_file_nbytes", len(head) + segment.data_nbytes)
     return segment, checksum
 
 

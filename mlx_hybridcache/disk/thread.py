@@ -10,6 +10,7 @@ import itertools
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -41,6 +42,7 @@ class Transfer:
     done: Callable[[Transfer], None]
     failed: Segment | None = None
     error: Exception | None = None
+    is_told: bool = False  # the directory itself has said, or will, what is wrong
 
 
 class DiskThread:
@@ -79,7 +81,7 @@ class DiskThread:
 
     def read(self, transfer: Transfer) -> None:
         """Fill the views of `transfer`; the first segment that is not what it was ends it."""
-        root = self.directory.segments
+        root = self.directory.root
 
         def read() -> None:
             for segment, views in transfer.parts:
@@ -87,6 +89,7 @@ class DiskThread:
                     read_data(root, segment, views)
                 except (SegmentError, OSError) as error:
                     transfer.failed, transfer.error = segment, error
+                    transfer.is_told = self.directory.is_lost()
                     break
 
         self._do(_READ, transfer, read)
@@ -133,20 +136,36 @@ def _run(
     post: Callable[[Callable[[], None]], None],
     watchers: list[Callable[[list[Entry]], None]],
 ) -> None:
+    look_at = time.monotonic() + TICK_SECONDS
     while True:
-        try:
-            priority, _, work = jobs.get(timeout=TICK_SECONDS)
-        except queue.Empty:
-            with suppress(OSError):
-                if directory.changed():
-                    found = directory.entries()
-                    for changed in watchers:
-                        post(partial(changed, found))
-            continue
-        if priority == _STOP:
-            return
-        try:
-            work()
-        except OSError as error:
-            log.warning("%s: %s", directory.root, error)
-        del work  # what it holds is the worker's to drop
+        with suppress(queue.Empty):
+            priority, _, work = jobs.get(timeout=max(0.0, look_at - time.monotonic()))
+            if priority == _STOP:
+                return
+            _guarded(work, directory)
+            del work  # what it holds is the worker's to drop
+        # A reader that is busy all the time must notice too that the writer is gone.
+        if time.monotonic() >= look_at or directory.is_lost():
+            _guarded(partial(_look, directory, post, watchers), directory)
+            look_at = time.monotonic() + TICK_SECONDS
+
+
+def _guarded(work: Callable[[], object], directory: Directory) -> None:
+    """Whatever one job meets, the thread goes on: requests wait for it."""
+    try:
+        work()
+    except OSError as error:
+        directory.complain("files", f"{error}.")
+    except Exception:
+        log.exception("The disk thread of %s met what it does not know.", directory.root)
+
+
+def _look(
+    directory: Directory,
+    post: Callable[[Callable[[], None]], None],
+    watchers: list[Callable[[list[Entry]], None]],
+) -> None:
+    if directory.changed():
+        found = directory.entries()
+        for changed in watchers:
+            post(partial(changed, found))
