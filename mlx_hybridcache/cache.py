@@ -28,6 +28,7 @@ from .errors import (
 )
 from .generate import REPLY_ROOM, ROW_STEP, random_state
 from .layers.adapt import Layout
+from .pressure import Pressure, default_reserve
 from .report import CacheReport
 from .request import Generation, HeldClaim, Progress, Ready, Request
 from .schedule import Grid
@@ -59,9 +60,10 @@ class HybridPromptCache:
     """A prompt cache for one model, hybrid or not. Every method may be called from any thread.
 
     `memory_budget` is bytes or text with a unit and bounds the store and the running requests
-    together. `exact` makes hot and cold agree bit for bit on devices where the shape of a slice
-    changes the last bits, at the cost of at most one step of replay. `prefill_step_size` and
-    `checkpoint_every` are tokens. `swa_full` stores every row of sliding windows, which then
+    together. `memory_reserve` is what the store leaves of the system's memory, whatever others take:
+    it shrinks for that, and with 0 never does. `exact` makes hot and cold agree bit for bit on
+    devices where the shape of a slice changes the last bits, at the cost of at most one step of
+    replay. `prefill_step_size` and `checkpoint_every` are tokens. `swa_full` stores every row of sliding windows, which then
     restore at any position, not at checkpoints only. `cache_dir` keeps what is stored in files too, at
     most `disk_budget` bytes of them, for other processes and later runs. `max_conversations` bounds how many
     conversations are stored, where every branch of one, such as a regenerated reply, counts;
@@ -77,6 +79,7 @@ class HybridPromptCache:
         tokenizer: Any = None,
         *,
         memory_budget: int | str | None = None,
+        memory_reserve: int | str | None = None,
         exact: bool = False,
         prefill_step_size: int = 2048,
         checkpoint_every: int = 2048,
@@ -125,6 +128,9 @@ class HybridPromptCache:
             ),
             exact=exact,
             load=load,
+            pressure=Pressure(
+                default_reserve() if memory_reserve is None else parse_bytes(memory_reserve)
+            ),
         )
         self._salt = cache_salt
         self._disk_end: Callable[[], object] = lambda: None
@@ -133,7 +139,12 @@ class HybridPromptCache:
                 "%s cannot be stored by this version: requests are served without the cache.",
                 ", ".join(layout.unsupported),
             )
-        self._worker = Worker(held=lambda: _mlx_thread(model), name="mlx-hybridcache", load=load)
+        self._worker = Worker(
+            held=lambda: _mlx_thread(model),
+            name="mlx-hybridcache",
+            load=load,
+            between=self.engine.relieve,
+        )
         if cache_dir is not None and not layout.unsupported:
             disk = DiskTier.open(
                 Path(cache_dir).expanduser(),

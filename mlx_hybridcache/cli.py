@@ -1,4 +1,4 @@
-"""The command line: `mlx-hybridcache serve | demo | verify | bench`."""
+"""The command line: `mlx-hybridcache serve | demo | verify | cache | bench`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. 0: done; 1: a comparison did not hold; 2: the request could not be served."""
     parser = _parser()
     options, rest = parser.parse_known_args(argv)
-    if rest and options.command not in ("bench", "serve"):
+    if rest and options.command not in ("bench", "cache", "serve"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         return int(options.run(options, rest))
@@ -49,6 +49,13 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--exact", action="store_true", help="prove exact mode: no tolerance")
     verify.add_argument("--tolerance", type=float, help="largest allowed logit difference")
     verify.set_defaults(run=_verify)
+
+    cache = commands.add_parser(
+        "cache",
+        help="look into a cache directory and keep it; `cache -h` lists how",
+        add_help=False,
+    )
+    cache.set_defaults(run=_cache)
 
     bench = commands.add_parser("bench", help="measure; `bench -h` lists what", add_help=False)
     bench.set_defaults(run=_bench)
@@ -157,6 +164,15 @@ def _machine() -> list[str]:
         ", ".join([*packages, f"Python {platform.python_version()}"]),
         f"{platform.platform()}, {mx.default_device()}",
     ]
+
+
+def _cache(options: argparse.Namespace, rest: list[str]) -> int:
+    from .cache_command import main as cache
+
+    try:
+        return cache(rest)
+    except KeyboardInterrupt:
+        return 130
 
 
 def _bench(options: argparse.Namespace, rest: list[str]) -> int:

@@ -20,6 +20,7 @@ from .errors import BudgetError
 from .generate import REPLY_ROOM, Decoder, Prepared, Writer, respond, rounded, seeded
 from .layers.adapt import Layout, fresh_caches
 from .layers.rows import RowBlock
+from .pressure import Pressure, give_back
 from .replay import plan, replay
 from .report import CacheReport, Divergence, Reason
 from .request import Request
@@ -31,6 +32,9 @@ from .tokens import Namespace, Tokens, TurnMarks
 from .worker import PAUSE, Load, Pause
 
 log = logging.getLogger("mlx_hybridcache")
+
+GIVEN_BACK = 32
+"""What was freed goes back to the system when it is such a part of the budget: 8 ms of work then."""
 
 
 @dataclass(eq=False)
@@ -47,6 +51,7 @@ class Engine:
     exact: bool
     load: Load = field(default_factory=Load)
     disk: DiskTier | None = None
+    pressure: Pressure = field(default_factory=lambda: Pressure(0))
     decoder: Decoder = field(init=False)
     readers: Readers = field(init=False)
     last_report: CacheReport | None = field(default=None, init=False)
@@ -69,7 +74,23 @@ class Engine:
         self.store.clear()
         if self.disk is not None:
             self.disk.clear()
+        self._give_back()
         self.publish()
+
+    def relieve(self, coming_bytes: int = 0) -> None:
+        """Between turns: let go what the system lacks, and give back what was let go by then."""
+        store = self.store
+        missing = self.pressure.excess(store.stored_bytes, coming_bytes)
+        if missing:
+            store.shrink(missing)
+            self.publish()
+        if store.freed_bytes > (0 if missing else store.budget_bytes // GIVEN_BACK):
+            self._give_back()
+
+    def _give_back(self) -> None:
+        self.store.freed_bytes = 0
+        mx.clear_cache()
+        give_back()
 
     def pin(self, namespace: Namespace, tokens: Tokens, *, is_pinned: bool) -> int:
         """Keep what restores `tokens` in both tiers, or no longer; returns its position."""
@@ -143,8 +164,8 @@ class Engine:
             if not _is_allocation_failure(error):
                 raise
             log.warning("Memory ran out while a prompt was read; making room for a second try.")
-        self.store.halve()
-        mx.clear_cache()
+        self.store.shrink(self.store.stored_bytes // 2)
+        self._give_back()
         return (yield from self._try(request, began, read=read))
 
     def _try(
@@ -154,6 +175,7 @@ class Engine:
             yield from self.readers.join(request)
         try:
             capacity = rounded(len(request.tokens) + _reply_room(request.max_tokens))
+            self.relieve(self.layout.running_bytes(capacity))  # before anything is found to restore
             caches, found, claim = yield from self._resume(request, capacity)
             position = found.position
             self.publish()

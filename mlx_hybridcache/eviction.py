@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import heapq
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 
-from .policy import Candidate, least_useful
+from .policy import Candidate
 from .tree import Node, PrefixTree
 
+Utility = Callable[[Candidate], float]
+"""What a checkpoint is worth; the least goes first."""
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(slots=True)
 class Eviction:
     """One look at all trees, to make room.
 
@@ -23,6 +28,8 @@ class Eviction:
     spare: Node | None
     needs_checkpoints: bool
     clock: int
+    utility: Utility
+    _ranked: list[tuple[float, int, Node]] | None = field(default=None, init=False)
 
     def fixed_bytes(self) -> int:
         """Bytes that would be left if everything went that may."""
@@ -36,27 +43,56 @@ class Eviction:
 
     def first(self) -> Node | None:
         """The node whose checkpoint (or, without checkpoints, which leaf) goes first."""
-        candidates: dict[Node, Candidate] = {}
-        for tree in self.trees:
-            for node, around in _surroundings(tree).items():
-                is_free_leaf = not node.children and node not in self.kept
-                if self.needs_checkpoints and is_free_leaf and node.checkpoint is None:
-                    return node  # rows that nothing restores go first of all
-                restores = node.checkpoint is not None if self.needs_checkpoints else is_free_leaf
-                if restores and not node.pinned and node is not self.spare:
-                    candidates[node] = self._candidate(node, around)
-        return _least_useful(candidates) if candidates else None
+        ranked = self._least()
+        return ranked[2] if ranked is not None else None
+
+    def least(self) -> float:
+        """What the first to go is worth; without bound where nothing may."""
+        ranked = self._least()
+        return ranked[0] if ranked is not None else math.inf
 
     def first_of(self, nodes: Collection[Node]) -> Node:
         """The one of these nodes whose checkpoint goes first."""
-        return _least_useful(
-            {
-                node: self._candidate(node, around)
-                for tree in self.trees
-                for node, around in _surroundings(tree).items()
-                if node in nodes
-            }
-        )
+        return min(nodes, key=self._worth)
+
+    def _least(self) -> tuple[float, int, Node] | None:
+        """The first of the ranking, which is made once and put right as far as is looked at.
+
+        What is let go makes the checkpoints around it worth more, so a rank is too low at worst.
+        """
+        if self._ranked is None:
+            self._ranked = list(self._ranking())
+            heapq.heapify(self._ranked)
+        while self._ranked:
+            worth, order, node = self._ranked[0]
+            if not self._may_go(node):
+                heapq.heappop(self._ranked)
+                continue
+            now = self._worth(node)
+            if now <= worth:
+                return self._ranked[0]
+            heapq.heapreplace(self._ranked, (now, order, node))
+        return None
+
+    def _ranking(self) -> Iterator[tuple[float, int, Node]]:
+        order = 0
+        for tree in self.trees:
+            for node, around in _surroundings(tree).items():
+                if self._may_go(node):
+                    order += 1
+                    yield self._worth(node, around), order, node
+
+    def _may_go(self, node: Node) -> bool:
+        if node.parent is None or node.pinned or node is self.spare:
+            return False
+        if self.needs_checkpoints and node.checkpoint is not None:
+            return True
+        return not node.children and node not in self.kept
+
+    def _worth(self, node: Node, around: _Surroundings | None = None) -> float:
+        if self.needs_checkpoints and node.checkpoint is None:
+            return -math.inf  # rows that nothing restores go first of all
+        return self.utility(self._candidate(node, around or _around(node)))
 
     def conversations(self) -> list[list[Node]]:
         """Of every stored conversation the nodes that only it needs, its leaf first.
@@ -86,14 +122,16 @@ class Eviction:
     def _candidate(self, node: Node, around: _Surroundings) -> Candidate:
         freed = node.checkpoint.nbytes if node.checkpoint is not None else 0
         freed += sum(dead.rows_nbytes for dead in self.dead_with(node))
-        branches = len(node.children or ())
         return Candidate(
-            gap_tokens=node.end - around.above,
+            # Where rows alone restore, only this node's own run would be read again.
+            gap_tokens=node.end - (around.above if self.needs_checkpoints else node.start),
             below_tokens=around.below - node.end,
             to_end_tokens=around.deepest - node.end,
             freed_bytes=freed,
             age_ticks=self.clock - node.last_used,
-            is_anchor=branches > 1 or (node.is_end and branches == 0),
+            idle_ticks=self.clock - node.last_passed,
+            returns=node.returns,
+            goes_on=node in self.kept and not node.children,
         )
 
     def dead_with(self, node: Node) -> Iterator[Node]:
@@ -137,10 +175,6 @@ def crowded(paths: Iterable[Sequence[Node]], position: int, most: int) -> Iterat
             yield [node for node in others if node.end < end and not node.pinned]
 
 
-def _least_useful(candidates: dict[Node, Candidate]) -> Node:
-    return list(candidates)[least_useful(list(candidates.values()))]
-
-
 @dataclass(slots=True)
 class _Surroundings:
     """Positions of the nearest checkpoint above a node, the farthest next one below, the deepest end."""
@@ -165,3 +199,21 @@ def _surroundings(tree: PrefixTree) -> dict[Node, _Surroundings]:
             up.below, up.deepest = max(up.below, next_below), max(up.deepest, around.deepest)
     del found[tree.root]
     return found
+
+
+def _around(node: Node) -> _Surroundings:
+    """The same for one node of a tree that has changed since."""
+    above = node.parent
+    while above is not None and above.checkpoint is None:
+        above = above.parent
+    below = deepest = node.end
+    stack = list((node.children or {}).values())
+    while stack:
+        under = stack.pop()
+        deepest = max(deepest, under.end)
+        if under.checkpoint is not None or not under.children:
+            below = max(below, under.end)
+            deepest = max(deepest, *(each.end for each in under.descendants()))
+        else:
+            stack.extend(under.children.values())
+    return _Surroundings(above.end if above is not None else 0, below, deepest)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -17,8 +17,9 @@ import numpy as np
 
 from .checkpoint import Checkpoint
 from .errors import BudgetError, NotStoredError, SettingError
-from .eviction import Eviction, crowded, pinned_nodes
+from .eviction import Eviction, Utility, crowded, pinned_nodes
 from .layers.rows import RowBlock
+from .policy import NEAR_TOKENS, Candidate, utility
 from .tokens import Namespace, Tokens
 from .tree import Held, Match, Node, PrefixTree, Rows
 
@@ -118,6 +119,7 @@ class Claim:
     def release(self) -> None:
         """Give all of it back."""
         self._store.running_bytes -= self.nbytes
+        self._store.freed_bytes += self.nbytes
         self.nbytes = 0
 
 
@@ -138,6 +140,7 @@ class Store:
         max_conversations: int | None = None,
         max_checkpoints: int | None = None,
         holders: Holders | None = None,
+        utility: Utility = utility,
     ):
         for name, most in (
             ("max_conversations", max_conversations),
@@ -154,7 +157,9 @@ class Store:
         self.lingering_bytes = 0
         self.rows_bytes = 0
         self.snapshot_bytes = 0
+        self.freed_bytes = 0
         self._holders = holders or Holders()
+        self._utility = utility
         self._trees: dict[Namespace, PrefixTree] = {}
         self.clock = 0
         self._evictions = 0
@@ -271,11 +276,66 @@ class Store:
                 )
             self._drop(node, eviction)
 
-    def halve(self) -> None:
-        """Let half of what is stored go, pins and running requests excepted, as far as that goes."""
-        stored = self.rows_bytes + self.snapshot_bytes
+    def afford(
+        self,
+        namespace: Namespace,
+        tokens: Tokens,
+        cuts: Sequence[int],
+        *,
+        row_bytes: int,
+        snapshot_bytes: int,
+    ) -> list[int]:
+        """Of the cuts in the slice that ends with `tokens`, ascending, those that are worth their room.
+
+        Room is made for them and for the slice's rows. A cut is left out rather than that something
+        more useful goes for it; none is left where not even one fits.
+        """
+        match = self.find(namespace, tokens).match
+        eviction = self._eviction(match.nodes())
+        rows = (len(tokens) - match.matched) * row_bytes
+        least = self.running_bytes + eviction.fixed_bytes() + rows + snapshot_bytes
+        if not cuts or least > self.budget_bytes:
+            return []
+        above = max((n.end for n in match.path if n.checkpoint and n.end < cuts[0]), default=0)
+        wanted = list(cuts)
+        while self.used_bytes() + rows + len(wanted) * snapshot_bytes > self.budget_bytes:
+            worths = [
+                self._utility(
+                    Candidate(
+                        gap_tokens=cut - up,
+                        below_tokens=down - cut,
+                        to_end_tokens=len(tokens) - cut,
+                        freed_bytes=snapshot_bytes,
+                        age_ticks=0,
+                        idle_ticks=0,
+                        returns=int(cut <= match.matched),
+                    )
+                )
+                for up, cut, down in zip(
+                    [above, *wanted[:-1]], wanted, [*wanted[1:], len(tokens)], strict=True
+                )
+            ]
+            worst = min(range(len(wanted)), key=worths.__getitem__)
+            if len(wanted) > 1 and worths[worst] <= eviction.least():
+                del wanted[worst]
+            elif (node := eviction.first()) is not None:
+                self._drop(node, eviction)
+            elif len(wanted) > 1:
+                del wanted[worst]
+            else:
+                return []
+        return wanted
+
+    @property
+    def stored_bytes(self) -> int:
+        """Rows and snapshots."""
+        return self.rows_bytes + self.snapshot_bytes
+
+    def shrink(self, nbytes: int) -> None:
+        """Let `nbytes` of what is stored go, pins and running requests excepted, as far as that goes."""
+        left = self.stored_bytes - nbytes
         eviction = self._eviction()
-        while self.rows_bytes + self.snapshot_bytes > stored // 2 and (node := eviction.first()):
+        while self.stored_bytes > left and (node := eviction.first()):
             self._drop(node, eviction)
 
     # Changing
@@ -289,6 +349,7 @@ class Store:
         nodes = found.match.path[-1:] if found.node is None else (found.node,)
         for node in nodes:
             node.last_used = self.clock
+            node.returns += node.goes_beyond(node.end + NEAR_TOKENS)
 
     def save(
         self,
@@ -339,10 +400,12 @@ class Store:
         self.rows_bytes += block.nbytes if block is not None else 0
         if checkpoint is not None:
             node.checkpoint = checkpoint
+            node.returns = int(node.goes_beyond(node.end + NEAR_TOKENS))
             self.snapshot_bytes += checkpoint.nbytes
         eviction = self._eviction()
-        for above in node.path()[:-1]:  # what was kept while this path was written
-            if eviction.only_joins(above):
+        for above in node.path():
+            above.last_passed = self.clock
+            if above is not node and eviction.only_joins(above):  # kept while this was written
                 tree.merge(above)
         self._keep_limits(node)
         return True
@@ -419,7 +482,8 @@ class Store:
 
     def _eviction(self, keep: Iterable[Node] = (), spare: Node | None = None) -> Eviction:
         trees = self._trees.values()
-        return Eviction(trees, frozenset(keep), spare, self.needs_checkpoints, self.clock)
+        keep = frozenset(keep)
+        return Eviction(trees, keep, spare, self.needs_checkpoints, self.clock, self._utility)
 
     def _is_full(self, match: Match, position: int) -> bool:
         """Whether some path has no room for a checkpoint at `position`, and none that may go."""
@@ -454,12 +518,14 @@ class Store:
     def _let_checkpoint_go(self, node: Node) -> None:
         if node.checkpoint is not None:
             self.snapshot_bytes -= node.checkpoint.nbytes
+            self.freed_bytes += node.checkpoint.nbytes
             self.lingering_bytes += self._holders.dropped(node.checkpoint)
             node.checkpoint = None
 
     def _remove(self, tree: PrefixTree, leaf: Node) -> None:
         self._let_checkpoint_go(leaf)
         self.rows_bytes -= leaf.rows_nbytes
+        self.freed_bytes += leaf.rows_nbytes
         self.lingering_bytes += sum(self._holders.dropped(rows) for rows in leaf.rows)
         tree.remove(leaf)
 

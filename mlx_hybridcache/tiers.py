@@ -134,6 +134,7 @@ class DiskTier:
     _in_flight: dict[tuple[str, str], tuple[Segment, _Writing]] = field(
         default_factory=dict, init=False
     )
+    _cleared: set[tuple[str, str]] = field(default_factory=set, init=False)
     _rest_until: float = field(default=0.0, init=False)
     _written_bytes: int = field(default=0, init=False)
     _read_bytes: int = field(default=0, init=False)
@@ -257,6 +258,7 @@ class DiskTier:
                 coming=self._coming(namespace, tokens),
             )
             left = deque(one for one in lacking if one.name not in self._in_flight)
+            self._cleared.difference_update(one.name for one in lacking)
             if left:
                 return _Writing(node, name, namespace, tokens, left)
         return None
@@ -266,8 +268,10 @@ class DiskTier:
         return max(
             (
                 min(common_length(tokens, writing.tokens), segment.end)
-                for segment, writing in self._in_flight.values()
-                if segment.kind == "rows" and segment.namespace == namespace
+                for name, (segment, writing) in self._in_flight.items()
+                if segment.kind == "rows"
+                and segment.namespace == namespace
+                and name not in self._cleared
             ),
             default=0,
         )
@@ -322,7 +326,10 @@ class DiskTier:
             payloads.clear()
             del self._in_flight[lacking.name]
             claim.release()
-            if transfer.error is None:
+            if lacking.name in self._cleared:
+                self._cleared.discard(lacking.name)
+                self.delete(segment)
+            elif transfer.error is None:
                 self._wrote(segment, tokens, is_pinned=node.pinned)
             else:
                 self._unwritten.setdefault(node, writing.name)
@@ -350,10 +357,11 @@ class DiskTier:
         self._failures += 1
         self._current = None
         self._rest_until = time.monotonic() + REST_SECONDS
-        used = self.catalogue.store.used_bytes()
+        store = self.catalogue.store
+        used = store.used_bytes() - store.running_bytes  # without what is not there yet
         is_full = isinstance(error, OSError) and error.errno in FULL
         if is_full:
-            self.catalogue.store.budget_bytes = min(self.catalogue.store.budget_bytes, used)
+            store.budget_bytes = min(store.budget_bytes, used)
         then = (
             f"From now on it holds at most {format_bytes(used)}."
             if is_full
@@ -401,8 +409,9 @@ class DiskTier:
         try:
             yield PAUSE
         except BaseException:
-            abandoned = landing.nbytes
-            self.store.linger(abandoned)
+            if job.asleep:  # the disk thread still writes into them
+                abandoned = landing.nbytes
+                self.store.linger(abandoned)
             raise
         if transfer.failed is not None:
             self._reject(transfer.failed, transfer.error, is_told=transfer.is_told)
@@ -457,8 +466,10 @@ class DiskTier:
             self.thread.change(lambda directory: directory.pin(names, is_pinned=is_pinned))
 
     def clear(self) -> None:
-        """Delete every file of every model, if this process may."""
+        """Delete every file of every model, if this process may; what is being written too, after."""
         self._unwritten.clear()
+        self._current = None
+        self._cleared.update(self._in_flight)
         self.catalogue.store.clear()
 
     def stats(self) -> DiskStats:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 from typing import Any
 
@@ -34,9 +35,6 @@ _NAMES = {
     mx.int64: "I64",
 }
 _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
-
-_PLAIN = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}
-"""Whole numbers of each width: Python knows no bfloat16, and views share their array's memory."""
 
 EMPTY = Tensor("", "BOOL", (0,))
 """How an empty slot of a snapshot is written."""
@@ -66,7 +64,7 @@ def rows_freight(blocks: Sequence[RowBlock], start: int, end: int) -> Freight:
     ]
     for column, (name, array) in enumerate(names):
         _, heads, _, dim = array.shape
-        tensors.append(Tensor(name, _NAMES[array.dtype], (1, heads, end - start, dim)))
+        tensors.append(_tensor(name, array.dtype, (1, heads, end - start, dim)))
         row = dim * array.dtype.size
         for head in range(heads):
             for block, views in zip(parts, columns, strict=True):
@@ -87,22 +85,29 @@ def state_freight(checkpoint: Checkpoint) -> Freight:
     tensors = tuple(
         Tensor(name, EMPTY.dtype, EMPTY.shape)
         if array is None
-        else Tensor(name, _NAMES[array.dtype], tuple(array.shape))
+        else _tensor(name, array.dtype, tuple(array.shape))
         for name, array in named
     )
     return Freight(tensors, _plain([array for _, array in named if array is not None]))
 
 
 def _plain(arrays: Sequence[mx.array]) -> list[memoryview]:
-    """A view of each array's bytes. One evaluation for all that need another dtype for it.
+    """A view of each array's bytes. The arrays are evaluated, so MLX has nothing to do for it.
 
     A window that was read in one slice still lies as the model computed it, token by token instead of
     head by head; such an array is copied into the order of the file.
     """
-    plain = [mx.contiguous(x) for x in arrays]
-    views = [x if x.dtype.size == 4 else x.view(_PLAIN[x.dtype.size]) for x in plain]
-    mx.eval(views)
-    return [memoryview(view).cast("B") for view in views]  # type: ignore[arg-type]
+    views: list[Any] = [memoryview(x) for x in arrays]  # type: ignore[arg-type]
+    for index, view in enumerate(views):
+        if not view.c_contiguous:
+            views[index] = memoryview(mx.contiguous(arrays[index]))  # type: ignore[arg-type]
+    return [view.cast("B") for view in views]
+
+
+@lru_cache(maxsize=4096)
+def _tensor(name: str, dtype: mx.Dtype, shape: tuple[int, ...]) -> Tensor:
+    """Made once: a checkpoint of a large model has a hundred, and each is checked when it is made."""
+    return Tensor(name, _NAMES[dtype], shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,8 +167,8 @@ class Landing:
         self.position = position
         self._layout = layout
         self._capacity = capacity
-        self._rows: dict[str, tuple[mx.array, memoryview, mx.Dtype]] = {}
-        self._states: dict[str, tuple[mx.array | None, mx.Dtype]] = {}
+        self._rows: dict[str, mx.array] = {}
+        self._states: dict[str, mx.array | None] = {}
 
     def copy(self, blocks: Sequence[RowBlock], end: int) -> None:
         """Take the rows of `[0, end)` from memory."""
@@ -172,6 +177,7 @@ class Landing:
                 break
             a, b = block.start, min(block.end, end)
             freight = rows_freight([block], a, b)
+            self._make_rows(freight.tensors)
             views = iter(freight.data)
             for tensor in freight.tensors:
                 for target in self._targets(tensor, a, b):
@@ -184,6 +190,7 @@ class Landing:
         thrown away.
         """
         before, behind = start - segment.start, segment.end - end
+        self._make_rows(segment.tensors)
         for tensor in segment.tensors:
             row = tensor.nbytes // max(1, prod(tensor.shape[:3]))
             scrap = memoryview(bytearray(max(before, behind) * row))
@@ -193,20 +200,18 @@ class Landing:
     def room_for_state(self, segment: Segment) -> Iterator[memoryview]:
         """Where the bytes of a checkpoint belong, in file order."""
         for tensor in segment.tensors:
-            if (tensor.dtype, tensor.shape) == (EMPTY.dtype, EMPTY.shape):
-                self._states[tensor.name] = (None, mx.bool_)
-                continue
-            dtype = _DTYPES[tensor.dtype]
-            array = mx.zeros(tensor.shape, _PLAIN[dtype.size])
-            mx.eval(array)
-            self._states[tensor.name] = (array, dtype)
-            yield memoryview(array).cast("B")  # type: ignore[arg-type]
+            is_empty = (tensor.dtype, tensor.shape) == (EMPTY.dtype, EMPTY.shape)
+            array = None if is_empty else mx.zeros(tensor.shape, _DTYPES[tensor.dtype])
+            self._states[tensor.name] = array
+        made = [array for array in self._states.values() if array is not None]
+        mx.eval(made)
+        yield from _plain(made)
 
     @property
     def nbytes(self) -> int:
         """Bytes held so far."""
-        states = sum(array.nbytes for array, _ in self._states.values() if array is not None)
-        return states + sum(buffer.nbytes for buffer, _, _ in self._rows.values())
+        states = sum(array.nbytes for array in self._states.values() if array is not None)
+        return states + sum(buffer.nbytes for buffer in self._rows.values())
 
     def block(self, start: int) -> RowBlock:
         """A copy of the rows of `[start, position)`, as the memory tier keeps them."""
@@ -227,35 +232,33 @@ class Landing:
         mx.eval([cache.state for cache in caches])
         return caches, checkpoint
 
+    def _make_rows(self, tensors: Sequence[Tensor]) -> None:
+        """The buffers that are not there yet, in one evaluation."""
+        missing = [tensor for tensor in tensors if tensor.name not in self._rows]
+        for tensor in missing:
+            _, heads, _, dim = tensor.shape
+            kind = self._layout.kinds[int(tensor.name.partition(".")[0])]
+            shape = (1, heads, kind.buffer_rows(self.position, self._capacity), dim)
+            self._rows[tensor.name] = mx.zeros(shape, _DTYPES[tensor.dtype])
+        mx.eval([self._rows[tensor.name] for tensor in missing])
+
     def _targets(self, tensor: Tensor, start: int, end: int) -> Iterator[memoryview]:
         """Of each head the bytes of positions `[start, end)` in this tensor's buffer."""
-        _, heads, _, dim = tensor.shape
-        if tensor.name not in self._rows:
-            dtype = _DTYPES[tensor.dtype]
-            kind = self._layout.kinds[int(tensor.name.partition(".")[0])]
-            length = kind.buffer_rows(self.position, self._capacity)
-            buffer = mx.zeros((1, heads, length, dim), _PLAIN[dtype.size])
-            mx.eval(buffer)
-            view = memoryview(buffer).cast("B")  # type: ignore[arg-type]
-            self._rows[tensor.name] = (buffer, view, dtype)
-        buffer, view, dtype = self._rows[tensor.name]
-        length, row = buffer.shape[AXIS], dim * dtype.size
+        buffer = self._rows[tensor.name]
+        _, heads, length, dim = buffer.shape
+        row = dim * buffer.dtype.size
+        (view,) = _plain([buffer])
         for head in range(heads):
             yield view[(head * length + start) * row : (head * length + end) * row]
 
     def _buffers(self, leaf: int) -> Arrays:
         found: list[mx.array] = []
         while (name := f"{leaf}.{len(found)}") in self._rows:
-            buffer, _, dtype = self._rows[name]
-            found.append(buffer.view(dtype))
+            found.append(self._rows[name])
         return tuple(found)
 
     def _snapshot(self, leaf: int) -> Snapshot | None:
         found: list[mx.array | None] = []
         while (name := f"{leaf}.{len(found)}") in self._states:
-            array, dtype = self._states[name]
-            found.append(None if array is None else array.view(dtype))
-        if not found:
-            return None
-        mx.eval([array for array in found if array is not None])
-        return Snapshot(tuple(found))
+            found.append(self._states[name])
+        return Snapshot(tuple(found)) if found else None

@@ -51,9 +51,11 @@ class Node:
         "checkpoint",
         "children",
         "is_end",
+        "last_passed",
         "last_used",
         "parent",
         "pinned",
+        "returns",
         "rows",
         "start",
         "tokens",
@@ -69,6 +71,8 @@ class Node:
         self.is_end = False  # a prompt or a reply ended here
         self.pinned = False
         self.last_used = 0  # the store's logical clock
+        self.last_passed = 0  # the same: a request stored something here or below
+        self.returns = 0  # prompts that parted ways here with what is stored below
 
     @property
     def end(self) -> int:
@@ -105,6 +109,10 @@ class Node:
             nodes.append(above)
             above = above.parent
         return nodes
+
+    def goes_beyond(self, position: int) -> bool:
+        """Whether something below this node ends behind `position`."""
+        return any(node.end > position for node in self.descendants())
 
     def descendants(self) -> Iterator[Node]:
         """This node and all below it, parents before children, older children before younger."""
@@ -237,7 +245,7 @@ class PrefixTree:
                 lower_rows.append(lower)
         at = position - node.start
         upper_node = Node(node.parent, node.start, as_tokens(node.tokens[:at]), tuple(upper_rows))
-        upper_node.last_used = node.last_used
+        upper_node.last_used, upper_node.last_passed = node.last_used, node.last_passed
         node.parent.children[int(node.tokens[0])] = upper_node
         node.parent, node.start = upper_node, position
         node.tokens, node.rows = as_tokens(node.tokens[at:]), tuple(lower_rows)

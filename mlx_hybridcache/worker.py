@@ -26,6 +26,9 @@ log = logging.getLogger("mlx_hybridcache")
 
 T = TypeVar("T")
 
+IDLE_SECONDS = 5.0
+"""A worker without work looks after itself so often."""
+
 AHEAD = 16
 """Items a request may have waiting for its reader before it is parked."""
 
@@ -126,7 +129,8 @@ _Inbox = queue.SimpleQueue[Callable[["_Turns"], None]]
 class _Turns:
     """The worker thread's own state."""
 
-    def __init__(self, load: Load) -> None:
+    def __init__(self, load: Load, between: Callable[[], None]) -> None:
+        self.between = between
         self.tasks: list[_Task] = []
         self.load = load
         self.stopped = False
@@ -145,6 +149,7 @@ class _Turns:
                 try:
                     self._drain(inbox)
                     self._round(self.ready())
+                    self.between()
                 except BaseException as error:  # requests end with their own errors; this is ours
                     log.exception("The worker failed; the requests under way end.")
                     for task in self.tasks:
@@ -184,7 +189,7 @@ class _Turns:
         """Do what was asked since the last turn; wait for it when no request can go on."""
         while not self.stopped:
             try:
-                asked = inbox.get(block=not self.ready())
+                asked = inbox.get(block=not self.ready(), timeout=IDLE_SECONDS)
             except queue.Empty:
                 return
             asked(self)
@@ -270,9 +275,10 @@ class Worker:
         held: Callable[[], AbstractContextManager[Any]] = nullcontext,
         name: str = "mlx",
         load: Load | None = None,
+        between: Callable[[], None] = lambda: None,
     ):
         self._inbox: _Inbox = queue.SimpleQueue()
-        turns = _Turns(load or Load())
+        turns = _Turns(load or Load(), between)
         # The thread must not keep this object alive, so it gets the inbox only.
         self._thread = threading.Thread(
             target=lambda inbox: turns.run(inbox, held()),

@@ -43,6 +43,7 @@ OTHER_DEVICES = 1e-2
 
 SETTINGS: dict[str, Any] = {
     "memory_budget": "64MB",
+    "memory_reserve": 0,
     "prefill_step_size": STEP,
     "checkpoint_every": STEP,
     "checkpoint_min_step": 16,

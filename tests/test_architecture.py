@@ -17,7 +17,7 @@ LIBRARY = "mlx_hybridcache"
 ORDER = [
     {"cli", "server", "__main__"},
     {"demo"},
-    {"verify"},
+    {"verify", "cache_command"},
     {"__init__"},
     {"cache"},
     {"engine"},
@@ -36,6 +36,7 @@ ORDER = [
     {"models"},
     {"schedule"},
     {"turns"},
+    {"pressure"},
     {"eviction"},
     {"policy"},
     {"tree"},
@@ -49,6 +50,8 @@ ORDER = [
 RANK = {unit: rank for rank, units in enumerate(ORDER) for unit in units}
 ENTRY_POINTS = ORDER[0]
 WITHOUT_MLX = {
+    "cache_command",
+    "disk",
     "schedule",
     "turns",
     "eviction",
@@ -57,6 +60,7 @@ WITHOUT_MLX = {
     "tokens",
     "report",
     "errors",
+    "pressure",
     "sizes",
 }
 UPPER_PACKAGES = {"mlx_hybridcache_server", "mlx_hybridcache_bench"}

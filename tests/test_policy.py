@@ -3,7 +3,7 @@
 from dataclasses import replace
 from itertools import pairwise
 
-from mlx_hybridcache.policy import Candidate, least_useful
+from mlx_hybridcache.policy import NEAR_TOKENS, Candidate, least_useful, likelihood
 
 SOME = Candidate(
     gap_tokens=500,
@@ -11,8 +11,10 @@ SOME = Candidate(
     to_end_tokens=4000,
     freed_bytes=100,
     age_ticks=0,
-    is_anchor=False,
+    idle_ticks=0,
+    returns=0,
 )
+END = replace(SOME, below_tokens=0, to_end_tokens=0)
 
 
 def goes_first(one: Candidate, other: Candidate) -> bool:
@@ -25,9 +27,16 @@ def test_what_saves_fewest_tokens_goes_first():
     assert goes_first(replace(SOME, gap_tokens=64), replace(SOME, gap_tokens=2048))
 
 
-def test_what_was_used_longest_ago_goes_first():
-    """The same checkpoint, used nine requests ago and now."""
-    assert goes_first(replace(SOME, age_ticks=9), SOME)
+def test_an_end_used_longest_ago_goes_first():
+    """The same end, restored nine requests ago and now."""
+    assert goes_first(replace(END, age_ticks=9), END)
+
+
+def test_a_middle_ages_with_its_conversation():
+    """Taken long ago, in a conversation that went on just now or nine requests ago."""
+    old = replace(SOME, age_ticks=50)
+    assert goes_first(replace(old, idle_ticks=9), old)
+    assert likelihood(old) == likelihood(SOME)
 
 
 def test_what_frees_more_goes_first():
@@ -40,10 +49,32 @@ def test_what_lies_further_from_the_end_goes_first():
     assert goes_first(replace(SOME, to_end_tokens=20_000), replace(SOME, to_end_tokens=1000))
 
 
-def test_prompt_ends_and_branch_points_go_last():
-    """An interior checkpoint goes before an anchor a hundred times less useful."""
-    anchor = replace(SOME, gap_tokens=5, is_anchor=True)
-    assert goes_first(SOME, anchor)
+def test_a_middle_goes_before_an_end():
+    """Also one just before it, and one with four times the gap."""
+    assert goes_first(replace(SOME, gap_tokens=2000), END)
+    assert goes_first(replace(SOME, to_end_tokens=500), END)
+
+
+def test_where_prompts_part_ways_is_worth_as_much_as_an_end():
+    """A middle that one prompt has left, and one that three have left."""
+    once, thrice = replace(SOME, returns=1), replace(SOME, returns=3)
+    assert goes_first(SOME, END)
+    assert goes_first(END, once)
+    assert goes_first(once, thrice)
+
+
+def test_of_two_that_stand_at_the_end_the_one_with_the_smaller_gap_goes():
+    """The cut behind the reply's opener and the prompt's end, 4 tokens on: the end saves 4."""
+    opener = replace(SOME, gap_tokens=900, below_tokens=4, to_end_tokens=4)
+    assert goes_first(replace(END, gap_tokens=4), opener)
+    beyond = replace(opener, to_end_tokens=NEAR_TOKENS + 1)
+    assert likelihood(beyond) < likelihood(opener) / 2
+
+
+def test_what_a_running_request_reads_on_from_is_no_end():
+    """A cut that the next slice leaves behind goes before an end of the same gap."""
+    assert goes_first(replace(END, goes_on=True), END)
+    assert likelihood(replace(END, goes_on=True)) > 0
 
 
 def test_a_thinned_path_is_dense_near_its_end_and_sparse_further_back():

@@ -47,6 +47,16 @@ def test_sizes_are_read_with_their_units(flag, text, expected):
     assert settings(flag, text).memory_budget == expected
 
 
+def test_the_disk_and_the_systems_memory_have_sizes_of_their_own():
+    """--cache-dir with 100 GB; a reserve of 512 MiB, or none."""
+    found = settings("--cache-dir", "kept", "--cache-disk-bytes", "100GB")
+    assert (found.cache_dir, found.disk_budget) == ("kept", 100 * 10**9)
+    assert settings("--cache-dir", "kept").disk_budget is None
+    assert settings("--memory-reserve", "512MiB").memory_reserve == 2**29
+    assert settings("--memory-reserve", "0").memory_reserve == 0
+    assert settings("--record-trace", "day.jsonl").record_trace == "day.jsonl"
+
+
 def test_llama_cpp_names_mean_the_librarys_settings():
     """--ctx-checkpoints 3 --checkpoint-every-n-tokens 4096."""
     found = settings(
@@ -65,6 +75,8 @@ def test_llama_cpp_names_mean_the_librarys_settings():
         (["--port", "70000"], "from 0 to 65535"),
         (["--max-tokens", "0"], "at least 1"),
         (["--prompt-cache-bytes", "ten"], "not a size"),
+        (["--memory-reserve", "-1"], "not a size"),
+        (["--cache-dir", "kept", "--cache-disk-bytes", "ten"], "not a size"),
         (["--chat-template-args", "{"], "not JSON"),
         (["--chat-template-args", "[1]"], "not a JSON object"),
         (["--log-level", "LOUD"], "invalid choice"),
@@ -77,12 +89,14 @@ def test_a_value_out_of_range_stops_the_start_with_a_sentence(capsys, argv, said
 
 
 def test_flags_that_contradict_each_other_are_refused():
-    """Two sizes for one budget; an adapter for no model."""
+    """Two sizes for one budget; an adapter for no model; a size for no directory."""
     with pytest.raises(SettingError, match="--cache-ram"):
         settings("--prompt-cache-bytes", "1GB", "--cache-ram", "1")
     assert settings("--prompt-cache-bytes", "1MiB", "--cache-ram", "1").memory_budget == 2**20
     with pytest.raises(SettingError, match="--model"):
         settings("--adapter-path", "somewhere")
+    with pytest.raises(SettingError, match="--cache-dir"):
+        settings("--cache-disk-bytes", "100GB")
 
 
 def test_the_cache_is_off_at_size_zero_only():

@@ -17,6 +17,7 @@ from typing import ClassVar, Literal, cast
 
 import numpy as np
 
+from ..errors import BudgetError
 from ..store import Claim, Found, Holders, Store
 from ..tokens import Namespace, Tokens, as_tokens
 from ..tree import Held, Node
@@ -88,12 +89,18 @@ class _Files(Holders):
     def __init__(self) -> None:
         self.delete: Callable[[Segment], None] = lambda segment: None
         self.used: dict[str, int] = {}
+        self.segments: dict[str, Segment] = {}
         self.states = 0
 
-    def add(self, segment: Segment, used: int) -> None:
-        """So many bytes of a file are needed."""
-        self.used[segment.name] = used
+    def add(self, segment: Segment, nbytes: int) -> int:
+        """So many bytes more of a file are needed; by how much what lingers changes."""
+        if segment.name in self.used:
+            self.used[segment.name] += nbytes
+            return -nbytes
+        self.used[segment.name] = nbytes
+        self.segments[segment.name] = segment
         self.states += segment.kind == "state"
+        return segment.file_nbytes - nbytes
 
     def dropped(self, payload: Held) -> int:
         if isinstance(payload, FileEnd):
@@ -103,7 +110,7 @@ class _Files(Holders):
         self.used[name] -= part.nbytes
         if self.used[name] > 0:
             return part.nbytes
-        del self.used[name]
+        del self.used[name], self.segments[name]
         self.states -= part.segment.kind == "state"
         self.delete(part.segment)
         return part.nbytes - part.segment.file_nbytes
@@ -157,6 +164,9 @@ class Catalogue:
         start, end = max(found.match.matched, coming), len(tokens)
         ends = [*range(start - start % step + step, end, step), end] if start < end else []
         keys = prefix_keys(namespace, tokens, [start, *ends])
+        for each, key in zip(ends, keys[1:], strict=True):
+            if self._take_back(key, tokens[:each]):
+                return self.lacking(namespace, tokens, state=state, step=step, coming=coming)
         bounds = list(zip([start, *ends], keys, strict=True))
         rows = [
             Lacking("rows", a, b, key, parent if a else "")
@@ -165,6 +175,14 @@ class Catalogue:
         if not state or _has_state(found, end):
             return rows
         return [*rows, Lacking("state", end, end, keys[-1], keys[-1])]
+
+    def _take_back(self, key: str, tokens: Tokens) -> bool:
+        """Need all of a file again of which only the beginning was needed any more.
+
+        What would be written in its place has its name.
+        """
+        segment = self._files.segments.get(f"{key[:2]}/{key}.rows.safetensors")
+        return segment is not None and self.add(segment, tokens)
 
     @property
     def files(self) -> int:
@@ -178,8 +196,7 @@ class Catalogue:
 
     def segments(self) -> list[Segment]:
         """Every segment that is needed."""
-        every = (payload.segment for payload in _payloads(self.store.nodes()))
-        return list({segment.name: segment for segment in every}.values())
+        return list(self._files.segments.values())
 
     # Changing
 
@@ -210,14 +227,29 @@ class Catalogue:
             else:
                 self._remember(entry, tokens)
         self.store.budget_bytes = budget
-        self.make_room(0)
+        self._keep_budget()
         return orphans
+
+    def _keep_budget(self) -> None:
+        """Let go what is over the budget; pins too where they alone are, the oldest first."""
+        pinned = sorted(
+            (node for node in self.store.nodes() if node.pinned),
+            key=lambda node: node.last_used,
+            reverse=True,
+        )
+        while True:
+            try:
+                return self.make_room(0)
+            except BudgetError:
+                if not pinned:
+                    raise
+                pinned.pop().pinned = False
 
     def _remember(self, entry: Entry, tokens: Tokens) -> None:
         """Its recency and its pin, from the index."""
         node = self._node(entry.segment.namespace, tokens)
         if node is not None and node.checkpoint is not None:
-            node.last_used = max(node.last_used, entry.used)
+            node.last_used = entry.used
             node.pinned = entry.pinned
         self.store.clock = max(self.store.clock, entry.used)
 
@@ -227,8 +259,7 @@ class Catalogue:
         `restores` says that rows do so by themselves, as with the model that looks things up if it is
         not given. False where what it holds is there already, or the rows before it are not.
         """
-        if segment in self:
-            return False
+        segment = self._files.segments.get(segment.name, segment)
         namespace = Namespace(segment.namespace)
         found = self.store.find(namespace, tokens)
         is_read = found.match.matched == len(tokens)
@@ -259,8 +290,7 @@ class Catalogue:
         ):
             return False
         used = rows[0].nbytes if rows else segment.file_nbytes
-        self._files.add(segment, used)
-        self.store.linger(segment.file_nbytes - used)
+        self.store.linger(self._files.add(segment, used))
         return True
 
     def make_room(self, nbytes: int, keep: Iterable[Node] = ()) -> None:
@@ -283,7 +313,8 @@ class Catalogue:
     def use(self, found: Found) -> list[str]:
         """Refresh what was restored; returns the files whose recency that is."""
         self.store.use(found)
-        return [payload.segment.name for payload in _payloads(found.match.path[-1:])]
+        used = [found.node] if found.node is not None else found.match.path[-1:]
+        return [payload.segment.name for payload in _payloads(used)]
 
     def forget(self, segment: Segment) -> None:
         """A file is damaged or gone: it goes, and what cannot be restored without it."""

@@ -6,6 +6,8 @@ import logging
 import signal
 import socket
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 import mlx.core as mx
@@ -16,6 +18,7 @@ from mlx_hybridcache.errors import SettingError
 
 from .app import build_app
 from .models import load
+from .record import Recorder
 from .serving import Serving
 from .settings import Settings, build_parser, read_settings
 
@@ -39,8 +42,9 @@ def main(argv: list[str] | None, prog: str) -> int:
         for chatty in ("httpx", "httpx2", "httpcore", "asyncio", "urllib3", "filelock"):
             logging.getLogger(chatty).setLevel(logging.WARNING)
         _say_what_differs(settings, argv or sys.argv[1:])
-        with _bound(settings) as listening:  # before minutes of loading, not after
-            serving = Serving(settings, load(settings, settings.model))
+        # Both before minutes of loading, not after.
+        with _bound(settings) as listening, _recording(settings) as recorder:
+            serving = Serving(settings, load(settings, settings.model), recorder)
             try:
                 _Server(serving, settings).run(sockets=[listening])
             finally:
@@ -103,6 +107,20 @@ def _bound(settings: Settings) -> socket.socket:
             "the port, or choose another with --port."
         ) from error
     return bound
+
+
+@contextmanager
+def _recording(settings: Settings) -> Iterator[Recorder | None]:
+    """The recorder of `--record-trace`. It ends last, when the worker has handed everything over."""
+    if settings.record_trace is None:
+        yield None
+        return
+    recorder = Recorder(settings.record_trace)
+    log.info("Requests are recorded in %s, their tokens as keyed hashes.", recorder.path)
+    try:
+        yield recorder
+    finally:
+        recorder.close()
 
 
 def _for_url(host: str) -> str:

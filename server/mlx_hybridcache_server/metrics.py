@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
@@ -10,6 +11,7 @@ from prometheus_client.registry import Collector
 
 from mlx_hybridcache import CacheReport
 from mlx_hybridcache.store import StoreStats
+from mlx_hybridcache.tiers import DiskStats
 from mlx_hybridcache.worker import Load
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250)
@@ -22,6 +24,7 @@ class Metrics:
         self,
         *,
         held: Callable[[], StoreStats],
+        on_disk: Callable[[], DiskStats | None],
         load: Callable[[], Load],
         waiting: Callable[[], int],
     ):
@@ -67,7 +70,7 @@ class Metrics:
         }
         for short, (what, value) in gauges.items():
             Gauge(f"{name}{short}", what, registry=self.registry).set_function(value)
-        self.registry.register(_Held(held))
+        self.registry.register(_Held(held, on_disk))
 
     def read(self, report: CacheReport, seconds_to_first_token: float) -> None:
         """A prompt was read and its first token is there."""
@@ -85,14 +88,17 @@ class Metrics:
 
 
 class _Held(Collector):
-    """The store's figures as its last request left them."""
+    """Both tiers' figures as the last request left them."""
 
-    def __init__(self, summary: Callable[[], StoreStats]):
-        self._summary = summary
+    def __init__(
+        self, in_memory: Callable[[], StoreStats], on_disk: Callable[[], DiskStats | None]
+    ):
+        self._in_memory, self._on_disk = in_memory, on_disk
 
     def collect(self) -> Iterator[Metric]:
-        found = self._summary()
-        for name in StoreStats.__dataclass_fields__:
-            yield GaugeMetricFamily(
-                f"mlx_hybridcache_store_{name}", f"The store's {name}", value=getattr(found, name)
-            )
+        for tier, found in (("store", self._in_memory()), ("disk", self._on_disk())):
+            if found is not None:
+                for name, value in asdict(found).items():
+                    yield GaugeMetricFamily(
+                        f"mlx_hybridcache_{tier}_{name}", f"The {tier}'s {name}", value=value
+                    )

@@ -94,6 +94,9 @@ def load(settings: Settings, name: str, adapter: str | None = None) -> Loaded:
         max_conversations=settings.prompt_cache_size or None,
         max_checkpoints=settings.max_checkpoints,
         swa_full=settings.swa_full,
+        memory_reserve=settings.memory_reserve,
+        cache_dir=settings.cache_dir if settings.uses_cache else None,
+        disk_budget=settings.disk_budget if settings.uses_cache else None,
     )
     engine = cache.engine
     path = Path(name).expanduser()

@@ -19,6 +19,7 @@ from .asks import asks, check
 from .choices import ChatChoice, TextChoice
 from .errors import ApiError, refuse
 from .models import Loaded
+from .record import Served
 from .replies import ChatMessage, Envelope
 from .schema import ChatBody, CompletionBody, Conversation, PrefixBody
 from .serving import Run, Serving
@@ -164,13 +165,14 @@ async def clear(request: Request) -> dict[str, Any]:
 
 
 def _figures(serving: Serving) -> dict[str, Any]:
-    found = serving.loaded.cache.summary
+    found, disk = serving.loaded.cache.summary, serving.loaded.cache.disk_summary
     return {
         "object": "cache",
         "model": serving.loaded.id,
         "enabled": serving.settings.uses_cache,
         "held_bytes": found.held_bytes,
         **asdict(found),
+        "disk": None if disk is None else asdict(disk),
     }
 
 
@@ -229,10 +231,13 @@ async def _warm(
     most = serving.settings.max_prompt_tokens
     if most is not None and len(tokens) > most:
         raise refuse(f"This prefix has {len(tokens):,} tokens; at most {most:,} are read.")
+    served = Served.now(loaded.cache.engine, tokens, body.cache_salt)
     async with serving.reading_slots:
         ready = await asyncio.to_thread(
             loaded.cache.prefill, tokens, max_tokens=1, cache_salt=body.cache_salt
         )
         ready.release()
+    if serving.recorder is not None:
+        serving.recorder.put(served)
     found = await asyncio.to_thread(loaded.cache.lookup, tokens, cache_salt=body.cache_salt)
     return {**asdict(ready.report), "position": found.restored_tokens, "pinned": False}

@@ -24,6 +24,7 @@ from .errors import ApiError, shutting_down
 from .listen import Listener, Piece, Progress
 from .metrics import Metrics
 from .models import DEFAULT_NAME, Loaded, load, on_own_thread
+from .record import Recorder, Served
 from .replies import Count
 from .settings import Settings
 
@@ -180,6 +181,10 @@ class Run:
             guide = ask.constraint.start()
             processors.append(guide)  # last: no bias can allow what the grammar does not
             through = guide.watching(through)
+        recorder, uses_cache = self._serving.recorder, self._serving.settings.uses_cache
+        if recorder is not None and (ask.use_cache or not uses_cache):  # else it declined the cache
+            served = Served.now(loaded.cache.engine, ask.tokens, ask.cache_salt)
+            through = recorder.watching(through, served)
         return loaded.cache.stream_generate(
             ask.tokens,
             ask.max_tokens,
@@ -242,12 +247,14 @@ class Record:
 class Serving:
     """Runs asks on the model that is loaded, within the limits that were set."""
 
-    def __init__(self, settings: Settings, loaded: Loaded):
+    def __init__(self, settings: Settings, loaded: Loaded, recorder: Recorder | None = None):
         self.settings = settings
         self.loaded = loaded
+        self.recorder = recorder
         self.waiting = 0
         self.metrics = Metrics(
             held=lambda: self.loaded.cache.summary,
+            on_disk=lambda: self.loaded.cache.disk_summary,
             load=lambda: self.loaded.cache.load,
             waiting=lambda: self.waiting,
         )

@@ -47,6 +47,9 @@ class Settings:
     prefill_step_size: int = 2048
     prompt_cache_size: int | None = None
     memory_budget: int | None = None
+    memory_reserve: int | None = None
+    cache_dir: str | None = None
+    disk_budget: int | None = None
     kv_bits: int | None = None
     kv_group_size: int = 64
     quantized_kv_start: int = DEFAULT_QUANTIZED_KV_START
@@ -57,6 +60,7 @@ class Settings:
     request_timeout: float | None = None
     exact: bool = False
     show_prompts: bool = False
+    record_trace: str | None = None
     allow_model_switching: bool = False
     checkpoint_every: int = 2048
     checkpoint_min_step: int = 512
@@ -167,7 +171,11 @@ def _add_own_flags(parser: argparse.ArgumentParser) -> None:
     own("--max-queue", type=_number(int, 0), default=512, help="requests that wait (%(default)s)")
     own("--request-timeout", type=_number(float, 0.001), help="seconds until one is given up")
     own("--exact", action="store_true", help="equal bits hot and cold on every device")
+    own("--memory-reserve", type=_size, help="of the system's memory to leave free, as 1GB")
+    own("--cache-dir", help="directory that keeps the cache across restarts")
+    own("--cache-disk-bytes", type=_size, help="for that directory, as 100GB")
     own("--show-prompts", action="store_true", help="let /v1/cache/recent show text")
+    own("--record-trace", metavar="FILE", help="record requests, hashed, for bench policies")
     own("--allow-model-switching", action="store_true", help="load what a request names")
     known = parser.add_argument_group("as in llama.cpp").add_argument
     known("--ctx-checkpoints", type=_number(int, 1), help="most checkpoints on one path")
@@ -190,11 +198,14 @@ def read_settings(parser: argparse.ArgumentParser, argv: list[str] | None) -> Se
         budget = args.cache_ram
     if args.adapter_path is not None and args.model is None:
         raise SettingError("--adapter-path needs the --model that it was trained for.")
+    if args.cache_disk_bytes is not None and args.cache_dir is None:
+        raise SettingError("--cache-disk-bytes needs the --cache-dir that it bounds.")
     own_names = {
         "api_key": args.api_key or os.environ.get(API_KEY_VARIABLE) or None,
         "model": args.model or str(BUNDLED_MODEL),
         "allowed_origins": tuple(args.allowed_origins or ()),
         "memory_budget": budget,
+        "disk_budget": args.cache_disk_bytes,
         "checkpoint_every": args.checkpoint_every_n_tokens,
         "max_checkpoints": args.ctx_checkpoints,
     }

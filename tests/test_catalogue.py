@@ -1,0 +1,180 @@
+"""The catalogue of a cache directory: what a checkpoint lacks, what goes with it, who shares what."""
+
+import numpy as np
+import pytest
+
+from mlx_hybridcache.disk.catalogue import Catalogue, parts_of, state_of
+from mlx_hybridcache.disk.index import Entry
+from mlx_hybridcache.disk.segment import Segment, Tensor
+from mlx_hybridcache.tokens import as_tokens
+
+STEP = 8
+ONE = as_tokens(range(20))
+OTHER = as_tokens([*range(12), *range(50, 58)])
+"""Parts ways with `ONE` at 12, inside the run [8, 16)."""
+
+
+class Shelf:
+    """A catalogue and what it was told to delete."""
+
+    def __init__(self, budget_bytes=10**6, **options):
+        self.catalogue = Catalogue(budget_bytes, **{"needs_checkpoints": True, **options})
+        self.deleted = []
+        self.catalogue.on_unneeded(lambda segment: self.deleted.append(segment.name))
+
+    def write(self, tokens, namespace="ab", state=True):
+        """Everything that the tokens lack, as if it were written; the new segments."""
+        lacking = self.catalogue.lacking(namespace, tokens, state=state, step=STEP)
+        new = [segment(one, tokens, namespace) for one in lacking]
+        for one in new:
+            assert self.catalogue.add(one, tokens[: one.end])
+        return new
+
+    def kept(self):
+        return {one.name for one in self.catalogue.segments()}
+
+
+def segment(lacking, tokens, namespace):
+    shape = (1, 1, lacking.end - lacking.start, 4) if lacking.kind == "rows" else (1, 32)
+    return Segment(
+        kind=lacking.kind,
+        namespace=namespace,
+        key=lacking.key,
+        parent=lacking.parent,
+        start=lacking.start,
+        end=lacking.end,
+        tokens=tokens[lacking.start : lacking.end],
+        tensors=(Tensor("0.0", "F32", shape),),
+    )
+
+
+def spans(segments):
+    return [(one.kind, one.start, one.end) for one in segments]
+
+
+@pytest.fixture
+def shelf():
+    return Shelf()
+
+
+def test_a_checkpoint_lacks_rows_up_to_each_step_and_its_state(shelf):
+    """20 tokens at a step of 8: three files of rows, one state; afterwards nothing."""
+    assert spans(shelf.write(ONE)) == [
+        ("rows", 0, 8),
+        ("rows", 8, 16),
+        ("rows", 16, 20),
+        ("state", 20, 20),
+    ]
+    assert shelf.write(ONE) == []
+    found = shelf.catalogue.find("ab", as_tokens([*ONE, 1]))
+    assert found.position == 20
+    assert state_of(found).kind == "state"
+    assert [(part.start, part.end) for part in parts_of(found)] == [(0, 8), (8, 16), (16, 20)]
+
+
+def test_a_branch_begins_inside_another_file(shelf):
+    """It goes on from position 12; the first file of eight tokens is shared by both."""
+    shelf.write(ONE)
+    assert spans(shelf.write(OTHER)) == [
+        ("rows", 12, 16),
+        ("rows", 16, 20),
+        ("state", 20, 20),
+    ]
+    found = shelf.catalogue.find("ab", as_tokens([*OTHER, 1]))
+    parts = [(part.segment.start, part.start, part.end) for part in parts_of(found)]
+    assert parts == [(0, 0, 8), (8, 8, 12), (12, 12, 16), (16, 16, 20)]
+
+
+def test_what_was_let_go_of_a_file_that_stays_is_taken_back_not_written_again(shelf):
+    """Of [8, 16) the branch needs [8, 12); its other end comes back with its conversation."""
+    first = shelf.write(ONE)
+    shelf.write(OTHER)
+    used = shelf.catalogue.store.used_bytes()
+    leaf = shelf.catalogue.find("ab", ONE).match.path[-1]
+    shelf.catalogue.store.forget(leaf, rows=True)
+    assert first[1].name in shelf.kept()
+    assert sum(one.file_nbytes for one in shelf.catalogue.segments()) == (
+        shelf.catalogue.store.used_bytes()
+    )
+    assert spans(shelf.write(ONE)) == [("rows", 16, 20), ("state", 20, 20)]
+    assert shelf.catalogue.store.used_bytes() == used
+
+
+def test_used_bytes_are_those_of_the_files_whatever_goes(shelf):
+    """Every file is whole or gone: shares of it are never counted as free."""
+    chance = np.random.default_rng(3)
+    for _ in range(60):
+        shared = int(chance.integers(0, 20))
+        tokens = as_tokens([*ONE[:shared], *chance.integers(100, 104, size=12)])
+        shelf.write(tokens)
+        if chance.random() < 0.5:
+            nodes = list(shelf.catalogue.store.nodes())
+            node = nodes[chance.integers(len(nodes))]
+            shelf.catalogue.store.forget(node, rows=bool(chance.random() < 0.5))
+        whole = sum(one.file_nbytes for one in shelf.catalogue.segments())
+        assert whole == shelf.catalogue.store.used_bytes()
+
+
+def test_a_budget_lets_the_least_useful_go_first():
+    """Ten conversations where six fit: the oldest are deleted, the newest stays."""
+    shelf = Shelf(budget_bytes=10**9)
+    weight = sum(one.file_nbytes for one in shelf.write(as_tokens(range(20)), "cd"))
+    shelf = Shelf(budget_bytes=6 * weight)
+    for turn in range(10):
+        shelf.catalogue.store.tick()
+        tokens = as_tokens(np.arange(20) + 100 * turn)
+        lacking = shelf.catalogue.lacking("ab", tokens, state=True, step=STEP)
+        for one in (segment(each, tokens, "ab") for each in lacking):
+            claim = shelf.catalogue.claim(one.file_nbytes, [("ab", tokens)])
+            claim.release()
+            shelf.catalogue.add(one, tokens[: one.end])
+        assert shelf.catalogue.store.used_bytes() <= 6 * weight
+    position = [
+        shelf.catalogue.find("ab", as_tokens([*(np.arange(20) + 100 * turn), 1])).position
+        for turn in range(10)
+    ]
+    assert position == [0] * 4 + [20] * 6
+    assert len(shelf.deleted) == 16
+
+
+def test_a_catalogue_is_the_same_after_a_restart(shelf):
+    """Loaded in any order; recency and pins come from the index."""
+    written = [*shelf.write(ONE), *shelf.write(OTHER), *shelf.write(ONE, "cd", state=False)]
+    entries = [Entry(one, used, used == 3, one.file_nbytes) for used, one in enumerate(written)]
+    again = Shelf()
+    assert again.catalogue.load(entries[::-1]) == []
+    assert again.kept() == shelf.kept()
+    assert again.catalogue.store.used_bytes() == shelf.catalogue.store.used_bytes()
+    (pinned,) = [node for node in again.catalogue.store.nodes() if node.pinned]
+    assert (pinned.end, pinned.last_used) == (20, 3)
+
+
+def test_what_nothing_leads_to_is_told(shelf):
+    """Rows whose beginning is missing, a state without its rows, tokens that are not what they were."""
+    written = shelf.write(ONE)
+    for missing in (0, 1):
+        left = [one for at, one in enumerate(written) if at != missing]
+        entries = [Entry(one, 1, False, one.file_nbytes) for one in left]
+        orphans = Shelf().catalogue.load(entries)
+        assert spans(orphans) == spans(written[missing + 1 :])
+
+
+def test_rows_of_other_models_go_by_their_own_ends():
+    """A hybrid's catalogue does not take another model's rows for dead weight."""
+    rows_only = Shelf(needs_checkpoints=False)
+    written = rows_only.write(ONE, state=False)
+    hybrid = Shelf()
+    assert hybrid.catalogue.load([Entry(one, 5, False, one.file_nbytes) for one in written]) == []
+    hybrid.catalogue.make_room(hybrid.catalogue.store.budget_bytes - 10 * 10**3)
+    assert hybrid.kept() == {one.name for one in written}
+    assert rows_only.catalogue.find("ab", ONE).position == 19
+
+
+def test_a_file_that_is_gone_takes_with_it_what_needs_it(shelf):
+    """Rows: everything below. A state: itself; what leads to the other branch stays."""
+    shelf.write(ONE)
+    other = shelf.write(OTHER)
+    shelf.catalogue.forget(other[0])
+    assert shelf.catalogue.find("ab", as_tokens([*OTHER, 1])).position == 0
+    assert shelf.catalogue.find("ab", as_tokens([*ONE, 1])).position == 20
+    assert {one.name for one in other} <= set(shelf.deleted)
