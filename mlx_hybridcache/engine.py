@@ -300,7 +300,7 @@ class Engine:
             return self.grid.step if whole else self.grid.shared_step
 
         def afford(a: int, b: int, cuts: list[int]) -> list[int]:
-            return self._afford(request, a, b, cuts)
+            return self._afford(request, b, cuts)
 
         slices = replay(
             self.layout,
@@ -321,19 +321,17 @@ class Engine:
             request.on_progress(read.position, len(tokens))
             yield read.position
 
-    def _afford(self, request: Request, a: int, b: int, cuts: list[int]) -> list[int]:
-        """Of the cuts in `(a, b]`, those whose snapshots and rows there is room for."""
-        nodes = self.store.find(request.namespace, request.tokens[:b]).nodes()
-        for kept in (cuts, cuts[-1:]):
-            need = len(kept) * self.layout.snapshot_bytes + (b - a) * self.layout.row_bytes
-            try:
-                self.store.make_room(need, nodes)
-            except BudgetError:
-                continue
-            request.refused += len(cuts) - len(kept)
-            return kept
-        request.refused += len(cuts)
-        return []
+    def _afford(self, request: Request, end: int, cuts: list[int]) -> list[int]:
+        """Of the cuts in the slice that ends at `end`, those whose snapshots and rows are worth their room."""
+        kept = self.store.afford(
+            request.namespace,
+            request.tokens[:end],
+            cuts,
+            row_bytes=self.layout.row_bytes,
+            snapshot_bytes=self.layout.snapshot_bytes,
+        )
+        request.refused += len(cuts) - len(kept)
+        return kept
 
     def _save(
         self,

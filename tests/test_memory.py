@@ -271,7 +271,8 @@ def test_pinned_prompts_outlive_all_others() -> None:
 
 def test_rows_that_no_checkpoint_needs_do_not_pile_up() -> None:
     """Room for two checkpoints beside a request, 40 prompts that each leave the last one inside its
-    run: the rows held are those of restorable prefixes and of at most 50 tokens more.
+    run: the rows held are those of restorable prefixes and of at most 50 tokens more. Each prompt
+    is restored at its end or where it parted from the last one.
     """
     with new_cache(smallest_budget() + 270_000) as cache:
         tokens = oracle.prompt(120, seed=0)
@@ -279,7 +280,7 @@ def test_rows_that_no_checkpoint_needs_do_not_pile_up() -> None:
             at = 70 + seed % 20
             tokens = [*tokens[:at], *oracle.prompt(120 - at, seed=seed)]
             oracle.read(cache, tokens)
-            assert cache.lookup(tokens).restored_tokens == 119
+            assert cache.lookup(tokens).restored_tokens in {at, 119}
             prefixes = {
                 tuple(stored[:end])
                 for stored in cache.checkpoints()
