@@ -244,7 +244,7 @@ def _write_member(
     fd: int, name: str, content: Iterator[memoryview] | list[bytes], nbytes: int
 ) -> None:
     info = tarfile.TarInfo(name)
-    info.size, info.mode = nbytes + 1, 0o600
+    info.size, info.mode = nbytes, 0o600
     write_all(fd, info.tobuf(tarfile.GNU_FORMAT, "ascii", "strict"))
     for piece in pieces(content):
         write_all(fd, piece)

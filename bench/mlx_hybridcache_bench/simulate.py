@@ -1,0 +1,185 @@
+"""A trace replayed through the real store, tree, schedule and policy, with payloads that are sizes only.
+
+The order of events is the engine's: match, claim the running request's bytes, make room for each slice,
+save at its cuts, save the reply's end unless the template strips it, release. Requests come one at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+from mlx_hybridcache.errors import BudgetError
+from mlx_hybridcache.eviction import Utility
+from mlx_hybridcache.generate import rounded
+from mlx_hybridcache.policy import Candidate, utility
+from mlx_hybridcache.replay import Plan
+from mlx_hybridcache.schedule import Grid, Reading, cuts_for
+from mlx_hybridcache.store import Found, Store
+from mlx_hybridcache.tokens import Namespace, Tokens
+
+from .traces import Asked
+
+SPACE = Namespace("trace")
+GRID = Grid()
+MIB = 1024**2
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What a model's caches weigh, in bytes: one token's rows, one checkpoint's states."""
+
+    name: str
+    row_bytes: int
+    checkpoint_bytes: int
+
+    def running_bytes(self, asked: Asked) -> int:
+        """A live request: rows for its prompt and its reply, rounded as buffers are, and one state."""
+        rows = rounded(len(asked.tokens) + asked.reply_tokens)
+        return rows * self.row_bytes + self.checkpoint_bytes
+
+    def prefix_bytes(self, tokens: int) -> int:
+        """A copy of everything that restores `tokens` tokens."""
+        return tokens * self.row_bytes + self.checkpoint_bytes
+
+
+SHAPES = {
+    shape.name: shape
+    for shape in (
+        Shape("qwen3-next-80b", 12 * 2 * 2 * 256 * 2, 36 * (32 * 128 * 128 * 4 + 3 * 8192 * 2)),
+        Shape("qwen3.5-35b", 10 * 2 * 2 * 256 * 2, 30 * (32 * 128 * 128 * 4 + 3 * 8192 * 2)),
+    )
+}
+
+
+@dataclass(frozen=True, slots=True)
+class SizedRows:
+    """Rows of `[start, end)` without their contents."""
+
+    start: int
+    end: int
+    row_bytes: int
+
+    @property
+    def nbytes(self) -> int:
+        return (self.end - self.start) * self.row_bytes
+
+    def split(self, position: int) -> tuple[SizedRows, SizedRows]:
+        """Two stretches, `[start, position)` and `[position, end)`."""
+        return (
+            SizedRows(self.start, position, self.row_bytes),
+            SizedRows(position, self.end, self.row_bytes),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class SizedCheckpoint:
+    """A state without its contents."""
+
+    position: int
+    nbytes: int
+
+
+def recency(candidate: Candidate) -> float:
+    """Least recently used goes first, and nothing else counts."""
+    return -candidate.age_ticks
+
+
+Cuts = Callable[[Reading], Sequence[int]]
+
+
+def our_cuts(reading: Reading) -> Sequence[int]:
+    """The schedule of a model with a capture hook."""
+    return cuts_for(reading, GRID)
+
+
+def coarse_cuts(reading: Reading) -> Sequence[int]:
+    """Every 8,192 tokens and the prompt's end."""
+    cuts = {*range(8192, reading.end, 8192), reading.end}
+    return sorted(cut for cut in cuts if cut > reading.start)
+
+
+class Simulation:
+    """One store that a trace is replayed through."""
+
+    def __init__(
+        self,
+        trace: Sequence[Asked],
+        shape: Shape,
+        budget_bytes: int,
+        *,
+        utility: Utility = utility,
+        cuts: Cuts = our_cuts,
+    ) -> None:
+        self.trace = trace
+        self.shape = shape
+        self.store = Store(budget_bytes, needs_checkpoints=True, utility=utility)
+        self._cuts = cuts
+
+    def serve(self, index: int) -> int:
+        """Request `index` of the trace, as `engine.answer` treats it; returns the tokens replayed."""
+        asked, store = self.trace[index], self.store
+        store.tick()
+        found = store.find(SPACE, asked.tokens)
+        need = self.shape.running_bytes(asked)
+        try:
+            try:
+                claim = store.claim(need, found)
+            except BudgetError:
+                claim = store.claim(need)
+                found = Found(found.match, 0, None)
+        except BudgetError:
+            return len(asked.tokens)  # served by nobody at this budget, and counted as read in full
+        if found.position:
+            store.use(found)
+        self._read(asked, found)
+        if asked.keeps_reply:
+            self._end(asked.history)
+        claim.release()
+        return len(asked.tokens) - found.position
+
+    def _read(self, asked: Asked, found: Found) -> None:
+        tokens = asked.tokens
+        reading = Reading(
+            found.position, len(tokens) - 1, turn_starts=asked.turns, branch=found.match.matched
+        )
+        cuts = tuple(self._cuts(reading))
+        plan = Plan(reading.start, reading.end, cuts, must_pause=False, cuts_every_slice=False)
+        a = plan.start
+        while a < plan.end:
+            b = plan.slice_end(a, GRID.step)
+            for cut in self._afford(tokens, b, plan.cuts_in(a, b)):
+                self._save(tokens[:cut], is_end=cut == reading.end)
+            a = b
+
+    def _afford(self, tokens: Tokens, b: int, cuts: list[int]) -> list[int]:
+        return self.store.afford(
+            SPACE,
+            tokens[:b],
+            cuts,
+            row_bytes=self.shape.row_bytes,
+            snapshot_bytes=self.shape.checkpoint_bytes,
+        )
+
+    def _save(self, tokens: Tokens, *, is_end: bool) -> bool:
+        end = len(tokens)
+        rows_of: Callable[[int], Any] = lambda start: SizedRows(start, end, self.shape.row_bytes)  # noqa: E731
+        return self.store.save(
+            SPACE,
+            tokens,
+            rows_of,
+            cast("Any", SizedCheckpoint(end, self.shape.checkpoint_bytes)),
+            row_bytes=self.shape.row_bytes,
+            is_end=is_end,
+        )
+
+    def _end(self, history: Tokens) -> None:
+        found = self.store.find(SPACE, history)
+        missing = len(history) - found.match.matched
+        need = self.shape.checkpoint_bytes + missing * self.shape.row_bytes
+        try:
+            self.store.make_room(need, found.nodes())
+        except BudgetError:
+            return
+        self._save(history, is_end=True)
