@@ -219,6 +219,13 @@ class Store:
             refusals=self._refusals,
         )
 
+    def restoring(self) -> Iterator[tuple[Node, Namespace]]:
+        """Every node that stands for itself: those with checkpoints, or every path's end."""
+        for name, tree in self._trees.items():
+            for node in tree.nodes():
+                if node.checkpoint is not None if self.needs_checkpoints else not node.children:
+                    yield node, name
+
     def checkpoints(self, namespace: Namespace) -> Iterator[tuple[Tokens, Node]]:
         """Every checkpoint with the tokens that lead to it."""
         tree = self._trees.get(namespace)

@@ -13,6 +13,7 @@ import logging
 import math
 import shutil
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field, replace
@@ -176,7 +177,7 @@ class DiskTier:
             needs_checkpoints=store.needs_checkpoints,
             stride=store.stride,
         )
-        thread = DiskThread(directory, post)
+        thread = DiskThread(directory, _weakly(post))
         name = str(getattr(model, "model_type", ""))
         shapes = Shapes.of(layout, model)
         tier = cls(thread, catalogue, store, lent, layout, shapes, step, name)
@@ -317,11 +318,11 @@ class DiskTier:
             return
         for payload in payloads:
             self.lent.lend(payload)
-        tokens = writing.tokens[: lacking.end]
+        tokens, was_pinned = writing.tokens[: lacking.end], node.pinned
         self._in_flight[lacking.name] = segment, writing
 
         def done(transfer: Transfer) -> None:
-            transfer.parts.clear()
+            _give_back(transfer)
             self.store.settle(sum(self.lent.give_back(payload) for payload in payloads))
             payloads.clear()
             del self._in_flight[lacking.name]
@@ -330,7 +331,10 @@ class DiskTier:
                 self._cleared.discard(lacking.name)
                 self.delete(segment)
             elif transfer.error is None:
-                self._wrote(segment, tokens, is_pinned=node.pinned)
+                if not self._wrote(segment, tokens):
+                    self._unwritten.setdefault(node, writing.name)  # unless all of it is there
+                elif node.pinned or was_pinned:  # it may have changed since it was handed over
+                    self.pin(writing.name, tokens, is_pinned=node.pinned)
             else:
                 self._unwritten.setdefault(node, writing.name)
                 self._failed(transfer.error)
@@ -338,7 +342,7 @@ class DiskTier:
             self.summary = self.stats()
 
         transfer = Transfer([(segment, freight.data)], done)
-        self.thread.write(transfer, self.catalogue.store.clock, is_pinned=node.pinned)
+        self.thread.write(transfer, self.catalogue.store.clock, is_pinned=was_pinned)
 
     def _paths(self, writing: _Writing) -> Iterator[tuple[str, Tokens]]:
         """What leads to everything that is being written: its files must not go meanwhile."""
@@ -346,15 +350,20 @@ class DiskTier:
         for each in dict.fromkeys([writing, *under_way]):
             yield each.namespace, each.tokens
 
-    def _wrote(self, segment: Segment, tokens: Tokens, *, is_pinned: bool) -> None:
+    def _wrote(self, segment: Segment, tokens: Tokens) -> bool:
+        """False when what leads to it went meanwhile, or is there twice."""
         self._written_bytes += segment.file_nbytes
         if segment not in self.catalogue and not self.catalogue.add(segment, tokens):
-            self.delete(segment)  # what leads to it went meanwhile, or is there twice
-        elif is_pinned:
-            self.catalogue.pin(segment.namespace, tokens, is_pinned=True)
+            self.delete(segment)
+            return False
+        return True
 
     def _failed(self, error: Exception) -> None:
         self._failures += 1
+        # What builds on the file that failed will not be found: all of it is due again.
+        for writing in [self._current, *(each for _, each in self._in_flight.values())]:
+            if writing is not None:
+                self._unwritten.setdefault(writing.node, writing.name)
         self._current = None
         self._rest_until = time.monotonic() + REST_SECONDS
         store = self.catalogue.store
@@ -399,7 +408,7 @@ class DiskTier:
         abandoned = 0
 
         def done(transfer: Transfer) -> None:
-            transfer.parts.clear()
+            _give_back(transfer)
             self.store.settle(abandoned)
             job.asleep = False
 
@@ -447,10 +456,12 @@ class DiskTier:
     def changed(self, entries: list[Entry]) -> None:
         """Another process changed the directory, or left it to this one."""
         names = {entry.segment.name for entry in entries}
-        for segment in self.catalogue.segments():
-            if segment.name not in names:
-                self.catalogue.forget(segment)
+        gone = [one for one in self.catalogue.segments() if one.name not in names]
+        for segment in gone:
+            self.catalogue.forget(segment)
         self.load(entries)
+        if gone:  # what memory has of them is due again
+            self._unwritten |= dict(self.store.restoring())
         self.write()
         self.summary = self.stats()
 
@@ -487,6 +498,29 @@ class DiskTier:
             rejected=self._rejected,
             failures=self._failures,
         )
+
+
+def _give_back(transfer: Transfer) -> None:
+    """Let go of the views, also of those that an error holds by the frames it passed through."""
+    transfer.parts.clear()
+    error: BaseException | None = transfer.error
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
+
+
+def _weakly(post: Callable[[Callable[[], None]], None]) -> Callable[[Callable[[], None]], None]:
+    """The same without keeping the worker alive, which ends when the cache it works for is dropped.
+
+    The worker's thread holds what it was asked last, and by that this tier.
+    """
+    reference = weakref.WeakMethod(post)
+
+    def posted(function: Callable[[], None]) -> None:
+        if (alive := reference()) is not None:
+            alive(function)
+
+    return posted
 
 
 def digest(namespace: Namespace) -> str:

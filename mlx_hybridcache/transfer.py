@@ -204,7 +204,7 @@ class Landing:
             array = None if is_empty else mx.zeros(tensor.shape, _DTYPES[tensor.dtype])
             self._states[tensor.name] = array
         made = [array for array in self._states.values() if array is not None]
-        mx.eval(made)
+        evaluate_to_keep(made)
         yield from _plain(made)
 
     @property
@@ -240,7 +240,8 @@ class Landing:
             kind = self._layout.kinds[int(tensor.name.partition(".")[0])]
             shape = (1, heads, kind.buffer_rows(self.position, self._capacity), dim)
             self._rows[tensor.name] = mx.zeros(shape, _DTYPES[tensor.dtype])
-        mx.eval([self._rows[tensor.name] for tensor in missing])
+        if missing:
+            evaluate_to_keep([self._rows[tensor.name] for tensor in missing])
 
     def _targets(self, tensor: Tensor, start: int, end: int) -> Iterator[memoryview]:
         """Of each head the bytes of positions `[start, end)` in this tensor's buffer."""

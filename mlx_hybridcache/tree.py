@@ -211,7 +211,7 @@ class PrefixTree:
         del node.parent.children[int(node.tokens[0])]
         if not node.parent.children:
             node.parent.children = None
-        node.parent = None
+        node.parent, node.rows = None, ()  # whoever still knows the node must not hold its bytes
 
     def merge(self, node: Node) -> None:
         """Let the only child of `node`, which has no checkpoint, take over its run and its rows."""
@@ -221,7 +221,7 @@ class PrefixTree:
         child.tokens = as_tokens(np.concatenate([node.tokens, child.tokens]))
         child.rows = node.rows + child.rows
         node.parent.children[int(node.tokens[0])] = child
-        node.parent = None
+        node.parent, node.rows = None, ()
 
     def nodes(self) -> Iterator[Node]:
         """Every node but the root, parents before children."""

@@ -10,13 +10,17 @@ from typing import Any
 from mlx_hybridcache.demo import BUNDLED_MODEL
 from mlx_hybridcache.demo.run import wide_console
 
-from . import decode, load, overhead, server
+from . import decode, disk, kills, load, overhead, policies, server, traces
 
 COMMANDS = {
     "overhead": (overhead, "what the cache costs, each part beside its target"),
     "decode": (decode, "tokens per second with and without the KV cache"),
     "server": (server, "time to first token and re-use beside mlx_lm.server"),
+    "disk": (disk, "a restart with a cache directory, and what the directory costs"),
     "load": (load, "many clients at once beside mlx_lm.server"),
+    "kills": (kills, "what a cache directory loses by kill -9 and power cuts: nothing"),
+    "traces": (traces, "write generated traces for `policies`"),
+    "policies": (policies, "tokens replayed by policy and budget, on traces"),
 }
 
 

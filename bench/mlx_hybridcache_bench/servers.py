@@ -80,6 +80,7 @@ class ServerProcess:
 
     def start(self) -> None:
         """Start the process; `wait_ready` waits until it answers, so that two may load at once."""
+        assert self._process is None, "it runs already; a second process would never be stopped"
         self.port = free_port()
         self._log.seek(0)
         self._log.truncate()
@@ -117,15 +118,22 @@ class ServerProcess:
         """Processor time that the process has used, all its threads; None where no clock tells."""
         return cpu_seconds(self._process.pid) if self._process is not None else None
 
-    def stop(self) -> None:
+    def stop(self, patience_seconds: float = STOP_SECONDS) -> None:
         """Ask it to end, then make it."""
         process, self._process = self._process, None
         if process is None:
             return
         process.terminate()
         try:
-            process.wait(STOP_SECONDS)
+            process.wait(patience_seconds)
         except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+    def kill(self) -> None:
+        """End it without asking: SIGKILL, as when the power goes."""
+        process, self._process = self._process, None
+        if process is not None:
             process.kill()
             process.wait()
 

@@ -82,11 +82,11 @@ def write_trace(path: Path, trace: Iterable[Asked]) -> None:
 
 
 def read_trace(path: Path) -> list[Asked]:
-    """Every request of a trace file.
+    """Every request of a trace file, in the order in which they came.
 
-    Raises `PromptError`, which names the line, for a file of another format.
+    A server writes them as they end. Raises `PromptError`, which names the line, for a file of another format.
     """
-    return list(_requests(path))
+    return sorted(_requests(path), key=lambda asked: asked.seconds)
 
 
 def _requests(path: Path) -> Iterator[Asked]:

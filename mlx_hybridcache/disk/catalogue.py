@@ -147,9 +147,16 @@ class Catalogue:
     def find(self, namespace: str, tokens: Tokens) -> Found:
         """Where `tokens` can be resumed from files, at most one short of their end."""
         found = self.store.find(Namespace(namespace), tokens)
-        if self._needs_checkpoints:
-            return found
         reach = min(found.match.matched, len(tokens) - 1)
+        if self._needs_checkpoints:
+            # Not the end of rows of which no state was written, or is left.
+            stands = (
+                node
+                for node in reversed(found.match.path)
+                if isinstance(node.checkpoint, FileState) and node.end <= reach
+            )
+            node = next(stands, None)
+            return replace(found, position=node.end if node else 0, node=node)
         return replace(found, position=reach - reach % self._stride, node=None)
 
     def lacking(
@@ -325,7 +332,7 @@ class Catalogue:
     def pin(self, namespace: str, tokens: Tokens, *, is_pinned: bool) -> list[str]:
         """Keep what restores `tokens` at their end whatever comes, or no longer; returns its files."""
         node = self._node(namespace, tokens)
-        if node is None:
+        if node is None or node.checkpoint is None:
             return []
         node.pinned = is_pinned
         return [payload.segment.name for payload in _payloads([node])]

@@ -94,8 +94,8 @@ class Directory:
         """Write a segment, and note it in the index, which is a cache and may fail."""
         if self.is_lost():
             raise FileNotFoundError(errno.ENOENT, "it was removed while it was in use")
-        write(self.root, entry.segment, data)
-        self._wrong.discard("files")
+        if write(self.root, entry.segment, data):  # nothing is written of what is there already
+            self._wrong.discard("files")
         self._note(lambda index: index.put([entry]))
 
     def delete(self, segment: Segment) -> None:

@@ -1,0 +1,134 @@
+"""Kill -9 and power cuts, for real: what was promised is found, whole; what was not finished is gone.
+
+`mlx-hybridcache bench kills` does the same as often as one likes.
+"""
+
+import time
+from pathlib import Path
+
+import httpx2
+import pytest
+from mlx_hybridcache_bench import cli, power
+from mlx_hybridcache_bench.kills import figures
+from mlx_hybridcache_bench.server_kills import REPLY, ServerAccount, Victim, kill_servers, prompts
+from mlx_hybridcache_bench.servers import OURS, Launch
+from mlx_hybridcache_bench.writer_kills import (
+    Account,
+    kill_at_every_operation,
+    kill_at_random,
+    started_writers,
+)
+
+from mlx_hybridcache.demo import BUNDLED_MODEL
+from mlx_hybridcache.disk.segment import SEGMENTS
+
+MODEL = str(BUNDLED_MODEL)
+
+
+@pytest.fixture(scope="module")
+def writers():
+    with started_writers() as found:
+        yield found
+
+
+def test_two_hundred_kills_at_random_moments_lose_nothing_that_was_durable(writers, tmp_path):
+    """One directory, 200 writers, each killed within a quarter of a second."""
+    account = kill_at_random(writers, tmp_path, 200, seed=1)
+    assert account.faults == []
+    assert account.kills == 200
+    assert min(account.reported, account.deleted, account.unfinished, account.checked) > 0
+
+
+def test_a_kill_at_every_file_operation_leaves_all_or_nothing(writers, tmp_path):
+    """Writers of three checkpoints, killed at their first file operation, their second, to the last."""
+    account = kill_at_every_operation(writers, tmp_path, 3, seed=1)
+    assert account.faults == []
+    assert account.finished == 1
+    assert min(account.reported, account.deleted, account.unfinished) > 0
+
+
+def test_twenty_power_cuts_lose_nothing_that_was_durable(writers):
+    """A real file system is shut down without a flush under a writer, mounted again and looked at."""
+    if why := power.why_not():
+        pytest.skip(why)
+    with power.small_disk() as disk:
+        account = power.cut_power(writers, disk, 20, seed=1)
+    assert account.faults == []
+    assert min(account.reported, account.checked) > 0
+
+
+def test_the_account_tells_what_is_lost_damaged_left_over_and_too_much(writers, tmp_path):
+    """The oracle itself: a file deleted, one overwritten, one that nobody needs."""
+    account = kill_at_random(writers, tmp_path, 8, seed=2)
+    assert account.faults == []
+    states = [name for name in sorted(account.promised) if ".state." in name]
+    lost, damaged = (tmp_path / SEGMENTS / name for name in states[:2])
+    lost.unlink()
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
+    (tmp_path / SEGMENTS / "stray").write_bytes(b"")
+    account.check(tmp_path)
+    for name, sentence in ((lost, "is not there"), (damaged, "was offered"), ("stray", "differ")):
+        assert [fault for fault in account.faults if sentence in fault and Path(name).name in fault]
+    assert len(account.faults) == 3
+
+
+def test_a_server_killed_under_load_answers_as_before(tmp_path):
+    """15 kills while three clients send: replies are cold's to the bit, durable checkpoints are found."""
+    account = kill_servers(MODEL, tmp_path, 15, seed=1)
+    assert account.faults == []
+    assert account.kills == 15
+    assert min(account.replies, account.restored, account.checkpoints, account.verified) > 0
+
+
+def test_a_second_server_takes_over_the_directory_of_one_that_was_killed(tmp_path):
+    """Both answer alike throughout; the reader finds what the writer wrote, then writes itself."""
+    launch = Launch.of(OURS, MODEL, ("--cache-dir", str(tmp_path / "cache")))
+    one, other, third = prompts(seed=3)[:3]
+    with Victim(launch) as writer:
+        writer.wait_ready()
+        with Victim(launch) as reader:
+            reader.wait_ready()
+            assert [_disk(server)["is_writer"] for server in (writer, reader)] == [True, False]
+            cold = {p: _reply(reader, p, cache_prompt=False)[0] for p in (one, other, third)}
+            assert _reply(writer, one) == (cold[one], 0)
+            _wait_until(lambda: not _disk(writer)["unwritten"] + _disk(writer)["queued_bytes"])
+            _wait_until(lambda: _disk(reader)["checkpoints"] == _disk(writer)["checkpoints"])
+            assert _reply(reader, one) == (cold[one], len(one) - 1)
+            writer.kill()
+            assert _reply(reader, other)[0] == cold[other]
+            _wait_until(lambda: _disk(reader)["is_writer"])
+            before = _disk(reader)["written_bytes"]
+            assert _reply(reader, third)[0] == cold[third]
+            _wait_until(lambda: _disk(reader)["written_bytes"] > before)
+            assert reader.log == ""
+
+
+def _disk(server):
+    return httpx2.get(f"{server.url}/v1/cache", timeout=60, trust_env=False).json()["disk"]
+
+
+def _reply(server, prompt, **options):
+    body = {"prompt": list(prompt), **REPLY, **options}
+    reply = httpx2.post(f"{server.url}/v1/completions", json=body, timeout=120, trust_env=False)
+    reply = reply.json()
+    return reply["choices"][0], reply["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+
+def _wait_until(holds):
+    until = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < until, "it never came"
+        time.sleep(0.05)
+
+
+def test_the_bench_counts_faults_and_fails_by_them(tmp_path, capsys):
+    """Five kills of a writer and no others: exit status 0, figures in the file. With a fault it is 1."""
+    file = tmp_path / "kills.json"
+    asked = ["--writer", "5", "--stages", "0", "--server", "0", "--cuts", "0"]
+    assert cli.main(["kills", *asked, "--json", str(file)]) == 0
+    assert '"kills": 5' in file.read_text()
+    assert "5" in capsys.readouterr().out
+    broken = Account(kills=1, faults=["something"])
+    assert not all(each.kept for each in figures({"writers": broken}))
+    assert not all(each.kept for each in figures({"servers": ServerAccount(faults=["something"])}))
+    assert all(each.kept for each in figures({"writers": Account()}))
