@@ -337,7 +337,7 @@ class DiskTier:
                     self.pin(writing.name, tokens, is_pinned=node.pinned)
             else:
                 self._unwritten.setdefault(node, writing.name)
-                self._failed(transfer.error)
+                self._failed(transfer.error, is_told=transfer.is_told)
             self.write()
             self.summary = self.stats()
 
@@ -358,7 +358,7 @@ class DiskTier:
             return False
         return True
 
-    def _failed(self, error: Exception) -> None:
+    def _failed(self, error: Exception, *, is_told: bool) -> None:
         self._failures += 1
         # What builds on the file that failed will not be found: all of it is due again.
         for writing in [self._current, *(each for _, each in self._in_flight.values())]:
@@ -376,7 +376,8 @@ class DiskTier:
             if is_full
             else f"Trying again in {REST_SECONDS:.0f} s; replies are not affected."
         )
-        self.thread.directory.complain("files", f"nothing can be written: {error}. {then}")
+        if not is_told:
+            self.thread.directory.complain("files", f"nothing can be written: {error}. {then}")
 
     def delete(self, segment: Segment) -> None:
         """Nothing needs this file any more; only the writer deletes it."""

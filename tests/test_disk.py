@@ -16,7 +16,6 @@ import numpy as np
 import oracle
 import pytest
 import tiny
-from mlx_lm.models import llama
 from oracle import STEP
 
 from mlx_hybridcache import HybridPromptCache
@@ -149,7 +148,13 @@ def test_every_position_that_was_kept_comes_back_from_files(name: str, tmp_path:
         catalogue = cache.engine.disk.catalogue
         ends = {one.end for one in catalogue.segments() if one.kind == "state"}
         if not cache.engine.layout.needs_snapshots:
-            ends = {*range(STEP if cache.engine.exact else WORTH, LENGTH, STEP if cache.engine.exact else 37)}
+            ends = {
+                *range(
+                    STEP if cache.engine.exact else WORTH,
+                    LENGTH,
+                    STEP if cache.engine.exact else 37,
+                )
+            }
         positions = sorted(at for at in ends if at >= WORTH)
         assert positions
         for at in positions:
@@ -225,7 +230,9 @@ def until_idle(cache: HybridPromptCache) -> None:
     cache.stats()
 
 
-@pytest.mark.parametrize("name", ["qwen3_next", "qwen3_5-bf16", "jamba", "llama", "gemma3_text-full"])
+@pytest.mark.parametrize(
+    "name", ["qwen3_next", "qwen3_5-bf16", "jamba", "llama", "gemma3_text-full"]
+)
 def test_memory_has_the_beginning_and_files_the_rest(name: str, tmp_path: Path) -> None:
     """Memory knows 150 tokens of 300: the rows of the rest are read, and no more than those."""
     tokens = oracle.prompt(LENGTH, seed=10)
@@ -267,7 +274,10 @@ def test_two_salts_never_share_files(tmp_path: Path) -> None:
         assert cache.flush(30)
         assert cache.lookup(tokens, cache_salt="one").tier == "disk"
     with opened(tmp_path) as cache:
-        found = {salt: cache.lookup(tokens, cache_salt=salt).restored_tokens for salt in ("one", "two", "")}
+        found = {
+            salt: cache.lookup(tokens, cache_salt=salt).restored_tokens
+            for salt in ("one", "two", "")
+        }
         assert found == {"one": LENGTH - 1, "two": LENGTH - 2, "": LENGTH - 2}
         for salt in found:
             assert_as_cold(cache, tokens, cache_salt=salt)
@@ -303,7 +313,9 @@ with test_disk.opened(Path(sys.argv[2])) as cache:
 """
 
 
-def test_a_second_process_reads_what_the_first_one_wrote_and_changes_nothing(tmp_path: Path) -> None:
+def test_a_second_process_reads_what_the_first_one_wrote_and_changes_nothing(
+    tmp_path: Path,
+) -> None:
     """While the first one is open: the second restores 299 of 300, writes nothing and deletes nothing."""
     tokens = oracle.prompt(LENGTH, seed=15)
     with opened(tmp_path) as cache:
@@ -387,7 +399,10 @@ def test_pins_survive_a_restart_on_disk(tmp_path: Path) -> None:
                 assert cache.flush(30)
     with opened(tmp_path, disk_budget=budget) as cache:
         assert cache.lookup(oracle.prompt(LENGTH, seed=51)).restored_tokens == 0
-        assert (cache.lookup(tokens).restored_tokens, cache.lookup(tokens).tier) == (LENGTH - 1, "disk")
+        assert (cache.lookup(tokens).restored_tokens, cache.lookup(tokens).tier) == (
+            LENGTH - 1,
+            "disk",
+        )
         assert_as_cold(cache, tokens)
         cache.unpin(tokens)
         forget_memory(cache)
@@ -396,6 +411,76 @@ def test_pins_survive_a_restart_on_disk(tmp_path: Path) -> None:
             assert cache.flush(30)
         forget_memory(cache)
         assert cache.lookup(tokens).restored_tokens < LENGTH - 1
+
+
+@pytest.mark.parametrize("is_pinned", [True, False])
+def test_a_pin_set_or_lifted_while_its_files_are_written_is_kept(
+    is_pinned: bool, tmp_path: Path
+) -> None:
+    """`pin` while the disk stands still, and for the other case `unpin` too: so it is after a restart."""
+    tokens = oracle.prompt(LENGTH, seed=58)
+    with opened(tmp_path) as cache:
+        with held_up(cache):
+            oracle.read(cache, tokens)
+            cache.pin(tokens)
+            if not is_pinned:
+                cache.unpin(tokens)
+        assert cache.flush(30)
+    with opened(tmp_path) as cache:
+        nodes = cache.engine.disk.catalogue.store.nodes()
+        assert [node.end for node in nodes if node.pinned] == [LENGTH - 1] * is_pinned
+
+
+def test_a_damaged_file_leaves_no_buffer_behind(tmp_path: Path) -> None:
+    """2,000 tokens whose state is damaged: once the reply is over MLX holds what is reported, although
+    Python's collector has not run.
+    """
+    tokens = oracle.prompt(2000, seed=59)
+    write(tmp_path, tokens, name="qwen3_next")
+    for path in tmp_path.rglob("*.state.safetensors"):
+        path.write_bytes(path.read_bytes()[:-1] + b"!")
+    with opened(tmp_path) as cache:
+        gc.collect()
+        mx.clear_cache()
+        before = mx.get_active_memory()
+        gc.disable()
+        try:
+            oracle.read(cache, tokens)
+            held = mx.get_active_memory() - before - cache.stats().held_bytes
+        finally:
+            gc.enable()
+        assert cache.disk_stats().rejected > 0
+        assert held < 100_000
+
+
+@pytest.mark.parametrize("name", ["qwen3_next", "gemma3_text"])
+def test_rows_without_any_state_restore_nothing(name: str, tmp_path: Path) -> None:
+    """A run that ended before its first state was written left rows of 300 tokens: read again, cold."""
+    tokens = oracle.prompt(LENGTH, seed=61)
+    write(tmp_path, tokens, name=name)
+    for path in tmp_path.rglob("*.state.safetensors"):
+        path.unlink()
+    with opened(tmp_path, name) as cache:
+        assert cache.lookup(tokens).restored_tokens == 0
+        assert_as_cold(cache, tokens)
+        assert cache.last_report.tier == "none"
+        assert cache.flush(30)
+    with opened(tmp_path, name) as cache:
+        assert cache.lookup(tokens).restored_tokens == LENGTH - 1
+        assert_as_cold(cache, tokens)
+
+
+def test_what_was_let_go_before_it_was_written_is_let_go_of(tmp_path: Path) -> None:
+    """Forty prompts through 2 MB while the disk stands still: what it never got is not held for it."""
+    with opened(tmp_path, memory_budget=2_000_000) as cache, held_up(cache):
+        oracle.read(cache, oracle.prompt(LENGTH, seed=60))
+        gc.collect()
+        mx.clear_cache()
+        before = mx.get_active_memory() - cache.stats().held_bytes
+        for seed in range(61, 101):
+            oracle.read(cache, oracle.prompt(LENGTH, seed=seed))
+        held = mx.get_active_memory() - before - cache.stats().held_bytes
+        assert held < 200_000
 
 
 def test_a_smaller_disk_budget_lets_go_what_is_over_it_even_pins(tmp_path: Path) -> None:
@@ -467,6 +552,18 @@ def test_what_a_request_used_is_what_the_index_notes(tmp_path: Path) -> None:
         assert max(states, key=lambda entry: entry.used).segment.end == 199
 
 
+def test_a_cache_that_is_dropped_ends_its_threads_and_frees_the_directory(tmp_path: Path) -> None:
+    """Dropped without `close`: neither its worker nor its disk thread lives on, and the next one writes."""
+    before = set(threading.enumerate())
+    cache = oracle.new_cache(model_of("qwen3_next"), cache_dir=tmp_path)
+    oracle.read(cache, oracle.prompt(LENGTH, seed=87))
+    del cache
+    gc.collect()
+    assert set(threading.enumerate()) == before
+    with opened(tmp_path) as cache:
+        assert cache.disk_stats().is_writer
+
+
 @each_family
 def test_nothing_is_written_twice(name: str, tmp_path: Path) -> None:
     """A prompt read again, from memory, from files, and in a later run: not a byte more is written."""
@@ -488,7 +585,9 @@ def test_no_row_is_written_twice_however_dense_the_checkpoints_are(tmp_path: Pat
     write(tmp_path, oracle.prompt(LENGTH, seed=94))
     with opened(tmp_path) as cache:
         rows = sorted(
-            (one.start, one.end) for one in cache.engine.disk.catalogue.segments() if one.kind == "rows"
+            (one.start, one.end)
+            for one in cache.engine.disk.catalogue.segments()
+            if one.kind == "rows"
         )
         assert rows[0][0] == 0
         assert [a for a, _ in rows[1:]] == [b for _, b in rows[:-1]]

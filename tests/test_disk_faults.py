@@ -300,7 +300,7 @@ def test_what_is_written_beside_a_failure_is_written_to_its_end(
     """One folder cannot be made, two segments are under way: in the end every checkpoint is there."""
     faults.written(tmp_path / "expected", tiny.build(MODEL), FIRST, SECOND)
     expected = {path.name for path in faults.segments(tmp_path / "expected", "state")}
-    monkeypatch.setattr(tiers, "QUEUE_SHARE", 64_000_000 // 16_000)
+    monkeypatch.setattr(tiers, "QUEUE_SHARE", 64_000_000 // 40_000)
     obstacle = tmp_path / "cache" / SEGMENTS / sorted(expected)[which][:2]
     obstacle.parent.mkdir(parents=True)
     obstacle.touch()

@@ -103,6 +103,7 @@ class DiskThread:
                 self.directory.write(Entry(segment, used, is_pinned, segment.file_nbytes), views)
             except (SegmentError, OSError) as error:
                 transfer.failed, transfer.error = segment, error
+                transfer.is_told = self.directory.is_lost()
 
         self._do(_CHANGE, transfer, write)
 
