@@ -10,7 +10,7 @@ import mlx.core as mx
 
 from .layers.adapt import Layout, fresh_caches, leaves
 from .layers.kind import Arrays, Snapshot
-from .layers.rows import RowBlock, evaluate_to_keep
+from .layers.rows import RowBlock, compact, evaluate_to_keep
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,23 +50,35 @@ def take_rows(layout: Layout, caches: Sequence[Any], start: int, end: int) -> Ro
 
     None where some of them have left the live caches.
     """
-    taken: list[Arrays] = []
+    view = view_rows(layout, caches, start, end)
+    if view is None:
+        return None
+    taken = tuple(tuple(compact(x) for x in arrays) for arrays in view.layers)
+    del view
+    evaluate_to_keep(taken)
+    return RowBlock(start, end, taken)
+
+
+def view_rows(layout: Layout, caches: Sequence[Any], start: int, end: int) -> RowBlock | None:
+    """The same where they lie, without a copy: to be let go of before the caches go on."""
+    views: list[Arrays] = []
     for kind, cache in zip(layout.kinds, leaves(caches), strict=True):
-        rows = kind.take_rows(cache, start, end)
+        rows = kind.view_rows(cache, start, end)
         if rows is None:
             return None
-        taken.append(rows)
-    evaluate_to_keep(taken)
-    return RowBlock(start, end, tuple(taken))
+        views.append(rows)
+    return RowBlock(start, end, tuple(views))
 
 
 def restore(
     layout: Layout,
     model: Any,
-    blocks: Sequence[RowBlock],
+    blocks: list[RowBlock],
     checkpoint: Checkpoint | None,
     position: int,
     capacity: int,
+    *,
+    by_layer: bool,
 ) -> list[Any]:
     """Fresh mlx-lm caches that stand at `position`, with room for `capacity` tokens.
 
@@ -74,13 +86,23 @@ def restore(
     Position 0 gives empty caches whose buffers are there already. Every byte is copied once, into
     the buffer it will live in: a cache restored at its exact size would be copied again, whole, by
     the first token written behind it.
+
+    `blocks` is emptied. `by_layer`, each layer's rows are let go of as soon as they are copied: where
+    nobody else holds them, no more than one layer is held twice.
     """
     caches = fresh_caches(model)
-    pieces = [block.piece(block.start, min(block.end, position)) for block in blocks]
+    pieces = [list(block.piece(block.start, min(block.end, position))) for block in blocks]
+    blocks.clear()
     for index, (kind, cache) in enumerate(zip(layout.kinds, leaves(caches), strict=True)):
         snapshot = checkpoint.snapshots[index] if checkpoint is not None else None
         rows = [piece[index] for piece in pieces]
         kind.fill(cache, [part for part in rows if part], snapshot, position, capacity)
+        if by_layer:
+            mx.eval(cache.state)
+            del rows
+            for piece in pieces:
+                piece[index] = ()
+            mx.clear_cache()
     mx.eval([cache.state for cache in caches])
     return caches
 

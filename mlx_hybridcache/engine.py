@@ -19,7 +19,7 @@ from . import checkpoint as checkpoints
 from .errors import BudgetError
 from .generate import REPLY_ROOM, Decoder, Prepared, Writer, respond, rounded, seeded
 from .layers.adapt import Layout, fresh_caches
-from .layers.rows import RowBlock
+from .lender import CacheLender
 from .pressure import Pressure, give_back
 from .replay import plan, replay
 from .report import CacheReport, Divergence, Reason
@@ -29,6 +29,7 @@ from .sharing import Readers
 from .store import Claim, Found, Store, StoreStats
 from .tiers import DiskTier
 from .tokens import Namespace, Tokens, TurnMarks
+from .tree import Rows
 from .worker import PAUSE, Load, Pause
 
 log = logging.getLogger("mlx_hybridcache")
@@ -104,6 +105,8 @@ class Engine:
         self, request: Request, options: dict[str, Any]
     ) -> Iterator[GenerationResponse | Pause]:
         """The map: what happens to a request, in order. Each `yield` ends a turn of the worker."""
+        if self.layout.lends_rows:
+            request.lender = CacheLender(request.namespace, request.tokens, self.layout)
         ready = yield from self._prepare(request)
         request.job.left = 0
         reply: list[int] = []
@@ -132,17 +135,23 @@ class Engine:
                 if len(reply) == 1:
                     request.on_progress(len(request.tokens), len(request.tokens))
                 yield response
+                if len(reply) == 1:
+                    self._own(request)
         finally:
             try:
                 if writer is not None:
                     self._end(request, reply, writer)
+                    claim = writer.claim
             finally:
-                (claim if writer is None else writer.claim).release()
+                self._give_up(request, claim)
                 self._close(request)
                 mx.clear_cache()
 
     def prepare(self, request: Request, *, read: bool) -> Iterator[Prepared | Pause]:
-        """The first half alone, for who runs the model: its last item are the caches."""
+        """The first half alone, for who runs the model: its last item are the caches.
+
+        Nothing is borrowed from those, because they are changed elsewhere.
+        """
         yield (yield from self._prepare(request, read=read))
         self._close(request)
 
@@ -185,14 +194,27 @@ class Engine:
                         yield PAUSE
                     position = len(request.tokens) - 1
             except BaseException:
-                claim.release()
+                self._give_up(request, claim)
                 self.publish()
                 raise
         finally:
             if read:
                 self.readers.leave(request)
         request.report = self.report(request, found, time.perf_counter() - began)
-        return Prepared(caches, position, capacity, claim)
+        return Prepared(caches, position, capacity, claim, request.lender)
+
+    def _give_up(self, request: Request, claim: Claim) -> None:
+        """A request's caches go. What it read stays: rows that only they hold move to the store."""
+        try:
+            if request.lender is not None:
+                self.store.take_over(request.lender, claim)
+        finally:
+            claim.release()
+
+    def _own(self, request: Request) -> None:
+        """What was read so far outlives the request from now on, where that costs nobody anything."""
+        if request.lender is not None:
+            self.store.own(request.lender, may_evict=False)
 
     def _resume(
         self, request: Request, capacity: int
@@ -215,12 +237,7 @@ class Engine:
                         return promoted
                     request.rejected += 1
                     continue  # without the file that was not what it should be
-            claim, found = self._claim(found, capacity)
-            try:
-                return self._restore(found, capacity), found, claim
-            except BaseException:
-                claim.release()
-                raise
+            return self._restore(request, found, capacity)
 
     def _on_disk(self, request: Request, beyond: int) -> Found | None:
         if self.disk is None:
@@ -238,6 +255,7 @@ class Engine:
         need = self.layout.running_bytes(capacity) + self.layout.snapshot_bytes
         if self.layout.stores_every_slice:
             need += deeper.position * self.layout.row_bytes
+        lender = request.lender
         claim = self.store.claim(need, found)
         try:
             landing = yield from self.disk.promote(found, deeper, capacity, request.job)
@@ -245,17 +263,20 @@ class Engine:
                 claim.release()
                 return None
             caches, checkpoint = landing.caches(self.model)
+            self._lend(request, caches, deeper.position)
+            tokens = request.tokens[: deeper.position]
             self._save_at(
                 request.namespace,
-                request.tokens[: deeper.position],
-                landing.block,
+                tokens,
+                landing.block if lender is None else lender.rows_to(deeper.position),
                 checkpoint,
+                row_bytes=self.layout.row_bytes if lender is None else 0,
                 is_end=False,
             )
             del landing, checkpoint  # a buffer that is held twice is copied when it is written to
             claim.shrink(self.layout.running_bytes(capacity))
         except BaseException:
-            claim.release()
+            self._give_up(request, claim)
             raise
         match = max(found.match, deeper.match, key=lambda match: match.matched)
         return caches, Found(match, deeper.position, None, tier="disk"), claim
@@ -265,21 +286,44 @@ class Engine:
         deeper = self._on_disk(request, position)
         return position if deeper is None else deeper.position
 
-    def _claim(self, found: Found, capacity: int) -> tuple[Claim, Found]:
-        """Room for a running request; where the restored path itself is in the way, without it."""
-        need = self.layout.running_bytes(capacity)
+    def _restore(
+        self, request: Request, found: Found, capacity: int
+    ) -> tuple[list[Any], Found, Claim]:
+        """From memory; where the restored path itself is in the way of the request, without it."""
+        need, lender = self.layout.running_bytes(capacity), request.lender
         try:
-            return self.store.claim(need, found), found
+            if lender is None:
+                claim, blocks = self.store.claim(need, found), found.blocks()
+            else:
+                claim, blocks = self.store.claim_for(need, found, lender)
         except BudgetError:
-            claim = self.store.claim(need)
-            return claim, replace(found, position=0, node=None)
+            claim, blocks = self.store.claim(need), []
+            found = replace(found, position=0, node=None)
+        try:
+            if found.position:
+                self.store.use(found)
+            caches = checkpoints.restore(
+                self.layout,
+                self.model,
+                blocks,
+                found.checkpoint,
+                found.position,
+                capacity,
+                by_layer=claim.nbytes > need,
+            )
+            claim.shrink(need)
+            self._lend(request, caches, found.position)
+        except BaseException:
+            self._give_up(request, claim)
+            raise
+        return caches, found, claim
 
-    def _restore(self, found: Found, capacity: int) -> list[Any]:
-        if found.position:
-            self.store.use(found)
-        return checkpoints.restore(
-            self.layout, self.model, found.blocks(), found.checkpoint, found.position, capacity
-        )
+    def _lend(self, request: Request, caches: list[Any], position: int) -> None:
+        """The store may leave rows in `caches`, whose first `position` are as it has them."""
+        if request.lender is not None:
+            request.lender.caches = caches
+            request.lender.alike = [(0, position)]
+            self.store.lend(request.lender)
 
     def _replay(self, request: Request, found: Found, caches: list[Any]) -> Iterator[int]:
         """Read what was not restored, but the last token, saving every checkpoint as it is crossed."""
@@ -317,6 +361,7 @@ class Engine:
             for taken in read.taken:
                 ends = taken.position == reading.end
                 self._save(request, taken, caches, is_end=ends)
+            self._own(request)
             request.advance(read.position)
             request.on_progress(read.position, len(tokens))
             yield read.position
@@ -327,7 +372,7 @@ class Engine:
             request.namespace,
             request.tokens[:end],
             cuts,
-            row_bytes=self.layout.row_bytes,
+            row_bytes=self._stored_row_bytes(request.lender),
             snapshot_bytes=self.layout.snapshot_bytes,
         )
         request.refused += len(cuts) - len(kept)
@@ -342,9 +387,15 @@ class Engine:
         is_end: bool,
     ) -> None:
         tokens = request.tokens[: taken.position]
-        stored = self._save_from(request.namespace, tokens, taken, caches, is_end=is_end)
+        stored = self._save_from(
+            request.namespace, tokens, taken, caches, request.lender, is_end=is_end
+        )
         request.taken += stored
         request.refused += not stored
+
+    def _stored_row_bytes(self, lender: CacheLender | None) -> int:
+        """What a token's rows add to the store now: nothing where they stay in running caches."""
+        return self.layout.row_bytes if lender is None else 0
 
     def _save_from(
         self,
@@ -352,21 +403,25 @@ class Engine:
         tokens: Tokens,
         taken: checkpoints.Checkpoint,
         caches: Sequence[Any],
+        lender: CacheLender | None,
         *,
         is_end: bool,
     ) -> bool:
-        def rows_of(start: int) -> RowBlock | None:
+        def copied(start: int) -> Rows | None:
             return checkpoints.take_rows(self.layout, caches, start, len(tokens))
 
-        return self._save_at(namespace, tokens, rows_of, taken, is_end=is_end)
+        rows_of = copied if lender is None else lender.rows_to(len(tokens))
+        row_bytes = self._stored_row_bytes(lender)
+        return self._save_at(namespace, tokens, rows_of, taken, row_bytes=row_bytes, is_end=is_end)
 
     def _save_at(
         self,
         namespace: Namespace,
         tokens: Tokens,
-        rows_of: Callable[[int], RowBlock | None],
+        rows_of: Callable[[int], Rows | None],
         taken: checkpoints.Checkpoint | None,
         *,
+        row_bytes: int,
         is_end: bool,
     ) -> bool:
         """Into the memory tier, and from there to the disk in time."""
@@ -375,7 +430,7 @@ class Engine:
             tokens,
             rows_of,
             taken if self.layout.needs_snapshots else None,
-            row_bytes=self.layout.row_bytes,
+            row_bytes=row_bytes,
             is_end=is_end,
         )
         if is_stored and self.disk is not None:
@@ -385,25 +440,37 @@ class Engine:
     def _end(self, request: Request, reply: list[int], writer: Writer) -> None:
         """Checkpoint the end of a reply, unless the next turn's history will leave part of it out."""
         keep = bool(reply) and not self.exact and not self.marks.strips(reply)
-        caches = self.decoder.end(writer, keep=keep)
+        caches, lender = self.decoder.end(writer, keep=keep), request.lender
         if caches is None:
+            return
+        if lender is not None:
+            lender.caches = caches
+        if not keep or writer.guard.error is not None:
             return
         history = np.concatenate([request.tokens, np.array(reply, dtype=np.int32)])
         mx.eval([cache.state for cache in caches])
         if self.layout.mismatch(caches, len(history)) is None:
-            self.save_caches(request.namespace, history, caches)
+            if lender is not None:
+                lender.tokens = history
+            self.save_caches(request.namespace, history, caches, lender)
 
-    def save_caches(self, namespace: Namespace, tokens: Tokens, caches: Sequence[Any]) -> bool:
+    def save_caches(
+        self,
+        namespace: Namespace,
+        tokens: Tokens,
+        caches: Sequence[Any],
+        lender: CacheLender | None = None,
+    ) -> bool:
         """Checkpoint `caches`, which stand at `len(tokens)`, if there is room."""
         found = self.store.find(namespace, tokens)
         missing = len(tokens) - found.match.matched
-        need = self.layout.snapshot_bytes + missing * self.layout.row_bytes
+        need = self.layout.snapshot_bytes + missing * self._stored_row_bytes(lender)
         try:
             self.store.make_room(need, found.nodes())
         except BudgetError:
             return False
         taken = checkpoints.take(self.layout, caches, len(tokens))
-        return self._save_from(namespace, tokens, taken, caches, is_end=True)
+        return self._save_from(namespace, tokens, taken, caches, lender, is_end=True)
 
     # Without the cache
 

@@ -19,6 +19,7 @@ from mlx_lm.sample_utils import greedy_sampler
 from . import checkpoint as checkpoints
 from .errors import BudgetError
 from .layers.adapt import Layout
+from .lender import CacheLender
 from .store import Claim, Store
 from .tokens import Tokens
 
@@ -44,12 +45,16 @@ NO_LIMIT = 2**31
 
 @dataclass(frozen=True)
 class Prepared:
-    """Caches that stand at `position`, with room for `capacity` tokens, paid for by `claim`."""
+    """Caches that stand at `position`, with room for `capacity` tokens, paid for by `claim`.
+
+    The store may leave rows with `lender`, which is these caches, as long as they are.
+    """
 
     caches: list[Any]
     position: int
     capacity: int
     claim: Claim
+    lender: CacheLender | None = None
 
 
 class _Guard:
@@ -92,6 +97,7 @@ class Writer:
     claim: Claim
     guard: _Guard
     batch: _Batch
+    lender: CacheLender | None
     made: deque[tuple[int, mx.array]] = field(default_factory=deque)
 
 
@@ -153,7 +159,7 @@ class Decoder:
         )
         mx.eval(steps._next_tokens)  # the first step is done before anything is counted
         batch = _Batch(steps, ready.capacity, ready.claim)
-        writer = Writer(len(tokens), ends, max_tokens, ready.claim, guard, batch)
+        writer = Writer(len(tokens), ends, max_tokens, ready.claim, guard, batch, ready.lender)
         batch.writers.append(writer)
         self._alone.append(writer)
         if self._batches:
@@ -172,17 +178,18 @@ class Decoder:
         return writer.made.popleft()
 
     def end(self, writer: Writer, *, keep: bool) -> list[Any] | None:
-        """Let a reply go. With `keep`, its plain caches, which `writer.claim` then pays for.
+        """Let a reply go, and return its plain caches, which `writer.claim` then pays for.
 
-        None when a step of it failed half way, or when there is no room to take them out.
+        From a batch they are taken only to `keep` them: None when a step of it failed half way, or
+        when there is no room to take them out.
         """
         batch = writer.batch
-        keep = keep and writer.guard.error is None
         if not batch.is_merged:
             self._alone.remove(writer)
             batch.writers.clear()  # a cycle would keep the caches until the next collection
-            return batch.steps.prompt_cache if keep else None
-        caches = self._take_out(writer) if keep else None
+            plain, batch.steps.prompt_cache = list(batch.steps.prompt_cache), []
+            return plain
+        caches = self._take_out(writer) if keep and writer.guard.error is None else None
         self._leave(writer)
         return caches
 
@@ -224,9 +231,13 @@ class Decoder:
         before = self._merged
         joining = [writer for writer in self._alone if not writer.made]  # their clients keep up
         members = [*(before.writers if before is not None else ()), *joining]
-        longest = max(writer.position for writer in members)
-        if len(members) < 2 or len(members) * longest > WASTE * sum(w.position for w in members):
+        if not _is_worth_it(members):
             return
+        joining = [writer for writer in joining if self._lends_nothing(writer)]
+        members = [*(before.writers if before is not None else ()), *joining]
+        if not joining or not _is_worth_it(members):
+            return
+        longest = max(writer.position for writer in members)
         # mlx-lm merges to the exact length, and makes room for more with the next step.
         capacity = max(longest, before.capacity if before is not None else 0)
         need = len(members) * self._layout.running_bytes(capacity)
@@ -236,6 +247,10 @@ class Decoder:
             claim = self._store.claim(need + passing)
         except BudgetError:
             return
+        for writer in joining:
+            if writer.lender is not None:
+                self._store.lends_no_more(writer.lender)
+                writer.lender = None
         merged = _merge_caches([writer.batch.steps.prompt_cache for writer in joining])
         first, *others = (writer.batch.steps for writer in joining)
         first.prompt_cache = merged
@@ -255,6 +270,10 @@ class Decoder:
         self._merged = batch = _Batch(steps, capacity, claim, is_merged=True, writers=members)
         for writer in members:
             writer.batch, writer.claim = batch, claim
+
+    def _lends_nothing(self, writer: Writer) -> bool:
+        """Whether the store has all of this reply's rows itself, so that its caches may go."""
+        return writer.lender is None or self._store.own(writer.lender, may_evict=True)
 
     def _take_out(self, writer: Writer) -> list[Any] | None:
         """Plain caches of one reply of a batch, with a claim of its own; None without room."""
@@ -346,6 +365,12 @@ def respond(
             peak_memory=mx.get_peak_memory() / 1e9,
             finish_reason=finish,
         )
+
+
+def _is_worth_it(members: Sequence[Writer]) -> bool:
+    """Whether a batch of these replies pads their rows at most to `WASTE` times as many."""
+    rows = [writer.position for writer in members]
+    return len(rows) > 1 and len(rows) * max(rows) <= WASTE * sum(rows)
 
 
 def rounded(rows: int) -> int:

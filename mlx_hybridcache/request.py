@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
+from .lender import CacheLender
 from .report import CacheReport, Divergence
 from .store import Claim
 from .tokens import Namespace, Tokens
@@ -22,7 +23,7 @@ class Request:
     """What was asked, and the account kept of it.
 
     `read` tokens are restored or read so far, and `stops` are the positions on the way at which
-    others wait for a checkpoint.
+    others wait for a checkpoint. Its caches are the `lender`'s, if the store may leave rows in them.
     """
 
     tokens: Tokens
@@ -36,6 +37,7 @@ class Request:
     taken: int = 0
     refused: int = 0
     rejected: int = 0
+    lender: CacheLender | None = None
     job: Job = field(default_factory=lambda: Job(left=1))
     read: int = 0
     stops: set[int] = field(default_factory=set)

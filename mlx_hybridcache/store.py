@@ -8,6 +8,7 @@ not fit is refused and said.
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import cast
 
 import numpy as np
 
+from .borrowing import BorrowedRows, Debt, Lender, debts, full_nbytes
 from .checkpoint import Checkpoint
 from .errors import BudgetError, NotStoredError, SettingError
 from .eviction import Eviction, Utility, crowded, pinned_nodes
@@ -22,6 +24,8 @@ from .layers.rows import RowBlock
 from .policy import NEAR_TOKENS, Candidate, utility
 from .tokens import Namespace, Tokens
 from .tree import Held, Match, Node, PrefixTree, Rows
+
+log = logging.getLogger("mlx_hybridcache")
 
 GHOSTS = 256
 """Evicted prefixes that are remembered by their digest, so that a report can say `evicted`."""
@@ -65,9 +69,13 @@ class Found:
         return self.match.nodes()
 
     def blocks(self) -> list[RowBlock]:
-        """The rows of `[0, position)`, the last one perhaps reaching beyond."""
+        """The rows of `[0, position)`, the last one perhaps reaching beyond.
+
+        Those that lie in a running request's caches are views, to be let go of before it goes on.
+        """
         return [
-            cast("RowBlock", rows)  # the tree knows rows by their protocol only
+            # The tree knows rows by their protocol only.
+            cast("RowBlock", rows.view() if isinstance(rows, BorrowedRows) else rows)
             for node in self.nodes()
             for rows in node.rows
             if rows.start < self.position
@@ -93,6 +101,10 @@ class Holders:
         """Rows were replaced by two parts of their own."""
         return 0
 
+    def is_held(self, payload: Held) -> bool:
+        """Whether others hold it at this moment."""
+        return False
+
 
 class Claim:
     """Bytes of the budget held by one running request. Given back by `release`, once."""
@@ -114,13 +126,12 @@ class Claim:
         """Give back what is more than `nbytes`."""
         if nbytes < self.nbytes:
             self._store.running_bytes -= self.nbytes - nbytes
+            self._store.freed_bytes += self.nbytes - nbytes
             self.nbytes = nbytes
 
     def release(self) -> None:
         """Give all of it back."""
-        self._store.running_bytes -= self.nbytes
-        self._store.freed_bytes += self.nbytes
-        self.nbytes = 0
+        self.shrink(0)
 
 
 class Store:
@@ -161,6 +172,8 @@ class Store:
         self._holders = holders or Holders()
         self._utility = utility
         self._trees: dict[Namespace, PrefixTree] = {}
+        self._lenders: list[Lender] = []
+        self.on_owned: Callable[[], None] = lambda: None  # rows are the store's own now
         self.clock = 0
         self._evictions = 0
         self._refusals = 0
@@ -252,14 +265,19 @@ class Store:
         self.running_bytes += nbytes
         return Claim(self, nbytes)
 
+    def has_room(self, nbytes: int) -> bool:
+        """Whether `nbytes` more fit beside everything that is held."""
+        return self.used_bytes() + nbytes <= self.budget_bytes
+
     def make_room(self, nbytes: int, keep: Iterable[Node] = (), spare: Node | None = None) -> None:
-        """Let checkpoints go, least useful first, until `nbytes` more fit.
+        """Until `nbytes` more fit, let go what running requests have too, then what is least useful.
 
         The rows of nodes in `keep` stay, and the checkpoint of `spare`. Raises `BudgetError` when
         they do not fit.
         """
-        missing = self.used_bytes() + nbytes - self.budget_bytes
-        if missing <= 0:
+        if not self.has_room(nbytes):
+            self._lean()
+        if self.has_room(nbytes):
             return
         eviction = self._eviction(keep, spare)
         if nbytes + self.running_bytes > self.budget_bytes:
@@ -274,7 +292,7 @@ class Store:
                 f"{nbytes:,} bytes do not fit: {fixed:,} of {self.budget_bytes:,} "
                 "are held by running requests and pins. Raise memory_budget or unpin."
             )
-        while self.used_bytes() + nbytes > self.budget_bytes:
+        while not self.has_room(nbytes):
             node = eviction.first()
             if node is None:  # what was let go is held elsewhere for a moment longer
                 raise BudgetError(
@@ -298,14 +316,16 @@ class Store:
         more useful goes for it; none is left where not even one fits.
         """
         match = self.find(namespace, tokens).match
-        eviction = self._eviction(match.nodes())
         rows = (len(tokens) - match.matched) * row_bytes
+        if not self.has_room(rows + len(cuts) * snapshot_bytes):
+            self._lean()
+        eviction = self._eviction(match.nodes())
         least = self.running_bytes + eviction.fixed_bytes() + rows + snapshot_bytes
         if not cuts or least > self.budget_bytes:
             return []
         above = max((n.end for n in match.path if n.checkpoint and n.end < cuts[0]), default=0)
         wanted = list(cuts)
-        while self.used_bytes() + rows + len(wanted) * snapshot_bytes > self.budget_bytes:
+        while not self.has_room(rows + len(wanted) * snapshot_bytes):
             worths = [
                 self._utility(
                     Candidate(
@@ -333,6 +353,147 @@ class Store:
                 return []
         return wanted
 
+    # Borrowing
+
+    def claim_for(self, nbytes: int, found: Found, lender: Lender) -> tuple[Claim, list[RowBlock]]:
+        """`claim` for a request that restores `found`, and the rows to restore it from.
+
+        Where that would cost others, the rows move instead of being copied: the store borrows them
+        from then on, the list is all that holds them, and whoever lets go of it layer by layer stays within the
+        claim, which is larger by one layer until it is shrunk.
+        """
+        if not self.has_room(nbytes):
+            self._lean()
+        if self.has_room(nbytes):
+            return self.claim(nbytes, found), found.blocks()
+        moving = [
+            (node, [rows for rows in node.rows if self._may_move(rows, found.position)])
+            for node in found.nodes()
+        ]
+        moved = sum(rows.nbytes for _, every in moving for rows in every)
+        passing = lender.layer_bytes(sum(r.end - r.start for _, every in moving for r in every))
+        self.make_room(nbytes + passing - moved, found.nodes(), spare=found.node)
+        blocks = found.blocks()
+        for node, every in moving:
+            for rows in every:
+                self._let_go_for(node, rows, lender)
+        self.running_bytes += nbytes + passing
+        return Claim(self, nbytes + passing), blocks
+
+    def lend(self, lender: Lender) -> None:
+        """A running request's caches hold rows: the store may leave its own there."""
+        self._lenders.append(lender)
+
+    def lends_no_more(self, lender: Lender) -> None:
+        """Its caches go elsewhere; nothing is borrowed from them."""
+        self._lenders.remove(lender)
+        lender.let_go()
+
+    def own(self, lender: Lender, *, may_evict: bool) -> bool:
+        """Copy what is borrowed from `lender`, whose caches keep theirs.
+
+        False where there is no room for all of it, or not without evicting others.
+        """
+        owed = self._debts(lender)
+        need = sum(map(_length, owed)) * lender.row_bytes
+        if not owed:
+            return True
+        if not self.has_room(need):
+            if not may_evict:
+                return False
+            self._lenders.remove(lender)  # it cannot make room for itself
+            try:
+                self.make_room(need, [debt.node for debt in owed])
+            except BudgetError:
+                return False
+            finally:
+                self._lenders.append(lender)
+            owed = self._debts(lender)  # nodes may have been joined
+        ranges = [debt.range for debt in owed]
+        self._pay(owed, lender.copies(ranges))
+        lender.alike += ranges
+        self.on_owned()
+        return True
+
+    def take_over(self, lender: Lender, claim: Claim) -> None:
+        """A running request ends: what is borrowed from its caches moves here, array by array.
+
+        Where not even one array fits, the deepest rows are given up. `claim` pays for the caches and
+        shrinks with them.
+        """
+        if lender in self._lenders:
+            self._lenders.remove(lender)
+        owed = self._debts(lender)
+        if owed and not lender.is_standing:  # it was never restored
+            self._give_up(owed)
+            return
+        if not owed:
+            lender.let_go()
+            return
+        columns = lender.columns()
+        claim.shrink(sum(column.nbytes for column in columns))
+        most = max(column.row_bytes for column in columns)
+        while owed:
+            try:
+                self.make_room(most * sum(map(_length, owed)), [debt.node for debt in owed])
+                break
+            except BudgetError:
+                self.forget(owed[-1].node, rows=True)
+                self._evictions += 1
+                owed = self._debts(lender)
+        owed = self._debts(lender)  # nodes may have been joined
+        ranges = [debt.range for debt in owed]
+        tokens = sum(map(_length, owed))
+        made = 0
+        try:
+            for column in columns:
+                held = column.nbytes
+                column.surrender(ranges)
+                made += column.row_bytes * tokens
+                self.rows_bytes += column.row_bytes * tokens
+                claim.shrink(claim.nbytes - held)
+            owned = lender.surrendered(ranges)
+        except BaseException:
+            self.rows_bytes -= made
+            self._give_up(owed)
+            raise
+        self.rows_bytes -= made
+        self._pay(owed, owned)
+        self.on_owned()
+
+    def _give_up(self, owed: Sequence[Debt]) -> None:
+        tokens = sum(map(_length, owed))
+        log.warning("Let go of %d stored tokens that a failed request was holding.", tokens)
+        self.forget(owed[0].node, rows=True)
+
+    def _debts(self, lender: Lender) -> list[Debt]:
+        return debts(self.find(lender.namespace, lender.tokens).nodes(), lender)
+
+    def _pay(self, owed: Sequence[Debt], owned: Sequence[Rows]) -> None:
+        for debt, rows in zip(reversed(owed), reversed(owned), strict=True):
+            debt.pay(rows)
+            self.rows_bytes += rows.nbytes
+
+    def _lean(self) -> None:
+        """Let go of rows that a running request's caches hold as well."""
+        for lender in self._lenders:
+            for node in self.find(lender.namespace, lender.tokens).nodes():
+                for rows in node.rows:
+                    if not isinstance(rows, BorrowedRows) and lender.has(rows):
+                        self._let_go_for(node, rows, lender)
+
+    def _may_move(self, rows: Rows, position: int) -> bool:
+        if isinstance(rows, BorrowedRows) or self._holders.is_held(rows):
+            return False  # what others hold as well would not be freed
+        return rows.end <= position
+
+    def _let_go_for(self, node: Node, rows: Rows, lender: Lender) -> None:
+        borrowed = BorrowedRows(rows.start, rows.end, lender)
+        node.rows = tuple(borrowed if each is rows else each for each in node.rows)
+        self.rows_bytes -= rows.nbytes
+        self.freed_bytes += rows.nbytes
+        self.lingering_bytes += self._holders.dropped(rows)
+
     @property
     def stored_bytes(self) -> int:
         """Rows and snapshots."""
@@ -341,6 +502,7 @@ class Store:
     def shrink(self, nbytes: int) -> None:
         """Let `nbytes` of what is stored go, pins and running requests excepted, as far as that goes."""
         left = self.stored_bytes - nbytes
+        self._lean()
         eviction = self._eviction()
         while self.stored_bytes > left and (node := eviction.first()):
             self._drop(node, eviction)
@@ -362,7 +524,7 @@ class Store:
         self,
         namespace: Namespace,
         tokens: Tokens,
-        rows_of: Callable[[int], RowBlock | None],
+        rows_of: Callable[[int], Rows | None],
         checkpoint: Checkpoint | None,
         *,
         row_bytes: int,
@@ -370,9 +532,9 @@ class Store:
     ) -> bool:
         """Store the rows of all of `tokens` and what stands at their end.
 
-        `rows_of(start)` copies the rows of `[start, len(tokens))` and is asked only for what the
-        tree lacks. The checkpoint's own bytes exist already; they and the rows are claimed before
-        the copy is made. False when they did not fit, when `rows_of` no longer has the rows, or
+        `rows_of(start)` copies the rows of `[start, len(tokens))`, or says who has them, and is asked only
+        for what the tree lacks; `row_bytes` is what the store will hold of each. The checkpoint's own bytes
+        exist already; they and the rows are claimed before the copy is made. False when they did not fit, when `rows_of` no longer has the rows, or
         when pins and ends fill a path to `max_checkpoints`, and nothing was added then.
         """
         tree = self._trees.setdefault(namespace, PrefixTree())
@@ -425,7 +587,7 @@ class Store:
         """
         node = self._restoring_node(namespace, tokens)
         path = {*pinned_nodes(self._trees.values()), *node.path()}
-        weight = sum(x.rows_nbytes for x in path) + sum(
+        weight = sum(full_nbytes(x) for x in path) + sum(
             x.checkpoint.nbytes for x in path if x.checkpoint and (x.pinned or x is node)
         )
         if weight > self.budget_bytes // 2:
@@ -556,6 +718,11 @@ class Store:
         self._ghosts[(name, len(tokens), digest)] = None
         while len(self._ghosts) > GHOSTS:
             self._ghosts.popitem(last=False)
+
+
+def _length(debt: Debt) -> int:
+    start, end = debt.range
+    return end - start
 
 
 def _tokens_of(node: Node) -> Tokens:

@@ -22,6 +22,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from .borrowing import is_borrowing
 from .checkpoint import Checkpoint
 from .disk.catalogue import Catalogue, Lacking, parts_of, state_of
 from .disk.directory import Directory
@@ -89,6 +90,9 @@ class Lent(Holders):
     def split(self, rows: Held) -> int:
         return self.dropped(rows)
 
+    def is_held(self, payload: Held) -> bool:
+        return id(payload) in self._holds
+
 
 @dataclass(frozen=True, slots=True)
 class DiskStats:
@@ -131,6 +135,7 @@ class DiskTier:
     step: int
     model: str = ""
     _unwritten: dict[Node, Namespace] = field(default_factory=dict, init=False)
+    _borrowing: dict[Node, Namespace] = field(default_factory=dict, init=False)
     _current: _Writing | None = field(default=None, init=False)
     _in_flight: dict[tuple[str, str], tuple[Segment, _Writing]] = field(
         default_factory=dict, init=False
@@ -146,6 +151,7 @@ class DiskTier:
 
     def __post_init__(self) -> None:
         self.summary = self.stats()
+        self.store.on_owned = self.owned
 
     @classmethod
     def open(
@@ -208,6 +214,15 @@ class DiskTier:
         if len(self._unwritten) > MOST_UNWRITTEN:
             self._unwritten = {n: name for n, name in self._unwritten.items() if self._is_there(n)}
         self._unwritten[node] = namespace
+        self._write_behind()
+
+    def owned(self) -> None:
+        """Rows that lay in a running request's caches are the store's: what waited for them is due."""
+        self._unwritten |= self._borrowing
+        self._borrowing.clear()
+        self._write_behind()
+
+    def _write_behind(self) -> None:
         try:
             self.write()
         except Exception:  # what goes wrong here must not cost a reply
@@ -237,7 +252,8 @@ class DiskTier:
     @property
     def is_written(self) -> bool:
         """Whether everything in memory is on disk too, as far as this process writes."""
-        return not self._in_flight and not self._unwritten and self._current is None
+        left = self._in_flight or self._unwritten or self._borrowing
+        return not left and self._current is None
 
     @property
     def _queued(self) -> int:
@@ -249,6 +265,9 @@ class DiskTier:
             name = self._unwritten.pop(node)
             namespace = digest(name)
             if not self._is_there(node):
+                continue
+            if is_borrowing(node.path()):
+                self._borrowing[node] = name
                 continue
             tokens = np.concatenate([part.tokens for part in node.path()])
             lacking = self.catalogue.lacking(
@@ -288,6 +307,9 @@ class DiskTier:
         """One segment more."""
         if not writing.left or not self._is_there(writing.node):
             self._current = None
+            return
+        if is_borrowing(writing.node.path()):
+            self._borrowing[writing.node], self._current = writing.name, None
             return
         lacking, node = writing.left.popleft(), writing.node
         payloads: list[Held]
@@ -480,6 +502,7 @@ class DiskTier:
     def clear(self) -> None:
         """Delete every file of every model, if this process may; what is being written too, after."""
         self._unwritten.clear()
+        self._borrowing.clear()
         self._current = None
         self._cleared.update(self._in_flight)
         self.catalogue.store.clear()
@@ -493,7 +516,7 @@ class DiskTier:
             files=self.catalogue.files,
             is_writer=self.thread.directory.is_writer,
             queued_bytes=self._queued,
-            unwritten=len(self._unwritten),
+            unwritten=len(self._unwritten) + len(self._borrowing),
             written_bytes=self._written_bytes,
             read_bytes=self._read_bytes,
             rejected=self._rejected,

@@ -120,12 +120,12 @@ def lose_the_last_row(patch: Patch) -> None:
 
 
 def take_rows_one_early(patch: Patch) -> None:
-    original = RowsKind.take_rows
+    original = RowsKind.view_rows
 
-    def take_rows(self: Any, cache: Any, start: int, end: int) -> Any:
+    def view_rows(self: Any, cache: Any, start: int, end: int) -> Any:
         return original(self, cache, max(0, start - 1), end - (start > 0))
 
-    patch.setattr(RowsKind, "take_rows", take_rows)
+    patch.setattr(RowsKind, "view_rows", view_rows)
 
 
 # What is taken wrongly

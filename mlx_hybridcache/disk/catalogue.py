@@ -290,8 +290,8 @@ class Catalogue:
         if not self.store.save(
             namespace,
             tokens,
-            rows_of,  # type: ignore[arg-type]  # the tree knows rows by their protocol only
-            stands,  # type: ignore[arg-type]
+            rows_of,
+            stands,  # type: ignore[arg-type]  # the tree knows checkpoints by their weight only
             row_bytes=-(-segment.file_nbytes // max(1, segment.end - segment.start)),
             is_end=stands is not None,
         ):

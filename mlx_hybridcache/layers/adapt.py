@@ -103,6 +103,11 @@ class Layout:
         return any(isinstance(kind, FullWindowKind) for kind in self.kinds)
 
     @property
+    def lends_rows(self) -> bool:
+        """Whether live caches have rows and keep them all, so that the store can leave its own there."""
+        return self.row_bytes > 0 and not self.stores_every_slice
+
+    @property
     def must_pause(self) -> bool:
         """Whether a checkpoint inside a slice costs a forward of its own."""
         return self.hook is None and any(not kind.sees_interior for kind in self.kinds)

@@ -56,11 +56,16 @@ class LayerKind:
         """Tokens that `cache` has read, None where it does not say."""
         return None
 
-    def take_rows(self, cache: Any, start: int, end: int) -> Arrays | None:
-        """Compact copies of the rows of `[start, end)`, not yet evaluated; empty without rows.
+    def view_rows(self, cache: Any, start: int, end: int) -> Arrays | None:
+        """The rows of `[start, end)` where they lie, not yet evaluated; empty without rows.
 
-        None where the live cache no longer has them.
+        None where the live cache no longer has them. Whoever holds a view makes the next update
+        copy the whole buffer.
         """
+        return ()
+
+    def surrender(self, cache: Any) -> Arrays:
+        """The buffers in which its rows lie; `cache` has none and is of no use any more."""
         return ()
 
     def snapshot(self, cache: Any, position: int) -> Snapshot | None:

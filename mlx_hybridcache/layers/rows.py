@@ -87,8 +87,13 @@ class RowsKind(LayerKind):
     def position(self, cache: Any) -> int:
         return int(cache.offset)
 
-    def take_rows(self, cache: Any, start: int, end: int) -> Arrays:
-        return tuple(compact(x[:, :, start:end]) for x in (cache.keys, cache.values))
+    def view_rows(self, cache: Any, start: int, end: int) -> Arrays:
+        return tuple(x[:, :, start:end] for x in (cache.keys, cache.values))
+
+    def surrender(self, cache: Any) -> Arrays:
+        buffers = (cache.keys, cache.values)
+        cache.keys = cache.values = None
+        return buffers
 
     def fill(
         self,

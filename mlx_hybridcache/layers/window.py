@@ -90,13 +90,13 @@ class FullWindowKind(_Window):
     def row_bytes(self) -> int:
         return self.row_nbytes
 
-    def take_rows(self, cache: Any, start: int, end: int) -> Arrays | None:
+    def view_rows(self, cache: Any, start: int, end: int) -> Arrays | None:
         keys, values, offset, keep, _, index = cache.state
         ordered = [_in_order(x, offset, keep, index) for x in (keys, values)]
         first = offset - ordered[0].shape[AXIS]
         if start < first:
             return None
-        return tuple(compact(x[:, :, start - first : end - first]) for x in ordered)
+        return tuple(x[:, :, start - first : end - first] for x in ordered)
 
     def fill(
         self,
