@@ -13,6 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Protocol
 
 from .tokens import Namespace, Tokens
@@ -20,6 +21,9 @@ from .tree import Node, Rows
 
 Ranges = Sequence[tuple[int, int]]
 """Half-open intervals of positions, ascending."""
+
+PIECE = 2048
+"""Rows move to the store in pieces of at most so many tokens: to cut a piece in two takes its size again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,13 +125,19 @@ class Debt:
     last: int
 
     @property
-    def range(self) -> tuple[int, int]:
-        return self.node.rows[self.first].start, self.node.rows[self.last - 1].end
+    def tokens(self) -> int:
+        return self.node.rows[self.last - 1].end - self.node.rows[self.first].start
 
-    def pay(self, owned: Rows) -> None:
+    def pieces(self) -> list[tuple[int, int]]:
+        """The same in ranges of at most `PIECE` tokens."""
+        start, end = self.node.rows[self.first].start, self.node.rows[self.last - 1].end
+        cuts = range((start // PIECE + 1) * PIECE, end, PIECE)
+        return list(pairwise([start, *cuts, end]))
+
+    def pay(self, owned: Sequence[Rows]) -> None:
         """Put rows in their place that the store owns. Debts of one node are paid from the last."""
         rows = self.node.rows
-        self.node.rows = (*rows[: self.first], owned, *rows[self.last :])
+        self.node.rows = (*rows[: self.first], *owned, *rows[self.last :])
 
 
 def debts(path: Sequence[Node], lender: Lender) -> list[Debt]:

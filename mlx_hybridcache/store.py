@@ -395,7 +395,7 @@ class Store:
         False where there is no room for all of it, or not without evicting others.
         """
         owed = self._debts(lender)
-        need = sum(map(_length, owed)) * lender.row_bytes
+        need = _tokens_in(owed) * lender.row_bytes
         if not owed:
             return True
         if not self.has_room(need):
@@ -409,7 +409,7 @@ class Store:
             finally:
                 self._lenders.append(lender)
             owed = self._debts(lender)  # nodes may have been joined
-        ranges = [debt.range for debt in owed]
+        ranges = _pieces(owed)
         self._pay(owed, lender.copies(ranges))
         lender.alike += ranges
         self.on_owned()
@@ -435,15 +435,14 @@ class Store:
         most = max(column.row_bytes for column in columns)
         while owed:
             try:
-                self.make_room(most * sum(map(_length, owed)), [debt.node for debt in owed])
+                self.make_room(most * _tokens_in(owed), [debt.node for debt in owed])
                 break
             except BudgetError:
                 self.forget(owed[-1].node, rows=True)
                 self._evictions += 1
                 owed = self._debts(lender)
         owed = self._debts(lender)  # nodes may have been joined
-        ranges = [debt.range for debt in owed]
-        tokens = sum(map(_length, owed))
+        ranges, tokens = _pieces(owed), _tokens_in(owed)
         made = 0
         try:
             for column in columns:
@@ -462,7 +461,7 @@ class Store:
         self.on_owned()
 
     def _give_up(self, owed: Sequence[Debt]) -> None:
-        tokens = sum(map(_length, owed))
+        tokens = _tokens_in(owed)
         log.warning("Let go of %d stored tokens that a failed request was holding.", tokens)
         self.forget(owed[0].node, rows=True)
 
@@ -470,9 +469,12 @@ class Store:
         return debts(self.find(lender.namespace, lender.tokens).nodes(), lender)
 
     def _pay(self, owed: Sequence[Debt], owned: Sequence[Rows]) -> None:
-        for debt, rows in zip(reversed(owed), reversed(owned), strict=True):
-            debt.pay(rows)
-            self.rows_bytes += rows.nbytes
+        self.rows_bytes += sum(rows.nbytes for rows in owned)
+        left = list(owned)
+        for debt in reversed(owed):
+            count = len(debt.pieces())
+            debt.pay(left[-count:])
+            del left[-count:]
 
     def _lean(self) -> None:
         """Let go of rows that a running request's caches hold as well."""
@@ -720,9 +722,12 @@ class Store:
             self._ghosts.popitem(last=False)
 
 
-def _length(debt: Debt) -> int:
-    start, end = debt.range
-    return end - start
+def _tokens_in(owed: Sequence[Debt]) -> int:
+    return sum(debt.tokens for debt in owed)
+
+
+def _pieces(owed: Sequence[Debt]) -> list[tuple[int, int]]:
+    return [piece for debt in owed for piece in debt.pieces()]
 
 
 def _tokens_of(node: Node) -> Tokens:

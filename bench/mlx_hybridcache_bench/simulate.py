@@ -1,15 +1,17 @@
 """A trace replayed through the real store, tree, schedule and policy, with payloads that are sizes only.
 
 The order of events is the engine's: match, claim the running request's bytes, make room for each slice,
-save at its cuts, save the reply's end unless the template strips it, release. Requests come one at a time.
+save at its cuts, save the reply's end unless the template strips it, take over what the caches lend.
+Requests come one at a time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
+from mlx_hybridcache.borrowing import BorrowedRows, Column, Lender, Ranges
 from mlx_hybridcache.errors import BudgetError
 from mlx_hybridcache.eviction import Utility
 from mlx_hybridcache.generate import rounded
@@ -18,6 +20,7 @@ from mlx_hybridcache.replay import Plan
 from mlx_hybridcache.schedule import Grid, Reading, cuts_for
 from mlx_hybridcache.store import Found, Store
 from mlx_hybridcache.tokens import Namespace, Tokens
+from mlx_hybridcache.tree import Rows
 
 from .traces import Asked
 
@@ -33,6 +36,7 @@ class Shape:
     name: str
     row_bytes: int
     checkpoint_bytes: int
+    arrays: int  # layers with rows, times two
 
     def running_bytes(self, asked: Asked) -> int:
         """A live request: rows for its prompt and its reply, rounded as buffers are, and one state."""
@@ -47,8 +51,8 @@ class Shape:
 SHAPES = {
     shape.name: shape
     for shape in (
-        Shape("qwen3-next-80b", 12 * 2 * 2 * 256 * 2, 36 * (32 * 128 * 128 * 4 + 3 * 8192 * 2)),
-        Shape("qwen3.5-35b", 10 * 2 * 2 * 256 * 2, 30 * (32 * 128 * 128 * 4 + 3 * 8192 * 2)),
+        Shape("qwen3-next-80b", 12 * 2 * 2 * 256 * 2, 36 * (32 * 128 * 128 * 4 + 3 * 8192 * 2), 24),
+        Shape("qwen3.5-35b", 10 * 2 * 2 * 256 * 2, 30 * (32 * 128 * 128 * 4 + 3 * 8192 * 2), 20),
     )
 }
 
@@ -71,6 +75,45 @@ class SizedRows:
             SizedRows(self.start, position, self.row_bytes),
             SizedRows(position, self.end, self.row_bytes),
         )
+
+
+@dataclass(slots=True)
+class SizedColumn:
+    """One layer's buffer of keys or of values."""
+
+    nbytes: int
+    row_bytes: int
+
+    def surrender(self, ranges: Ranges) -> None:
+        self.nbytes = 0
+
+
+@dataclass(eq=False)
+class SizedLender(Lender):
+    """A running request's caches with `capacity` rows, without their contents."""
+
+    shape: Shape = field(kw_only=True)
+    capacity: int = field(kw_only=True)
+    is_standing: bool = field(default=True, init=False)
+
+    def let_go(self) -> None:
+        self.is_standing = False
+
+    def view(self, start: int, end: int) -> Rows:
+        return SizedRows(start, end, self.row_bytes)
+
+    def layer_bytes(self, tokens: int) -> int:
+        return 2 * tokens * self.row_bytes // self.shape.arrays
+
+    def copies(self, ranges: Ranges) -> list[Rows]:
+        return [self.view(start, end) for start, end in ranges]
+
+    def columns(self) -> list[Column]:
+        each = self.row_bytes // self.shape.arrays
+        return [SizedColumn(self.capacity * each, each) for _ in range(self.shape.arrays)]
+
+    def surrendered(self, ranges: Ranges) -> list[Rows]:
+        return self.copies(ranges)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,23 +166,34 @@ class Simulation:
         store.tick()
         found = store.find(SPACE, asked.tokens)
         need = self.shape.running_bytes(asked)
+        lender = SizedLender(
+            SPACE,
+            asked.tokens,
+            self.shape.row_bytes,
+            shape=self.shape,
+            capacity=rounded(len(asked.tokens) + asked.reply_tokens),
+        )
         try:
             try:
-                claim = store.claim(need, found)
+                claim, _ = store.claim_for(need, found, lender)
             except BudgetError:
                 claim = store.claim(need)
                 found = Found(found.match, 0, None)
         except BudgetError:
             return len(asked.tokens)  # served by nobody at this budget, and counted as read in full
+        claim.shrink(need)
         if found.position:
             store.use(found)
-        self._read(asked, found)
+        lender.alike = [(0, found.position)]
+        store.lend(lender)
+        self._read(asked, found, lender)
         if asked.keeps_reply:
-            self._end(asked.history)
+            self._end(asked.history, lender)
+        store.take_over(lender, claim)
         claim.release()
         return len(asked.tokens) - found.position
 
-    def _read(self, asked: Asked, found: Found) -> None:
+    def _read(self, asked: Asked, found: Found, lender: Lender) -> None:
         tokens = asked.tokens
         reading = Reading(
             found.position, len(tokens) - 1, turn_starts=asked.turns, branch=found.match.matched
@@ -150,7 +204,8 @@ class Simulation:
         while a < plan.end:
             b = plan.slice_end(a, GRID.step)
             for cut in self._afford(tokens, b, plan.cuts_in(a, b)):
-                self._save(tokens[:cut], is_end=cut == reading.end)
+                self._save(tokens[:cut], lender, is_end=cut == reading.end)
+            self.store.own(lender, may_evict=False)
             a = b
 
     def _afford(self, tokens: Tokens, b: int, cuts: list[int]) -> list[int]:
@@ -158,28 +213,26 @@ class Simulation:
             SPACE,
             tokens[:b],
             cuts,
-            row_bytes=self.shape.row_bytes,
+            row_bytes=0,  # they lie in the running caches
             snapshot_bytes=self.shape.checkpoint_bytes,
         )
 
-    def _save(self, tokens: Tokens, *, is_end: bool) -> bool:
+    def _save(self, tokens: Tokens, lender: Lender, *, is_end: bool) -> bool:
         end = len(tokens)
-        rows_of: Callable[[int], Any] = lambda start: SizedRows(start, end, self.shape.row_bytes)  # noqa: E731
         return self.store.save(
             SPACE,
             tokens,
-            rows_of,
+            lambda start: BorrowedRows(start, end, lender),
             cast("Any", SizedCheckpoint(end, self.shape.checkpoint_bytes)),
-            row_bytes=self.shape.row_bytes,
+            row_bytes=0,
             is_end=is_end,
         )
 
-    def _end(self, history: Tokens) -> None:
+    def _end(self, history: Tokens, lender: Lender) -> None:
+        lender.tokens = history
         found = self.store.find(SPACE, history)
-        missing = len(history) - found.match.matched
-        need = self.shape.checkpoint_bytes + missing * self.shape.row_bytes
         try:
-            self.store.make_room(need, found.nodes())
+            self.store.make_room(self.shape.checkpoint_bytes, found.nodes())
         except BudgetError:
             return
-        self._save(history, is_end=True)
+        self._save(history, lender, is_end=True)
