@@ -100,8 +100,8 @@ class Lender(ABC):
         """The rows of `[start, end)` without a copy; whoever holds them makes the next forward copy all."""
 
     @abstractmethod
-    def layer_bytes(self, tokens: int) -> int:
-        """What the rows of so many tokens weigh in the largest layer."""
+    def passing_bytes(self, tokens: int) -> int:
+        """What is held twice for a moment when the rows of so many tokens move, or a checkpoint does."""
 
     @abstractmethod
     def copies(self, ranges: Ranges) -> list[Rows]:

@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 
 from .layers.adapt import Layout, fresh_caches, leaves
-from .layers.kind import Arrays, Snapshot
+from .layers.kind import Arrays, Parts, Snapshot
 from .layers.rows import RowBlock, compact, evaluate_to_keep
 
 
@@ -45,6 +45,21 @@ def take(
     return Checkpoint(position, snapshots)
 
 
+def move_state(layout: Layout, caches: Sequence[Any], position: int) -> Checkpoint:
+    """The same, out of caches that stand at `position` and are of no use afterwards, but for their rows.
+
+    One layer after another, so that no more than one layer's state is held twice.
+    """
+    snapshots: list[Snapshot | None] = []
+    for kind, cache in zip(layout.kinds, leaves(caches), strict=True):
+        snapshot = kind.snapshot(cache, position)
+        if snapshot is not None:
+            evaluate_to_keep(snapshot.arrays)
+            kind.let_state_go(cache)
+        snapshots.append(snapshot)
+    return Checkpoint(position, tuple(snapshots))
+
+
 def take_rows(layout: Layout, caches: Sequence[Any], start: int, end: int) -> RowBlock | None:
     """The rows of `[start, end)`, evaluated and owning their bytes.
 
@@ -74,11 +89,11 @@ def restore(
     layout: Layout,
     model: Any,
     blocks: list[RowBlock],
-    checkpoint: Checkpoint | None,
+    snapshots: list[Snapshot | None],
     position: int,
     capacity: int,
     *,
-    by_layer: bool,
+    is_spent: bool,
 ) -> list[Any]:
     """Fresh mlx-lm caches that stand at `position`, with room for `capacity` tokens.
 
@@ -87,24 +102,27 @@ def restore(
     the buffer it will live in: a cache restored at its exact size would be copied again, whole, by
     the first token written behind it.
 
-    `blocks` is emptied. `by_layer`, each layer's rows are let go of as soon as they are copied: where
-    nobody else holds them, no more than one layer is held twice.
+    `snapshots` are a checkpoint's, empty where rows alone restore. `is_spent` says that nobody else
+    holds some of these arrays, which are let go of as they are copied: no more than one is held twice.
+    Both lists are emptied.
     """
     caches = fresh_caches(model)
     pieces = [list(block.piece(block.start, min(block.end, position))) for block in blocks]
     blocks.clear()
     for index, (kind, cache) in enumerate(zip(layout.kinds, leaves(caches), strict=True)):
-        snapshot = checkpoint.snapshots[index] if checkpoint is not None else None
-        rows = [piece[index] for piece in pieces]
-        kind.fill(cache, [part for part in rows if part], snapshot, position, capacity)
-        if by_layer:
+        every = [list(piece[index]) for piece in pieces if piece[index]]
+        for piece in pieces:
+            piece[index] = ()
+        kind.fill(cache, Parts(every, is_spent), _popped(snapshots), position, capacity)
+        if is_spent:
             mx.eval(cache.state)
-            del rows
-            for piece in pieces:
-                piece[index] = ()
             mx.clear_cache()
     mx.eval([cache.state for cache in caches])
     return caches
+
+
+def _popped(snapshots: list[Snapshot | None]) -> Snapshot | None:
+    return snapshots.pop(0) if snapshots else None
 
 
 def grow(layout: Layout, caches: Sequence[Any], capacity: int) -> None:

@@ -19,6 +19,7 @@ from . import checkpoint as checkpoints
 from .errors import BudgetError
 from .generate import REPLY_ROOM, Decoder, Prepared, Writer, respond, rounded, seeded
 from .layers.adapt import Layout, fresh_caches
+from .layers.rows import RowBlock
 from .lender import CacheLender
 from .pressure import Pressure, give_back
 from .replay import plan, replay
@@ -190,8 +191,12 @@ class Engine:
             self.publish()
             try:
                 if read:
-                    for _ in self._replay(request, found, caches):
-                        yield PAUSE
+                    for position in self._replay(request, found, caches):
+                        try:
+                            yield PAUSE
+                        except BaseException:  # left between two slices, where all layers agree
+                            self._save_last(request, request.tokens[:position], caches, claim)
+                            raise
                     position = len(request.tokens) - 1
             except BaseException:
                 self._give_up(request, claim)
@@ -290,15 +295,16 @@ class Engine:
         self, request: Request, found: Found, capacity: int
     ) -> tuple[list[Any], Found, Claim]:
         """From memory; where the restored path itself is in the way of the request, without it."""
-        need, lender = self.layout.running_bytes(capacity), request.lender
+        need = self.layout.running_bytes(capacity)
+        state = found.checkpoint
+        snapshots = list(state.snapshots) if state is not None else []
+        del state
         try:
-            if lender is None:
-                claim, blocks = self.store.claim(need, found), found.blocks()
-            else:
-                claim, blocks = self.store.claim_for(need, found, lender)
+            claim, blocks = self._claim(request, found, need)
         except BudgetError:
             claim, blocks = self.store.claim(need), []
             found = replace(found, position=0, node=None)
+            snapshots.clear()
         try:
             if found.position:
                 self.store.use(found)
@@ -306,10 +312,10 @@ class Engine:
                 self.layout,
                 self.model,
                 blocks,
-                found.checkpoint,
+                snapshots,
                 found.position,
                 capacity,
-                by_layer=claim.nbytes > need,
+                is_spent=claim.nbytes > need,  # what moves is held once
             )
             claim.shrink(need)
             self._lend(request, caches, found.position)
@@ -317,6 +323,15 @@ class Engine:
             self._give_up(request, claim)
             raise
         return caches, found, claim
+
+    def _claim(self, request: Request, found: Found, need: int) -> tuple[Claim, list[RowBlock]]:
+        """Room for what is restored, and the rows to restore; a checkpoint goes for it at the last."""
+        if request.lender is None:
+            return self.store.claim(need, found), found.blocks()
+        try:
+            return self.store.claim_for(need, found, request.lender)
+        except BudgetError:
+            return self.store.claim_for(need, found, request.lender, spends_checkpoint=True)
 
     def _lend(self, request: Request, caches: list[Any], position: int) -> None:
         """The store may leave rows in `caches`, whose first `position` are as it has them."""
@@ -449,28 +464,36 @@ class Engine:
             return
         history = np.concatenate([request.tokens, np.array(reply, dtype=np.int32)])
         mx.eval([cache.state for cache in caches])
-        if self.layout.mismatch(caches, len(history)) is None:
-            if lender is not None:
-                lender.tokens = history
-            self.save_caches(request.namespace, history, caches, lender)
+        self._save_last(request, history, caches, writer.claim)
 
-    def save_caches(
-        self,
-        namespace: Namespace,
-        tokens: Tokens,
-        caches: Sequence[Any],
-        lender: CacheLender | None = None,
-    ) -> bool:
+    def _save_last(
+        self, request: Request, history: Tokens, caches: Sequence[Any], claim: Claim
+    ) -> None:
+        """Caches that are about to go leave their state as a checkpoint, if they stand at `history`'s end."""
+        if self.exact or self.layout.mismatch(caches, len(history)) is not None:
+            return
+        lender = request.lender
+        if lender is not None:
+            lender.tokens = history
+        try:
+            self.store.make_room(max(kind.snapshot_bytes for kind in self.layout.kinds))
+        except BudgetError:
+            return
+        taken = checkpoints.move_state(self.layout, caches, len(history))
+        claim.shrink(claim.nbytes - taken.nbytes)
+        self._save_from(request.namespace, history, taken, caches, lender, is_end=True)
+
+    def save_caches(self, namespace: Namespace, tokens: Tokens, caches: Sequence[Any]) -> bool:
         """Checkpoint `caches`, which stand at `len(tokens)`, if there is room."""
         found = self.store.find(namespace, tokens)
         missing = len(tokens) - found.match.matched
-        need = self.layout.snapshot_bytes + missing * self._stored_row_bytes(lender)
+        need = self.layout.snapshot_bytes + missing * self.layout.row_bytes
         try:
             self.store.make_room(need, found.nodes())
         except BudgetError:
             return False
         taken = checkpoints.take(self.layout, caches, len(tokens))
-        return self._save_from(namespace, tokens, taken, caches, lender, is_end=True)
+        return self._save_from(namespace, tokens, taken, caches, None, is_end=True)
 
     # Without the cache
 

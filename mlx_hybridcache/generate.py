@@ -278,7 +278,7 @@ class Decoder:
     def _take_out(self, writer: Writer) -> list[Any] | None:
         """Plain caches of one reply of a batch, with a claim of its own; None without room."""
         batch = writer.batch
-        capacity = rounded(writer.position + 1)
+        capacity = writer.position + ROW_STEP  # what mlx-lm makes of an exact size with the next token
         try:
             writer.claim = self._store.claim(self._layout.running_bytes(capacity))
         except BudgetError:
@@ -323,7 +323,7 @@ class Decoder:
         steps._next_tokens = shared._next_tokens[index : index + 1]
         mx.eval(steps._next_tokens, steps._next_logprobs)
         self._leave(writer)
-        writer.batch = _Batch(steps, rounded(writer.position + 1), writer.claim, writers=[writer])
+        writer.batch = _Batch(steps, writer.position + ROW_STEP, writer.claim, writers=[writer])
         self._alone.append(writer)
 
 

@@ -62,8 +62,8 @@ class CacheLender(Lender):
         assert block is not None, "rows have left the caches that lend them"
         return block
 
-    def layer_bytes(self, tokens: int) -> int:
-        return tokens * max((kind.row_bytes for kind in self._layout.kinds), default=0)
+    def passing_bytes(self, tokens: int) -> int:
+        return max(max(tokens * k.array_bytes, k.snapshot_bytes) for k in self._layout.kinds)
 
     def copies(self, ranges: Ranges) -> list[Rows]:
         made: list[Rows] = []

@@ -123,7 +123,8 @@ class Claim:
         self.nbytes += nbytes
 
     def shrink(self, nbytes: int) -> None:
-        """Give back what is more than `nbytes`."""
+        """Give back what is more than `nbytes`, or all of it."""
+        nbytes = max(nbytes, 0)
         if nbytes < self.nbytes:
             self._store.running_bytes -= self.nbytes - nbytes
             self._store.freed_bytes += self.nbytes - nbytes
@@ -355,28 +356,41 @@ class Store:
 
     # Borrowing
 
-    def claim_for(self, nbytes: int, found: Found, lender: Lender) -> tuple[Claim, list[RowBlock]]:
+    def claim_for(
+        self, nbytes: int, found: Found, lender: Lender, *, spends_checkpoint: bool = False
+    ) -> tuple[Claim, list[RowBlock]]:
         """`claim` for a request that restores `found`, and the rows to restore it from.
 
         Where that would cost others, the rows move instead of being copied: the store borrows them
-        from then on, the list is all that holds them, and whoever lets go of it layer by layer stays within the
-        claim, which is larger by one layer until it is shrunk.
+        from then on, the list is all that holds them, and whoever lets go of it array by array stays
+        within the claim, which is larger by one array until it is shrunk. With `spends_checkpoint` the
+        checkpoint goes as well, to whoever holds it already: better than to read all of it again.
         """
         if not self.has_room(nbytes):
             self._lean()
         if self.has_room(nbytes):
             return self.claim(nbytes, found), found.blocks()
         moving = [
-            (node, [rows for rows in node.rows if self._may_move(rows, found.position)])
-            for node in found.nodes()
+            (holder, [rows for rows in holder.rows if self._may_move(rows, found.position)])
+            for holder in found.nodes()
         ]
         moved = sum(rows.nbytes for _, every in moving for rows in every)
-        passing = lender.layer_bytes(sum(r.end - r.start for _, every in moving for r in every))
+        passing = lender.passing_bytes(sum(r.end - r.start for _, every in moving for r in every))
+        if spends_checkpoint:
+            node = found.node
+            if node is None or node.checkpoint is None or node.pinned:
+                raise BudgetError("There is no checkpoint that may go.")
+            if self._holders.is_held(node.checkpoint):
+                raise BudgetError("The checkpoint is being written.")
+            moved += node.checkpoint.nbytes
         self.make_room(nbytes + passing - moved, found.nodes(), spare=found.node)
         blocks = found.blocks()
-        for node, every in moving:
+        if spends_checkpoint and found.node is not None:
+            self._let_checkpoint_go(found.node)
+            self._evictions += 1
+        for holder, every in moving:
             for rows in every:
-                self._let_go_for(node, rows, lender)
+                self._let_go_for(holder, rows, lender)
         self.running_bytes += nbytes + passing
         return Claim(self, nbytes + passing), blocks
 

@@ -8,6 +8,7 @@ Requests come one at a time.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -18,7 +19,7 @@ from mlx_hybridcache.generate import rounded
 from mlx_hybridcache.policy import Candidate, utility
 from mlx_hybridcache.replay import Plan
 from mlx_hybridcache.schedule import Grid, Reading, cuts_for
-from mlx_hybridcache.store import Found, Store
+from mlx_hybridcache.store import Claim, Found, Store
 from mlx_hybridcache.tokens import Namespace, Tokens
 from mlx_hybridcache.tree import Rows
 
@@ -37,6 +38,7 @@ class Shape:
     row_bytes: int
     checkpoint_bytes: int
     arrays: int  # layers with rows, times two
+    states: int  # layers without
 
     def running_bytes(self, asked: Asked) -> int:
         """A live request: rows for its prompt and its reply, rounded as buffers are, and one state."""
@@ -51,8 +53,12 @@ class Shape:
 SHAPES = {
     shape.name: shape
     for shape in (
-        Shape("qwen3-next-80b", 12 * 2 * 2 * 256 * 2, 36 * (32 * 128 * 128 * 4 + 3 * 8192 * 2), 24),
-        Shape("qwen3.5-35b", 10 * 2 * 2 * 256 * 2, 30 * (32 * 128 * 128 * 4 + 3 * 8192 * 2), 20),
+        Shape(
+            "qwen3-next-80b", 12 * 2 * 2 * 256 * 2, 36 * (32 * 128 * 128 * 4 + 3 * 8192 * 2), 24, 36
+        ),
+        Shape(
+            "qwen3.5-35b", 10 * 2 * 2 * 256 * 2, 30 * (32 * 128 * 128 * 4 + 3 * 8192 * 2), 20, 30
+        ),
     )
 }
 
@@ -102,8 +108,11 @@ class SizedLender(Lender):
     def view(self, start: int, end: int) -> Rows:
         return SizedRows(start, end, self.row_bytes)
 
-    def layer_bytes(self, tokens: int) -> int:
-        return 2 * tokens * self.row_bytes // self.shape.arrays
+    def passing_bytes(self, tokens: int) -> int:
+        return max(
+            tokens * self.row_bytes // self.shape.arrays,
+            self.shape.checkpoint_bytes // self.shape.states,
+        )
 
     def copies(self, ranges: Ranges) -> list[Rows]:
         return [self.view(start, end) for start, end in ranges]
@@ -173,14 +182,17 @@ class Simulation:
             shape=self.shape,
             capacity=rounded(len(asked.tokens) + asked.reply_tokens),
         )
-        try:
+        claim = None
+        for spends in (False, True):
+            with suppress(BudgetError):
+                claim, _ = store.claim_for(need, found, lender, spends_checkpoint=spends)
+                break
+        else:
             try:
-                claim, _ = store.claim_for(need, found, lender)
-            except BudgetError:
                 claim = store.claim(need)
-                found = Found(found.match, 0, None)
-        except BudgetError:
-            return len(asked.tokens)  # served by nobody at this budget, and counted as read in full
+            except BudgetError:
+                return len(asked.tokens)  # served by nobody at this budget, counted as read in full
+            found = Found(found.match, 0, None)
         claim.shrink(need)
         if found.position:
             store.use(found)
@@ -188,7 +200,7 @@ class Simulation:
         store.lend(lender)
         self._read(asked, found, lender)
         if asked.keeps_reply:
-            self._end(asked.history, lender)
+            self._end(asked.history, lender, claim)
         store.take_over(lender, claim)
         claim.release()
         return len(asked.tokens) - found.position
@@ -228,11 +240,8 @@ class Simulation:
             is_end=is_end,
         )
 
-    def _end(self, history: Tokens, lender: Lender) -> None:
+    def _end(self, history: Tokens, lender: Lender, claim: Claim) -> None:
+        """The running state itself becomes the checkpoint."""
         lender.tokens = history
-        found = self.store.find(SPACE, history)
-        try:
-            self.store.make_room(self.shape.checkpoint_bytes, found.nodes())
-        except BudgetError:
-            return
+        claim.shrink(claim.nbytes - self.shape.checkpoint_bytes)
         self._save(history, lender, is_end=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -20,6 +19,25 @@ class Snapshot:
     @property
     def nbytes(self) -> int:
         return sum(array.nbytes for array in self.arrays if array is not None)
+
+
+@dataclass(slots=True)
+class Parts:
+    """One layer's stored rows, in order: `every[i]` are the arrays of one stretch, keys and values.
+
+    `is_spent` says that nobody else holds them: who has copied an array lets it go, before the next.
+    """
+
+    every: list[list[mx.array]]
+    is_spent: bool = False
+
+    def take(self, which: int) -> list[mx.array]:
+        """Array number `which` of each stretch; a second time only where others hold them too."""
+        found = [arrays[which] for arrays in self.every]
+        if self.is_spent:
+            for arrays in self.every:
+                arrays[which] = mx.array(0)
+        return found
 
 
 class LayerKind:
@@ -40,6 +58,11 @@ class LayerKind:
     @property
     def row_bytes(self) -> int:
         """Bytes that one token adds to the stored rows."""
+        return 0
+
+    @property
+    def array_bytes(self) -> int:
+        """Bytes that one token adds to the largest of its arrays."""
         return 0
 
     @property
@@ -72,10 +95,13 @@ class LayerKind:
         """A compact copy, not yet evaluated, of the state at `position`; None where none is needed."""
         return None
 
+    def let_state_go(self, cache: Any) -> None:
+        """Forget what a snapshot has; `cache` is of no use any more, but for its rows."""
+
     def fill(
         self,
         cache: Any,
-        rows: Sequence[Arrays],
+        rows: Parts,
         snapshot: Snapshot | None,
         position: int,
         capacity: int,
@@ -103,7 +129,7 @@ class LayerKind:
         They hold the rows of `[0, position)` at their beginning, and are the cache's from now on;
         none are given to layers without rows.
         """
-        self.fill(cache, [buffers] if buffers else [], snapshot, position, position)
+        self.fill(cache, Parts([list(buffers)] if buffers else []), snapshot, position, position)
 
     def grow(self, cache: Any, capacity: int) -> None:
         """Give a live `cache` room for `capacity` tokens. Nothing to do where it has its size."""

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .kind import Arrays, LayerKind, Snapshot
+from .kind import LayerKind, Parts, Snapshot
 from .rows import compact
 
 
@@ -39,10 +38,13 @@ class RecurrentKind(LayerKind):
     def snapshot(self, cache: Any, position: int) -> Snapshot:
         return Snapshot(tuple(None if x is None else compact(x) for x in _slots(cache)))
 
+    def let_state_go(self, cache: Any) -> None:
+        cache.state = ([None] * len(_slots(cache)), None, None)
+
     def fill(
         self,
         cache: Any,
-        rows: Sequence[Arrays],
+        rows: Parts,
         snapshot: Snapshot | None,
         position: int,
         capacity: int,

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 
-from .kind import Arrays, LayerKind, Snapshot
+from .kind import Arrays, LayerKind, Parts, Snapshot
 
 AXIS = 2  # (batch, heads, tokens, dim)
 
@@ -79,10 +78,17 @@ class RowsKind(LayerKind):
 
     @property
     def row_bytes(self) -> int:
-        return sum(
+        return sum(self._each())
+
+    @property
+    def array_bytes(self) -> int:
+        return max(self._each())
+
+    def _each(self) -> list[int]:
+        return [
             shape[1] * shape[3] * dtype.size
             for shape, dtype in zip(self.shapes, self.dtypes, strict=True)
-        )
+        ]
 
     def position(self, cache: Any) -> int:
         return int(cache.offset)
@@ -98,7 +104,7 @@ class RowsKind(LayerKind):
     def fill(
         self,
         cache: Any,
-        rows: Sequence[Arrays],
+        rows: Parts,
         snapshot: Snapshot | None,
         position: int,
         capacity: int,
@@ -106,10 +112,14 @@ class RowsKind(LayerKind):
         room = capacity - position if self.headroom else 0
         buffers = []
         for which, (shape, dtype) in enumerate(zip(self.shapes, self.dtypes, strict=True)):
-            parts = [arrays[which] for arrays in rows]
+            parts = rows.take(which)
             if room:
                 parts.append(_blank(shape, dtype, room))
             buffers.append(_joined(parts) if parts else None)
+            if rows.is_spent and parts:
+                mx.eval(buffers[-1])
+                parts.clear()
+                mx.clear_cache()
         if buffers[0] is not None:
             cache.keys, cache.values = buffers
             cache.offset = position

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 
-from .kind import Arrays, LayerKind, Snapshot
+from .kind import Arrays, LayerKind, Parts, Snapshot
 from .rows import AXIS, compact
 
 
@@ -62,7 +61,7 @@ class WindowKind(_Window):
     def fill(
         self,
         cache: Any,
-        rows: Sequence[Arrays],
+        rows: Parts,
         snapshot: Snapshot | None,
         position: int,
         capacity: int,
@@ -101,13 +100,13 @@ class FullWindowKind(_Window):
     def fill(
         self,
         cache: Any,
-        rows: Sequence[Arrays],
+        rows: Parts,
         snapshot: Snapshot | None,
         position: int,
         capacity: int,
     ) -> None:
         needed, parts = min(position, self.size), []
-        for arrays in reversed(rows):
+        for arrays in reversed(rows.every):
             if needed <= 0:
                 break
             length = arrays[0].shape[AXIS]
@@ -173,7 +172,7 @@ class ChunkedKind(_Window):
     def fill(
         self,
         cache: Any,
-        rows: Sequence[Arrays],
+        rows: Parts,
         snapshot: Snapshot | None,
         position: int,
         capacity: int,
