@@ -26,7 +26,7 @@ from .checkpoint import Checkpoint
 from .disk.catalogue import Catalogue, Lacking, parts_of, state_of
 from .disk.directory import Directory
 from .disk.index import Entry
-from .disk.segment import Segment
+from .disk.segment import NameTakenError, Segment
 from .disk.thread import DiskThread, Transfer
 from .errors import BudgetError, SettingError
 from .layers.adapt import Layout
@@ -136,6 +136,8 @@ class DiskTier:
         default_factory=dict, init=False
     )
     _cleared: set[tuple[str, str]] = field(default_factory=set, init=False)
+    _taken: set[tuple[str, str]] = field(default_factory=set, init=False)
+    _newer_bytes: int = field(default=0, init=False)
     _rest_until: float = field(default=0.0, init=False)
     _written_bytes: int = field(default=0, init=False)
     _read_bytes: int = field(default=0, init=False)
@@ -168,7 +170,7 @@ class DiskTier:
         try:
             entries = directory.open()
             if budget_bytes is None:
-                held = sum(entry.file_nbytes for entry in entries)
+                held = sum(entry.file_nbytes for entry in entries) + directory.newer_bytes
                 budget_bytes = held + min(shutil.disk_usage(root).free // 2, MOST_BYTES)
         except OSError as error:
             raise SettingError(f"The cache directory {root} cannot be used: {error}.") from error
@@ -237,14 +239,16 @@ class DiskTier:
     @property
     def is_written(self) -> bool:
         """Whether everything in memory is on disk too, as far as this process writes."""
-        return not self._in_flight and not self._unwritten and self._current is None
+        is_idle = not self._in_flight and not self._unwritten and self._current is None
+        return is_idle and not self._taken
 
     @property
     def _queued(self) -> int:
         return sum(segment.file_nbytes for segment, _ in self._in_flight.values())
 
     def _next(self) -> _Writing | None:
-        while self._unwritten:
+        found, cleared = None, {}
+        while self._unwritten and found is None:
             node = self._most_useful()
             name = self._unwritten.pop(node)
             namespace = digest(name)
@@ -258,11 +262,17 @@ class DiskTier:
                 step=self.step,
                 coming=self._coming(namespace, tokens),
             )
+            names = {one.name for one in lacking}
+            if names & self._taken:
+                continue  # it could not be restored without what cannot be written
+            if names & self._cleared:
+                cleared[node] = name
+                continue
             left = deque(one for one in lacking if one.name not in self._in_flight)
-            self._cleared.difference_update(one.name for one in lacking)
             if left:
-                return _Writing(node, name, namespace, tokens, left)
-        return None
+                found = _Writing(node, name, namespace, tokens, left)
+        self._unwritten |= cleared  # due again when what was cleared is gone
+        return found
 
     def _coming(self, namespace: str, tokens: Tokens) -> int:
         """How far the rows of `tokens` are being written at this moment."""
@@ -328,13 +338,19 @@ class DiskTier:
             del self._in_flight[lacking.name]
             claim.release()
             if lacking.name in self._cleared:
-                self._cleared.discard(lacking.name)
-                self.delete(segment)
+                self._cleared.discard(lacking.name)  # the disk thread deletes it now
             elif transfer.error is None:
                 if not self._wrote(segment, tokens):
                     self._unwritten.setdefault(node, writing.name)  # unless all of it is there
                 elif node.pinned or was_pinned:  # it may have changed since it was handed over
                     self.pin(writing.name, tokens, is_pinned=node.pinned)
+            elif isinstance(transfer.error, NameTakenError):
+                if not self._taken:  # of a newer version there may be thousands
+                    log.warning("Passed over %s", transfer.error)
+                self._taken.add(lacking.name)
+                if self._current is not None:  # it may go on from there
+                    self._unwritten.setdefault(self._current.node, self._current.name)
+                    self._current = None
             else:
                 self._unwritten.setdefault(node, writing.name)
                 self._failed(transfer.error, is_told=transfer.is_told)
@@ -467,7 +483,11 @@ class DiskTier:
         self.summary = self.stats()
 
     def load(self, entries: list[Entry]) -> None:
-        """Know what the directory holds."""
+        """Know what the directory holds. What a newer version has there leaves less room."""
+        store = self.catalogue.store
+        store.budget_bytes += self._newer_bytes
+        self._newer_bytes = min(self.thread.directory.newer_bytes, store.budget_bytes)
+        store.budget_bytes -= self._newer_bytes
         for segment in self.catalogue.load(entries):
             self.delete(segment)
 
@@ -478,10 +498,18 @@ class DiskTier:
             self.thread.change(lambda directory: directory.pin(names, is_pinned=is_pinned))
 
     def clear(self) -> None:
-        """Delete every file of every model, if this process may; what is being written too, after."""
+        """Delete every file of every model, if this process may.
+
+        What is being written is deleted right behind its writing: nothing of this process need be
+        left by then to ask for it.
+        """
         self._unwritten.clear()
+        self._taken.clear()
         self._current = None
-        self._cleared.update(self._in_flight)
+        for name, (segment, _) in self._in_flight.items():
+            if name not in self._cleared:
+                self._cleared.add(name)
+                self.delete(segment)
         self.catalogue.store.clear()
 
     def stats(self) -> DiskStats:

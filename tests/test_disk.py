@@ -206,7 +206,7 @@ def test_turns_over_several_runs_equal_cold(name: str, tmp_path: Path) -> None:
 
 
 @contextmanager
-def held_up(cache: HybridPromptCache) -> Iterator[None]:
+def held_up(cache: HybridPromptCache) -> Iterator[threading.Event]:
     """Let the disk thread wait, so that what is asked of it meanwhile is still to come."""
     go_on, waits = threading.Event(), threading.Event()
 
@@ -217,7 +217,7 @@ def held_up(cache: HybridPromptCache) -> Iterator[None]:
     cache.engine.disk.thread.change(wait)
     assert waits.wait(60)
     try:
-        yield
+        yield go_on
     finally:
         go_on.set()
 
@@ -532,6 +532,34 @@ def test_what_is_being_written_is_cleared_too(tmp_path: Path) -> None:
         until_idle(cache)
         assert (cache.lookup(tokens).restored_tokens, files(tmp_path)) == (0, {})
         assert cache.disk_stats().held_bytes == 0
+
+
+def test_what_is_being_written_is_cleared_though_the_cache_closes_at_once(tmp_path: Path) -> None:
+    """`clear` and `close(0)` while the disk thread stands still: no file is left to be adopted."""
+    tokens = oracle.prompt(LENGTH, seed=86)
+    with opened(tmp_path) as cache, held_up(cache) as go_on:
+        oracle.read(cache, tokens)
+        assert cache.disk_stats().queued_bytes > 0
+        cache.clear()
+        threading.Timer(0.1, go_on.set).start()  # closing waits for what was asked of the disk
+        cache.close(0)
+    assert files(tmp_path) == {}
+
+
+def test_what_is_cleared_while_it_is_written_can_be_kept_at_once(tmp_path: Path) -> None:
+    """Read, cleared and read again while the disk thread stands still: it is found afterwards."""
+    tokens = oracle.prompt(LENGTH, seed=85)
+    with opened(tmp_path) as cache:
+        with held_up(cache):
+            oracle.read(cache, tokens)
+            cache.clear()
+            oracle.read(cache, tokens)
+        assert cache.flush(30)
+        until_idle(cache)
+        assert sum(files(tmp_path).values()) == cache.disk_stats().held_bytes
+        forget_memory(cache)
+        assert cache.lookup(tokens).restored_tokens == LENGTH - 1
+        assert_as_cold(cache, tokens)
 
 
 def test_what_a_request_used_is_what_the_index_notes(tmp_path: Path) -> None:
