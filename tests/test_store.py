@@ -174,6 +174,51 @@ def test_pins_are_kept_and_bounded_to_half_the_budget():
     assert store.find(N, as_tokens([1] * 31)).position == 0
 
 
+def test_a_pin_inside_a_run_keeps_no_more_than_it_needs_and_can_be_lifted():
+    """Rows of 60 tokens, 40 of them pinned, parted from at 40 and at 20 later: only the 40 stay under
+    pressure, and nothing stays once they are unpinned.
+    """
+    store = Store(130 * ROW, needs_checkpoints=False)
+    path = list(range(60))
+    save(store, path)
+    assert store.pin(N, as_tokens(path[:40])) == 40
+    save(store, [*path[:40], *range(100, 105)])
+    save(store, [*path[:20], *range(200, 205)])
+    store.tick()
+    save(store, range(300, 390))
+    assert store.find(N, as_tokens([*path, 1])).position == 40
+    assert (store.rows_bytes, 0) == (130 * ROW, 0) == held(store)
+    assert store.unpin(N, as_tokens(path[:40])) == 40
+    assert store.stats().pinned == 0
+    store.shrink(10**6)
+    assert store.stats().nodes == 0
+
+
+@pytest.mark.parametrize("needs_checkpoints", [True, False])
+def test_a_pin_is_lifted_though_more_of_its_prompt_was_stored_since(needs_checkpoints):
+    """Pinned when 29 of its 30 tokens were stored; 30 and a reply are by the time it is unpinned."""
+    store = Store(10**6, needs_checkpoints=needs_checkpoints)
+    path = list(range(40))
+    save(store, path[:29])
+    assert store.pin(N, as_tokens(path[:30])) == 29
+    save(store, path[:30])
+    save(store, path)
+    assert store.unpin(N, as_tokens(path[:30])) == 29
+    assert store.stats().pinned == 0
+    assert store.unpin(N, as_tokens(path[:30])) == 30
+
+
+def test_a_pin_for_whose_cut_there_is_no_room_is_refused():
+    """A full store and a run of 60 tokens: cutting it takes a copy, and nothing else may go."""
+    store = Store(70 * ROW, needs_checkpoints=False)
+    save(store, range(60))
+    claim = store.claim(5 * ROW)
+    with pytest.raises(BudgetError):
+        store.pin(N, as_tokens(range(20)))
+    assert store.stats().pinned == 0
+    claim.release()
+
+
 def test_namespaces_share_nothing_and_know_of_each_other():
     """The same tokens under two models are two trees; another salt is not even told of them."""
     store = Store(10**6, needs_checkpoints=True)
