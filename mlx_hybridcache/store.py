@@ -540,6 +540,8 @@ class Store:
             self._remove(tree, gone)
         if last is not None and eviction.only_joins(last):
             tree.merge(last)
+        elif last is not None and not self.needs_checkpoints and not last.children:
+            eviction.is_leaf_now(last)
         self._evictions += 1
 
     def _let_checkpoint_go(self, node: Node) -> None:

@@ -100,6 +100,18 @@ def test_the_budget_is_never_exceeded_and_bytes_are_what_nodes_hold():
     assert store.stats().evictions > 100
 
 
+def test_a_conversation_of_many_runs_goes_from_its_end_as_far_as_it_must():
+    """Rows of 10 times 10 tokens fill a store; a request for 75 gets them, and 2 runs stay."""
+    store = Store(100 * ROW, needs_checkpoints=False)
+    for end in range(10, 101, 10):
+        save(store, range(end))
+    claim = store.claim(75 * ROW)
+    assert store.find(N, as_tokens(range(101))).position == 20
+    claim.release()
+    store.shrink(10**6)
+    assert store.stats().nodes == 0
+
+
 def test_no_rows_are_kept_that_nothing_restores():
     """Under pressure, every leaf has a checkpoint."""
     store = Store(15_000, needs_checkpoints=True)
