@@ -217,7 +217,9 @@ class Engine:
                     continue  # without the file that was not what it should be
             claim, found = self._claim(found, capacity)
             try:
-                return self._restore(found, capacity), found, claim
+                caches = self._restore(found, capacity)
+                claim.shrink(self.layout.running_bytes(capacity))
+                return caches, found, claim
             except BaseException:
                 claim.release()
                 raise
@@ -266,10 +268,18 @@ class Engine:
         return position if deeper is None else deeper.position
 
     def _claim(self, found: Found, capacity: int) -> tuple[Claim, Found]:
-        """Room for a running request; where the restored path itself is in the way, without it."""
+        """Room for a running request; where the restored path itself is in the way, without it.
+
+        Of a run that is restored in part MLX makes a copy on the way, which needs room too.
+        """
         need = self.layout.running_bytes(capacity)
+        cut = sum(
+            found.position - block.start
+            for block in found.blocks()[-1:]
+            if block.end > found.position
+        )
         try:
-            return self.store.claim(need, found), found
+            return self.store.claim(need + cut * self.layout.row_bytes, found), found
         except BudgetError:
             claim = self.store.claim(need)
             return claim, replace(found, position=0, node=None)

@@ -436,7 +436,8 @@ class DiskTier:
             yield PAUSE
         except BaseException:
             if job.asleep:  # the disk thread still writes into them
-                abandoned = landing.nbytes
+                # Rows that all came from memory nobody writes into, so nobody holds their buffers.
+                abandoned = landing.state_nbytes + (landing.rows_nbytes if wanted else 0)
                 self.store.linger(abandoned)
             raise
         if transfer.failed is not None:

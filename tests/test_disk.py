@@ -592,6 +592,50 @@ def test_a_cache_that_is_dropped_ends_its_threads_and_frees_the_directory(tmp_pa
         assert cache.disk_stats().is_writer
 
 
+def test_a_cache_that_is_dropped_is_not_kept_by_what_it_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A damaged file was met at the start, and a handler keeps the record: the next cache is the writer."""
+    write(tmp_path, oracle.prompt(LENGTH, seed=84))
+    (tmp_path / "index.sqlite").unlink()
+    next(tmp_path.rglob("*.state.safetensors")).write_bytes(b"")
+    cache = oracle.new_cache(model_of("qwen3_next"), cache_dir=tmp_path)
+    assert any("Passed over" in record.getMessage() for record in caplog.records)
+    del cache
+    gc.collect()
+    with opened(tmp_path) as cache:
+        assert cache.disk_stats().is_writer
+
+
+def test_buffers_that_a_cancelled_promotion_no_longer_holds_do_not_linger(tmp_path: Path) -> None:
+    """Memory has all rows and files the state: only that is read when the client goes."""
+    tokens = oracle.prompt(LENGTH, seed=83)
+    write(tmp_path, tokens)
+    with opened(tmp_path, tokenizer=oracle.word_tokenizer()) as cache:
+        oracle.read(cache, [*tokens, 1])
+        store = cache.engine.store
+
+        def forget_states() -> None:
+            for node in store.nodes():
+                if node.end < LENGTH:
+                    store.forget(node, rows=False)
+
+        cache._worker.call(forget_states)
+        assert cache.lookup(tokens).tier == "disk"
+        gc.collect()
+        mx.clear_cache()
+        before = mx.get_active_memory()
+        with held_up(cache):
+            stream = cache.stream_generate(tokens, 4)
+            while not cache.engine.load.reading:
+                pass
+            stream.close()
+            lingering = cache.stats().lingering_bytes
+            held = mx.get_active_memory() - before
+            assert lingering > 0
+            assert abs(held - lingering) < 10_000
+
+
 @each_family
 def test_nothing_is_written_twice(name: str, tmp_path: Path) -> None:
     """A prompt read again, from memory, from files, and in a later run: not a byte more is written."""

@@ -74,7 +74,8 @@ class Directory:
                 with suppress(OSError):
                     newer.append(path.stat().st_size)
             else:
-                log.warning("Passed over %s: %s", path.name, error)
+                # Not the error itself: whoever keeps log records would keep a cache by its frames.
+                log.warning("Passed over %s: %s", path.name, str(error))
 
         index = self._index or Index.read_only(self.root / "index.sqlite")
         try:
