@@ -256,7 +256,7 @@ def _verify(options: argparse.Namespace) -> int:
     if options.delete:
         must_be_free(root)
     with _progress("verify") as bar:
-        whole, wrong = damaged(root, bar.expect, bar.advance)
+        whole, wrong, newer = damaged(root, bar.expect, bar.advance)
     for path, why in sorted(wrong.items()):
         print(why if path.name in why else f"{path.name}: {why}")
     lost = [segment for one in by_namespace(whole) for segment in one.unreachable]
@@ -268,6 +268,8 @@ def _verify(options: argparse.Namespace) -> int:
         + f" {len(lost)} cannot be reached: files before them are missing, or others hold the same."
         * bool(lost)
     )
+    if newer:
+        print(f"{_count(len(newer), 'file')} of a newer version left alone, and not checked.")
     if options.delete and wrong:
         with writing(root) as (directory, _):
             for path in wrong:

@@ -299,8 +299,10 @@ class Engine:
         state = found.checkpoint
         snapshots = list(state.snapshots) if state is not None else []
         del state
+        # Of a run that is restored in part MLX makes a copy on the way, which needs room too.
+        passing = found.cut_tokens() * self.layout.row_bytes
         try:
-            claim, blocks = self._claim(request, found, need)
+            claim, blocks = self._claim(request, found, need + passing)
         except BudgetError:
             claim, blocks = self.store.claim(need), []
             found = replace(found, position=0, node=None)

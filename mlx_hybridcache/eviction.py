@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import itertools
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ class Eviction:
     clock: int
     utility: Utility
     _ranked: list[tuple[float, int, Node]] | None = field(default=None, init=False)
+    _order: Iterator[int] = field(default_factory=itertools.count, init=False)
 
     def fixed_bytes(self) -> int:
         """Bytes that would be left if everything went that may."""
@@ -50,6 +52,11 @@ class Eviction:
         """What the first to go is worth; without bound where nothing may."""
         ranked = self._least()
         return ranked[0] if ranked is not None else math.inf
+
+    def is_leaf_now(self, node: Node) -> None:
+        """What was below `node` has gone, so it may go next."""
+        if self._ranked is not None and self._may_go(node):
+            heapq.heappush(self._ranked, (self._worth(node), next(self._order), node))
 
     def first_of(self, nodes: Collection[Node]) -> Node:
         """The one of these nodes whose checkpoint goes first."""
@@ -75,12 +82,10 @@ class Eviction:
         return None
 
     def _ranking(self) -> Iterator[tuple[float, int, Node]]:
-        order = 0
         for tree in self.trees:
             for node, around in _surroundings(tree).items():
                 if self._may_go(node):
-                    order += 1
-                    yield self._worth(node, around), order, node
+                    yield self._worth(node, around), next(self._order), node
 
     def _may_go(self, node: Node) -> bool:
         if node.parent is None or node.pinned or node is self.spare:

@@ -278,7 +278,9 @@ class Decoder:
     def _take_out(self, writer: Writer) -> list[Any] | None:
         """Plain caches of one reply of a batch, with a claim of its own; None without room."""
         batch = writer.batch
-        capacity = writer.position + ROW_STEP  # what mlx-lm makes of an exact size with the next token
+        capacity = (
+            writer.position + ROW_STEP
+        )  # what mlx-lm makes of an exact size with the next token
         try:
             writer.claim = self._store.claim(self._layout.running_bytes(capacity))
         except BudgetError:

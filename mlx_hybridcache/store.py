@@ -81,6 +81,15 @@ class Found:
             if rows.start < self.position
         ]
 
+    def cut_tokens(self) -> int:
+        """How many tokens are restored of a stretch of rows that goes on behind `position`."""
+        return sum(
+            self.position - rows.start
+            for node in self.nodes()
+            for rows in node.rows
+            if rows.start < self.position < rows.end
+        )
+
     @property
     def checkpoint(self) -> Checkpoint | None:
         """The state at `position`; None for models that rows alone restore."""
@@ -184,8 +193,7 @@ class Store:
 
     def find(self, namespace: Namespace, tokens: Tokens) -> Found:
         """The deepest place to resume `tokens`, at most one short of its end. Changes nothing."""
-        tree = self._trees.get(namespace)
-        match = tree.match(tokens) if tree else Match(0, (), None, contradicted=False)
+        match = self._match(namespace, tokens)
         limit = len(tokens) - 1
         if not self.needs_checkpoints:
             reach = min(match.matched, limit)
@@ -598,10 +606,13 @@ class Store:
     def pin(self, namespace: Namespace, tokens: Tokens) -> int:
         """Keep what restores `tokens` whatever comes; returns the position that is kept.
 
-        Raises `BudgetError` when pins would weigh more than half the budget, `NotStoredError`
-        when nothing of `tokens` is stored.
+        Where rows alone restore, the run is cut there, so that nothing behind it is kept. Raises
+        `BudgetError` when pins would weigh more than half the budget, or the cut does not fit,
+        `NotStoredError` when nothing of `tokens` is stored.
         """
-        node = self._restoring_node(namespace, tokens)
+        match = self._match(namespace, tokens)
+        position = self._restorable(match, tokens)
+        node = match.deepest_checkpoint(position) or self._cut(namespace, tokens, match)
         path = {*pinned_nodes(self._trees.values()), *node.path()}
         weight = sum(full_nbytes(x) for x in path) + sum(
             x.checkpoint.nbytes for x in path if x.checkpoint and (x.pinned or x is node)
@@ -615,10 +626,17 @@ class Store:
         return node.end
 
     def unpin(self, namespace: Namespace, tokens: Tokens) -> int:
-        """Let what restores `tokens` go like everything else; returns its position."""
-        node = self._restoring_node(namespace, tokens)
-        node.pinned = False
-        return node.end
+        """Lift the last pin on the way to `tokens`; returns where it stood, or what restores them.
+
+        Since it was set, more of `tokens` may have been stored.
+        """
+        match = self._match(namespace, tokens)
+        position = self._restorable(match, tokens)
+        for node in reversed(match.path):
+            if node.pinned:
+                node.pinned = False
+                return node.end
+        return position
 
     def clear(self) -> None:
         """Forget everything that is stored."""
@@ -654,15 +672,26 @@ class Store:
         """So many bytes, given back by a request, are held until `settle`."""
         self.lingering_bytes += nbytes
 
-    def _restoring_node(self, namespace: Namespace, tokens: Tokens) -> Node:
+    def _match(self, namespace: Namespace, tokens: Tokens) -> Match:
         tree = self._trees.get(namespace)
-        match = tree.match(tokens) if tree else Match(0, (), None, contradicted=False)
-        if self.needs_checkpoints:
-            node = match.deepest_checkpoint(len(tokens))
-        else:
-            node = match.inside or (match.path[-1] if match.path else None)
-        if node is None:
+        return tree.match(tokens) if tree else Match(0, (), None, contradicted=False)
+
+    def _restorable(self, match: Match, tokens: Tokens) -> int:
+        """How far `tokens` can be restored, all of them included. Raises `NotStoredError` for nowhere."""
+        node = match.deepest_checkpoint(len(tokens))
+        position = match.matched if not self.needs_checkpoints else node.end if node else 0
+        if not position:
             raise NotStoredError("Nothing of this prompt is stored; prefill it first.")
+        return position
+
+    def _cut(self, namespace: Namespace, tokens: Tokens, match: Match) -> Node:
+        """The node that ends where `tokens` and the tree part ways."""
+        if match.inside is None:
+            return match.path[-1]
+        before = match.inside.rows
+        self.make_room(max((rows.nbytes for rows in before), default=0), match.nodes())
+        node = self._trees[namespace].extend(tokens[: match.matched], ())
+        self._settle_split(before, match.inside)
         return node
 
     def _eviction(self, keep: Iterable[Node] = (), spare: Node | None = None) -> Eviction:
@@ -698,6 +727,8 @@ class Store:
             self._remove(tree, gone)
         if last is not None and eviction.only_joins(last):
             tree.merge(last)
+        elif last is not None and not self.needs_checkpoints and not last.children:
+            eviction.is_leaf_now(last)
         self._evictions += 1
 
     def _let_checkpoint_go(self, node: Node) -> None:

@@ -27,7 +27,7 @@ from .checkpoint import Checkpoint
 from .disk.catalogue import Catalogue, Lacking, parts_of, state_of
 from .disk.directory import Directory
 from .disk.index import Entry
-from .disk.segment import Segment
+from .disk.segment import NameTakenError, Segment
 from .disk.thread import DiskThread, Transfer
 from .errors import BudgetError, SettingError
 from .layers.adapt import Layout
@@ -35,7 +35,7 @@ from .layers.rows import RowBlock
 from .sizes import format_bytes
 from .store import Found, Holders, Store
 from .tokens import Namespace, Tokens
-from .transfer import Landing, Shapes, rows_freight, state_freight
+from .transfer import Freight, Landing, Shapes, rows_freight, state_freight
 from .tree import Held, Node, common_length
 from .worker import PAUSE, Job, Pause
 
@@ -141,6 +141,8 @@ class DiskTier:
         default_factory=dict, init=False
     )
     _cleared: set[tuple[str, str]] = field(default_factory=set, init=False)
+    _taken: set[tuple[str, str]] = field(default_factory=set, init=False)
+    _newer_bytes: int = field(default=0, init=False)
     _rest_until: float = field(default=0.0, init=False)
     _written_bytes: int = field(default=0, init=False)
     _read_bytes: int = field(default=0, init=False)
@@ -174,7 +176,7 @@ class DiskTier:
         try:
             entries = directory.open()
             if budget_bytes is None:
-                held = sum(entry.file_nbytes for entry in entries)
+                held = sum(entry.file_nbytes for entry in entries) + directory.newer_bytes
                 budget_bytes = held + min(shutil.disk_usage(root).free // 2, MOST_BYTES)
         except OSError as error:
             raise SettingError(f"The cache directory {root} cannot be used: {error}.") from error
@@ -252,7 +254,7 @@ class DiskTier:
     @property
     def is_written(self) -> bool:
         """Whether everything in memory is on disk too, as far as this process writes."""
-        left = self._in_flight or self._unwritten or self._borrowing
+        left = self._in_flight or self._unwritten or self._borrowing or self._taken
         return not left and self._current is None
 
     @property
@@ -260,7 +262,8 @@ class DiskTier:
         return sum(segment.file_nbytes for segment, _ in self._in_flight.values())
 
     def _next(self) -> _Writing | None:
-        while self._unwritten:
+        found, cleared = None, {}
+        while self._unwritten and found is None:
             node = self._most_useful()
             name = self._unwritten.pop(node)
             namespace = digest(name)
@@ -277,11 +280,17 @@ class DiskTier:
                 step=self.step,
                 coming=self._coming(namespace, tokens),
             )
+            names = {one.name for one in lacking}
+            if names & self._taken:
+                continue  # it could not be restored without what cannot be written
+            if names & self._cleared:
+                cleared[node] = name
+                continue
             left = deque(one for one in lacking if one.name not in self._in_flight)
-            self._cleared.difference_update(one.name for one in lacking)
             if left:
-                return _Writing(node, name, namespace, tokens, left)
-        return None
+                found = _Writing(node, name, namespace, tokens, left)
+        self._unwritten |= cleared  # due again when what was cleared is gone
+        return found
 
     def _coming(self, namespace: str, tokens: Tokens) -> int:
         """How far the rows of `tokens` are being written at this moment."""
@@ -312,16 +321,7 @@ class DiskTier:
             self._borrowing[writing.node], self._current = writing.name, None
             return
         lacking, node = writing.left.popleft(), writing.node
-        payloads: list[Held]
-        if lacking.kind == "state":
-            assert node.checkpoint is not None
-            payloads = [node.checkpoint]
-            freight = state_freight(cast("Checkpoint", node.checkpoint))
-        else:
-            a, b = lacking.start, lacking.end
-            every = [rows for part in node.path() for rows in part.rows]
-            payloads = [rows for rows in every if rows.start < b and rows.end > a]
-            freight = rows_freight(cast("list[RowBlock]", payloads), a, b)
+        payloads, freight = _freight_of(node, lacking)
         segment = Segment(
             kind=lacking.kind,
             namespace=writing.namespace,
@@ -350,13 +350,19 @@ class DiskTier:
             del self._in_flight[lacking.name]
             claim.release()
             if lacking.name in self._cleared:
-                self._cleared.discard(lacking.name)
-                self.delete(segment)
+                self._cleared.discard(lacking.name)  # the disk thread deletes it now
             elif transfer.error is None:
                 if not self._wrote(segment, tokens):
                     self._unwritten.setdefault(node, writing.name)  # unless all of it is there
                 elif node.pinned or was_pinned:  # it may have changed since it was handed over
                     self.pin(writing.name, tokens, is_pinned=node.pinned)
+            elif isinstance(transfer.error, NameTakenError):
+                if not self._taken:  # of a newer version there may be thousands
+                    log.warning("Passed over %s", transfer.error)
+                self._taken.add(lacking.name)
+                if self._current is not None:  # it may go on from there
+                    self._unwritten.setdefault(self._current.node, self._current.name)
+                    self._current = None
             else:
                 self._unwritten.setdefault(node, writing.name)
                 self._failed(transfer.error, is_told=transfer.is_told)
@@ -442,7 +448,8 @@ class DiskTier:
             yield PAUSE
         except BaseException:
             if job.asleep:  # the disk thread still writes into them
-                abandoned = landing.nbytes
+                # Rows that all came from memory nobody writes into, so nobody holds their buffers.
+                abandoned = landing.state_nbytes + (landing.rows_nbytes if wanted else 0)
                 self.store.linger(abandoned)
             raise
         if transfer.failed is not None:
@@ -489,7 +496,11 @@ class DiskTier:
         self.summary = self.stats()
 
     def load(self, entries: list[Entry]) -> None:
-        """Know what the directory holds."""
+        """Know what the directory holds. What a newer version has there leaves less room."""
+        store = self.catalogue.store
+        store.budget_bytes += self._newer_bytes
+        self._newer_bytes = min(self.thread.directory.newer_bytes, store.budget_bytes)
+        store.budget_bytes -= self._newer_bytes
         for segment in self.catalogue.load(entries):
             self.delete(segment)
 
@@ -500,11 +511,19 @@ class DiskTier:
             self.thread.change(lambda directory: directory.pin(names, is_pinned=is_pinned))
 
     def clear(self) -> None:
-        """Delete every file of every model, if this process may; what is being written too, after."""
+        """Delete every file of every model, if this process may.
+
+        What is being written is deleted right behind its writing: nothing of this process need be
+        left by then to ask for it.
+        """
         self._unwritten.clear()
         self._borrowing.clear()
+        self._taken.clear()
         self._current = None
-        self._cleared.update(self._in_flight)
+        for name, (segment, _) in self._in_flight.items():
+            if name not in self._cleared:
+                self._cleared.add(name)
+                self.delete(segment)
         self.catalogue.store.clear()
 
     def stats(self) -> DiskStats:
@@ -522,6 +541,17 @@ class DiskTier:
             rejected=self._rejected,
             failures=self._failures,
         )
+
+
+def _freight_of(node: Node, lacking: Lacking) -> tuple[list[Held], Freight]:
+    """What of the store goes into a file on the way to `node`, and views of its bytes."""
+    if lacking.kind == "state":
+        assert node.checkpoint is not None
+        return [node.checkpoint], state_freight(cast("Checkpoint", node.checkpoint))
+    a, b = lacking.start, lacking.end
+    every = [rows for part in node.path() for rows in part.rows]
+    payloads = [rows for rows in every if rows.start < b and rows.end > a]
+    return [*payloads], rows_freight(cast("list[RowBlock]", payloads), a, b)
 
 
 def _give_back(transfer: Transfer) -> None:

@@ -208,10 +208,14 @@ class Landing:
         yield from _plain(made)
 
     @property
-    def nbytes(self) -> int:
-        """Bytes held so far."""
-        states = sum(array.nbytes for array in self._states.values() if array is not None)
-        return states + sum(buffer.nbytes for buffer in self._rows.values())
+    def rows_nbytes(self) -> int:
+        """Bytes of the buffers so far."""
+        return sum(buffer.nbytes for buffer in self._rows.values())
+
+    @property
+    def state_nbytes(self) -> int:
+        """Bytes of the checkpoint so far."""
+        return sum(array.nbytes for array in self._states.values() if array is not None)
 
     def block(self, start: int) -> RowBlock:
         """A copy of the rows of `[start, position)`, as the memory tier keeps them."""

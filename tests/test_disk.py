@@ -206,7 +206,7 @@ def test_turns_over_several_runs_equal_cold(name: str, tmp_path: Path) -> None:
 
 
 @contextmanager
-def held_up(cache: HybridPromptCache) -> Iterator[None]:
+def held_up(cache: HybridPromptCache) -> Iterator[threading.Event]:
     """Let the disk thread wait, so that what is asked of it meanwhile is still to come."""
     go_on, waits = threading.Event(), threading.Event()
 
@@ -217,7 +217,7 @@ def held_up(cache: HybridPromptCache) -> Iterator[None]:
     cache.engine.disk.thread.change(wait)
     assert waits.wait(60)
     try:
-        yield
+        yield go_on
     finally:
         go_on.set()
 
@@ -534,6 +534,34 @@ def test_what_is_being_written_is_cleared_too(tmp_path: Path) -> None:
         assert cache.disk_stats().held_bytes == 0
 
 
+def test_what_is_being_written_is_cleared_though_the_cache_closes_at_once(tmp_path: Path) -> None:
+    """`clear` and `close(0)` while the disk thread stands still: no file is left to be adopted."""
+    tokens = oracle.prompt(LENGTH, seed=86)
+    with opened(tmp_path) as cache, held_up(cache) as go_on:
+        oracle.read(cache, tokens)
+        assert cache.disk_stats().queued_bytes > 0
+        cache.clear()
+        threading.Timer(0.1, go_on.set).start()  # closing waits for what was asked of the disk
+        cache.close(0)
+    assert files(tmp_path) == {}
+
+
+def test_what_is_cleared_while_it_is_written_can_be_kept_at_once(tmp_path: Path) -> None:
+    """Read, cleared and read again while the disk thread stands still: it is found afterwards."""
+    tokens = oracle.prompt(LENGTH, seed=85)
+    with opened(tmp_path) as cache:
+        with held_up(cache):
+            oracle.read(cache, tokens)
+            cache.clear()
+            oracle.read(cache, tokens)
+        assert cache.flush(30)
+        until_idle(cache)
+        assert sum(files(tmp_path).values()) == cache.disk_stats().held_bytes
+        forget_memory(cache)
+        assert cache.lookup(tokens).restored_tokens == LENGTH - 1
+        assert_as_cold(cache, tokens)
+
+
 def test_what_a_request_used_is_what_the_index_notes(tmp_path: Path) -> None:
     """A prompt that ends at a checkpoint resumes from the one before, 199: that one is the newest now."""
     base = oracle.prompt(LENGTH, seed=88)
@@ -562,6 +590,50 @@ def test_a_cache_that_is_dropped_ends_its_threads_and_frees_the_directory(tmp_pa
     assert set(threading.enumerate()) == before
     with opened(tmp_path) as cache:
         assert cache.disk_stats().is_writer
+
+
+def test_a_cache_that_is_dropped_is_not_kept_by_what_it_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A damaged file was met at the start, and a handler keeps the record: the next cache is the writer."""
+    write(tmp_path, oracle.prompt(LENGTH, seed=84))
+    (tmp_path / "index.sqlite").unlink()
+    next(tmp_path.rglob("*.state.safetensors")).write_bytes(b"")
+    cache = oracle.new_cache(model_of("qwen3_next"), cache_dir=tmp_path)
+    assert any("Passed over" in record.getMessage() for record in caplog.records)
+    del cache
+    gc.collect()
+    with opened(tmp_path) as cache:
+        assert cache.disk_stats().is_writer
+
+
+def test_buffers_that_a_cancelled_promotion_no_longer_holds_do_not_linger(tmp_path: Path) -> None:
+    """Memory has all rows and files the state: only that is read when the client goes."""
+    tokens = oracle.prompt(LENGTH, seed=83)
+    write(tmp_path, tokens)
+    with opened(tmp_path, tokenizer=oracle.word_tokenizer()) as cache:
+        oracle.read(cache, [*tokens, 1])
+        store = cache.engine.store
+
+        def forget_states() -> None:
+            for node in store.nodes():
+                if node.end < LENGTH:
+                    store.forget(node, rows=False)
+
+        cache._worker.call(forget_states)
+        assert cache.lookup(tokens).tier == "disk"
+        gc.collect()
+        mx.clear_cache()
+        before = mx.get_active_memory()
+        with held_up(cache):
+            stream = cache.stream_generate(tokens, 4)
+            while not cache.engine.load.reading:
+                pass
+            stream.close()
+            lingering = cache.stats().lingering_bytes
+            held = mx.get_active_memory() - before
+            assert lingering > 0
+            assert abs(held - lingering) < 10_000
 
 
 @each_family

@@ -20,7 +20,7 @@ from faults import DAMAGES, PATIENCE_SECONDS, Said, served
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.lora import LoRALinear
 
-from mlx_hybridcache import Reason, SettingError, tiers
+from mlx_hybridcache import Reason, SettingError, cli, tiers
 from mlx_hybridcache.disk import thread
 from mlx_hybridcache.disk.segment import SEGMENTS
 
@@ -148,6 +148,58 @@ def test_what_is_no_file_holds_nothing_up(root, said, put):
         put(path)
         assert served(cache, FIRST) == ("none", 0)
     said.take_one()
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_a_folder_under_a_segments_name_is_told_once_and_not_tried_again(root, said, quick, which):
+    """Where the first rows, some in between, or a state should be: no write is tried again, replies are
+    cold's, and everything that does not need it is kept.
+    """
+    path = [*faults.segments(root, "rows")[:4:3], faults.segments(root, "state")[-1]][which]
+    path.unlink()
+    path.mkdir()
+    with opened(root) as cache:
+        served(cache, FIRST)
+        served(cache, SECOND)
+        assert not cache.flush(PATIENCE_SECONDS)
+        stats = cache.disk_stats()
+        assert (stats.failures, stats.queued_bytes, stats.unwritten) == (0, 0, 0)
+        served(cache, FIRST)
+    assert "is a folder. It is left alone" in said.take_one()
+    assert path.is_dir()
+    with opened(root) as cache:
+        assert served(cache, SECOND) == ("disk", len(SECOND) - 1)
+
+
+@pytest.mark.parametrize("index", ["kept", "lost"])
+def test_files_of_a_newer_version_are_misses_and_stay_as_they_are(root, said, index):
+    """Version 2 has written all of `FIRST`, and of `SECOND` nothing: both are served, cleared, verified
+    and read again; not a byte of version 2 changes. Where a start has met them they leave less room.
+    """
+    newer = faults.segments(root)
+    for path in newer:
+        data = path.read_bytes()
+        path.write_bytes(data.replace(b'"version":"1"', b'"version":"2"', 1))
+    if index == "lost":
+        (root / "index.sqlite").unlink()
+    before = {path: path.read_bytes() for path in newer}
+    weight = sum(map(len, before.values()))
+    with opened(root, disk_budget=weight + 150_000) as cache:
+        if index == "lost":
+            assert "14 files (" in said.take_one()
+            assert cache.disk_stats().budget_bytes == 150_000
+        for prompt in (FIRST, SECOND, FIRST, SECOND):
+            served(cache, prompt)
+            cache.flush(PATIENCE_SECONDS)
+        cache.clear()
+        served(cache, FIRST)
+        served(cache, SECOND)
+        cache.flush(PATIENCE_SECONDS)
+        held = sum(path.stat().st_size for path in faults.segments(root))
+        assert held > weight
+        assert index == "kept" or held <= weight + 150_000
+    assert cli.main(["cache", "verify", "--delete", "--cache-dir", str(root)]) == 0
+    assert {path: path.read_bytes() for path in newer} == before
 
 
 # The index

@@ -5,6 +5,7 @@ import random
 from collections.abc import Iterator
 from functools import cache as once
 
+import bounds
 import mlx.core as mx
 import mlx.nn as nn
 import oracle
@@ -311,3 +312,23 @@ def test_a_reply_that_outgrows_the_budget_ends_with_an_error(
         held.release()
     gc.collect()
     assert mx.ones(3).sum().item() == 3
+
+
+@pytest.mark.parametrize("name", ["wide", "llama", "gemma3_text"])
+def test_a_restore_holds_no_more_for_a_moment_than_there_was_room_for(name: str) -> None:
+    """A cold one, one at the end of 400 tokens, and ones in the middle of a run, each with room for 1,000
+    more: MLX's peak stays within what the store had made room for.
+    """
+    model = wide_model() if name == "wide" else tiny.build(name)
+    with new_cache(BUDGET, model) as cache:
+        store = bounds.WatchedStore.of(cache.engine.store)
+        tokens = oracle.prompt(400, seed=31)
+        oracle.read(cache, tokens)
+        for asked in (oracle.prompt(400, seed=32), tokens, tokens[:150], tokens[:50]):
+            gc.collect()
+            mx.clear_cache()
+            before = store.highest = store.used_bytes()
+            with bounds.peak_of_mlx() as peak:
+                ready = cache.restore(asked, max_tokens=1000)
+            assert peak[0] <= store.highest - before + 20_000
+            ready.release()

@@ -100,6 +100,18 @@ def test_the_budget_is_never_exceeded_and_bytes_are_what_nodes_hold():
     assert store.stats().evictions > 100
 
 
+def test_a_conversation_of_many_runs_goes_from_its_end_as_far_as_it_must():
+    """Rows of 10 times 10 tokens fill a store; a request for 75 gets them, and 2 runs stay."""
+    store = Store(100 * ROW, needs_checkpoints=False)
+    for end in range(10, 101, 10):
+        save(store, range(end))
+    claim = store.claim(75 * ROW)
+    assert store.find(N, as_tokens(range(101))).position == 20
+    claim.release()
+    store.shrink(10**6)
+    assert store.stats().nodes == 0
+
+
 def test_no_rows_are_kept_that_nothing_restores():
     """Under pressure, every leaf has a checkpoint."""
     store = Store(15_000, needs_checkpoints=True)
@@ -172,6 +184,51 @@ def test_pins_are_kept_and_bounded_to_half_the_budget():
         store.tick()
         save(store, [first] * 30, is_end=True)
     assert store.find(N, as_tokens([1] * 31)).position == 0
+
+
+def test_a_pin_inside_a_run_keeps_no_more_than_it_needs_and_can_be_lifted():
+    """Rows of 60 tokens, 40 of them pinned, parted from at 40 and at 20 later: only the 40 stay under
+    pressure, and nothing stays once they are unpinned.
+    """
+    store = Store(130 * ROW, needs_checkpoints=False)
+    path = list(range(60))
+    save(store, path)
+    assert store.pin(N, as_tokens(path[:40])) == 40
+    save(store, [*path[:40], *range(100, 105)])
+    save(store, [*path[:20], *range(200, 205)])
+    store.tick()
+    save(store, range(300, 390))
+    assert store.find(N, as_tokens([*path, 1])).position == 40
+    assert (store.rows_bytes, 0) == (130 * ROW, 0) == held(store)
+    assert store.unpin(N, as_tokens(path[:40])) == 40
+    assert store.stats().pinned == 0
+    store.shrink(10**6)
+    assert store.stats().nodes == 0
+
+
+@pytest.mark.parametrize("needs_checkpoints", [True, False])
+def test_a_pin_is_lifted_though_more_of_its_prompt_was_stored_since(needs_checkpoints):
+    """Pinned when 29 of its 30 tokens were stored; 30 and a reply are by the time it is unpinned."""
+    store = Store(10**6, needs_checkpoints=needs_checkpoints)
+    path = list(range(40))
+    save(store, path[:29])
+    assert store.pin(N, as_tokens(path[:30])) == 29
+    save(store, path[:30])
+    save(store, path)
+    assert store.unpin(N, as_tokens(path[:30])) == 29
+    assert store.stats().pinned == 0
+    assert store.unpin(N, as_tokens(path[:30])) == 30
+
+
+def test_a_pin_for_whose_cut_there_is_no_room_is_refused():
+    """A full store and a run of 60 tokens: cutting it takes a copy, and nothing else may go."""
+    store = Store(70 * ROW, needs_checkpoints=False)
+    save(store, range(60))
+    claim = store.claim(5 * ROW)
+    with pytest.raises(BudgetError):
+        store.pin(N, as_tokens(range(20)))
+    assert store.stats().pinned == 0
+    claim.release()
 
 
 def test_namespaces_share_nothing_and_know_of_each_other():

@@ -23,7 +23,7 @@ from ..tree import Node
 from .catalogue import Catalogue, FileRows, FileState
 from .directory import Directory
 from .index import Entry, scan
-from .segment import SEGMENTS, Segment, SegmentError, prefix_key, verify
+from .segment import SEGMENTS, NewerSegmentError, Segment, SegmentError, prefix_key, verify
 
 LOCK = "writer.lock"
 SHORT = 12
@@ -277,15 +277,21 @@ def damaged(
     root: Path,
     on_files: Callable[[int], None] = lambda nbytes: None,
     on_read: Callable[[int], None] = lambda nbytes: None,
-) -> tuple[list[Entry], dict[Path, str]]:
-    """Every file read from first byte to last: those that are whole, and what is wrong with the others.
+) -> tuple[list[Entry], dict[Path, str], list[Path]]:
+    """Every file read from first byte to last: the whole ones, what is wrong with others, newer ones.
 
-    `on_files` hears how many bytes there are, `on_read` of each file's as it was read.
+    Those of a later version cannot be judged here. `on_files` hears how many bytes there are, `on_read` of each file's as it was read.
     """
     wrong: dict[Path, str] = {}
-    entries = scan(
-        root, None, adopt=False, on_rejected=lambda path, error: wrong.update({path: str(error)})
-    )
+    newer: list[Path] = []
+
+    def rejected(path: Path, error: Exception) -> None:
+        if isinstance(error, NewerSegmentError):
+            newer.append(path)
+        else:
+            wrong[path] = str(error)
+
+    entries = scan(root, None, adopt=False, on_rejected=rejected)
     on_files(sum(entry.file_nbytes for entry in entries))
     whole: list[Entry] = []
     for entry in entries:
@@ -295,8 +301,8 @@ def damaged(
         except FileNotFoundError:
             pass  # the process that writes there deleted it
         except (SegmentError, OSError) as error:
-            wrong[path] = str(error)
+            rejected(path, error)
         else:
             whole.append(entry)
         on_read(entry.file_nbytes)
-    return whole, wrong
+    return whole, wrong, newer

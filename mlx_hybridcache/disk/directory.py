@@ -16,19 +16,24 @@ from typing import Literal
 
 from filelock import FileLock, Timeout
 
+from ..sizes import format_bytes
 from .files import make_directory
 from .index import Entry, Index, IndexUnavailableError, scan
-from .segment import SEGMENTS, Segment, write
+from .segment import SEGMENTS, NewerSegmentError, Segment, taken_by, write
 
 log = logging.getLogger("mlx_hybridcache")
 
 
 @dataclass(eq=False)
 class Directory:
-    """The directory `root`, which only its owner may look into. Used on one thread at a time."""
+    """The directory `root`, which only its owner may look into. Used on one thread at a time.
+
+    `newer_bytes` are those of files that a later version of this library wrote. They are left alone.
+    """
 
     root: Path
     is_writer: bool = field(default=False, init=False)
+    newer_bytes: int = field(default=0, init=False)
     _index: Index | None = field(default=None, init=False)
     _lock: FileLock = field(init=False)
     _seen: object = field(default=None, init=False)
@@ -62,15 +67,34 @@ class Directory:
     def entries(self) -> list[Entry]:
         """Everything that can be read. A writer adopts what its index does not know."""
         self._seen = self._signature()
+        newer: list[int] = []
+
+        def rejected(path: Path, error: Exception) -> None:
+            if isinstance(error, NewerSegmentError):
+                with suppress(OSError):
+                    newer.append(path.stat().st_size)
+            else:
+                # Not the error itself: whoever keeps log records would keep a cache by its frames.
+                log.warning("Passed over %s: %s", path.name, str(error))
+
         index = self._index or Index.read_only(self.root / "index.sqlite")
         try:
-            found = scan(self.root, index, adopt=self.is_writer, on_rejected=self._rejected)
+            found = scan(self.root, index, adopt=self.is_writer, on_rejected=rejected)
         finally:
             if index is not None and index is not self._index:
                 index.close()
         if index is not None and index.was_new and found:
             log.warning("%s: the index was lost; made anew from %d files.", self.root, len(found))
             index.was_new = False
+        if sum(newer) > self.newer_bytes:
+            log.warning(
+                "%s: %d files (%s) were written by a newer version of this cache. They are left "
+                "alone and count as used; empty the directory with that version, or name another.",
+                self.root,
+                len(newer),
+                format_bytes(sum(newer)),
+            )
+        self.newer_bytes = sum(newer)
         return found
 
     def changed(self) -> bool:
@@ -99,9 +123,14 @@ class Directory:
         self._note(lambda index: index.put([entry]))
 
     def delete(self, segment: Segment) -> None:
-        """Delete a segment. What cannot be deleted is found again at the next start."""
+        """Delete a segment, unless what has its name is not ours by now.
+
+        What cannot be deleted is found again at the next start.
+        """
+        path = self.segments / segment.name
         try:
-            (self.segments / segment.name).unlink(missing_ok=True)
+            if taken_by(path) is None:
+                path.unlink(missing_ok=True)
         except OSError as error:
             self.complain("files", f"{segment.name} cannot be deleted: {error}.")
         else:
@@ -152,9 +181,6 @@ class Directory:
         if index is not None:
             with suppress(IndexUnavailableError):
                 index.close()
-
-    def _rejected(self, path: Path, error: Exception) -> None:
-        log.warning("Passed over %s: %s", path.name, error)
 
     def _lock_identity(self) -> object:
         try:

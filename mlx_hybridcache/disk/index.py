@@ -23,7 +23,7 @@ import xxhash
 
 from ..errors import HybridCacheError
 from .files import PARTIAL, make_directory
-from .segment import SEGMENTS, Segment, SegmentError, Tensor, read_header
+from .segment import SEGMENTS, NewerSegmentError, Segment, SegmentError, Tensor, read_header
 
 SCHEMA = 1
 """SQLite's `user_version`; an index with another one is made anew."""
@@ -150,8 +150,8 @@ def scan(
 
     A file of the size that the index knows is not opened; any other is read, and is less recent
     than all known ones, in the order of the files' times. What is no segment is told to
-    `on_rejected`. With `adopt`, for the writer alone, rejected and unfinished files are deleted and
-    the index is corrected; otherwise nothing changes on the disk.
+    `on_rejected`. With `adopt`, for the writer alone, rejected and unfinished files are deleted, but
+    those of a later version, and the index is corrected; otherwise nothing changes on the disk.
     """
     known: dict[str, Entry] = {}
     if index is not None:
@@ -171,7 +171,7 @@ def scan(
                 strangers.append((status.st_mtime_ns, read_header(path)))
             except SegmentError as error:
                 on_rejected(path, error)
-                if adopt:
+                if adopt and not isinstance(error, NewerSegmentError):
                     _delete(path)
             except FileNotFoundError:
                 pass  # its writer deleted it meanwhile

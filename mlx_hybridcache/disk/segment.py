@@ -66,6 +66,14 @@ class SegmentError(HybridCacheError):
     """A file is not the segment that it should be. Whoever reads it takes it for a miss."""
 
 
+class NewerSegmentError(SegmentError):
+    """A file of a later version of this format: a miss too, but not ours to replace or to delete."""
+
+
+class NameTakenError(SegmentError):
+    """What has a segment's name is not ours to replace, so that one cannot be written."""
+
+
 @dataclass(frozen=True, slots=True)
 class Tensor:
     """A name, a dtype as safetensors spells it ("F32", "BF16"), and a shape."""
@@ -192,10 +200,12 @@ def write(root: Path, segment: Segment, data: Iterable[memoryview | bytes]) -> i
 
     `data` are views in file order, `segment.data_nbytes` in all, passed over once. A file that is
     there already with an equal header stays, and nothing is written; any other is replaced in one
-    step. Raises `SegmentError` when the data has another length, and `OSError`; then nothing is
-    left behind.
+    step. Raises `NameTakenError` for a folder and for a file of a later version, `SegmentError` when
+    the data has another length, and `OSError`; then nothing is left behind.
     """
     path = root / SEGMENTS / segment.name
+    if (taken := taken_by(path)) is not None:
+        raise NameTakenError(f"{taken} It is left alone, and what belongs there is not kept.")
     with suppress(SegmentError, FileNotFoundError, NotADirectoryError):
         if read_header(path) == segment:
             return 0
@@ -214,10 +224,24 @@ def write(root: Path, segment: Segment, data: Iterable[memoryview | bytes]) -> i
     return len(head) + segment.data_nbytes
 
 
+def taken_by(path: Path) -> str | None:
+    """A sentence about what has a segment's name and is not ours to replace or to delete."""
+    if path.is_dir() and not path.is_symlink():
+        return f"{path.name} is a folder."
+    try:
+        read_header(path)
+    except NewerSegmentError as error:
+        return str(error)
+    except (SegmentError, OSError):
+        pass  # damaged, or not there
+    return None
+
+
 def read_header(path: Path) -> Segment:
     """The segment that a file claims to be: its header, its size and its name are checked.
 
-    Raises `SegmentError` for anything else, whatever bytes it holds, and `OSError`.
+    Raises `SegmentError` for anything else, whatever bytes it holds, and `OSError`;
+    `NewerSegmentError` for what a later version of this library wrote.
     """
     with reading(path) as fd:
         return _read_head(fd, path)[0]
@@ -299,7 +323,7 @@ def _read_head(fd: int | None, path: Path) -> tuple[Segment, str]:
     try:
         segment, checksum = _parsed_head(fd)
     except SegmentError as error:
-        raise SegmentError(f"{path.name} cannot be used. {error}") from error
+        raise type(error)(f"{path.name} cannot be used. {error}") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise SegmentError(f"{path.name} cannot be used. It has no header of a segment.") from error
     if size != segment.file_nbytes:
@@ -320,8 +344,12 @@ def _parsed_head(fd: int) -> tuple[Segment, str]:
     metadata = table.pop("__metadata__")
     if metadata["format"] != FORMAT:
         raise SegmentError("It is no segment of this cache.")
-    if metadata["version"] != str(VERSION):
-        raise SegmentError(f"It has version {metadata['version']!r}; {VERSION} can be read here.")
+    version = metadata["version"]
+    if version != str(VERSION):
+        is_newer = version.isdecimal() and int(version) > VERSION
+        raise (NewerSegmentError if is_newer else SegmentError)(
+            f"It has version {version!r}; {VERSION} can be read here."
+        )
     start, end = int(metadata["start"]), int(metadata["end"])
     if not 0 <= end - start <= LONGEST_RUN:
         raise SegmentError(f"It covers [{start}, {end}).")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,9 +114,7 @@ class RowsKind(LayerKind):
         buffers = []
         for which, (shape, dtype) in enumerate(zip(self.shapes, self.dtypes, strict=True)):
             parts = rows.take(which)
-            if room:
-                parts.append(_blank(shape, dtype, room))
-            buffers.append(_joined(parts) if parts else None)
+            buffers.append(_joined(parts, room, shape, dtype) if parts or room else None)
             if rows.is_spent and parts:
                 mx.eval(buffers[-1])
                 parts.clear()
@@ -142,16 +141,22 @@ class RowsKind(LayerKind):
             )
 
 
-def _joined(parts: list[mx.array]) -> mx.array:
-    """One buffer of all `parts`, in memory of its own even where they are only zeros.
+def _joined(
+    parts: Sequence[mx.array], room: int, shape: tuple[int, ...], dtype: mx.Dtype
+) -> mx.array:
+    """One buffer of all `parts` and of `room` zeros, in memory of its own even where there are only those.
 
-    MLX's CPU backend concatenates element by element, so eight bytes count as one element.
+    MLX's CPU backend concatenates element by element, so eight bytes count as one element. Zeros are
+    made as such: to see narrow ones as wide ones MLX would copy them all.
     """
-    dtype = parts[0].dtype
-    wide = parts[0].shape[3] * dtype.size % mx.uint64.size == 0
+    _, heads, _, dim = shape
+    wide = dim * dtype.size % mx.uint64.size == 0
     if wide:
+        shape = (1, heads, 1, dim * dtype.size // mx.uint64.size)
         parts = [part.view(mx.uint64) for part in parts]
-    joined = mx.contiguous(mx.concatenate(parts, axis=AXIS))
+    if room:
+        parts = [*parts, _blank(shape, mx.uint64 if wide else dtype, room)]
+    joined = mx.contiguous(mx.concatenate(list(parts), axis=AXIS))
     return joined.view(dtype) if wide else joined
 
 
