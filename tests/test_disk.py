@@ -627,7 +627,7 @@ def test_buffers_that_a_cancelled_promotion_no_longer_holds_do_not_linger(tmp_pa
         before = mx.get_active_memory()
         with held_up(cache):
             stream = cache.stream_generate(tokens, 4)
-            while not cache.engine.load.reading:
+            while not stream._request.job.asleep:
                 pass
             stream.close()
             lingering = cache.stats().lingering_bytes
@@ -715,7 +715,7 @@ def test_a_promotion_that_is_cancelled_gives_its_bytes_back(late: bool, tmp_path
         else:
             with held_up(cache):
                 stream = cache.stream_generate(tokens, 4)
-                while not cache.engine.load.reading:
+                while not stream._request.job.asleep:
                     pass
                 stream.close()
                 assert cache.stats().lingering_bytes > 0
