@@ -5,7 +5,8 @@ policy of any budget replays less.
 
 `Clairvoyant` keeps to a budget. It knows which earlier positions later requests part ways at, takes checkpoints
 at exactly those, at any token, and lets go of whatever saves fewest tokens per byte and per request that
-it has to wait. To choose the best set is a hard problem, so this is a strong heuristic and no proven bound.
+it has to wait. Rows that a running request holds are held once, as ours are. To choose the best set is a hard
+problem, so this is a strong heuristic and no proven bound.
 """
 
 from __future__ import annotations
@@ -55,13 +56,13 @@ class Clairvoyant:
         length, room = len(asked.tokens), self.budget_bytes - self.shape.running_bytes(asked)
         if room < 0:
             return length
-        self._fit(index - 1, room)
+        self._fit(index - 1, index, room)
         restored = int(self._ends[self._serves[:, index]].max(initial=0))
         later = self.overlaps.of_prompts(index)[index + 1 :]
         ends = np.unique(np.minimum(later, self._limits[index + 1 :]))
         for end in ends[ends > restored]:
             self._add(index, int(end))
-        self._fit(index, room)
+        self._fit(index, index, room)
         return length - restored
 
     def _add(self, owner: int, end: int) -> None:
@@ -83,14 +84,22 @@ class Clairvoyant:
         serves = (self.overlaps.of_prompts(owner) >= end) & (self._limits >= end)
         self._serves = np.vstack([self._serves, serves[None]])
 
-    def _fit(self, now: int, room: int) -> None:
-        while self._nbytes > room:
+    def _fit(self, now: int, running: int, room: int) -> None:
+        while self._nbytes - self._shared(running) * self.shape.row_bytes > room:
             gone, nbytes = self._least_useful(now)
             self._nbytes -= nbytes
             del self._owners[gone]
             self._ends = np.delete(self._ends, gone)
             self._serves = np.delete(self._serves, gone, axis=0)
             self._common = np.delete(np.delete(self._common, gone, 0), gone, 1)
+
+    def _shared(self, running: int) -> int:
+        """Tokens whose rows the running request's caches hold, so that they need not be held twice."""
+        lengths = [
+            min(int(end), int(self.overlaps.of_prompts(owner)[running]))
+            for owner, end in zip(self._owners, self._ends, strict=True)
+        ]
+        return max(lengths, default=0)
 
     def _least_useful(self, now: int) -> tuple[int, int]:
         """What saves fewest tokens per byte and per request waited, and the bytes that frees."""
