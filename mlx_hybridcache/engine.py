@@ -375,13 +375,15 @@ class Engine:
         )
         for read in slices:
             request.forwards += 1
-            for taken in read.taken:
-                ends = taken.position == reading.end
-                self._save(request, taken, caches, is_end=ends)
+            position, left = read.position, [*read.taken]
+            del read  # what the store lets go of again must not be held from here
+            while left:
+                ends = left[0].position == reading.end
+                self._save(request, left.pop(0), caches, is_end=ends)
             self._own(request)
-            request.advance(read.position)
-            request.on_progress(read.position, len(tokens))
-            yield read.position
+            request.advance(position)
+            request.on_progress(position, len(tokens))
+            yield position
 
     def _afford(self, request: Request, end: int, cuts: list[int]) -> list[int]:
         """Of the cuts in the slice that ends at `end`, those whose snapshots and rows are worth their room."""

@@ -345,8 +345,9 @@ class DiskTier:
 
         def done(transfer: Transfer) -> None:
             _give_back(transfer)
-            self.store.settle(sum(self.lent.give_back(payload) for payload in payloads))
+            given_back = sum(self.lent.give_back(payload) for payload in payloads)
             payloads.clear()
+            self.store.settle(given_back)
             del self._in_flight[lacking.name]
             claim.release()
             if lacking.name in self._cleared:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,7 +28,7 @@ class WatchedStore(Store):
     """
 
     highest: int
-    over: list[int]
+    over: list[str]
     held: Callable[[], int]
 
     @classmethod
@@ -49,7 +50,8 @@ class WatchedStore(Store):
             self.highest = max(self.highest, used)
             worst = max(used, self.held())
             if worst > self.budget_bytes:
-                self.over.append(worst)
+                way = " > ".join(frame.name for frame in traceback.extract_stack(limit=8))
+                self.over.append(f"{used:,} counted, {worst:,} at worst, in {way}")
 
 
 class Tally:
@@ -85,7 +87,7 @@ class Tally:
     def recount(self) -> None:
         """Look at all of them, unfinished ones too."""
         self.files = {
-            f"{path.parent.name}/{path.name}": path.stat().st_size
+            name_of(path): path.stat().st_size
             for path in self.folder.glob("??/*.safetensors*")
             if path.is_file()
         }
@@ -147,7 +149,7 @@ def check_catalogue(catalogue: Catalogue, disk: DiskTier) -> None:
                 parts[part.segment.name] = parts.get(part.segment.name, 0) + part.nbytes
     assert parts == used
     files = sum(segment.file_nbytes for segment in catalogue.segments())
-    assert store.lingering_bytes == files - sum(used.values())
+    assert store.lingering_bytes == files - sum(used.values()), store.stats()
     writing = sum(segment.file_nbytes for segment, _ in disk._in_flight.values())
     assert store.running_bytes == writing
     assert store.used_bytes() <= store.budget_bytes
@@ -161,6 +163,11 @@ def peak_of_mlx() -> Iterator[list[int]]:
     mx.reset_peak_memory()
     yield found
     found.append(mx.get_peak_memory() - before)
+
+
+def name_of(path: Path) -> str:
+    """What the directory calls a file."""
+    return f"{path.parent.name}/{path.name}"
 
 
 def files_of(root: Path) -> list[Path]:

@@ -332,3 +332,23 @@ def test_a_restore_holds_no_more_for_a_moment_than_there_was_room_for(name: str)
                 ready = cache.restore(asked, max_tokens=1000)
             assert peak[0] <= store.highest - before + 20_000
             ready.release()
+
+
+def test_what_a_slice_has_taken_is_held_by_the_store_alone() -> None:
+    """Three checkpoints of 265 KiB were just taken when the system lacks memory: they are gone at once."""
+    off: list[int] = []
+
+    def lack(read: int, total: int) -> None:
+        if read == oracle.STEP:
+            assert cache.engine.store.stats().checkpoints == 3
+            cache.engine.store.shrink(BUDGET)
+            mx.clear_cache()
+            off.append(mx.get_active_memory() - baseline - cache.engine.store.used_bytes())
+
+    with new_cache(BUDGET) as cache:
+        gc.collect()
+        mx.clear_cache()
+        baseline = mx.get_active_memory()
+        tokens = oracle.prompt(400, seed=33)
+        cache.prefill(tokens, max_tokens=8, prompt_progress_callback=lack).release()
+    assert off[0] < cache.engine.layout.snapshot_bytes // 2

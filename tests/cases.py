@@ -1,0 +1,105 @@
+"""What the state machine runs: small models with their settings, prompts, and what they are held against."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import oracle
+import tiny
+from mlx_lm.models import qwen3, qwen3_5
+
+
+@functools.cache
+def hybrid() -> nn.Module:
+    """One gated-delta layer under one of attention, quick on the CPU: a checkpoint weighs 36 KiB, as
+    much as 72 tokens' rows, and either is large beside what MLX rounds an array up to.
+    """
+    text = {
+        "model_type": "qwen3_5_text",
+        **tiny.COMMON,
+        **tiny.GATED_DELTA,
+        "num_hidden_layers": 2,
+        "full_attention_interval": 2,
+        "linear_num_key_heads": 1,
+        "linear_num_value_heads": 2,
+        "linear_key_head_dim": 64,
+        "linear_value_head_dim": 64,
+        "head_dim": 32,
+    }
+    return _made(qwen3_5.Model, qwen3_5.ModelArgs(model_type="qwen3_5", text_config=text))
+
+
+@functools.cache
+def rows_only() -> nn.Module:
+    """Two layers of attention: 1 KiB a token, and every position restores."""
+    return _made(
+        qwen3.Model,
+        qwen3.ModelArgs(
+            model_type="qwen3",
+            num_hidden_layers=2,
+            max_position_embeddings=32768,
+            head_dim=32,
+            tie_word_embeddings=True,
+            rope_theta=10000.0,
+            **tiny.COMMON,
+        ),
+    )
+
+
+def _made(make: Callable[[Any], nn.Module], shape: Any) -> nn.Module:
+    mx.random.seed(tiny.SEED)
+    model = make(shape)
+    model.eval()
+    mx.eval(model.parameters())
+    return model
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model with the settings that it is run with, and its colds."""
+
+    model: Callable[[], nn.Module]
+    settings: dict[str, Any] = field(default_factory=dict)
+    colds: dict[tuple[int, ...], np.ndarray] = field(default_factory=dict)
+
+    def cold(self, tokens: tuple[int, ...]) -> np.ndarray:
+        """What plain mlx-lm says."""
+        if tokens not in self.colds:
+            caches = tiny.cold_caches(self.model(), tokens[:-1], oracle.STEP)
+            self.colds[tokens] = logits(self.model(), caches, tokens[-1:])
+        return self.colds[tokens]
+
+
+CASES = {
+    "hybrid": Case(hybrid),
+    "limits": Case(hybrid, {"max_conversations": 8, "max_checkpoints": 5}),
+    "exact": Case(hybrid, {"exact": True}),
+    "rows": Case(rows_only),
+}
+
+
+def logits(model: nn.Module, caches: list[Any], rest: Sequence[int]) -> np.ndarray:
+    """Logits `(3, VOCAB)` of reading `rest` and of two greedy tokens behind it."""
+    feed, steps = list(rest), []
+    for _ in range(3):
+        found = model(mx.array([feed]), cache=caches)[:, -1]
+        mx.eval(found, [cache.state for cache in caches])
+        steps.append(np.array(found[0]))
+        feed = [int(found.argmax().item())]
+    return np.stack(steps)
+
+
+@functools.cache
+def prompt(family: int, length: int, fork: tuple[int, int] | None) -> tuple[int, ...]:
+    """Tokens of one of a few families; a fork `(at, variant)` leaves the family's own text there."""
+    tokens = oracle.prompt(600, seed=family, openers=[40, 90])
+    if fork is not None:
+        at, variant = fork
+        tokens = [*tokens[:at], *oracle.prompt(600 - at, seed=100 + 10 * at + variant)]
+    return tuple(tokens[:length])
