@@ -94,12 +94,15 @@ class Plan:
 
     def load(self, requests: int) -> Load:
         """`requests` of them at once."""
-        capacity = request_rows(self.context, self.max_tokens)
         joined = held = requests * self.running_bytes
         if requests > 1 and self.layout.batches_exactly:
-            joining = self.running_bytes if requests > 2 else 0  # the first two make a new batch
-            need, passing = batch_bytes(self.layout, requests, capacity, joining)
-            joined = held + need + passing
+            # A batch grows by ROW_STEP at a time. The first two make one, the others join it.
+            capacity = request_rows(self.context, self.max_tokens) + ROW_STEP
+            before = requests - 1 if requests > 2 else 0
+            held_before = before * self.layout.running_bytes(capacity)
+            alone = (requests - before) * self.running_bytes
+            need, passing = batch_bytes(self.layout, requests, capacity, alone if before else 0)
+            joined = held_before + alone + need + passing
         return Load(
             requests=requests,
             live_bytes=held,
