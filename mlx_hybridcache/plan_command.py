@@ -22,6 +22,7 @@ READING_AT_ONCE = 8
 """Prompts that the server reads at once by default."""
 
 SEVERAL = 4
+PEAK = "peak, where nothing has to go"
 
 NEARLY = 1.1
 """Weights that exceed the working set by more are beyond what a setting can mend."""
@@ -234,24 +235,28 @@ def show(console: Console, plan: Plan, memory: str | None) -> None:
             f"what they leave stored, with {plan.checkpoints} checkpoints each",
             [load.stored_bytes for load in loads],
         ),
-        ("peak", [weights + load.peak_bytes for load in loads]),
+        (PEAK, [weights + load.peak_bytes for load in loads]),
         (
             "without a batch, with one checkpoint each",
             [weights + load.needed_bytes for load in loads],
         ),
     ]
     for name, sizes in rows:
-        table.add_row(name, *map(format_bytes, sizes), style="bold" if name == "peak" else None)
+        table.add_row(name, *map(format_bytes, sizes), style="bold" if name == PEAK else None)
     console.print(table)
     some = plan.conversations(plan.conversation_bytes)
     most = plan.conversations(plan.least_conversation_bytes)
     token, checkpoint = plan.layout.row_bytes, plan.layout.snapshot_bytes
     budget = plan.room.budget_bytes
+    stored = (
+        f"Stored beside one running request, conversations of that length: {some:,} with every "
+        f"checkpoint, {most:,} with fewer."
+    )
     facts = [
         f"A token weighs {format_bytes(token)}, a checkpoint {format_bytes(checkpoint)}.",
         f"Budget for store and running requests: {format_bytes(budget)}.",
         f"Weights and budget together: {format_bytes(weights + budget)}, never more.",
-        f"Stored beside one running request: {some:,} conversations of that length, {most:,} at most.",
+        stored,
         f"The longest prompt that fits: {plan.longest_context:,} tokens.",
     ]
     for line in [*facts, *assumptions(plan)]:

@@ -243,6 +243,11 @@ def test_without_the_files_weights_are_those_of_the_index_or_the_config(saved, t
     from_config = describe(str(tmp_path))
     assert (from_config.weights_bytes, from_config.weights_from) == (nbytes, source)
     assert from_config.notes == ()
+    # Without a word of each layer, those that mlx-lm keeps at 8 bits are known by their family.
+    short = {key: config["quantization"][key] for key in ("group_size", "bits")}
+    config |= {"dtype": "float32", "quantization": short}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert describe(str(tmp_path)).weights_bytes == nbytes
 
 
 def test_as_many_conversations_fit_as_the_real_store_keeps(tmp_path):
