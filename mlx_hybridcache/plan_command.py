@@ -252,8 +252,11 @@ def show(console: Console, plan: Plan, memory: str | None) -> None:
         f"Stored beside one running request, conversations of that length: {some:,} with every "
         f"checkpoint, {most:,} with fewer."
     )
+    restores = (
+        f"a checkpoint {format_bytes(checkpoint)}" if checkpoint else "and needs no checkpoint"
+    )
     facts = [
-        f"A token weighs {format_bytes(token)}, a checkpoint {format_bytes(checkpoint)}.",
+        f"A token weighs {format_bytes(token)}, {restores}.",
         f"Budget for store and running requests: {format_bytes(budget)}.",
         f"Weights and budget together: {format_bytes(weights + budget)}, never more.",
         stored,

@@ -56,10 +56,12 @@ def describe(path_or_repo: str) -> Weightless:
     index = _index(path)
     notes: list[str] = []
     if _is_complete(path, index):
-        model = _built(path, lambda: load_model(path, lazy=True)[0])
+        told = f"{path / 'config.json'} and the safetensors files beside it do"
+        model = _built(told, lambda: load_model(path, lazy=True)[0])
         nbytes, source = models.parameter_bytes(model), "the headers of its safetensors files"
     else:
-        model = _built(path, lambda: _from_config(config, index, notes))
+        told = f"{path / 'config.json'} does"
+        model = _built(told, lambda: _from_config(config, index, notes))
         nbytes, source = models.parameter_bytes(model), "the shapes that its configuration gives"
         if index is not None and isinstance(index.get("metadata", {}).get("total_size"), int):
             nbytes, source = index["metadata"]["total_size"], f"its {INDEX}"
@@ -133,13 +135,13 @@ def _is_complete(path: Path, index: Mapping[str, Any] | None) -> bool:
     return any(path.glob("model*.safetensors"))
 
 
-def _built(path: Path, build: Callable[[], Any]) -> Any:
+def _built(told: str, build: Callable[[], Any]) -> Any:
     try:
         return build()
     except Exception as error:  # mlx-lm's classes raise whatever a number leads them to
         raise ModelError(
-            f"{path / 'config.json'} does not describe a model that mlx-lm {version('mlx-lm')} can "
-            f"build ({type(error).__name__}: {error}). Is it whole, and a language model's? A newer "
+            f"{told} not describe a model that mlx-lm {version('mlx-lm')} can build "
+            f"({type(error).__name__}: {error}). Is the download whole, and a language model? A newer "
             "mlx-lm may know it."
         ) from error
 

@@ -1,6 +1,8 @@
 """Projections: what is read again agrees with the engine, and each second is accounted for."""
 
 import json
+import re
+from pathlib import Path
 
 import known_models
 import mlx.core as mx
@@ -238,6 +240,9 @@ def test_the_command_prints_a_projection_and_says_so(measured, tmp_path, capsys)
     assert "120,000*" in shown
     told = json.loads(file.read_text())
     assert told["is_projection"] is True
+    documented = Path(__file__).parents[1].joinpath("bench", "README.md").read_text("utf-8")
+    section = documented.split("`mlx-hybridcache bench project`")[1].split("\n## ")[0]
+    assert {*told, *told["rows"][0]} <= set(re.findall(r"\w+", section))
     assert len(told["assumptions"]) == 7
     assert told["cold_seconds"]["60000"] == 71.6
     names = {row["scenario"] for row in told["rows"]}

@@ -10,6 +10,7 @@ import threading
 from contextlib import contextmanager
 from dataclasses import asdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import bundled
 import known_models
@@ -30,9 +31,11 @@ from mlx_hybridcache.errors import ModelError
 from mlx_hybridcache.layers.adapt import Layout
 from mlx_hybridcache.plan import Room, make, room_on_a_mac
 from mlx_hybridcache.plan_command import advice, as_sold, flags
+from mlx_hybridcache.sizes import format_bytes
 from mlx_hybridcache.store import Store
 from mlx_hybridcache.weightless import INDEX, describe
 
+MAC_STUDIO = Path(__file__).parents[1] / "bench" / "mac-studio.md"
 GIB = 2**30
 MIB = 2**20
 AMPLE = Room(2**40, None, "a test")
@@ -340,10 +343,99 @@ def test_the_command_prints_the_plan_and_writes_it(tmp_path, capsys):
     assert "107.5 GiB (as given)" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "mamba2"])
+def test_models_without_checkpoints_or_without_rows_are_planned_too(tmp_path, capsys, family):
+    """Attention alone restores anywhere; a window's checkpoint is its rows; Mamba keeps none."""
+    model = tiny.fresh(family)
+    (tmp_path / "config.json").write_text(json.dumps({**asdict(model.args), "dtype": "float32"}))
+    assert main(["plan", "--model", str(tmp_path), "--context", "1000", "--memory", "8GB"]) == 0
+    shown = capsys.readouterr().out
+    assert ("needs no checkpoint" in shown) == (family == "llama")
+    assert ("A token weighs 0 B" in shown) == (family == "mamba2")
+    plan = plan_of(tmp_path, 1000)
+    with HybridPromptCache(model, memory_budget="1TiB") as cache:
+        ready = cache.prefill(list(range(2, 102)) * 10, max_tokens=256)
+        assert cache.stats().running_bytes == plan.running_bytes
+        assert cache.stats().checkpoints >= plan.checkpoints > 0 or family == "llama"
+        ready.release()
+
+
+def test_the_shortest_plan_is_one_token(capsys):
+    """A prompt of one token: nothing is read before it, nothing is stored."""
+    assert main(["plan", "--model", str(BUNDLED_MODEL), "--context", "1"]) == 0
+    with pytest.raises(SystemExit):
+        main(["plan", "--model", str(BUNDLED_MODEL), "--context", "0"])
+    assert "must be at least 1" in capsys.readouterr().err
+
+
+def test_weights_that_are_cut_off_are_an_error_for_people(tmp_path, capsys):
+    """A download that broke: the files are named, not the configuration alone."""
+    for file in BUNDLED_MODEL.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes()[:5000])
+    (tmp_path / "config.json").write_bytes((BUNDLED_MODEL / "config.json").read_bytes())
+    assert main(["plan", "--model", str(tmp_path)]) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert "safetensors files beside it do not describe" in error
+    assert "Is the download whole" in error
+
+
 def test_the_command_plans_for_this_machine_by_default(capsys):
     """The bundled model fits anywhere; its budget is what the server would take."""
     assert main(["plan", "--model", str(BUNDLED_MODEL), "--context", "4000"]) == 0
     assert "this machine" in capsys.readouterr().out
+
+
+def known_plan(row, tmp_path):
+    """The plan of a row in the table of mac-studio.md, and its cells."""
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    names = {"80B": "qwen3-next-80b", "35B": "qwen3.5-35b", "122B": "qwen3.5-122b"}
+    (name,) = (name for part, name in names.items() if part in cells[0])
+    bits = int(re.search(r"(\d) bits", cells[0])[1])
+    quantization = {"group_size": 64, "bits": bits}
+    path = known_models.directory(tmp_path, name, quantization=quantization)
+    return mac_plan(path, 128, 120_000), cells
+
+
+def test_the_table_for_mac_studios_is_what_plan_says(tmp_path):
+    """bench/mac-studio.md: three models at 8, 6 and 4 bits."""
+    lines = MAC_STUDIO.read_text(encoding="utf-8").splitlines()
+    rows = [line for line in lines if re.match(r"\| .* bits, .* GiB \|", line)]
+    assert len(rows) == 8
+    model = ""
+    for row in rows:
+        model = row.split(",")[0] if "the same" not in row else model
+        plan, cells = known_plan(row.replace("| the same", model), tmp_path)
+        assert format_bytes(plan.model.weights_bytes) in cells[0]
+        if cells[1]:
+            one, every = plan.least_conversation_bytes, plan.conversation_bytes
+            assert cells[1:5] == [
+                format_bytes(plan.layout.row_bytes).replace(".0", ""),
+                format_bytes(plan.layout.snapshot_bytes),
+                format_bytes(plan.running_bytes),
+                f"{format_bytes(one).removesuffix(' GiB')} / {format_bytes(every)}",
+            ]
+        budget = format_bytes(plan.room.budget_bytes)
+        if not plan.fits:
+            longest = plan.longest_context
+            budget = f"{budget}: up to {longest:,} tokens" if longest else "does not fit"
+        stored = plan.conversations(plan.least_conversation_bytes)
+        assert cells[5:] == [budget, str(plan.at_once), str(stored)]
+
+
+def test_the_output_shown_for_mac_studios_is_the_commands(tmp_path, monkeypatch, capsys):
+    """bench/mac-studio.md and README.md: every line shown is printed, borders aside."""
+    monkeypatch.chdir(tmp_path)
+    Path("mlx-community").mkdir()
+    repo = "mlx-community/Qwen3-Next-80B-A3B-Instruct-8bit"
+    known_models.directory(Path(repo), "qwen3-next-80b", **EIGHT_BITS)
+    for page in (MAC_STUDIO, MAC_STUDIO.parents[1] / "README.md"):
+        text = page.read_text(encoding="utf-8")
+        block = re.search(r"```console\n\$ mlx-hybridcache (plan .*?)\n(.*?)```", text, re.DOTALL)
+        assert block is not None, page
+        assert main(block[1].split()) == 0
+        printed = " ".join(re.sub(r"[^\x00-\x7f]", " ", capsys.readouterr().out).split())
+        for line in block[2].splitlines():
+            assert line == "..." or " ".join(line.split()) in printed, line
 
 
 @pytest.mark.parametrize(
