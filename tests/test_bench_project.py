@@ -17,11 +17,12 @@ from mlx_hybridcache_bench.project import (
     ISSUE_1162_WEIGHTS,
     SIZES,
     Projection,
+    Watched,
     target_of,
 )
 from mlx_hybridcache_bench.project_costs import Costs, Speed, costs, read_cold
 from mlx_hybridcache_bench.project_scenarios import COLD, SCENES
-from mlx_hybridcache_bench.simulate import SHAPES, Simulation
+from mlx_hybridcache_bench.simulate import SHAPES
 from mlx_hybridcache_bench.workloads import Chance
 
 from mlx_hybridcache import HybridPromptCache
@@ -56,7 +57,7 @@ class Turns:
 def test_what_is_read_again_is_what_the_engine_reads_again(scene):
     """1,700 tokens on a tiny Qwen3-Next, every request of every scenario: restored tokens, forwards, checkpoints."""
     trace = scene.asks(Chance(3), 1700)
-    simulation = Simulation(trace, SHAPE, AMPLE)
+    simulation = Watched(trace, SHAPE, AMPLE)
     model = tiny.build("qwen3_next")
     with HybridPromptCache(model, memory_budget="1TiB") as cache:
         cache.engine.marks = marks = Turns()
@@ -65,10 +66,11 @@ def test_what_is_read_again_is_what_the_engine_reads_again(scene):
             tokens, reply = ((x % 151).tolist() for x in (asked.tokens, asked.reply))
             marks.turns = asked.turns
             ready = cache.prefill(tokens)
-            work, report = simulation.work, ready.report
-            assert (work.restored, replayed) == (report.restored_tokens, report.replayed_tokens)
-            assert len(work.slices) == report.forwards
-            assert work.saved == report.checkpoints_taken
+            report = ready.report
+            assert simulation.restored == report.restored_tokens
+            assert replayed == report.replayed_tokens
+            assert len(simulation.slices) == report.forwards
+            assert simulation.saved == report.checkpoints_taken
             if asked.keeps_reply:
                 # The reply's end, which the simulation saves too.
                 model(mx.array([[*ready.rest, *reply]]), cache=ready.prompt_cache)
@@ -162,6 +164,12 @@ def test_clients_at_once_wait_for_each_other_and_a_short_one_for_a_slice():
     assert at_once.seconds == pytest.approx(cold.seconds + 3 * repeat.seconds)
     behind = whole.behind(12_000)
     assert behind.seconds == pytest.approx(2.048 + 0.1 + 0.1 + 1e-4)
+
+
+def test_a_budget_that_holds_no_such_prompt_is_refused():
+    """60,000 tokens of rows are 1.5 GB."""
+    with pytest.raises(SettingError, match=r"60,0.. tokens does not fit .* 953\.7 MiB"):
+        projection(budget_bytes=10**9).scene(COLD, 60_000)
 
 
 def test_a_model_of_its_own_is_projected_with_its_own_shapes(tmp_path):

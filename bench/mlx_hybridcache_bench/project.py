@@ -8,22 +8,24 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
-from mlx_hybridcache import replay
+from mlx_hybridcache import replay as replays
 from mlx_hybridcache.errors import SettingError
 from mlx_hybridcache.layers.adapt import Layout
 from mlx_hybridcache.schedule import Grid, Reading
 from mlx_hybridcache.sizes import format_bytes, parse_bytes
+from mlx_hybridcache.tokens import Tokens
 from mlx_hybridcache.weightless import describe
 
 from .machine import machine, one_line
 from .project_costs import Costs, Speed, costs, read_cold
 from .project_scenarios import COLD, SCENES, Scene
-from .simulate import GRID, SHAPES, Cuts, Shape, Simulation, Work, our_cuts
+from .simulate import GRID, SHAPES, Cuts, Shape, Simulation, our_cuts
 from .tables import show, write_json
 from .traces import Asked
 from .workloads import Chance
@@ -54,6 +56,43 @@ class Target:
     shape: Shape
     cuts: Cuts
     weights_bytes: int
+
+
+class Watched(Simulation):
+    """A simulation that tells what its last request was spared and what it took.
+
+    `slices` are `[a, b)`, the last token's forward left out; `saved` counts checkpoints on the way.
+    """
+
+    restored: int
+    saved: int
+
+    def serve(self, index: int) -> int:
+        """As ever; returns the tokens replayed."""
+        self.saved, self._ends = 0, list[int]()
+        self._tokens = len(self.trace[index].tokens)
+        replayed = super().serve(index)
+        self.restored = self._tokens - replayed
+        if replayed > 1 and not self._ends:
+            raise SettingError(
+                f"A prompt of {self._tokens:,} tokens does not fit into the cache's "
+                f"{format_bytes(self.store.budget_bytes)}. Name a larger --memory-budget, or smaller "
+                "--sizes."
+            )
+        return replayed
+
+    @property
+    def slices(self) -> list[tuple[int, int]]:
+        return list(zip([self.restored, *self._ends], self._ends, strict=False))
+
+    def _afford(self, tokens: Tokens, b: int, cuts: list[int]) -> list[int]:
+        self._ends.append(b)  # this is asked once for each slice
+        return super()._afford(tokens, b, cuts)
+
+    def _save(self, tokens: Tokens, *more: Any, **options: Any) -> bool:
+        is_stored = super()._save(tokens, *more, **options)
+        self.saved += is_stored and len(tokens) < self._tokens  # beyond it lies the reply's end
+        return is_stored
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,13 +128,13 @@ class Projection:
     def scene(self, scene: Scene, size: int) -> Projected:
         """The last request of a scenario with prompts of about `size` tokens."""
         trace = scene.asks(Chance(SEED), size)
-        simulation = Simulation(trace, self.target.shape, self.budget_bytes, cuts=self.target.cuts)
+        simulation = Watched(trace, self.target.shape, self.budget_bytes, cuts=self.target.cuts)
         seconds, replayed = [], 0
         for index, asked in enumerate(trace):
             replayed = simulation.serve(index)
             last = index == len(trace) - 1
-            seconds.append(self.seconds(asked, simulation.work, scene.from_disk and last))
-        work, asked = simulation.work, trace[-1]
+            seconds.append(self.seconds(asked, simulation, scene.from_disk and last))
+        work, asked = simulation, trace[-1]
         return Projected(
             scenario=scene.name,
             size=size,
@@ -108,7 +147,7 @@ class Projection:
             seconds=sum(seconds) if scene.adds_up else seconds[-1],
         )
 
-    def seconds(self, asked: Asked, work: Work, from_disk: bool) -> float:
+    def seconds(self, asked: Asked, work: Watched, from_disk: bool) -> float:
         """One request alone: tokenize, restore, read, save on the way, and the last token's forward."""
         shape, own = self.target.shape, self.costs
         rows = sum(b - a for a, b in work.slices) * shape.row_bytes
@@ -122,7 +161,7 @@ class Projection:
             + self.forward_seconds
         )
 
-    def restored_bytes(self, work: Work) -> int:
+    def restored_bytes(self, work: Watched) -> int:
         """What is copied for a restore; nothing when nothing was found."""
         return self.target.shape.prefix_bytes(work.restored) if work.restored else 0
 
@@ -197,9 +236,14 @@ def target_of(path_or_repo: str | None) -> Target:
     grid = Grid(alignment=layout.alignment)
 
     def cuts(reading: Reading) -> Sequence[int]:
-        return replay.plan(layout, grid, reading, exact=False).cuts
+        return replays.plan(layout, grid, reading, exact=False).cuts
 
-    shape = Shape(model.name, layout.row_bytes, layout.snapshot_bytes)
+    shape = replace(
+        SHAPES["qwen3-next-80b"],
+        name=model.name,
+        row_bytes=layout.row_bytes,
+        checkpoint_bytes=layout.snapshot_bytes,
+    )
     return Target(shape, cuts, model.weights_bytes)
 
 

@@ -7,7 +7,7 @@ save at its cuts, save the reply's end unless the template strips it, release. R
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, cast
 
 from mlx_hybridcache.errors import BudgetError
@@ -86,15 +86,6 @@ def recency(candidate: Candidate) -> float:
     return -candidate.age_ticks
 
 
-@dataclass(slots=True)
-class Work:
-    """What one request was spared and what it took. Positions and tokens; `slices` are `[a, b)`."""
-
-    restored: int = 0
-    slices: list[tuple[int, int]] = field(default_factory=list)
-    saved: int = 0
-
-
 Cuts = Callable[[Reading], Sequence[int]]
 
 
@@ -125,15 +116,10 @@ class Simulation:
         self.shape = shape
         self.store = Store(budget_bytes, needs_checkpoints=True, utility=utility)
         self._cuts = cuts
-        self.work = Work()
 
     def serve(self, index: int) -> int:
-        """Request `index` of the trace, as `engine.answer` treats it; returns the tokens replayed.
-
-        `work` tells afterwards what that was.
-        """
+        """Request `index` of the trace, as `engine.answer` treats it; returns the tokens replayed."""
         asked, store = self.trace[index], self.store
-        self.work = Work()
         store.tick()
         found = store.find(SPACE, asked.tokens)
         need = self.shape.running_bytes(asked)
@@ -147,7 +133,6 @@ class Simulation:
             return len(asked.tokens)  # served by nobody at this budget, and counted as read in full
         if found.position:
             store.use(found)
-        self.work.restored = found.position
         self._read(asked, found)
         if asked.keeps_reply:
             self._end(asked.history)
@@ -164,9 +149,8 @@ class Simulation:
         a = plan.start
         while a < plan.end:
             b = plan.slice_end(a, GRID.step)
-            self.work.slices.append((a, b))
             for cut in self._afford(tokens, b, plan.cuts_in(a, b)):
-                self.work.saved += self._save(tokens[:cut], is_end=cut == reading.end)
+                self._save(tokens[:cut], is_end=cut == reading.end)
             a = b
 
     def _afford(self, tokens: Tokens, b: int, cuts: list[int]) -> list[int]:
