@@ -150,6 +150,24 @@ def test_four_replies_in_one_batch_claim_what_the_plan_says(monkeypatch):
     assert max(most) > 2 * plan.load(4).live_bytes
 
 
+@pytest.mark.parametrize("requests", [1, 3])
+def test_what_is_needed_is_enough_to_be_served(requests):
+    """So many prompts of 1,500 tokens at once in that budget: none is refused, and the last resumes near its end."""
+    plan = plan_of(BUNDLED_MODEL, 1500, max_tokens=8)
+    model, tokenizer = bundled.load()
+    prompts = [list(bundled.text_tokens(1500, 1600 * index)) for index in range(requests)]
+    needed = plan.load(requests).needed_bytes
+    with HybridPromptCache(model, tokenizer, memory_budget=needed, memory_reserve=0) as cache:
+        replies = [
+            cache.stream_generate(prompt, 8, sampler=lambda x: mx.full(x.shape[:-1], 7))
+            for prompt in prompts
+        ]
+        assert len(list(zip(*replies, strict=True))) == 8
+        next_turns = [[*prompt, *[7] * 8, 9] for prompt in prompts]
+        assert max(cache.lookup(turn).restored_tokens for turn in next_turns) >= 1436
+        assert cache.stats().held_bytes <= needed
+
+
 def test_a_large_model_is_planned_without_its_memory(tmp_path):
     """Qwen3-Next-80B in 8 bits, 85 GB: MLX allocates less than a megabyte for it."""
     path = known_models.directory(tmp_path, "qwen3-next-80b", **EIGHT_BITS)
