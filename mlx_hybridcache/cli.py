@@ -1,4 +1,4 @@
-"""The command line: `mlx-hybridcache serve | demo | verify | cache | bench`."""
+"""The command line: `mlx-hybridcache serve | demo | verify | plan | cache | bench`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. 0: done; 1: a comparison did not hold; 2: the request could not be served."""
     parser = _parser()
     options, rest = parser.parse_known_args(argv)
-    if rest and options.command not in ("bench", "cache", "serve"):
+    if rest and options.command not in ("bench", "cache", "plan", "serve"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         return int(options.run(options, rest))
@@ -49,6 +49,11 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--exact", action="store_true", help="prove exact mode: no tolerance")
     verify.add_argument("--tolerance", type=float, help="largest allowed logit difference")
     verify.set_defaults(run=_verify)
+
+    plan = commands.add_parser(
+        "plan", help="memory for a model, by its config.json alone", add_help=False
+    )
+    plan.set_defaults(run=_plan)
 
     cache = commands.add_parser(
         "cache",
@@ -164,6 +169,12 @@ def _machine() -> list[str]:
         ", ".join([*packages, f"Python {platform.python_version()}"]),
         f"{platform.platform()}, {mx.default_device()}",
     ]
+
+
+def _plan(options: argparse.Namespace, rest: list[str]) -> int:
+    from .plan_command import main as plan
+
+    return plan(rest)
 
 
 def _cache(options: argparse.Namespace, rest: list[str]) -> int:

@@ -17,7 +17,7 @@ from mlx_lm.generate import GenerationResponse, stream_generate
 
 from . import checkpoint as checkpoints
 from .errors import BudgetError
-from .generate import REPLY_ROOM, Decoder, Prepared, Writer, respond, rounded, seeded
+from .generate import Decoder, Prepared, Writer, request_rows, respond, seeded
 from .layers.adapt import Layout, fresh_caches
 from .layers.rows import RowBlock
 from .lender import CacheLender
@@ -184,7 +184,7 @@ class Engine:
         if read:
             yield from self.readers.join(request)
         try:
-            capacity = rounded(len(request.tokens) + _reply_room(request.max_tokens))
+            capacity = request_rows(len(request.tokens), request.max_tokens)
             self.relieve(self.layout.running_bytes(capacity))  # before anything is found to restore
             caches, found, claim = yield from self._resume(request, capacity)
             position = found.position
@@ -508,7 +508,7 @@ class Engine:
         began = time.perf_counter()
         request.job.left = 0  # mlx-lm reads the prompt in one go, so there is nothing to plan
         request.report = report = self.uncached_report(request, why)
-        capacity = rounded(len(request.tokens) + _reply_room(request.max_tokens))
+        capacity = request_rows(len(request.tokens), request.max_tokens)
         claim = self.store.claim(self.layout.running_bytes(capacity))
         self.publish()
         seed = options.pop("seed", None)
@@ -608,7 +608,3 @@ def _divergence(tokens: Tokens, found: Found) -> Divergence | None:
         asked=tuple(tokens[at : at + around].tolist()),
         stored=tuple(found.match.continuation()[:around].tolist()),
     )
-
-
-def _reply_room(max_tokens: int) -> int:
-    return min(max_tokens, REPLY_ROOM) if max_tokens > 0 else REPLY_ROOM

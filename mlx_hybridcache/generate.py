@@ -240,9 +240,8 @@ class Decoder:
         longest = max(writer.position for writer in members)
         # mlx-lm merges to the exact length, and makes room for more with the next step.
         capacity = max(longest, before.capacity if before is not None else 0)
-        need = len(members) * self._layout.running_bytes(capacity)
-        passing = sum(writer.claim.nbytes for writer in joining) if before is not None else 0
-        passing += len(members) * ROW_STEP * self._layout.row_bytes
+        held = sum(writer.claim.nbytes for writer in joining) if before is not None else 0
+        need, passing = batch_bytes(self._layout, len(members), capacity, held)
         try:  # beside what they hold themselves, until they are merged
             claim = self._store.claim(need + passing)
         except BudgetError:
@@ -378,6 +377,24 @@ def _is_worth_it(members: Sequence[Writer]) -> bool:
 def rounded(rows: int) -> int:
     """So many rows as buffers have."""
     return -(-rows // ROW_STEP) * ROW_STEP
+
+
+def request_rows(prompt_tokens: int, max_tokens: int) -> int:
+    """Rows of a request's caches: its prompt and room for its reply. `max_tokens <= 0` means no limit."""
+    room = min(max_tokens, REPLY_ROOM) if max_tokens > 0 else REPLY_ROOM
+    return rounded(prompt_tokens + room)
+
+
+def batch_bytes(
+    layout: Layout, members: int, capacity: int, joining_bytes: int = 0
+) -> tuple[int, int]:
+    """What a batch of `members` replies with `capacity` rows each claims, and what for a moment more.
+
+    Both beside what its members hold until they are merged. `joining_bytes` are those of the members
+    that come to a batch which is there already: their caches are merged twice.
+    """
+    passing = joining_bytes + members * ROW_STEP * layout.row_bytes
+    return members * layout.running_bytes(capacity), passing
 
 
 def _drawing(sampler: Sampler, seed: int) -> Sampler:

@@ -96,14 +96,33 @@ def default_budget(model: Any) -> int:
     On Metal what the recommended working set leaves beside the weights, less a tenth; elsewhere a
     stated share of the memory that is free now.
     """
-    if mx.metal.is_available():
-        recommended = int(mx.device_info()["max_recommended_working_set_size"])
-        return max(0, int((recommended - parameter_bytes(model)) * 0.9))
+    if has_metal():
+        return budget_beside(parameter_bytes(model), metal_working_set())
+    return budget_of_free_memory()
+
+
+def has_metal() -> bool:
+    """Whether MLX can use a GPU of Apple's here."""
+    return bool(mx.metal.is_available())
+
+
+def metal_working_set() -> int:
+    """Bytes that macOS recommends as the most for the GPU."""
+    return int(mx.device_info()["max_recommended_working_set_size"])
+
+
+def budget_beside(weights_bytes: int, working_set_bytes: int) -> int:
+    """What a working set leaves beside the weights, less a tenth for what a forward computes with."""
+    return max(0, int((working_set_bytes - weights_bytes) * 0.9))
+
+
+def budget_of_free_memory(weights_bytes: int = 0) -> int:
+    """The share where there is no such recommendation, once `weights_bytes` more are taken."""
     if sys.platform == "darwin":  # a Mac whose GPU MLX cannot use
         free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     else:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return int(free * SHARE_OF_FREE_MEMORY)
+    return max(0, int((free - weights_bytes) * SHARE_OF_FREE_MEMORY))
 
 
 def load(
@@ -118,21 +137,14 @@ def load(
     `chat_template` replaces the tokenizer's own. No code from the model's directory is run, unless
     `trust_remote_code`. Raises `ModelError` for what cannot be loaded.
     """
-    path = Path(path_or_repo).expanduser()
-    looks_local = path_or_repo.startswith((".", "/", "~")) or path_or_repo.count("/") != 1
-    if path.is_dir():
+    path = local_directory(path_or_repo)
+    if path is not None:
         _check_directory(path)
-    elif path.exists() or looks_local:
-        found = "a file" if path.exists() else "nothing"
-        raise ModelError(
-            f"--model {path_or_repo}: found {found} there. Name a directory that holds config.json, "
-            "*.safetensors and a tokenizer, or a repository as owner/name."
-        )
     if adapter_path is not None and not Path(adapter_path).expanduser().is_dir():
         raise ModelError(f"--adapter-path {adapter_path}: found no directory there.")
     try:
         model, tokenizer = mlx_lm.load(
-            str(path) if path.is_dir() else path_or_repo,
+            path_or_repo if path is None else str(path),
             tokenizer_config={"trust_remote_code": trust_remote_code}
             | ({"chat_template": chat_template} if chat_template else {}),
             adapter_path=adapter_path,
@@ -141,6 +153,24 @@ def load(
     except Exception as error:  # the loader and the hub raise whatever they meet
         raise ModelError(f"{path_or_repo} could not be loaded: {error}") from error
     return model, tokenizer
+
+
+def local_directory(path_or_repo: str) -> Path | None:
+    """The directory that is named; None where the name is a repository's on the hub.
+
+    Raises `ModelError` where it can only be a path and no directory is there.
+    """
+    path = Path(path_or_repo).expanduser()
+    if path.is_dir():
+        return path
+    looks_local = path_or_repo.startswith((".", "/", "~")) or path_or_repo.count("/") != 1
+    if path.exists() or looks_local:
+        found = "a file" if path.exists() else "nothing"
+        raise ModelError(
+            f"--model {path_or_repo}: found {found} there. Name a directory that holds config.json, "
+            "*.safetensors and a tokenizer, or a repository as owner/name."
+        )
+    return None
 
 
 def _check_directory(path: Path) -> None:

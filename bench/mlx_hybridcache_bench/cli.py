@@ -10,7 +10,7 @@ from typing import Any
 from mlx_hybridcache.demo import BUNDLED_MODEL
 from mlx_hybridcache.demo.run import wide_console
 
-from . import decode, disk, kills, load, overhead, policies, server, traces
+from . import decode, disk, kills, load, overhead, policies, project, server, traces
 
 COMMANDS = {
     "overhead": (overhead, "what the cache costs, each part beside its target"),
@@ -21,6 +21,7 @@ COMMANDS = {
     "kills": (kills, "what a cache directory loses by kill -9 and power cuts: nothing"),
     "traces": (traces, "write generated traces for `policies`"),
     "policies": (policies, "tokens replayed by policy and budget, on traces"),
+    "project": (project, "the times to expect of a machine whose cold speed is known"),
 }
 
 

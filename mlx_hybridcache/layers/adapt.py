@@ -79,11 +79,35 @@ class Layout:
         `step` bounds a slice, in tokens; `swa_full` stores every row of sliding windows.
         """
         caches = fresh_caches(model)
-        classes = tuple(type(cache) for cache in leaves(caches))
-        names = sorted({each.__name__ for each in classes if each not in _KINDS})
         logits = model(mx.array([[0]]), cache=caches)
         mx.eval(logits, [cache.state for cache in caches])
-        vocabulary = logits.shape[-1]
+        return cls._seen(model, caches, logits.shape[-1], step, swa_full)
+
+    @classmethod
+    def traced(cls, model: Any, step: int = 2048, *, swa_full: bool = False) -> Layout:
+        """The same layout without computing anything: the shapes of the forward that `of` runs.
+
+        So the model's parameters may be lazy and larger than this machine. They stay so: whatever asks
+        for a value inside a trace gets a `ValueError` from MLX.
+        """
+        found: list[Layout] = []
+
+        def read(token: mx.array) -> mx.array:
+            caches = fresh_caches(model)
+            logits = model(token, cache=caches)
+            found.append(cls._seen(model, caches, logits.shape[-1], step, swa_full))
+            return token
+
+        mx.compile(read)(mx.array([[0]]))
+        return found[0]
+
+    @classmethod
+    def _seen(
+        cls, model: Any, caches: Sequence[Any], vocabulary: int, step: int, swa_full: bool
+    ) -> Layout:
+        """From caches that have read one token, by their classes, shapes and dtypes alone."""
+        classes = tuple(type(cache) for cache in leaves(caches))
+        names = sorted({each.__name__ for each in classes if each not in _KINDS})
         if names:
             return cls((), classes, tuple(names), None, 1, vocabulary)
         kinds = tuple(_kind(cache, step, swa_full) for cache in leaves(caches))
