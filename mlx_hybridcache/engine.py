@@ -299,8 +299,8 @@ class Engine:
         state = found.checkpoint
         snapshots = list(state.snapshots) if state is not None else []
         del state
-        # Of a run that is restored in part MLX makes a copy on the way, which needs room too.
-        passing = found.cut_tokens() * self.layout.row_bytes
+        # Of a run that is restored in part MLX makes copies on the way, an array at a time.
+        passing = found.cut_tokens() * self.layout.array_bytes
         try:
             claim, blocks = self._claim(request, found, need + passing)
         except BudgetError:

@@ -228,15 +228,30 @@ class Decoder:
 
     def _merge(self) -> None:
         """Put every reply that is alone into one batch, if there are two and it is worth it."""
+        there = self._merged.writers if self._merged is not None else []
+        alone = [writer for writer in self._alone if not writer.made]  # their clients keep up
+        if not _is_worth_it([*there, *alone]):
+            return
+        joining = [writer for writer in alone if self._stop_lending(writer)]
+        if joining and _is_worth_it([*there, *joining]) and self._join(joining):
+            return
+        for writer in joining:
+            if writer.lender is not None:
+                self._store.lend(writer.lender)
+
+    def _stop_lending(self, writer: Writer) -> bool:
+        """Let the store have all of this reply's rows itself, so that its caches may go; False without room."""
+        if writer.lender is None:
+            return True
+        if not self._store.own(writer.lender, may_evict=True):
+            return False
+        self._store.lends_no_more(writer.lender)  # at once: what makes room next would borrow again
+        return True
+
+    def _join(self, joining: list[Writer]) -> bool:
+        """The same for replies from whom nothing is borrowed; False without room."""
         before = self._merged
-        joining = [writer for writer in self._alone if not writer.made]  # their clients keep up
         members = [*(before.writers if before is not None else ()), *joining]
-        if not _is_worth_it(members):
-            return
-        joining = [writer for writer in joining if self._lends_nothing(writer)]
-        members = [*(before.writers if before is not None else ()), *joining]
-        if not joining or not _is_worth_it(members):
-            return
         longest = max(writer.position for writer in members)
         # mlx-lm merges to the exact length, and makes room for more with the next step.
         capacity = max(longest, before.capacity if before is not None else 0)
@@ -245,10 +260,10 @@ class Decoder:
         try:  # beside what they hold themselves, until they are merged
             claim = self._store.claim(need + passing)
         except BudgetError:
-            return
+            return False
         for writer in joining:
             if writer.lender is not None:
-                self._store.lends_no_more(writer.lender)
+                writer.lender.let_go()
                 writer.lender = None
         merged = _merge_caches([writer.batch.steps.prompt_cache for writer in joining])
         first, *others = (writer.batch.steps for writer in joining)
@@ -269,17 +284,13 @@ class Decoder:
         self._merged = batch = _Batch(steps, capacity, claim, is_merged=True, writers=members)
         for writer in members:
             writer.batch, writer.claim = batch, claim
-
-    def _lends_nothing(self, writer: Writer) -> bool:
-        """Whether the store has all of this reply's rows itself, so that its caches may go."""
-        return writer.lender is None or self._store.own(writer.lender, may_evict=True)
+        return True
 
     def _take_out(self, writer: Writer) -> list[Any] | None:
         """Plain caches of one reply of a batch, with a claim of its own; None without room."""
         batch = writer.batch
-        capacity = (
-            writer.position + ROW_STEP
-        )  # what mlx-lm makes of an exact size with the next token
+        # What mlx-lm makes of an exact size with the next token.
+        capacity = writer.position + ROW_STEP
         try:
             writer.claim = self._store.claim(self._layout.running_bytes(capacity))
         except BudgetError:

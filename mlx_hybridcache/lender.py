@@ -63,7 +63,8 @@ class CacheLender(Lender):
         return block
 
     def passing_bytes(self, tokens: int) -> int:
-        return max(max(tokens * k.array_bytes, k.snapshot_bytes) for k in self._layout.kinds)
+        states = max(kind.snapshot_bytes for kind in self._layout.kinds)
+        return max(tokens * self._layout.array_bytes, states)
 
     def copies(self, ranges: Ranges) -> list[Rows]:
         made: list[Rows] = []

@@ -41,7 +41,7 @@ class Load:
 
     `live` are their caches; `joined` what they claim for a moment while the last of them joins the
     others' batch; `stored` the rows and checkpoints that they leave, `least_stored` with one
-    checkpoint each.
+    checkpoint each and, where the store can leave them there, rows in their caches alone.
     """
 
     requests: int
@@ -103,12 +103,17 @@ class Plan:
             alone = (requests - before) * self.running_bytes
             need, passing = batch_bytes(self.layout, requests, capacity, alone if before else 0)
             joined = held_before + alone + need + passing
+        rows = requests * self.rows_bytes
+        if (
+            self.layout.lends_rows
+        ):  # they lie in the caches, and move to the store a layer at a time at most
+            rows = self.context * max(kind.row_bytes for kind in self.layout.kinds)
         return Load(
             requests=requests,
             live_bytes=held,
             joined_bytes=joined,
             stored_bytes=requests * self.conversation_bytes,
-            least_stored_bytes=requests * self.least_conversation_bytes,
+            least_stored_bytes=requests * self.layout.snapshot_bytes + rows,
         )
 
     def conversations(self, conversation_bytes: int) -> int:

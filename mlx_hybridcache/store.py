@@ -407,9 +407,8 @@ class Store:
         self._lenders.append(lender)
 
     def lends_no_more(self, lender: Lender) -> None:
-        """Its caches go elsewhere; nothing is borrowed from them."""
+        """Nothing is borrowed from its caches, nor will be."""
         self._lenders.remove(lender)
-        lender.let_go()
 
     def own(self, lender: Lender, *, may_evict: bool) -> bool:
         """Copy what is borrowed from `lender`, whose caches keep theirs.

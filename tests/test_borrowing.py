@@ -22,7 +22,8 @@ from mlx_hybridcache.borrowing import is_borrowing
 from mlx_hybridcache.generate import rounded
 
 REPLY = 8
-PLAIN: dict[tuple[int, tuple[int, ...]], list[Any]] = {}
+Reply = list[tuple[int, np.ndarray[Any, Any]]]
+PLAIN: dict[tuple[int, tuple[int, ...]], Reply] = {}
 
 
 @cache
@@ -97,20 +98,30 @@ def answer(cache: HybridPromptCache, tokens: Sequence[int], **options: Any) -> l
     return list(cache.stream_generate(list(tokens), REPLY, sampler=oracle.never_ending, **options))
 
 
-def plainly(model: nn.Module, tokens: tuple[int, ...]) -> list[Any]:
+def plainly(model: nn.Module, tokens: tuple[int, ...]) -> Reply:
     """Plain mlx-lm's reply, asked for once."""
     if (id(model), tokens) not in PLAIN:
         with roomy(model) as other:
-            PLAIN[id(model), tokens] = answer(other, tokens, use_cache=False)
+            plain = answer(other, tokens, use_cache=False)
+            PLAIN[id(model), tokens] = [(each.token, np.array(each.logprobs)) for each in plain]
     return PLAIN[id(model), tokens]
 
 
 def assert_as_plain(cache: HybridPromptCache, tokens: Sequence[int], reply: list[Any]) -> None:
     """The reply has the tokens and the logits that plain mlx-lm gives."""
     plain = plainly(cache.engine.model, tuple(tokens))
-    assert [each.token for each in reply] == [each.token for each in plain]
-    for ours, theirs in zip(reply, plain, strict=True):
-        assert oracle.agree(ours.logprobs, theirs.logprobs)
+    assert [each.token for each in reply] == [token for token, _ in plain]
+    for ours, (_, theirs) in zip(reply, plain, strict=True):
+        assert oracle.agree(ours.logprobs, mx.array(theirs))
+
+
+def assert_all_points_as_plain(cache: HybridPromptCache) -> None:
+    """A reply behind each stored checkpoint is plain mlx-lm's."""
+    points = cache.checkpoints()
+    assert points
+    for tokens in points:
+        asked = [*tokens, *oracle.TAIL]
+        assert_as_plain(cache, asked, answer(cache, asked))
 
 
 def test_a_conversation_goes_on_where_its_rows_fit_once_only():
@@ -124,7 +135,7 @@ def test_a_conversation_goes_on_where_its_rows_fit_once_only():
         reply = answer(cache, longer)
         assert cache.last_report.restored_tokens >= 899
         assert_as_plain(cache, longer, reply)
-        oracle.assert_equal_bits(oracle.check(cache, [[*longer, *(each.token for each in reply)]]))
+        assert_all_points_as_plain(cache)
 
 
 def test_a_checkpoint_goes_rather_than_that_all_is_read_again():
@@ -252,7 +263,7 @@ def test_rows_move_in_pieces_that_are_cheap_to_cut():
     model = tiny.build("qwen3")
     with roomy(model, prefill_step_size=8192) as cache:
         need = cache.engine.layout.running_bytes(rounded(3000 + REPLY))
-    with roomy(model, prefill_step_size=8192, memory_budget=int(need * 1.5)) as cache:
+    with roomy(model, prefill_step_size=8192, memory_budget=int(need * 1.8)) as cache:
         answer(cache, tokens)
         lengths = [r.end - r.start for node in cache.engine.store.nodes() for r in node.rows]
         assert sum(lengths) >= 3000
@@ -280,7 +291,6 @@ def test_long_random_use_under_a_small_budget_stays_right():
     chance = np.random.default_rng(16)
     families = [oracle.prompt(400, seed=30 + i, openers=range(100, 400, 75)) for i in range(3)]
     with tight(budget_for(400, 3)) as cache:
-        histories = []
         for _ in range(30):
             family = families[chance.integers(3)]
             tokens = family[: chance.choice([65, 130, 200, 270, 399])]
@@ -290,9 +300,6 @@ def test_long_random_use_under_a_small_budget_stays_right():
             if chance.random() < 0.2:
                 stream.cancel()
                 list(stream)
-                histories.append(tokens)
                 continue
-            reply = list(stream)
-            assert_as_plain(cache, tokens, reply)
-            histories.append([*tokens, *(each.token for each in reply)])
-        oracle.assert_equal_bits(oracle.check(cache, histories[::-1]))
+            assert_as_plain(cache, tokens, list(stream))
+        assert_all_points_as_plain(cache)

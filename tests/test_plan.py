@@ -291,13 +291,13 @@ def test_as_many_conversations_fit_as_the_real_store_keeps(tmp_path):
 
 
 def test_the_flags_are_the_servers_own_and_mean_the_plan(tmp_path):
-    """A Mac with 128 GB, 120,000 tokens: two at once, nearly all of the budget."""
+    """A Mac with 128 GB, 120,000 tokens: four at once, nearly all of the budget."""
     path = known_models.directory(tmp_path, "qwen3-next-80b", **EIGHT_BITS)
     plan = mac_plan(path, 128, 120_000)
     settings = read_settings(build_parser("serve"), flags(plan))
     assert settings.model == path
     assert 0.98 * plan.room.budget_bytes < settings.memory_budget <= plan.room.budget_bytes
-    assert (settings.decode_concurrency, settings.prompt_concurrency) == (2, 2)
+    assert (settings.decode_concurrency, settings.prompt_concurrency) == (4, 4)
     assert settings.max_prompt_tokens is None
     assert settings.cache_dir is not None
 
@@ -325,11 +325,11 @@ def test_what_does_not_fit_is_said_with_what_to_do(tmp_path):
     (said,) = advice(mac_plan(path, 64, 120_000))
     assert "weights alone (78.8 GiB) do not fit into the 48.0 GiB" in said
     too_long, more = advice(mac_plan(path, 110, 200_000))
-    assert "One request of 200,000 tokens needs 9.5 GiB" in too_long
-    assert "Up to 64,512 tokens fit" in too_long
+    assert "One request of 200,000 tokens needs 5.3 GiB" in too_long
+    assert "Up to 119,296 tokens fit" in too_long
     assert "iogpu.wired_limit_mb" in more
-    assert "2 do: the flags let the others wait" in advice(mac_plan(path, 128, 120_000))[0]
-    assert "replies are written in turns" in advice(mac_plan(path, 144, 120_000))[0]
+    assert "3 do: the flags let the others wait" in advice(mac_plan(path, 120, 120_000))[0]
+    assert "replies are written in turns" in advice(mac_plan(path, 128, 120_000))[0]
     assert advice(mac_plan(path, 512, 120_000)) == []
     assert "longest context of 262,144" in advice(mac_plan(path, 512, 300_000))[0]
 

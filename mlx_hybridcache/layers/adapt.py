@@ -151,6 +151,11 @@ class Layout:
         return sum(kind.row_bytes for kind in self.kinds)
 
     @property
+    def array_bytes(self) -> int:
+        """Bytes of one token in the largest array of rows: one layer's keys, or its values."""
+        return max((kind.array_bytes for kind in self.kinds), default=0)
+
+    @property
     def snapshot_bytes(self) -> int:
         """Bytes that one checkpoint weighs at most."""
         return sum(kind.snapshot_bytes for kind in self.kinds)
