@@ -30,6 +30,7 @@ SESSIONS = 12
 
 COLD, AGAIN, LONGER_TEXT, SHORTER_TEXT = "cold", "again", "500 longer", "500 shorter"
 CHANGES = "ending changed", "changed again"
+CHANGED_LINES = "line changed", "line changed again"
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +88,17 @@ def system_prompt(material: Material, nonce: str, size: int) -> Script:
     questions = "What is a class?", "How do I write a loop?", "When does a generator end?"
     for name, question in zip((COLD, "another user", "a third user"), questions, strict=True):
         yield _chat(name, [system, _user(question)])
+
+
+def volatile_line(material: Material, nonce: str, size: int) -> Script:
+    """A system prompt with a line that changes in its middle, and a conversation of two turns behind it."""
+    before = material.text(size // 2)
+    after = material.text(size // 4, size // 2)
+    asked = _user(f"{material.text(size // 4, size)}\n\nSum it up in one sentence.")
+    for name, minute in zip((COLD, *CHANGED_LINES), ("09:41", "09:47", "10:02"), strict=True):
+        system = _system(f"{nonce}\n{before}\n\nIt is {minute}.\n\n{after}")
+        answered = {"role": "assistant", "content": "It describes how Python works."}
+        yield _chat(name, [system, asked, answered, _user("Say it in one word.")])
 
 
 def tool_loop(material: Material, nonce: str, size: int) -> Script:
@@ -154,6 +166,7 @@ SCENARIOS: dict[str, Callable[[Material, str, int], Script]] = {
     "chat": chat,
     "changed-ending": changed_ending,
     "system-prompt": system_prompt,
+    "volatile-line": volatile_line,
     "tool-loop": tool_loop,
     "branch-and-back": branch_and_back,
     "completions": completions,

@@ -73,7 +73,9 @@ def run(args: argparse.Namespace, console: Console) -> int:
             names=names,
             sizes=sizes,
             repeats=repeats,
-            on_step=lambda said: status.update(f"measured {said}"),
+            on_step=lambda each: status.update(
+                f"measured {each.scenario} {each.size:,}: {each.step} ({each.run + 1} of {repeats})"
+            ),
         )
         deaths = [death for side in sides for death in side.deaths]
     by_step, promised = rows(asked), figures(asked)
