@@ -124,7 +124,7 @@ class Client:
 
     No request lasts longer than about `timeout_seconds`, whatever comments the server sends.
     `cpu_clock` reads the processor time of the server's process. `fields` are part of every
-    request, such as `model`; `api_key` is sent as bearer token.
+    request, such as `model`, and None leaves one out; `api_key` is sent as bearer token.
     """
 
     def __init__(
@@ -138,10 +138,9 @@ class Client:
     ) -> None:
         self._cpu_clock = cpu_clock
         self._timeout_seconds = timeout_seconds
+        usual = {"temperature": 0.0, "stream_options": {"include_usage": True}}
         self._fields = {
-            "temperature": 0.0,
-            "stream_options": {"include_usage": True},
-            **(fields or {}),
+            name: value for name, value in (usual | dict(fields or {})).items() if value is not None
         }
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._http = httpx2.Client(
@@ -170,8 +169,7 @@ class Client:
 
         `on_comment` is called for each comment in the stream, by which servers tell of progress.
         """
-        fields = {name: each for name, each in self._fields.items() if each is not None}
-        content = json.dumps({**fields, **body, "stream": True}).encode()
+        content = json.dumps({**self._fields, **body, "stream": True}).encode()
         headers = {"Content-Type": "application/json", "Accept": "text/event-stream"}
         collected = _Collected(self._cpu_clock, self._cpu_clock(), time.perf_counter())
         until = collected.sent + self._timeout_seconds
@@ -195,10 +193,6 @@ class Client:
             raise RequestFailed(self._too_slow(), hung=True) from error
         except httpx2.HTTPError as error:
             raise RequestFailed(f"{type(error).__name__}: {error}") from error
-
-    def leave_out(self, name: str) -> None:
-        """Send a field no more, which this server refuses."""
-        self._fields[name] = None
 
     def _too_slow(self) -> str:
         return f"no whole reply within {self._timeout_seconds:g} s"

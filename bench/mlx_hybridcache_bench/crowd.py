@@ -33,12 +33,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Tokens of an identical, a long and a mixed client's prompt; requests of each mixed client."""
+    """Tokens of an identical, a long and a mixed client's prompt; requests of each mixed client.
+
+    `at_once` is how many clients send the identical request.
+    """
 
     identical: int
     long: int
     mixed: int
     requests: int
+    at_once: int = AT_ONCE
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,14 +65,14 @@ class Failure:
 
 
 def identical(target: Target, material: Material, nonces: Sequence[str], sizes: Sizes) -> Values:
-    """One cold request alone, then four that are cold and identical, at once."""
-    alone, four = (
+    """One cold request alone, then several that are cold and identical, at once."""
+    alone, all_alike = (
         _question(f"{nonce}\n{material.text(sizes.identical)}\n\nWhat is this text about?")
         for nonce in nonces[:2]
     )
     (lone,), alone_seconds = _at_once([partial(target.ask, alone)])
     before = target.read_tokens()
-    replies, seconds = _at_once([partial(target.ask, four)] * AT_ONCE)
+    replies, seconds = _at_once([partial(target.ask, all_alike)] * sizes.at_once)
     return {
         **_total("prompt_tokens", [lone]),
         "alone_seconds": alone_seconds,

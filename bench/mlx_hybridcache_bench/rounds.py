@@ -9,15 +9,12 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 from .client import Reply, RequestFailed
-from .scenarios import AT_EVERY_SIZE, SCENARIOS, Material, Script, Step
+from .scenarios import AT_EVERY_SIZE, NO_REPLY, SCENARIOS, Material, Script, Step
 from .servers import Launch, ServerError, ServerProcess
 from .target import Target
 
 SETTLE_SECONDS = 0.02
 """Before each request: what a server still does after a reply should not slow the other one."""
-
-NO_REPLY = Reply(0.0, 0.0, 0, 0, 0, None)
-"""What a script is sent when its server failed, so that it can go on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,14 +40,21 @@ class Death:
 
 
 class Side:
-    """One server led through scripts, and what went wrong with it."""
+    """One server led through scripts, and what went wrong with it. `warm_ups` are scenarios."""
 
-    def __init__(self, target: Target, material: Material, warm_up_tokens: int) -> None:
+    def __init__(
+        self,
+        target: Target,
+        material: Material,
+        warm_up_tokens: int,
+        warm_ups: Sequence[str] = ("throughput", "repeat"),
+    ) -> None:
         self.name = target.name
         self.deaths: list[Death] = []
-        self._target = target
-        self._material = material
+        self.target = target
+        self.material = material
         self._warm_up_tokens = warm_up_tokens
+        self._warm_ups = warm_ups
 
     def warm_up(self) -> None:
         """Requests that are not measured: the first ones pay for the model, its kernels, new memory.
@@ -58,23 +62,23 @@ class Side:
         A chat and raw text, cold and again, decoding included. Raises `ServerError`.
         """
         try:
-            for name in ("throughput", "repeat"):
-                script = SCENARIOS[name](self._material, fresh_nonce(), self._warm_up_tokens)
+            for name in self._warm_ups:
+                script = SCENARIOS[name](self.material, fresh_nonce(), self._warm_up_tokens)
                 for step in script:
-                    self._target.ask(step)
+                    self.target.ask(step)
         except RequestFailed as error:
             raise ServerError(f"{self.name} failed while warming up: {error}") from error
 
     def ask(self, scenario: str, step: Step) -> Reply | str:
         """The reply, or why there is none. A server that cannot go on is replaced by a new one."""
-        if self._target.gone:
-            return self._target.gone
+        if self.target.gone:
+            return self.target.gone
         try:
-            return self._target.ask(step)
+            return self.target.ask(step)
         except RequestFailed as error:
-            dead = self._target.revive(hung=error.hung)
+            dead = self.target.revive(hung=error.hung)
             self.deaths.append(Death(self.name, scenario, step.name, str(error), dead))
-            if dead and not self._target.gone:
+            if dead and not self.target.gone:
                 self._warm_up_again()
             return str(error)
 
@@ -83,7 +87,7 @@ class Side:
         try:
             self.warm_up()
         except ServerError as error:
-            self._target.gone = str(error)
+            self.target.gone = str(error)
 
 
 @contextmanager

@@ -33,6 +33,10 @@ CHANGES = "ending changed", "changed again"
 CHANGED_LINES = "line changed", "line changed again"
 
 
+NO_REPLY = Reply(0.0, 0.0, None, None, None, None)
+"""What a script is sent when its server failed, so that it can go on."""
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
     """One request: its name within the scenario, and what to post where."""
@@ -56,6 +60,16 @@ class Material:
         """`tokens` tokens of the reference text from `start` on, which wraps at its end."""
         start %= max(1, len(self._ids) - tokens)
         return str(self._tokenizer.decode(self._ids[start : start + tokens]))
+
+
+class Blank(Material):
+    """No text, where only the requests of a script matter."""
+
+    def __init__(self) -> None:
+        self._ids = []
+
+    def text(self, tokens: int, start: int = 0) -> str:
+        return ""
 
 
 def repeat(material: Material, nonce: str, size: int) -> Script:
@@ -176,6 +190,17 @@ SCENARIOS: dict[str, Callable[[Material, str, int], Script]] = {
 
 AT_EVERY_SIZE = frozenset({"repeat", "changed-ending"})
 """Scenarios whose figures depend most on the prompt's length; the others run at the first size."""
+
+
+def steps_of(name: str) -> list[str]:
+    """The names of a scenario's requests, in order: the same whatever text and replies are."""
+    script = SCENARIOS[name](Blank(), "", 0)
+    names = [next(script).name]
+    while True:
+        try:
+            names.append(script.send(NO_REPLY).name)
+        except StopIteration:
+            return names
 
 
 def _chat(name: str, messages: list[Message], max_tokens: int = SHORT_REPLY, **more: Any) -> Step:

@@ -54,7 +54,7 @@ class Target:
         self.head_start_seconds = head_start_seconds
         self._server = server
         self._timeout_seconds = timeout_seconds
-        self._fields = fields
+        self._fields = dict(fields or {})
         self._api_key = api_key
         self._restarts_left = most_restarts
         self._client = self._connect()
@@ -83,6 +83,12 @@ class Target:
             return self._client.ask(step.path, step.body, begun.set)
         finally:
             begun.set()
+
+    def leave_out(self, name: str) -> None:
+        """Send a field no more, which this server refuses."""
+        self._fields[name] = None
+        self._client.close()
+        self._client = self._connect()
 
     def read_tokens(self) -> float | None:
         """Prompt tokens that it has read since its start; None where it does not say."""

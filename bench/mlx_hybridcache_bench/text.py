@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,3 +46,29 @@ def library_text(characters: int) -> str:
 
 def _encoded(tokenizer: Any, text: str) -> list[int]:
     return [int(token) for token in tokenizer.encode(text, add_special_tokens=False)]
+
+
+class ByCharacters:
+    """A tokenizer that cuts every `characters_per_token` characters, for models of unknown files.
+
+    Its numbers say where in the text that it was given last a piece stands.
+    """
+
+    def __init__(self, characters_per_token: float) -> None:
+        self.characters_per_token = characters_per_token
+        self._text = ""
+
+    def encode(self, text: str, add_special_tokens: bool = False) -> range:
+        """A number for each piece of `text`."""
+        self._text = text
+        return range(math.ceil(len(text) / self.characters_per_token))
+
+    def decode(self, pieces: Sequence[int]) -> str:
+        """The text of a run of pieces."""
+        if not pieces:
+            return ""
+        start, end = pieces[0], pieces[-1] + 1
+        return self._text[self._at(start) : self._at(end)]
+
+    def _at(self, piece: int) -> int:
+        return round(piece * self.characters_per_token)
