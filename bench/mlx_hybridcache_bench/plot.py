@@ -19,14 +19,16 @@ def plot_lines(path: Path, title: str, lines: dict[str, list[tuple[int, float]]]
     axes.set_xlabel("context (tokens)")
     axes.set_ylabel("tokens per second")
     axes.set_title(title)
+    axes.legend(fontsize="small")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
 def draw_lines(axes: Axes, lines: Mapping[str, Sequence[tuple[float, float]]]) -> None:
-    """Draw `lines`, name -> points, with both axes logarithmic, and a legend.
+    """Draw `lines`, name -> points, with both axes logarithmic.
 
-    Names that share their beginning up to the comma share a colour; the second of them is dashed.
+    Names that share their beginning up to the comma share a colour; the second of them is dashed
+    with hollow points.
     """
     colours: dict[str, str] = {}
     for name, points in lines.items():
@@ -34,7 +36,8 @@ def draw_lines(axes: Axes, lines: Mapping[str, Sequence[tuple[float, float]]]) -
         dashed = family in colours
         colour = colours.setdefault(family, f"C{len(colours)}")
         x, y = zip(*points, strict=True)
-        axes.plot(x, y, "--" if dashed else "-", color=colour, marker="o", label=name)
+        (line,) = axes.plot(x, y, "--" if dashed else "-", color=colour, marker="o", label=name)
+        if dashed:
+            line.set_markerfacecolor("none")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    axes.legend(fontsize="small")

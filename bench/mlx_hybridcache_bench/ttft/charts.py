@@ -12,7 +12,9 @@ from typing import Any
 import matplotlib as mpl
 from cycler import cycler
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from ..comparison import Spread
 from ..plot import draw_lines
@@ -43,7 +45,7 @@ ON_PAGE: Any = {
     **dict.fromkeys(("xtick.color", "ytick.color"), INK),
     "grid.color": FAINT,
 }
-WIDTH, HEIGHT = 5.6, 3.6
+WIDTH, HEIGHT = 4.4, 3.4
 """Inches; at 72 points to an inch a phone shows them nearly at full size."""
 
 
@@ -91,14 +93,14 @@ def charts(results: Results) -> list[Chart]:
     if bars := _scenario_bars(servers):
         words = "Median time to first token of what a cache can answer, by scenario."
         title = "TTFT of hot requests by scenario"
-        found.append(_bars("ttft-by-scenario", title, words, bars, servers, "seconds"))
+        found.append(_bars("ttft-by-scenario", title, words, bars, servers))
     if bars := _crowd_bars(servers):
         words = "Seconds for one client alone and for several at once."
         title = "Several clients at once"
-        found.append(_bars("several-clients", title, words, bars, servers, "seconds"))
+        found.append(_bars("several-clients", title, words, bars, servers))
     if bars := _memory_bars(servers):
         words = "Memory of each server when warm, at its peak, and what the system lost."
-        found.append(_bars("memory", "Memory", words, bars, servers, "GiB", log=False))
+        found.append(_bars("memory", "Memory", words, bars, servers, unit="GiB"))
     return found
 
 
@@ -128,9 +130,10 @@ def _lengths(lines: dict[str, list[tuple[float, float]]]) -> Callable[[Axes], No
         draw_lines(axes, lines)
         sizes = sorted({size for points in lines.values() for size, _ in points})
         axes.set_xticks(sizes, [size_text(int(size)) for size in sizes], minor=False)
-        axes.minorticks_off()
+        axes.xaxis.minorticks_off()
         axes.set_xlabel("prompt (tokens)")
-        axes.set_ylabel("TTFT (seconds)")
+        _in_seconds(axes.yaxis)
+        _legend(axes)
 
     return draw
 
@@ -183,10 +186,9 @@ def _bars(
     words: str,
     bars: Bars,
     servers: list[Measured],
-    unit: str,
-    *,
-    log: bool = True,
+    unit: str = "",
 ) -> Chart:
+    """Horizontal bars with their spread: seconds on a logarithmic axis, or a `unit` from zero."""
     thick = 0.8 / len(servers)
 
     def draw(axes: Axes) -> None:
@@ -209,13 +211,34 @@ def _bars(
         axes.set_yticks(range(len(bars)), list(bars))
         axes.invert_yaxis()
         axes.grid(visible=False, axis="y")
-        axes.set_xlabel(unit)
-        if log:
+        if unit:
+            axes.set_xlabel(unit)
+        else:
             axes.set_xscale("log")
-        axes.figure.legend(loc="outside upper left", ncols=2, fontsize="small")
+            _in_seconds(axes.xaxis)
+        _legend(axes)
 
     height = 1.1 + len(bars) * max(0.28, 0.16 * len(servers))
     return Chart(name, title, words, max(2.2, height), draw)
+
+
+def _in_seconds(axis: Axis) -> None:
+    """`20 ms`, `5 s`, `2 min` instead of powers of ten, at most seven of them."""
+
+    def text(seconds: float, _: object) -> str:
+        if seconds < 1:
+            return f"{1000 * seconds:g} ms"
+        return f"{seconds:g} s" if seconds < 120 else f"{seconds / 60:.3g} min"
+
+    axis.set_major_locator(LogLocator(base=10, subs=(1, 3), numticks=8))
+    axis.set_major_formatter(FuncFormatter(text))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _legend(axes: Axes) -> None:
+    figure = axes.figure
+    assert isinstance(figure, Figure), "charts have no figures within figures"
+    figure.legend(loc="outside upper left", ncols=2, fontsize="small", columnspacing=1)
 
 
 def _embedded(svg: str, name: str) -> str:

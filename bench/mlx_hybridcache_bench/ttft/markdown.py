@@ -11,7 +11,9 @@ from .summary import Sheet, notes, sheets
 
 def markdown(results: Results) -> str:
     """The environment as mlx-lm issue 1162 lists it, its table for each server, then the rest."""
-    lines = ["### Environment", "", *(f"- {each}" for each in environment(results)), ""]
+    machine, *others = environment(results)
+    listed = [machine, *(_server(each) for each in results.servers), *others]
+    lines = ["### Environment", "", *(f"- {_plain(each)}" for each in listed), ""]
     for sheet in sheets(results):
         lines += _table(sheet)
     if remarks := list(notes(results)):
@@ -20,7 +22,7 @@ def markdown(results: Results) -> str:
 
 
 def environment(results: Results) -> list[str]:
-    """What the figures were measured on, with what, and how: a line each."""
+    """The machine, the method and the software: a line each."""
     found = results.machine
     hardware = [found.get("model"), found.get("chip"), f"{found['cores']} cores"]
     hardware.append(f"{found['memory_bytes'] / 1024**3:.0f} GiB")
@@ -37,7 +39,6 @@ def environment(results: Results) -> list[str]:
     )
     return [
         f"{', '.join(each for each in hardware if each)}, {found['os']}",
-        *(_server(each) for each in results.servers),
         method,
         software,
     ]
