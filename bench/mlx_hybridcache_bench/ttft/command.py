@@ -134,7 +134,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
             write_json(folder / "results.json", results.as_json())
             if interrupted:
                 break
-    _write(results, folder)
+    write(results, folder)
     write_json(args.json, results.as_json())
     if args.markdown:
         print(markdown(results), end="")
@@ -244,7 +244,7 @@ def _progress(console: Console) -> Iterator[Callable[[Contender, int], Callable[
         yield begin
 
 
-def _write(results: Results, folder: Path) -> None:
+def write(results: Results, folder: Path) -> None:
     """Everything but `results.json`, which stands there already."""
     (folder / "report.html").write_text(report(results), encoding="utf-8")
     (folder / "report.md").write_text(markdown(results), encoding="utf-8")

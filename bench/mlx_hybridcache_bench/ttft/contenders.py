@@ -45,10 +45,12 @@ class Contender:
 
     def keeping(self, directory: str) -> Launch | None:
         """The launch that lets it keep its cache over a restart, where it can."""
-        if self.launch is None or self.name != OURS or "--cache-dir" in self.launch.arguments:
+        if self.launch is None or self.name != OURS:
             return self.launch
-        more = ("--cache-dir", directory)
-        return replace(self.launch, arguments=(*self.launch.arguments, *more))
+        given = self.launch.arguments
+        if any(each.partition("=")[0] == "--cache-dir" for each in given):
+            return self.launch
+        return replace(self.launch, arguments=(*given, "--cache-dir", directory))
 
 
 def compared(

@@ -19,7 +19,7 @@ from .contenders import Contender
 from .dialect import ESTIMATED, Dialect, learn, material_for, says_sizes
 from .memory import MemoryWatch
 from .oddities import odd
-from .plan import IDENTICAL, RESTART, Plan
+from .plan import AFTER_RESTART, IDENTICAL, RESTART, Plan
 from .remote import RemoteServer
 from .results import (
     FAILED,
@@ -42,7 +42,7 @@ STOP_SECONDS = 60.0
 """For a server to write down what it keeps."""
 
 EARLIER, NEW_START = "the same request earlier", "a newly started server"
-AFTER_RESTART = "after a restart"
+KEPT = "was given --cache-dir for the restart, and for nothing else"
 
 Advance = Callable[[str, int], object]
 
@@ -225,6 +225,8 @@ class Measurement:
             directory = stack.enter_context(tempfile.TemporaryDirectory())
             launch = contender.keeping(directory) if plan.restarts else contender.launch
             assert launch is not None, "remote servers are not started here"
+            if launch != contender.launch:
+                self.found.notes.append(KEPT)
             process = stack.enter_context(ServerProcess(launch, start_seconds=plan.start_seconds))
             side = self._new_start(process)
             if plan.cold_checks:

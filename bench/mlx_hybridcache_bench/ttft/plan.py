@@ -9,7 +9,7 @@ from ..crowd import SITUATIONS
 from ..scenarios import AT_EVERY_SIZE, SCENARIOS, steps_of
 
 IDENTICAL, SHORT_BEHIND_LONG, _ = SITUATIONS
-RESTART = "restart"
+RESTART, AFTER_RESTART = "restart", "after a restart"
 USUAL = (
     *("repeat", "chat", "changed-ending", "system-prompt", "volatile-line", "tool-loop"),
     *("branch-and-back", "completions", RESTART, IDENTICAL, SHORT_BEHIND_LONG),

@@ -9,7 +9,7 @@ from mlx_hybridcache.sizes import format_bytes
 
 from ..comparison import Spread
 from ..scenarios import AGAIN, COLD, SCENARIOS, steps_of
-from .plan import IDENTICAL, RESTART, SHORT_BEHIND_LONG, size_text
+from .plan import AFTER_RESTART, IDENTICAL, RESTART, SHORT_BEHIND_LONG, size_text
 from .results import Equality, Measured, Request, Results
 
 REPEAT = "repeat"
@@ -178,7 +178,7 @@ def ttft(request: Request) -> float | None:
 def hot_steps(scenario: str) -> frozenset[str]:
     """Steps that a cache can answer: all but the first, which nobody has sent before."""
     if scenario not in SCENARIOS:
-        return frozenset({"after a restart"})
+        return frozenset({AFTER_RESTART})
     first, *others = steps_of(scenario)
     return frozenset(others) - {first}
 
