@@ -109,8 +109,8 @@ def volatile_line(material: Material, nonce: str, size: int) -> Script:
     before = material.text(size // 2)
     after = material.text(size // 4, size // 2)
     asked = _user(f"{material.text(size // 4, size)}\n\nSum it up in one sentence.")
-    for name, minute in zip((COLD, *CHANGED_LINES), ("09:41", "09:47", "10:02"), strict=True):
-        system = _system(f"{nonce}\n{before}\n\nIt is {minute}.\n\n{after}")
+    for name, day in zip((COLD, *CHANGED_LINES), ("Monday", "Tuesday", "Friday"), strict=True):
+        system = _system(f"{nonce}\n{before}\n\nToday is {day}.\n\n{after}")
         answered = {"role": "assistant", "content": "It describes how Python works."}
         yield _chat(name, [system, asked, answered, _user("Say it in one word.")])
 
