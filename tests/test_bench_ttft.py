@@ -1,5 +1,7 @@
 """`bench ttft` against programs with known delays and every fault that a server may have."""
 
+import argparse
+import io
 import json
 import os
 import statistics
@@ -15,11 +17,13 @@ from mlx_hybridcache_bench import cli
 from mlx_hybridcache_bench.client import NO_CACHED, NO_DONE, NO_STREAM, NO_USAGE
 from mlx_hybridcache_bench.events import NO_JSON, events
 from mlx_hybridcache_bench.servers import Launch, ServerError, ServerProcess
+from mlx_hybridcache_bench.ttft import command
 from mlx_hybridcache_bench.ttft.contenders import LLAMA, compared, flags_of
 from mlx_hybridcache_bench.ttft.dialect import ESTIMATED, NO_COMPLETIONS, NO_OPTIONS
 from mlx_hybridcache_bench.ttft.measure import Measurement
 from mlx_hybridcache_bench.ttft.plan import NAMES, USUAL, Plan
 from mlx_hybridcache_bench.ttft.results import ResultsError
+from rich.console import Console
 
 from mlx_hybridcache import PromptError
 
@@ -258,6 +262,7 @@ def test_a_request_that_fails_is_told_and_the_run_goes_on(
     assert None not in (cold["ttft_seconds"], again["ttft_seconds"])
     (trouble,) = found["servers"][0]["troubles"]
     assert (trouble["scenario"], trouble["step"]) == ("changed-ending", "ending changed")
+    assert not trouble["restarted"], "it is nobody's here to start"
     assert time.monotonic() - began < SOON_SECONDS
 
 
@@ -341,6 +346,83 @@ def test_key_model_and_extra_fields_are_sent_and_the_key_is_kept_to_oneself(
     assert "sk-very-secret" not in json.dumps(found)
     assert refused == 1
     assert "unknown field top_k" in told["servers"][0]["reason"]
+
+
+def test_a_hung_server_is_started_again_and_one_that_always_hangs_is_given_up(
+    llama: Callable[..., Path], measured: Callable[..., tuple[int, Result]]
+) -> None:
+    """After five new starts there is no sixth."""
+    gguf = llama(faults={CHANGED: "hang", "Who wrote it?": "hang"})
+    names = ["changed-ending"] * 4
+    options = ["--alone", "--gguf", str(gguf), "--timeout", "0.3", "--scenarios", *names]
+    status, found = measured("--compare", LLAMA, *options)
+    (server,) = found["servers"]
+    assert (status, server["status"]) == (1, "partial")
+    assert "again and again" in server["reason"]
+    assert [each["restarted"] for each in server["troubles"]] == [True] * 5 + [False]
+
+
+def test_with_markdown_nothing_else_is_printed(
+    monkeypatch: pytest.MonkeyPatch,
+    measured: Callable[..., tuple[int, Result]],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """So that it can be piped into an issue; where it stands is said on stderr."""
+    with running(monkeypatch) as server:
+        measured("--url", f"mine={server.url}", "--scenarios", "repeat", "--markdown")
+    printed = capsys.readouterr()
+    assert printed.out.startswith("### Environment\n")
+    assert "### mine: the same prompt again\n\n| Input size | Cold (1st call) |" in printed.out
+    assert "┃" not in printed.out
+    assert "measuring mine" in printed.err
+    assert "report.html" in printed.err
+
+
+def test_a_terminal_shows_a_bar(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With the server's name and what it is at."""
+    parser = argparse.ArgumentParser()
+    cli.add_commands(parser.add_subparsers())
+    screen = io.StringIO()
+    with running(monkeypatch, base_ms=150) as server:
+        only = ["--sizes", "600", "--scenarios", "repeat", "--out", str(tmp_path / "out")]
+        args = parser.parse_args(["ttft", "--url", f"mine={server.url}", *only])
+        args.repeats = 1
+        status = command.run(args, Console(file=screen, force_terminal=True, width=120))
+    assert status == 0
+    assert "starting, warming up" in screen.getvalue()
+    assert "repeat 600: again" in screen.getvalue()
+
+
+def test_earlier_runs_alone_make_a_report_and_measure_nothing(
+    monkeypatch: pytest.MonkeyPatch, measured: Callable[..., tuple[int, Result]], tmp_path: Path
+) -> None:
+    """In the order given; two of one name are told apart."""
+    with running(monkeypatch) as server:
+        for run in ("monday", "tuesday"):
+            written = str(tmp_path / f"{run}.json")
+            measured("--url", f"mine={server.url}", "--scenarios", "repeat", "--json", written)
+    earlier = [f"--add={tmp_path / run}.json" for run in ("monday", "tuesday")]
+    status, found = measured(*earlier)
+    assert status == 0
+    assert [each["name"] for each in found["servers"]] == ["mine", "mine'"]
+
+
+@pytest.mark.parametrize(
+    ("models", "version"), [(["stand-in"], "b7825-e9fd8dc"), ([], "b7825-e9fd8dc")]
+)
+def test_a_server_says_who_it_is(
+    models: list[str],
+    version: str,
+    monkeypatch: pytest.MonkeyPatch,
+    measured: Callable[..., tuple[int, Result]],
+) -> None:
+    """By llama-server's `/props`; its only model need not be named."""
+    with running(monkeypatch, models=models) as server:
+        _, found = measured("--url", f"{server.url}/v1/", "--scenarios", "repeat")
+    (server_found,) = found["servers"]
+    assert server_found["version"] == version
+    assert server_found["model"] == {"name": models[0] if models else "unknown"}
+    assert server_found["name"] == server.url.removeprefix("http://")
 
 
 def test_an_interrupted_run_keeps_what_it_has(

@@ -174,8 +174,8 @@ def measure_runs(
                 try:
                     found.values[target.name] = SITUATIONS[name](target, material, nonces, sizes)
                 except RequestFailed as error:
-                    dead = target.revive(hung=error.hung)
-                    failures.append(Failure(target.name, name, str(error), dead))
+                    restarted = target.revive(hung=error.hung)
+                    failures.append(Failure(target.name, name, str(error), restarted))
                 on_run(f"{name} on {target.name} ({number + 1} of {repeats})")
             runs.append(found)
     return runs, failures

@@ -76,9 +76,9 @@ class Side:
         try:
             return self.target.ask(step)
         except RequestFailed as error:
-            dead = self.target.revive(hung=error.hung)
-            self.deaths.append(Death(self.name, scenario, step.name, str(error), dead))
-            if dead and not self.target.gone:
+            restarted = self.target.revive(hung=error.hung)
+            self.deaths.append(Death(self.name, scenario, step.name, str(error), restarted))
+            if restarted:
                 self._warm_up_again()
             return str(error)
 

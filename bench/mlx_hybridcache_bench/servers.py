@@ -144,11 +144,12 @@ class ServerProcess:
             process.kill()
             process.wait()
 
-    def restart(self) -> None:
-        """Replace a server that died. Its cache is gone with it."""
+    def restart(self) -> bool:
+        """Replace a server that died: true, for its cache is gone with it. Raises `ServerError`."""
         self.stop()
         self.start()
         self.wait_ready()
+        return True
 
     def _tail(self) -> str:
         self._log.seek(0)

@@ -27,7 +27,7 @@ class Server(Protocol):
 
     def healthy(self) -> bool: ...
 
-    def restart(self) -> None: ...
+    def restart(self) -> bool: ...
 
     def cpu_seconds(self) -> float | None: ...
 
@@ -100,20 +100,21 @@ class Target:
         return float(found[1]) if found else None
 
     def revive(self, *, hung: bool = False) -> bool:
-        """Whether it had to be started again. If it will not start, the run goes on without it.
+        """Whether it was started again, if need be. If that fails, the run goes on without it.
 
         `hung` says that it did not answer, however healthy it looks.
         """
         if not hung and self._server.healthy():
             return False
         self._client.close()
+        again = False
         if self._restarts_left == 0:
             self.gone = "it failed again and again"
         else:
             self._restarts_left = self._restarts_left and self._restarts_left - 1
             try:
-                self._server.restart()
+                again = self._server.restart()
             except ServerError as error:
                 self.gone = str(error)
         self._client = self._connect()
-        return True
+        return again

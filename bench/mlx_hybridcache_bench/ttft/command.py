@@ -98,7 +98,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="FILE",
-        help="results.json of an earlier run on this machine, whose servers join the report",
+        help="results.json of an earlier run here, to join the report; alone, nothing is measured",
     )
 
 
@@ -112,9 +112,13 @@ def run(args: argparse.Namespace, console: Console) -> int:
     results = Results(
         created=datetime.now().astimezone().isoformat(timespec="seconds"),
         machine={**machine(), "mlx_hybridcache": version("mlx-hybridcache")},
-        settings=_settings(plan, quick=args.quick, extra=args.extra),
+        settings=(
+            _settings(plan, quick=args.quick, extra=args.extra)
+            if contenders
+            else earlier[0].settings
+        ),
     )
-    for each in earlier:
+    for each in reversed(earlier):
         results.join(each)
     folder = args.out or Path(f"ttft-{datetime.now():%Y-%m-%d-%H%M%S}")
     folder.mkdir(parents=True, exist_ok=True)
@@ -175,7 +179,7 @@ def _contenders(args: argparse.Namespace, plan: Plan) -> list[Contender]:
         if not api_key:
             raise ServerError(f"There is no key in ${args.api_key_env}.")
     names = [each.strip() for each in (args.compare or "").split(",") if each.strip()]
-    if not names and not args.url:
+    if not (names or args.url or args.add):
         names = [THEIRS]
     if names and OURS not in names and not args.alone:
         names.append(OURS)
@@ -245,7 +249,8 @@ def _progress(console: Console) -> Iterator[Callable[[Contender, int], Callable[
 
 
 def write(results: Results, folder: Path) -> None:
-    """Everything but `results.json`, which stands there already."""
+    """Every file of the folder."""
+    write_json(folder / "results.json", results.as_json())
     (folder / "report.html").write_text(report(results), encoding="utf-8")
     (folder / "report.md").write_text(markdown(results), encoding="utf-8")
     for chart in charts(results):

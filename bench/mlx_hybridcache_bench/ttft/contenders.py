@@ -144,4 +144,7 @@ def _version_of(program: str) -> str:
 
 
 def _without_folder(argument: str) -> str:
-    return Path(argument).name if Path(argument).is_absolute() else argument
+    flag, equals, value = (
+        argument.partition("=") if argument.startswith("-") else ("", "", argument)
+    )
+    return f"{flag}{equals}{Path(value).name}" if Path(value).is_absolute() else argument

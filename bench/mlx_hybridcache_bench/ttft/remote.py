@@ -38,9 +38,10 @@ class RemoteServer:
         answer = self.get("/v1/models")
         return answer is not None and answer.status_code < 500
 
-    def restart(self) -> None:
+    def restart(self) -> bool:
         if not self.healthy():
             raise ServerError("it answers no more, and is not ours to start again")
+        return False
 
     def cpu_seconds(self) -> float | None:
         return None
@@ -64,7 +65,7 @@ class RemoteServer:
                 break
             told = told or answer.headers.get("Server", "")
             try:
-                return str(answer.json()[key]) if answer.status_code == 200 else told
+                return str(answer.json()[key])
             except (ValueError, KeyError, TypeError):
                 continue
         return told

@@ -165,9 +165,9 @@ def notes(results: Results) -> Iterator[str]:
         for note in server.notes:
             yield f"{server.name} {note}."
         for each in server.troubles:
-            what = "died and was started again" if each.restarted else "failed"
+            what = "had to be started again after" if each.restarted else "failed in"
             where = f"{each.scenario}, {each.step}" if each.step else each.scenario
-            yield f"{server.name} {what} in {where}: {each.sentence}"
+            yield f"{server.name} {what} {where}: {each.sentence}"
 
 
 def ttft(request: Request) -> float | None:
