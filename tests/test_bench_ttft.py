@@ -30,8 +30,8 @@ from mlx_hybridcache import PromptError
 Result = dict[str, Any]
 STAND_IN = Path(__file__).parent / "stand_in_server.py"
 CHANGED = "Name one rule that it states."  # what the second request of changed-ending ends with
-SOON_SECONDS = 60
-"""In which a run must end that a hung or dead server could hold up for ever."""
+SOON_SECONDS = 300
+"""In which a run must end that a server could hold up for `--timeout`, 1,200 s, or for ever."""
 
 
 @contextmanager
@@ -241,8 +241,8 @@ def test_counts_come_from_llama_cpps_timings_where_there_is_no_usage(
         ("500", "status 500"),
         ("error", "slot unavailable"),
         ("half", "RemoteProtocolError"),
-        ("hang", "no whole reply within 1 s"),
-        ("pings", "no whole reply within 1 s"),
+        ("hang", "no whole reply within 3 s"),
+        ("pings", "no whole reply within 3 s"),
     ],
 )
 def test_a_request_that_fails_is_told_and_the_run_goes_on(
@@ -254,7 +254,7 @@ def test_a_request_that_fails_is_told_and_the_run_goes_on(
     """Refused, broken off, hung in silence or behind comments: the next request is measured."""
     began = time.monotonic()
     with running(monkeypatch, faults={CHANGED: fault}) as server:
-        options = ["--timeout", "1", "--scenarios", "changed-ending"]
+        options = ["--timeout", "3", "--scenarios", "changed-ending"]
         _, found = measured("--url", server.url, *options)
     cold, changed, again = found["servers"][0]["requests"]
     assert sentence in changed["error"]
@@ -354,7 +354,7 @@ def test_a_hung_server_is_started_again_and_one_that_always_hangs_is_given_up(
     """After five new starts there is no sixth."""
     gguf = llama(faults={CHANGED: "hang", "Who wrote it?": "hang"})
     names = ["changed-ending"] * 4
-    options = ["--alone", "--gguf", str(gguf), "--timeout", "0.3", "--scenarios", *names]
+    options = ["--alone", "--gguf", str(gguf), "--timeout", "2", "--scenarios", *names]
     status, found = measured("--compare", LLAMA, *options)
     (server,) = found["servers"]
     assert (status, server["status"]) == (1, "partial")

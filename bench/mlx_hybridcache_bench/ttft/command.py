@@ -24,7 +24,7 @@ from ..server import tokenizer_of
 from ..servers import OURS, THEIRS, ServerError
 from ..tables import show, write_json
 from .charts import charts
-from .contenders import KNOWN, Contender, compared, flags_of
+from .contenders import LLAMA, Contender, compared, flags_of
 from .markdown import markdown
 from .measure import Measurement
 from .plan import NAMES, USUAL, Plan, size_text, sizes_of
@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     who.add_argument(
         "--compare",
         metavar="NAMES",
-        help=f"start these beside {OURS}, one after the other: {','.join(KNOWN)} ({THEIRS})",
+        help=f"start these one after the other, and then {OURS}: {THEIRS},{LLAMA} ({THEIRS})",
     )
     who.add_argument("--alone", action="store_true", help=f"leave {OURS} out of --compare")
     who.add_argument(
@@ -223,7 +223,7 @@ def _settings(plan: Plan, *, quick: bool, extra: str | None) -> dict[str, Any]:
 
 @contextmanager
 def _progress(console: Console) -> Iterator[Callable[[Contender, int], Callable[[str, int], None]]]:
-    """A bar for each server; where there is no terminal, a line when it begins."""
+    """A bar for each server; where there is no terminal, a line for each thing begun with."""
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -240,8 +240,14 @@ def _progress(console: Console) -> Iterator[Callable[[Contender, int], Callable[
                 console.print(f"measuring {contender.name}", highlight=False)
             task = progress.add_task(contender.name, total=work, said="starting, warming up")
 
+            seen: set[str] = set()
+
             def advance(said: str, tokens: int) -> None:
                 progress.update(task, advance=tokens, said=said)
+                scenario = said.partition(":")[0]
+                if not console.is_terminal and scenario not in seen:
+                    seen.add(scenario)
+                    console.print(f"  {scenario}", highlight=False)
 
             return advance
 
