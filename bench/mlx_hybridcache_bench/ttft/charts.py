@@ -35,6 +35,7 @@ STYLE: Any = {
     "axes.spines.right": False,
     "axes.grid": True,
     "axes.axisbelow": True,
+    "grid.color": "0.88",
     "legend.frameon": False,
     "font.size": 9,
     "svg.fonttype": "none",
@@ -64,7 +65,8 @@ class Chart:
         path = directory / f"{self.name}.png"
         with mpl.rc_context(STYLE):
             figure = self._figure()
-            figure.axes[0].set_title(self.title, fontsize="medium")
+            # Above the legend: Matplotlib makes no room for a title of the whole figure there.
+            figure.legends[0].set_title(self.title)
             figure.savefig(path, dpi=160)
         return path
 
@@ -238,7 +240,9 @@ def _in_seconds(axis: Axis) -> None:
 def _legend(axes: Axes) -> None:
     figure = axes.figure
     assert isinstance(figure, Figure), "charts have no figures within figures"
-    figure.legend(loc="outside upper left", ncols=2, fontsize="small", columnspacing=1)
+    figure.legend(
+        loc="outside upper left", ncols=2, fontsize="small", columnspacing=1, alignment="left"
+    )
 
 
 def _embedded(svg: str, name: str) -> str:
