@@ -250,7 +250,7 @@ class Measurement:
             if isinstance(cold, Reply):
                 same = reply.repeats(cold)
                 self.found.equalities.append(Equality(scenario, size, step.name, NEW_START, same))
-            self._advance(f"{scenario}: {step.name}, cold", size)
+            self._advance(f"cold checks: {scenario}, {step.name}", size)
 
     def _measure_restart(self, process: ServerProcess, side: Witness, run: int) -> Witness:
         size = self._plan.sizes[0]
