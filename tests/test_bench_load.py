@@ -191,7 +191,7 @@ def test_servers_take_turns(material: Material, monkeypatch: pytest.MonkeyPatch)
         def __init__(self, name: str) -> None:
             self.name = name
 
-        def revive(self) -> bool:
+        def revive(self, *, hung: bool) -> bool:
             return False
 
     def situation(target: Any, material: Any, nonces: list[str], sizes: Any) -> dict[str, float]:

@@ -16,6 +16,7 @@ from mlx_hybridcache_bench.rounds import Asked, Death, Side, fresh_nonce, measur
 from mlx_hybridcache_bench.scenarios import SCENARIOS, SESSIONS, Material, Script, Step
 from mlx_hybridcache_bench.server import tokenizer_of
 from mlx_hybridcache_bench.servers import OURS, THEIRS, Launch, ServerError, ServerProcess
+from mlx_hybridcache_bench.target import Target
 
 from mlx_hybridcache import PromptError
 from mlx_hybridcache.demo import BUNDLED_MODEL
@@ -57,7 +58,7 @@ def test_a_run_writes_the_documented_keys(quick: Result) -> None:
 
 
 def test_every_scenario_is_measured_on_both_servers(quick: Result) -> None:
-    """Nine scenarios, each request answered by both."""
+    """Ten scenarios, each request answered by both."""
     assert list(dict.fromkeys(row["scenario"] for row in quick["rows"])) == list(SCENARIOS)
     assert quick["deaths"] == []
     assert all(set(row["servers"]) == {OURS, THEIRS} for row in quick["rows"])
@@ -268,9 +269,10 @@ def test_a_server_that_dies_is_started_again_and_the_run_goes_on(material: Mater
     """The death is noted, and the third request is answered by a new process."""
     with ServerProcess(Launch("mortal", ("-c", MORTAL))) as process:
         process.wait_ready()
-        side = Side(process, material, 600)
+        target = Target(process)
+        side = Side(target, material, 600)
         asked = measure_rounds([side], material, names=["chat"], sizes=[600], repeats=1)
-        side.close()
+        target.close()
     assert [isinstance(each.replies["mortal"], Reply) for each in asked] == [True, False, True]
     (death,) = side.deaths
     assert (death.server, death.step, death.restarted) == ("mortal", "last straw", True)
@@ -286,9 +288,10 @@ def test_a_server_that_will_not_start_again_does_not_lose_the_run(
     flag.touch()
     with ServerProcess(Launch("mortal", ("-c", once, str(flag)))) as process:
         process.wait_ready()
-        side = Side(process, material, 600)
+        target = Target(process)
+        side = Side(target, material, 600)
         asked = measure_rounds([side], material, names=["chat"], sizes=[600], repeats=1)
-        side.close()
+        target.close()
     assert "ended while starting" in str(asked[2].replies["mortal"])
     assert len(side.deaths) == 1
 

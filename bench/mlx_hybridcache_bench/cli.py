@@ -11,10 +11,12 @@ from mlx_hybridcache.demo import BUNDLED_MODEL
 from mlx_hybridcache.demo.run import wide_console
 
 from . import decode, disk, kills, load, overhead, policies, project, server, traces
+from .ttft import command as ttft
 
 COMMANDS = {
     "overhead": (overhead, "what the cache costs, each part beside its target"),
     "decode": (decode, "tokens per second with and without the KV cache"),
+    "ttft": (ttft, "time to first token of any server, with a report to show"),
     "server": (server, "time to first token and re-use beside mlx_lm.server"),
     "disk": (disk, "a restart with a cache directory, and what the directory costs"),
     "load": (load, "many clients at once beside mlx_lm.server"),
@@ -43,7 +45,8 @@ def add_commands(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the measurement that `args` names."""
-    if args.model is None:
+    # A server that runs elsewhere has a model of its own, whose tokens are not the bundled one's.
+    if args.model is None and not getattr(args, "url", None):
         args.model = str(BUNDLED_MODEL)
     module = COMMANDS[args.measurement][0]
     return int(module.run(args, wide_console()))

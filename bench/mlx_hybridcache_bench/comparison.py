@@ -143,7 +143,8 @@ def figures(asked: Sequence[Asked]) -> list[Figure]:
     if not both:
         return found
     # Counted by what had to be read: should replies and so histories drift apart, it still compares.
-    worse = sum(ours.read_tokens > theirs.read_tokens for ours, theirs in both)
+    read = [(ours.read_tokens, theirs.read_tokens) for ours, theirs in both]
+    worse = sum(a > b for a, b in read if a is not None and b is not None)
     found.append(Figure("requests with fewer cached tokens", worse, f"of {len(both)}", 0, True))
     for scenario, name, steps, target in PROMISED:
         for size in sorted({each.size for each in asked if each.scenario == scenario}):
@@ -199,7 +200,7 @@ def show_throughput(console: Console, found: Sequence[Row], servers: Sequence[st
     for row in found:
         if row.step != COLD:
             continue
-        read = [row.spread(name, lambda r: r.prompt_tokens / r.first_seconds) for name in servers]
+        read = [row.spread(name, lambda r: r.prompt_per_second) for name in servers]
         lines.append(
             [
                 f"read cold, {row.scenario}, {row.size:,} tokens",

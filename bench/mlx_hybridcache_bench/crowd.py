@@ -16,7 +16,7 @@ from .client import CHAT, Reply, RequestFailed
 from .mixture import CLIENTS, Habit
 from .rounds import SETTLE_SECONDS, fresh_nonce
 from .scenarios import SHORT_REPLY, Material, Step
-from .target import PATIENCE_SECONDS, Target
+from .target import Target
 
 AT_ONCE = 4
 """Identical requests."""
@@ -33,12 +33,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Tokens of an identical, a long and a mixed client's prompt; requests of each mixed client."""
+    """Tokens of an identical, a long and a mixed client's prompt; requests of each mixed client.
+
+    `at_once` is how many clients send the identical request.
+    """
 
     identical: int
     long: int
     mixed: int
     requests: int
+    at_once: int = AT_ONCE
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,20 +65,20 @@ class Failure:
 
 
 def identical(target: Target, material: Material, nonces: Sequence[str], sizes: Sizes) -> Values:
-    """One cold request alone, then four that are cold and identical, at once."""
-    alone, four = (
+    """One cold request alone, then several that are cold and identical, at once."""
+    alone, all_alike = (
         _question(f"{nonce}\n{material.text(sizes.identical)}\n\nWhat is this text about?")
         for nonce in nonces[:2]
     )
     (lone,), alone_seconds = _at_once([partial(target.ask, alone)])
     before = target.read_tokens()
-    replies, seconds = _at_once([partial(target.ask, four)] * AT_ONCE)
+    replies, seconds = _at_once([partial(target.ask, all_alike)] * sizes.at_once)
     return {
-        "prompt_tokens": lone.prompt_tokens,
+        **_total("prompt_tokens", [lone]),
         "alone_seconds": alone_seconds,
         "at_once_seconds": seconds,
         "ratio": seconds / alone_seconds,
-        "cached_tokens": sum(reply.cached_tokens for reply in replies),
+        **_total("cached_tokens", replies),
         **_read(target, before),
     }
 
@@ -91,12 +95,12 @@ def short_behind_long(
     alone = statistics.median(target.ask(each).first_seconds for each in others)
     begun = threading.Event()
     with ThreadPoolExecutor(1) as pool:
-        reading = pool.submit(target.first_token_seconds, long, begun)
-        begun.wait(PATIENCE_SECONDS)
+        reading = pool.submit(target.ask, long, begun)
+        begun.wait(target.head_start_seconds)
         behind = target.ask(short)
-        long_seconds = reading.result()
+        long_seconds = reading.result().first_seconds
     return {
-        "prompt_tokens": behind.prompt_tokens,
+        **_total("prompt_tokens", [behind]),
         "alone_ttft_seconds": alone,
         "behind_ttft_seconds": behind.first_seconds,
         "ratio": behind.first_seconds / alone,
@@ -119,7 +123,7 @@ def mixed(target: Target, material: Material, nonces: Sequence[str], sizes: Size
     found, seconds = _at_once([partial(client, number) for number in range(len(CLIENTS))])
     replies = [reply for each in found for reply in each]
     ttft = sorted(reply.first_seconds for reply in replies)
-    generated = sum(reply.completion_tokens for reply in replies)
+    generated = sum(reply.completion_tokens or 0 for reply in replies)
     return {
         "seconds": seconds,
         "requests": len(replies),
@@ -127,8 +131,8 @@ def mixed(target: Target, material: Material, nonces: Sequence[str], sizes: Size
         "generated_tokens": generated,
         "generated_per_second": generated / seconds,
         **{f"ttft_p{percent}_seconds": percentile(ttft, percent) for percent in (50, 90, 99)},
-        "prompt_tokens": sum(reply.prompt_tokens for reply in replies),
-        "cached_tokens": sum(reply.cached_tokens for reply in replies),
+        **_total("prompt_tokens", replies),
+        **_total("cached_tokens", replies),
         **_read(target, before),
     }
 
@@ -170,7 +174,8 @@ def measure_runs(
                 try:
                     found.values[target.name] = SITUATIONS[name](target, material, nonces, sizes)
                 except RequestFailed as error:
-                    failures.append(Failure(target.name, name, str(error), target.revive()))
+                    restarted = target.revive(hung=error.hung)
+                    failures.append(Failure(target.name, name, str(error), restarted))
                 on_run(f"{name} on {target.name} ({number + 1} of {repeats})")
             runs.append(found)
     return runs, failures
@@ -201,6 +206,12 @@ def _read(target: Target, before: float | None) -> Values:
     """What the server itself has counted since `before`, where it counts."""
     after = target.read_tokens()
     return {} if before is None or after is None else {"read_tokens": after - before}
+
+
+def _total(name: str, replies: Sequence[Reply]) -> Values:
+    """The sum of a count over `replies`, as far as the server tells it for each."""
+    counts = [getattr(reply, name) for reply in replies]
+    return {} if None in counts else {name: sum(counts)}
 
 
 def _question(text: str) -> Step:

@@ -160,6 +160,9 @@ def _restarted(
     server.wait_ready()
     ready_seconds = time.perf_counter() - began
     hot = _asked(server, material, nonce, tokens)
+    assert hot.prompt_tokens is not None, "our server counts"
+    assert hot.cached_tokens is not None, "our server counts"
+    assert cold.cached_tokens is not None, "our server counts"
     return Restart(
         way=way,
         prompt_tokens=hot.prompt_tokens,

@@ -165,7 +165,10 @@ def _show(
 ) -> None:
     lines = []
     for title, value, form, scale in ROWS[name]:
-        each = [[run.values[s][value] for run in runs if s in run.values] for s in servers]
+        each = [
+            [run.values[s][value] for run in runs if value in run.values.get(s, {})]
+            for s in servers
+        ]
         cells = [Spread.of(values).text(form, scale) if values else "" for values in each]
         if len(servers) > 1:
             ratios = [

@@ -8,15 +8,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
-from .client import Client, Reply, RequestFailed
-from .scenarios import AT_EVERY_SIZE, SCENARIOS, Material, Script, Step
+from .client import Reply, RequestFailed
+from .scenarios import AT_EVERY_SIZE, NO_REPLY, SCENARIOS, Material, Script, Step
 from .servers import Launch, ServerError, ServerProcess
+from .target import Target
 
 SETTLE_SECONDS = 0.02
 """Before each request: what a server still does after a reply should not slow the other one."""
-
-NO_REPLY = Reply(0.0, 0.0, 0, 0, 0, None)
-"""What a script is sent when its server failed, so that it can go on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,23 +40,21 @@ class Death:
 
 
 class Side:
-    """One server, its client and what went wrong with it."""
+    """One server led through scripts, and what went wrong with it. `warm_ups` are scenarios."""
 
-    def __init__(self, process: ServerProcess, material: Material, warm_up_tokens: int) -> None:
-        self.name = process.name
+    def __init__(
+        self,
+        target: Target,
+        material: Material,
+        warm_up_tokens: int,
+        warm_ups: Sequence[str] = ("throughput", "repeat"),
+    ) -> None:
+        self.name = target.name
         self.deaths: list[Death] = []
-        self._process = process
-        self._material = material
+        self.target = target
+        self.material = material
         self._warm_up_tokens = warm_up_tokens
-        self._gone = ""  # why it is asked no more
-        self._client = self._connect()
-
-    def _connect(self) -> Client:
-        return Client(self._process.url, cpu_clock=self._process.cpu_seconds)
-
-    def close(self) -> None:
-        """Give the connection back; the process belongs to whoever started it."""
-        self._client.close()
+        self._warm_ups = warm_ups
 
     def warm_up(self) -> None:
         """Requests that are not measured: the first ones pay for the model, its kernels, new memory.
@@ -66,36 +62,32 @@ class Side:
         A chat and raw text, cold and again, decoding included. Raises `ServerError`.
         """
         try:
-            for name in ("throughput", "repeat"):
-                script = SCENARIOS[name](self._material, fresh_nonce(), self._warm_up_tokens)
+            for name in self._warm_ups:
+                script = SCENARIOS[name](self.material, fresh_nonce(), self._warm_up_tokens)
                 for step in script:
-                    self._client.ask(step.path, step.body)
+                    self.target.ask(step)
         except RequestFailed as error:
             raise ServerError(f"{self.name} failed while warming up: {error}") from error
 
     def ask(self, scenario: str, step: Step) -> Reply | str:
         """The reply, or why there is none. A server that cannot go on is replaced by a new one."""
-        if self._gone:
-            return self._gone
+        if self.target.gone:
+            return self.target.gone
         try:
-            return self._client.ask(step.path, step.body)
+            return self.target.ask(step)
         except RequestFailed as error:
-            sentence = str(error)
-        dead = not self._process.healthy()
-        self.deaths.append(Death(self.name, scenario, step.name, sentence, dead))
-        if dead:
-            self._replace()
-        return sentence
+            restarted = self.target.revive(hung=error.hung)
+            self.deaths.append(Death(self.name, scenario, step.name, str(error), restarted))
+            if restarted:
+                self._warm_up_again()
+            return str(error)
 
-    def _replace(self) -> None:
-        """Start the server again. If it will not start, the run goes on without it."""
-        self._client.close()
+    def _warm_up_again(self) -> None:
+        """After a new start. If that fails too, the run goes on without the server."""
         try:
-            self._process.restart()
-            self._client = self._connect()
             self.warm_up()
         except ServerError as error:
-            self._gone = str(error)
+            self.target.gone = str(error)
 
 
 @contextmanager
@@ -107,9 +99,10 @@ def started(
         processes = [stack.enter_context(ServerProcess(launch)) for launch in launches]
         for process in processes:
             process.wait_ready()
-        sides = [Side(process, material, warm_up_tokens) for process in processes]
-        for side in sides:
-            stack.callback(side.close)
+        targets = [Target(process) for process in processes]
+        for target in targets:
+            stack.callback(target.close)
+        sides = [Side(target, material, warm_up_tokens) for target in targets]
         for side in sides:
             side.warm_up()
         yield sides
@@ -122,7 +115,7 @@ def measure_rounds(
     names: Sequence[str],
     sizes: Sequence[int],
     repeats: int,
-    on_step: Callable[[str], object] = lambda said: None,
+    on_step: Callable[[Asked], object] = lambda asked: None,
 ) -> list[Asked]:
     """Every scenario `repeats` times, with a fresh nonce each; returns all that was asked."""
     asked: list[Asked] = []
@@ -133,7 +126,7 @@ def measure_rounds(
                 scripts = [SCENARIOS[name](material, nonce, size) for _ in sides]
                 for each in _in_step(sides, scripts, name, size, run):
                     asked.append(each)
-                    on_step(f"{name} {size:,}: {each.step} ({run + 1} of {repeats})")
+                    on_step(each)
     return asked
 
 

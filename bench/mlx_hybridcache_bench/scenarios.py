@@ -30,6 +30,11 @@ SESSIONS = 12
 
 COLD, AGAIN, LONGER_TEXT, SHORTER_TEXT = "cold", "again", "500 longer", "500 shorter"
 CHANGES = "ending changed", "changed again"
+CHANGED_LINES = "line changed", "line changed again"
+
+
+NO_REPLY = Reply(0.0, 0.0, None, None, None, None)
+"""What a script is sent when its server failed, so that it can go on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +60,16 @@ class Material:
         """`tokens` tokens of the reference text from `start` on, which wraps at its end."""
         start %= max(1, len(self._ids) - tokens)
         return str(self._tokenizer.decode(self._ids[start : start + tokens]))
+
+
+class Blank(Material):
+    """No text, where only the requests of a script matter."""
+
+    def __init__(self) -> None:
+        self._ids = []
+
+    def text(self, tokens: int, start: int = 0) -> str:
+        return ""
 
 
 def repeat(material: Material, nonce: str, size: int) -> Script:
@@ -87,6 +102,17 @@ def system_prompt(material: Material, nonce: str, size: int) -> Script:
     questions = "What is a class?", "How do I write a loop?", "When does a generator end?"
     for name, question in zip((COLD, "another user", "a third user"), questions, strict=True):
         yield _chat(name, [system, _user(question)])
+
+
+def volatile_line(material: Material, nonce: str, size: int) -> Script:
+    """A system prompt with a line that changes in its middle, and a conversation of two turns behind it."""
+    before = material.text(size // 2)
+    after = material.text(size // 4, size // 2)
+    asked = _user(f"{material.text(size // 4, size)}\n\nSum it up in one sentence.")
+    for name, day in zip((COLD, *CHANGED_LINES), ("Monday", "Tuesday", "Friday"), strict=True):
+        system = _system(f"{nonce}\n{before}\n\nToday is {day}.\n\n{after}")
+        answered = {"role": "assistant", "content": "It describes how Python works."}
+        yield _chat(name, [system, asked, answered, _user("Say it in one word.")])
 
 
 def tool_loop(material: Material, nonce: str, size: int) -> Script:
@@ -154,6 +180,7 @@ SCENARIOS: dict[str, Callable[[Material, str, int], Script]] = {
     "chat": chat,
     "changed-ending": changed_ending,
     "system-prompt": system_prompt,
+    "volatile-line": volatile_line,
     "tool-loop": tool_loop,
     "branch-and-back": branch_and_back,
     "completions": completions,
@@ -163,6 +190,17 @@ SCENARIOS: dict[str, Callable[[Material, str, int], Script]] = {
 
 AT_EVERY_SIZE = frozenset({"repeat", "changed-ending"})
 """Scenarios whose figures depend most on the prompt's length; the others run at the first size."""
+
+
+def steps_of(name: str) -> list[str]:
+    """The names of a scenario's requests, in order: the same whatever text and replies are."""
+    script = SCENARIOS[name](Blank(), "", 0)
+    names = [next(script).name]
+    while True:
+        try:
+            names.append(script.send(NO_REPLY).name)
+        except StopIteration:
+            return names
 
 
 def _chat(name: str, messages: list[Message], max_tokens: int = SHORT_REPLY, **more: Any) -> Step:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from mlx_lm.utils import load_tokenizer
 from rich.console import Console
@@ -73,7 +75,9 @@ def run(args: argparse.Namespace, console: Console) -> int:
             names=names,
             sizes=sizes,
             repeats=repeats,
-            on_step=lambda said: status.update(f"measured {said}"),
+            on_step=lambda each: status.update(
+                f"measured {each.scenario} {each.size:,}: {each.step} ({each.run + 1} of {repeats})"
+            ),
         )
         deaths = [death for side in sides for death in side.deaths]
     by_step, promised = rows(asked), figures(asked)
@@ -115,7 +119,10 @@ def run(args: argparse.Namespace, console: Console) -> int:
 def tokenizer_of(model: str) -> object:
     """The model's tokenizer alone, to cut text by the token; the servers load the weights."""
     try:
-        return load_tokenizer(Path(model) if Path(model).is_dir() else model)
+        tokenizer: Any = load_tokenizer(Path(model) if Path(model).is_dir() else model)
+        # Texts are cut by it, never read whole: without a limit it does not warn of their length.
+        tokenizer.model_max_length = sys.maxsize
+        return tokenizer
     except Exception as error:  # the loader and the hub raise whatever they meet
         raise ModelError(f"The tokenizer of {model} could not be loaded: {error}") from error
 

@@ -40,10 +40,11 @@ class ServerError(HybridCacheError):
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """What to start: a name for tables and the arguments for this Python."""
+    """What to start: a name for tables, and a program with its arguments but for the port."""
 
     name: str
     arguments: tuple[str, ...]
+    program: str = sys.executable
 
     @classmethod
     def of(cls, name: str, model: str, extra: Sequence[str] = ()) -> Launch:
@@ -54,10 +55,11 @@ class Launch:
 class ServerProcess:
     """One server on the loopback interface, which lives no longer than its `with` block."""
 
-    def __init__(self, launch: Launch) -> None:
+    def __init__(self, launch: Launch, *, start_seconds: float = START_SECONDS) -> None:
         self.name = launch.name
+        self._start_seconds = start_seconds
         self.port = 0
-        self._arguments = launch.arguments
+        self._command = (launch.program, *launch.arguments)
         self._process: subprocess.Popen[bytes] | None = None
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  # it lives as long as the server
 
@@ -85,7 +87,7 @@ class ServerProcess:
         self._log.seek(0)
         self._log.truncate()
         self._process = subprocess.Popen(
-            [sys.executable, *self._arguments, "--port", str(self.port)],
+            [*self._command, "--port", str(self.port)],
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=subprocess.STDOUT,
@@ -93,7 +95,7 @@ class ServerProcess:
 
     def wait_ready(self) -> None:
         """Return when `/health` answers 200. Raises `ServerError` with the log's end otherwise."""
-        deadline = time.monotonic() + START_SECONDS
+        deadline = time.monotonic() + self._start_seconds
         while not self.healthy():
             if self._process is None or self._process.poll() is not None:
                 raise ServerError(
@@ -101,7 +103,7 @@ class ServerProcess:
                 )
             if time.monotonic() > deadline:
                 raise ServerError(
-                    f"{self.name} did not answer within {START_SECONDS:.0f} s:\n{self._tail()}"
+                    f"{self.name} did not answer within {self._start_seconds:.0f} s:\n{self._tail()}"
                 )
             time.sleep(POLL_SECONDS)
 
@@ -113,6 +115,11 @@ class ServerProcess:
             return httpx2.get(f"{self.url}/health", timeout=5, trust_env=False).status_code == 200
         except httpx2.HTTPError:
             return False
+
+    @property
+    def pid(self) -> int | None:
+        """The process's number while it runs."""
+        return self._process.pid if self._process is not None else None
 
     def cpu_seconds(self) -> float | None:
         """Processor time that the process has used, all its threads; None where no clock tells."""
@@ -137,11 +144,12 @@ class ServerProcess:
             process.kill()
             process.wait()
 
-    def restart(self) -> None:
-        """Replace a server that died. Its cache is gone with it."""
+    def restart(self) -> bool:
+        """Replace a server that died: true, for its cache is gone with it. Raises `ServerError`."""
         self.stop()
         self.start()
         self.wait_ready()
+        return True
 
     def _tail(self) -> str:
         self._log.seek(0)

@@ -1,95 +1,120 @@
-"""One server that several clients ask at once, and what it says of itself."""
+"""One server under measurement, asked from any thread, and started again when it died."""
 
 from __future__ import annotations
 
-import json
 import re
 import threading
-import time
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import httpx2
 
 from .client import Client, Reply, RequestFailed
 from .scenarios import Step
-from .servers import ServerError, ServerProcess
+from .servers import ServerError
 
 PATIENCE_SECONDS = 600.0
 READ_TOKENS = re.compile(r"^mlx_hybridcache_replayed_tokens_total (\S+)$", re.MULTILINE)
 
 
-class Target:
-    """A server that may be asked from any thread. It is started again when it died."""
+class Server(Protocol):
+    """A server that can be asked: a process of ours, or one that runs elsewhere."""
 
-    def __init__(self, process: ServerProcess) -> None:
-        self.name = process.name
+    name: str
+
+    @property
+    def url(self) -> str: ...
+
+    def healthy(self) -> bool: ...
+
+    def restart(self) -> bool: ...
+
+    def cpu_seconds(self) -> float | None: ...
+
+
+class Target:
+    """A server that may be asked from any thread. It is started again when it died.
+
+    `fields` are sent with every request. After `most_restarts` the server is given up; None goes
+    on for ever. `head_start_seconds` is how long a prompt at most counts as not yet begun.
+    """
+
+    def __init__(
+        self,
+        server: Server,
+        *,
+        timeout_seconds: float = PATIENCE_SECONDS,
+        fields: Mapping[str, Any] | None = None,
+        api_key: str | None = None,
+        most_restarts: int | None = None,
+        head_start_seconds: float = PATIENCE_SECONDS,
+    ) -> None:
+        self.name = server.name
         self.gone = ""  # why it is asked no more
-        self._process = process
+        self.head_start_seconds = head_start_seconds
+        self._server = server
+        self._timeout_seconds = timeout_seconds
+        self._fields = dict(fields or {})
+        self._api_key = api_key
+        self._restarts_left = most_restarts
         self._client = self._connect()
 
     def _connect(self) -> Client:
-        return Client(self._process.url, cpu_clock=self._process.cpu_seconds)
+        return Client(
+            self._server.url,
+            timeout_seconds=self._timeout_seconds,
+            cpu_clock=self._server.cpu_seconds,
+            fields=self._fields,
+            api_key=self._api_key,
+        )
 
     def close(self) -> None:
         """Give the connections back; the process belongs to whoever started it."""
         self._client.close()
 
-    def ask(self, step: Step) -> Reply:
-        """Raises `RequestFailed`."""
-        return self._client.ask(step.path, step.body)
+    def ask(self, step: Step, begun: threading.Event | None = None) -> Reply:
+        """The reply. `begun` is set when the server is at it or has failed. Raises `RequestFailed`.
 
-    def first_token_seconds(self, step: Step, begun: threading.Event) -> float:
-        """Seconds until a prompt is read; sets `begun` when the server is at it, or has failed.
-
-        Both servers say how far they are in comments of the stream. Raises `RequestFailed`.
+        Servers say how far they are in comments of the stream.
         """
-        sent, body = time.perf_counter(), {"temperature": 0.0, **step.body, "stream": True}
-        url, first = f"{self._process.url}{step.path}", None
+        if begun is None:
+            return self._client.ask(step.path, step.body)
         try:
-            with (
-                httpx2.Client(timeout=PATIENCE_SECONDS, trust_env=False) as client,
-                client.stream("POST", url, json=body) as response,
-            ):
-                for line in response.iter_lines():
-                    if line.startswith(":"):
-                        begun.set()
-                    elif first is None and _is_token(line):
-                        first = time.perf_counter() - sent
-        except httpx2.HTTPError as error:
-            raise RequestFailed(f"{type(error).__name__}: {error}") from error
+            return self._client.ask(step.path, step.body, begun.set)
         finally:
             begun.set()
-        if first is None:
-            raise RequestFailed(f"status {response.status_code}, and no reply")
-        return first
+
+    def leave_out(self, name: str) -> None:
+        """Send a field no more, which this server refuses."""
+        self._fields[name] = None
+        self._client.close()
+        self._client = self._connect()
 
     def read_tokens(self) -> float | None:
         """Prompt tokens that it has read since its start; None where it does not say."""
         try:
-            said = httpx2.get(f"{self._process.url}/metrics", timeout=30, trust_env=False)
+            said = httpx2.get(f"{self._server.url}/metrics", timeout=30, trust_env=False)
         except httpx2.HTTPError as error:
             raise RequestFailed(f"{type(error).__name__}: {error}") from error
         found = READ_TOKENS.search(said.text) if said.status_code == 200 else None
         return float(found[1]) if found else None
 
-    def revive(self) -> bool:
-        """Whether it had to be started again. If it will not start, the run goes on without it."""
-        if self._process.healthy():
+    def revive(self, *, hung: bool = False) -> bool:
+        """Whether it was started again, if need be. If that fails, the run goes on without it.
+
+        `hung` says that it did not answer, however healthy it looks.
+        """
+        if not hung and self._server.healthy():
             return False
         self._client.close()
-        try:
-            self._process.restart()
-        except ServerError as error:
-            self.gone = str(error)
+        again = False
+        if self._restarts_left == 0:
+            self.gone = "it failed again and again"
+        else:
+            self._restarts_left = self._restarts_left and self._restarts_left - 1
+            try:
+                again = self._server.restart()
+            except ServerError as error:
+                self.gone = str(error)
         self._client = self._connect()
-        return True
-
-
-def _is_token(line: str) -> bool:
-    """Whether an event brings text. Raises `RequestFailed` when it tells of an error."""
-    if not line.startswith("data: {"):
-        return False
-    chunk = json.loads(line.removeprefix("data: "))
-    if "error" in chunk:
-        raise RequestFailed(f"the stream says: {chunk['error']}")
-    deltas = [choice.get("delta") or {} for choice in chunk.get("choices") or ()]
-    return any(value for delta in deltas for name, value in delta.items() if name != "role")
+        return again

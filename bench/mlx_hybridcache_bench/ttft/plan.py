@@ -1,0 +1,104 @@
+"""What a run of the bench asks, in tokens and times; and how much of it there is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..crowd import SITUATIONS
+from ..scenarios import AT_EVERY_SIZE, SCENARIOS, steps_of
+
+IDENTICAL, SHORT_BEHIND_LONG, _ = SITUATIONS
+RESTART, AFTER_RESTART = "restart", "after a restart"
+USUAL = (
+    *("repeat", "chat", "changed-ending", "system-prompt", "volatile-line", "tool-loop"),
+    *("branch-and-back", "completions", RESTART, IDENTICAL, SHORT_BEHIND_LONG),
+)
+"""What is measured unless `--scenarios` chooses: what servers differ in most."""
+
+NAMES = (*SCENARIOS, RESTART, IDENTICAL, SHORT_BEHIND_LONG)
+
+SPARE_TOKENS = 4_000
+"""Text beyond the largest prompt, so that conversations can start at different places."""
+
+LONG_TOKENS = 4_500
+"""At least so long is the prompt that a short question comes behind: two slices and more."""
+
+ROOM = 1.25
+"""Prompts may have more tokens than their text: templates, tools, replies, another tokenizer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Sizes in tokens; how often; what; how many clients at once; patience with one request."""
+
+    sizes: tuple[int, ...]
+    repeats: int
+    names: tuple[str, ...]
+    clients: int
+    timeout_seconds: float
+    start_seconds: float
+    warm_up_tokens: int
+    cold_checks: bool
+
+    @property
+    def scripts(self) -> list[str]:
+        """The scenarios that lead one client through requests in a row."""
+        return [name for name in self.names if name in SCENARIOS]
+
+    @property
+    def situations(self) -> list[str]:
+        """Those of several clients at once."""
+        return [name for name in self.names if name in (IDENTICAL, SHORT_BEHIND_LONG)]
+
+    @property
+    def restarts(self) -> bool:
+        """Whether servers are stopped and started in between."""
+        return RESTART in self.names
+
+    @property
+    def text_tokens(self) -> int:
+        """As much text as the prompts are cut from."""
+        return max(*self.sizes, self.long) + SPARE_TOKENS
+
+    @property
+    def long(self) -> int:
+        """Tokens of the prompt that a short question comes behind."""
+        return max(self.sizes[0], LONG_TOKENS)
+
+    @property
+    def context_tokens(self) -> int:
+        """Room that a server needs for all that is in it at one time."""
+        together = self.clients * self.sizes[0] if IDENTICAL in self.names else 0
+        return int(ROOM * max(*self.sizes, together, 2 * self.long)) + SPARE_TOKENS
+
+    def work(self, *, process: bool) -> int:
+        """The tokens of all prompts that one server is sent, roughly: what a progress bar counts."""
+        first = self.sizes[0]
+        tokens = sum(
+            size * len(steps_of(name))
+            for name in self.scripts
+            for size in (self.sizes if name in AT_EVERY_SIZE else (first,))
+        )
+        tokens += sum(self.situation_tokens(name) for name in self.situations)
+        tokens *= self.repeats
+        if process and self.restarts:
+            tokens += 2 * first * self.repeats
+        if process and self.cold_checks:
+            tokens += first * len(self.scripts)
+        return tokens
+
+    def situation_tokens(self, name: str) -> int:
+        """Of all prompts that a situation sends, but for short ones."""
+        return (1 + self.clients) * self.sizes[0] if name == IDENTICAL else self.long
+
+
+def sizes_of(given: Sequence[str]) -> tuple[int, ...]:
+    """`12000`, `12K` and `12k` are one size. Raises `ValueError`."""
+    found = (float(each[:-1]) * 1000 if each[-1:] in ("k", "K") else float(each) for each in given)
+    return tuple(sorted({int(each) for each in found}))
+
+
+def size_text(tokens: int) -> str:
+    """`12K` for 12,000, `1,050` for 1,050."""
+    return f"{tokens // 1000}K" if tokens % 1000 == 0 else f"{tokens:,}"
