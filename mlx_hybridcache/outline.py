@@ -1,0 +1,110 @@
+"""Outlines: what other threads may know of the trees, immutable, and made anew only where a node changed.
+
+The worker leaves one behind with each of its summaries. Everything that did not change since is the same
+object as before, so making one costs as much as what changed, and so does comparing two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from .tree import Node
+
+
+class Outline:
+    """One node: a run of tokens at positions `[start, end)`. Holds no array of MLX.
+
+    `checkpoint_bytes` is None where nothing stands at its end. `last_used` is the store's logical
+    clock, `used_at` when that was, in seconds of the wall clock, None if before this process began.
+    `children` are by their first token.
+    """
+
+    __slots__ = (
+        "_below",
+        "checkpoint_bytes",
+        "children",
+        "end",
+        "is_pinned",
+        "last_used",
+        "rows_bytes",
+        "start",
+        "tokens",
+        "used_at",
+    )
+
+    def __init__(self, node: Node, now: float | None):
+        old: Outline | None = node.outline
+        self.start, self.end, self.tokens = node.start, node.end, node.tokens
+        is_same = old is not None and (old.start, old.end) == (self.start, self.end)
+        # Of a run's own rows the bytes depend on its ends only, and summing them up takes a while.
+        self.rows_bytes: int = old.rows_bytes if old and is_same else node.rows_nbytes
+        self.checkpoint_bytes = None if node.checkpoint is None else node.checkpoint.nbytes
+        self.is_pinned = node.pinned
+        self.last_used = node.last_used
+        self.used_at: float | None = (
+            old.used_at if old is not None and old.last_used == node.last_used else now
+        )
+        self.children: Mapping[int, Outline] = {
+            token: child.outline for token, child in (node.children or {}).items()
+        }
+        self._below: Below | None = None
+
+    @property
+    def below(self) -> Below:
+        """What it and everything below it add up to. Reckoned once, by whoever asks first."""
+        if self._below is None:
+            _add_up(self)
+        assert self._below is not None
+        return self._below
+
+
+@dataclass(frozen=True, slots=True)
+class Below:
+    """Sums over one node and all below it: bytes, leaves, and the latest use, 0 if before this process."""
+
+    nbytes: int
+    leaves: int
+    last_used: int
+    used_at: float
+
+
+def _add_up(top: Outline) -> None:
+    """Bottom up, without recursion: a path may have thousands of nodes."""
+    waiting, order = [top], []
+    while waiting:
+        outline = waiting.pop()
+        order.append(outline)
+        waiting += [child for child in outline.children.values() if child._below is None]
+    for outline in reversed(order):
+        outline._below = _sum(outline)
+
+
+def _sum(outline: Outline) -> Below:
+    nbytes = outline.rows_bytes + (outline.checkpoint_bytes or 0)
+    leaves, last_used, used_at = 0, outline.last_used, outline.used_at or 0.0
+    for child in outline.children.values():
+        under = child.below
+        nbytes += under.nbytes
+        leaves += under.leaves
+        last_used = max(last_used, under.last_used)
+        used_at = max(used_at, under.used_at)
+    return Below(nbytes, leaves or 1, last_used, used_at)
+
+
+def outlined(root: Node, now: float | None) -> Outline:
+    """The outline of the tree below `root`, at the time `now`. Visits what changed, on the worker."""
+    waiting = [root]
+    while waiting:
+        node = waiting[-1]
+        if not node.is_changed:
+            waiting.pop()
+            continue
+        first = [child for child in (node.children or {}).values() if child.is_changed]
+        if first:
+            waiting += first
+            continue
+        node.outline, node.is_changed = Outline(node, now), False
+        waiting.pop()
+    outline: Outline = root.outline
+    return outline
