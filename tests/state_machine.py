@@ -11,6 +11,7 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,10 +24,11 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 from mlx_lm.models import qwen3_5
+from test_outline import seen, there
 
 from mlx_hybridcache import BudgetError
 from mlx_hybridcache.disk.catalogue import FileRows, FileState
-from mlx_hybridcache.errors import NotStoredError
+from mlx_hybridcache.errors import NotStoredError, PinnedError
 from mlx_hybridcache.store import Store
 
 OPERATIONS = 10_000
@@ -190,6 +192,15 @@ class CacheMachine(RuleBasedStateMachine):
             tokens, salt = self.asked[which % len(self.asked)]
             self.try_to(lambda: self.cache.unpin(tokens, cache_salt=salt))
 
+    @rule(which=places)
+    def drop(self, which: int) -> None:
+        if self.asked:
+            tokens, salt = self.asked[which % len(self.asked)]
+            with suppress(NotStoredError, PinnedError):
+                start = self.cache.drop(tokens[:-1], cache_salt=salt)
+                found = self.cache.lookup(tokens, cache_salt=salt)
+                assert found.restored_tokens <= start
+
     @rule(tokens=prompts, salt=salts, turns=st.integers(0, 4))
     def cancel(self, tokens: tuple[int, ...], salt: str, turns: int) -> None:
         """Close a stream after so many progress callbacks, or before any."""
@@ -311,6 +322,10 @@ class CacheMachine(RuleBasedStateMachine):
         ahead = sum(engine.layout.snapshot_bytes for ready in self.held if ready.position == 0)
         assert -UNREPORTED - ahead <= off <= UNREPORTED, f"{off:,} bytes off"
         self.check_catalogue()
+        for tier in (store, disk.catalogue.store):
+            outlined = {name: seen(one) for name, one in tier.outlines(None).items()}
+            trees = {name: each for name, each in tier._trees.items() if each.root.children}
+            assert outlined == {name: there(each.root) for name, each in trees.items()}
 
     def check_rows(self, node: Any) -> None:
         for block in node.rows:
