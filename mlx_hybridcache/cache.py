@@ -404,8 +404,8 @@ class HybridPromptCache:
         Returns the position where that begins: the tokens before it are the beginning of something
         else too, and stay. Running requests go on, and store what they read. In a cache directory
         the files go as well, if this process writes there; one whose beginning has other uses stays
-        as long as they do. Raises `NotStoredError` when not all of
-        `prompt` is stored, and `PinnedError` when a pin would go; then nothing is forgotten.
+        as long as they do. Raises `NotStoredError` when `prompt` is
+        not stored, up to its last token, and `PinnedError` when a pin would go; then nothing is forgotten.
         """
         namespace, tokens = self._namespace(cache_salt), self._tokens(prompt)
         return self._worker.call(self.engine.drop, namespace, tokens)

@@ -112,10 +112,14 @@ class Engine:
         tiers: list[Store | DiskTier] = [self.store]
         if self.disk is not None:
             tiers.append(self.disk)
-        found = [tier.shared(namespace, tokens) for tier in tiers]
-        stored, start = max(each for each, _ in found), max(each for _, each in found)
-        if stored < len(tokens):
-            raise NotStoredError(f"Only {stored:,} of these {len(tokens):,} tokens are stored.")
+        stored = max(tier.shared(namespace, tokens)[0] for tier in tiers)
+        if stored < max(1, len(tokens) - 1):
+            raise NotStoredError(
+                f"{stored:,} of these {len(tokens):,} tokens are stored; only what is stored to its "
+                "end can be dropped."
+            )
+        tokens = tokens[:stored]  # a prompt's last token is read anew for each reply
+        start = max(tier.shared(namespace, tokens)[1] for tier in tiers)
         pins = max(tier.pins(namespace, tokens, start) for tier in tiers)
         if pins:
             raise PinnedError(f"{pins} of what would go is pinned. Unpin it first.")

@@ -197,7 +197,7 @@ class CacheMachine(RuleBasedStateMachine):
         if self.asked:
             tokens, salt = self.asked[which % len(self.asked)]
             with suppress(NotStoredError, PinnedError):
-                start = self.cache.drop(tokens[:-1], cache_salt=salt)
+                start = self.cache.drop(tokens, cache_salt=salt)
                 found = self.cache.lookup(tokens, cache_salt=salt)
                 assert found.restored_tokens <= start
 
