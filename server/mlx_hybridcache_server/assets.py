@@ -49,8 +49,14 @@ def _read() -> dict[str, _Asset]:
 _ASSETS = _read()
 
 
-def asset(name: str) -> Response:
-    """A file of the page. Raises `ApiError` 404 for any other name."""
+def asset(name: str, *, needs_key: bool = False) -> Response:
+    """A file of the page. Raises `ApiError` 404 for any other name.
+
+    `server.js` tells the page whether it must ask for a key, before anything is refused for lack of one.
+    """
+    if name == "server.js":
+        text = f"export const needsKey = {'true' if needs_key else 'false'};\n"
+        return Response(text, media_type=KINDS["js"], headers=HEADERS)
     found = _ASSETS.get(name)
     if found is None:
         raise ApiError(404, f"The page has no file {name!r}.")

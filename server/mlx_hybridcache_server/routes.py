@@ -290,9 +290,9 @@ async def page() -> Response:
 
 
 @router.get("/page/{name}", include_in_schema=False)
-async def page_file(name: str) -> Response:
+async def page_file(name: str, request: Request) -> Response:
     """What the page is made of."""
-    return asset(name)
+    return asset(name, needs_key=_serving(request).settings.api_key is not None)
 
 
 @router.post("/v1/cache/watch", include_in_schema=False)
