@@ -103,7 +103,9 @@ function fill(parts, run) {
   say(parts.name, run.text === null ? run.key.slice(0, 12) : run.text.replace(/\s+/g, " ").trim());
   parts.name.classList.toggle("hash", run.text === null);
   parts.name.title = run.text === null ? "hash of all tokens up to here" : run.text;
-  say(parts.places, run.all_places ? many(run.all_places, "checkpoint") : "no checkpoint");
+  const places = run.all_places ? many(run.all_places, "checkpoint") : "no checkpoint";
+  say(parts.places, run.branches ? many(run.branches, "branch", "branches") : places);
+  parts.places.title = places;
   say(parts.size, bytes(below));
   parts.size.title = `its own: ${bytes(here)}; with all below: memory ${bytes(run.total.memory)}, disk ${bytes(run.total.disk)}`;
   const tiers = tiersOf(run);
@@ -114,7 +116,7 @@ function fill(parts, run) {
   drawBar(parts.bar, run);
   parts.fold.setAttribute(
     "aria-label",
-    `${count(run.start)} to ${count(run.end)}, ${parts.name.textContent}, ${parts.places.textContent}, ${tiers}` +
+    `${count(run.start)} to ${count(run.end)}, ${parts.name.textContent}, ${places}, ${tiers}` +
       (run.branches ? `, ${many(run.branches, "branch", "branches")}` : "") +
       (run.pins.length ? ", pinned" : ""),
   );
