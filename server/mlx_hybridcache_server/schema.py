@@ -209,12 +209,13 @@ class PrefixBody(_Body):
 class WatchBody(_Body):
     """`POST /v1/cache/watch`: of which runs the branches are shown, and how many of each.
 
-    `since` is how many requests the page knows of.
+    `since` is how many requests the page knows of, those of the server that `started` then.
     """
 
     open: Annotated[dict[Key, Annotated[int, Field(ge=0, le=2000)]], Field(max_length=500)] = {}
     order: Literal["recent", "size"] = "recent"
     since: Count = 0
+    started: float = 0.0
 
 
 FIELDS = frozenset(

@@ -89,7 +89,7 @@ class Watcher:
     def __init__(self, serving: Serving, body: WatchBody):
         self._serving = serving
         self._body = body
-        self._seen = body.since
+        self._seen = body.since if body.started == serving.started else 0
         self._told: dict[str, Any] = {}
         self._looked_at: tuple[object, ...] | None = None
         self._forest = Forest()
@@ -122,9 +122,7 @@ class Watcher:
     def _recent(self) -> dict[str, Any]:
         serving = self._serving
         new = serving.remembered - self._seen
-        if new < 0:  # the page has seen another server under this address
-            new = serving.remembered
-        if not new:
+        if new <= 0:
             return {}
         self._seen = serving.remembered
         first = [one for one, _ in zip(serving.recent, range(new), strict=False)]

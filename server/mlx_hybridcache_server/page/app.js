@@ -37,9 +37,9 @@ function told(update, isFirst) {
   cache = update.cache ?? cache;
   if (update.cache) showFigures(cache, server);
   if (update.running) showRunning(update.running);
-  if (update.recent) {
-    remembered = update.remembered;
-    addRequests(update.recent, isNewServer);
+  if (update.recent || isNewServer) {
+    remembered = update.remembered ?? 0;
+    addRequests(update.recent ?? [], isNewServer);
     showFirstTokens(recentRequests());
   }
   if (update.tree) {
@@ -67,7 +67,7 @@ function start() {
     say(by("key-note"), "");
     return;
   }
-  listen({ view: () => ({ ...view(), since: remembered }), told, state });
+  listen({ view: () => ({ ...view(), since: remembered, started: server?.started ?? 0 }), told, state });
 }
 
 by("key").addEventListener("submit", (event) => {

@@ -77,7 +77,11 @@ function meter(node, all, parts) {
 
 export function showFirstTokens(requests) {
   const times = requests.map((one) => one.seconds_to_first_token).sort((a, b) => a - b);
-  if (!times.length) return;
+  if (!times.length) {
+    figure("ttft", 0, "–");
+    say(by("ttft-note"), "median of the last requests");
+    return;
+  }
   const median = times[Math.floor((times.length - 1) / 2)];
   figure("ttft", median, seconds(median));
   const last = times.length === 1 ? "the last request" : `median of the last ${times.length}`;
