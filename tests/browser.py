@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,27 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-NAMES = (
-    "chromium",
-    "chromium-browser",
-    "google-chrome",
-    "/Applications/Chromium.app/Contents/MacOS/Chromium",
-    "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",
-)
-
-QUIET = (
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--disable-default-apps",
-    "--disable-domain-reliability",
-    "--no-first-run",
-    "--no-default-browser-check",
-    "--no-pings",
-    "--disable-features=AutofillServerCommunication,OptimizationHints,MediaRouter",
-    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
-)
-"""What a browser does on its own account is none of the page's; what is left of it gets nowhere."""
+from mlx_hybridcache_bench.chromium import launched
 
 PATIENCE_MS = 30_000
 
@@ -41,28 +20,6 @@ ARTEFACTS = Path(
     os.environ.get("MLX_HYBRIDCACHE_ARTEFACTS", Path(__file__).parents[1] / "artefacts")
 )
 """Where screenshots are kept."""
-
-
-def missing() -> str | None:
-    """Why the page's tests cannot run here; None when they can."""
-    if executable() is None:
-        return (
-            "the page is tested in Chromium, which is not installed here "
-            "(`apt-get install chromium`, or set CHROMIUM to its path)"
-        )
-    try:
-        import playwright  # noqa: F401
-    except ImportError:
-        return (
-            "the page is tested through playwright, which is not installed (the dev extra has it)"
-        )
-    return None
-
-
-def executable() -> str | None:
-    """The browser: $CHROMIUM, or the first of the usual names."""
-    named = os.environ.get("CHROMIUM")
-    return next(filter(None, map(shutil.which, [named] if named else NAMES)), None)
 
 
 @dataclass
@@ -134,17 +91,6 @@ class Browser:
 @contextmanager
 def chromium(folder: Path) -> Iterator[Browser]:
     """A headless browser with a fresh profile, whose record of the network lies in `folder`."""
-    from playwright.sync_api import sync_playwright
-
     net_log = folder / "network.json"
-    flags = [*QUIET, f"--log-net-log={net_log}", "--net-log-capture-mode=Default"]
-    if os.geteuid() == 0:
-        flags.append("--no-sandbox")
-    with sync_playwright() as playwright:
-        launched = playwright.chromium.launch(
-            executable_path=executable(), headless=True, args=flags
-        )
-        try:
-            yield Browser(launched, net_log)
-        finally:
-            launched.close()
+    with launched(f"--log-net-log={net_log}", "--net-log-capture-mode=Default") as browser:
+        yield Browser(browser, net_log)

@@ -6,10 +6,11 @@ import threading
 import browser
 import pytest
 from bundled import never_ending, text
+from mlx_hybridcache_bench.chromium import missing
 from servers import CHAT, COMPLETIONS, INSTANT, OURS, running, user
 
-if why := browser.missing():
-    pytest.skip(why, allow_module_level=True)
+if why := missing():
+    pytest.skip(f"the page is not tested: {why}", allow_module_level=True)
 
 PHONE = {"viewport": {"width": 390, "height": 844}, "is_mobile": True, "has_touch": True}
 TO = " \N{EN DASH} "
