@@ -6,7 +6,6 @@ object as before, so making one costs as much as what changed, and so does compa
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from .tree import Node
@@ -45,7 +44,7 @@ class Outline:
         self.used_at: float | None = (
             old.used_at if old is not None and old.last_used == node.last_used else now
         )
-        self.children: Mapping[int, Outline] = {
+        self.children: dict[int, Outline] = {
             token: child.outline for token, child in (node.children or {}).items()
         }
         self._below: Below | None = None
@@ -61,12 +60,14 @@ class Outline:
 
 @dataclass(frozen=True, slots=True)
 class Below:
-    """Sums over one node and all below it: bytes, leaves, and the latest use, 0 if before this process."""
+    """Sums over one node and all below it.
+
+    `used` is the latest use: the wall clock's seconds, 0 if before this process, and the logical clock.
+    """
 
     nbytes: int
     leaves: int
-    last_used: int
-    used_at: float
+    used: tuple[float, int]
 
 
 def _add_up(top: Outline) -> None:
@@ -81,15 +82,13 @@ def _add_up(top: Outline) -> None:
 
 
 def _sum(outline: Outline) -> Below:
-    nbytes = outline.rows_bytes + (outline.checkpoint_bytes or 0)
-    leaves, last_used, used_at = 0, outline.last_used, outline.used_at or 0.0
-    for child in outline.children.values():
-        under = child.below
-        nbytes += under.nbytes
-        leaves += under.leaves
-        last_used = max(last_used, under.last_used)
-        used_at = max(used_at, under.used_at)
-    return Below(nbytes, leaves or 1, last_used, used_at)
+    under = [child.below for child in outline.children.values()]
+    own = outline.rows_bytes + (outline.checkpoint_bytes or 0)
+    return Below(
+        nbytes=own + sum([each.nbytes for each in under]),
+        leaves=sum([each.leaves for each in under]) or 1,
+        used=max([(outline.used_at or 0.0, outline.last_used), *[each.used for each in under]]),
+    )
 
 
 def outlined(root: Node, now: float | None) -> Outline:

@@ -144,4 +144,4 @@ def test_the_time_of_a_use_stays_until_the_next():
     store.use(store.find(N, as_tokens(range(11))))
     (upper,) = store.outlines(3.0)[N].children.values()
     assert {child.end: child.used_at for child in upper.children.values()} == {10: 3.0, 6: 2.0}
-    assert upper.below.used_at == 3.0
+    assert upper.below.used == (3.0, store.clock)

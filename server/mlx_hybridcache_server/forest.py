@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from heapq import nlargest
+from operator import attrgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -27,15 +29,10 @@ class Start(NamedTuple):
     disk: Outline | None
     at: int
 
-    def tiers(self) -> list[Outline]:
-        """Those that are there."""
-        return [each for each in (self.memory, self.disk) if each is not None]
-
     @property
     def used(self) -> tuple[float, int]:
         """When it or anything below was last used. The later, the greater."""
-        below = [each.below for each in self.tiers()]
-        return max((each.used_at, each.last_used) for each in below)
+        return max(each.below.used for each in (self.memory, self.disk) if each is not None)
 
     @property
     def nbytes(self) -> int:
@@ -47,6 +44,53 @@ class Start(NamedTuple):
         if outline is None:
             return 0
         return outline.below.nbytes - _rows_bytes(outline, outline.start, self.at)
+
+
+class Branches:
+    """What goes on at a position in either tier, by the next token.
+
+    There may be a thousand of which thirty are looked at, once a second: so none is made before.
+    """
+
+    def __init__(self, memory: Outline | None, disk: Outline | None, at: int):
+        self._memory, self._disk, self._at = _ways(memory, at), _ways(disk, at), at
+
+    def __len__(self) -> int:
+        if not self._memory or not self._disk:
+            return len(self._memory) + len(self._disk)
+        return len(self._memory.keys() | self._disk.keys())
+
+    def __iter__(self) -> Iterator[Start]:
+        return map(self._start, {**self._memory, **self._disk})
+
+    def first(self, most: int, order: str) -> list[Start]:
+        """The latest used (`recent`) or the heaviest (`size`), at most `most`."""
+        if order == "size":
+            return nlargest(most, self, key=_NBYTES)
+        if not self._memory or not self._disk:
+            # The newest are the last ones, and a heap that meets the greatest first is done soonest.
+            newest_first = reversed((self._memory or self._disk).values())
+            tokens = [
+                int(each.tokens[self._at - each.start])
+                for each in nlargest(most, newest_first, key=_USED)
+            ]
+        else:
+            tokens = nlargest(most, self._memory.keys() | self._disk.keys(), key=self._used)
+        return list(map(self._start, tokens))
+
+    def _start(self, token: int) -> Start:
+        return Start(self._memory.get(token), self._disk.get(token), self._at)
+
+    def _used(self, token: int) -> tuple[float, int]:
+        memory, disk = self._memory.get(token), self._disk.get(token)
+        if memory is None or disk is None:
+            alone = memory or disk
+            assert alone is not None
+            return alone.below.used
+        return max(memory.below.used, disk.below.used)
+
+
+_NBYTES, _USED = attrgetter("nbytes"), attrgetter("below.used")
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +121,7 @@ class Run:
     parts: list[tuple[int, int, bool, bool]] = field(default_factory=list)
     places: list[Place] = field(default_factory=list)
     tokens: list[Tokens] = field(default_factory=list)
-    branches: list[Start] = field(default_factory=list)
+    branches: Branches = field(default_factory=lambda: Branches(None, None, 0))
 
     @property
     def used_at(self) -> float | None:
@@ -91,12 +135,8 @@ class Shelf:
 
     key: str
     salt: str | None
-    branches: list[Start]
-
-    @property
-    def nbytes(self) -> int:
-        """What both tiers hold of it."""
-        return sum(each.nbytes for each in self.branches)
+    nbytes: int
+    branches: Branches
 
 
 class Forest:
@@ -112,10 +152,10 @@ class Forest:
         salts = {digest(name): name.salt for name in (own, *outlines.memory)}
         memory = {digest(name): each for name, each in outlines.memory.items()}
         on_disk = {name.settings: each for name, each in outlines.disk.items()}
-        shelves = [
-            Shelf(key, salts.get(key), _branches(memory.get(key), on_disk.get(key), 0))
-            for key in dict.fromkeys([*memory, *on_disk])
-        ]
+        shelves = []
+        for key in dict.fromkeys([*memory, *on_disk]):
+            top = Start(memory.get(key), on_disk.get(key), 0)
+            shelves.append(Shelf(key, salts.get(key), top.nbytes, Branches(*top)))
         return sorted(shelves, key=lambda shelf: (shelf.salt != own.salt, shelf.salt is None))
 
     def run(self, start: Start, above: PrefixDigest) -> Run:
@@ -166,32 +206,24 @@ def _grown(start: Start, above: PrefixDigest) -> Run:
         run.disk_bytes += _rows_bytes(disk, at, end)
         _add_part(run.parts, at, end, memory is not None, disk is not None)
         _add_place(run, end, memory, disk)
-        branches = _branches(memory, disk, end)
+        branches = Branches(memory, disk, end)
         if len(branches) != 1:
             run.end, run.key, run.branches = end, run.digest.key, branches
             return run
-        memory, disk, at = branches[0]
-
-
-def _branches(memory: Outline | None, disk: Outline | None, at: int) -> list[Start]:
-    """What goes on at `at`, by the next token."""
-    ways, others = _ways(memory, at), _ways(disk, at)
-    if not others:
-        return [Start(each, None, at) for each in ways.values()]
-    return [Start(ways.get(token), others.get(token), at) for token in {**ways, **others}]
+        ((memory, disk, at),) = branches
 
 
 def _ways(outline: Outline | None, at: int) -> dict[int, Outline]:
     if outline is None:
         return {}
     if outline.end == at:
-        return dict(outline.children)
+        return outline.children
     return {int(outline.tokens[at - outline.start]): outline}
 
 
 def _rows_bytes(outline: Outline | None, start: int, end: int) -> int:
     """The share of `[start, end)` in a node's rows. Shares add up to the whole."""
-    if outline is None:
+    if outline is None or start == end:
         return 0
     length, begin = outline.end - outline.start, outline.start
     before = outline.rows_bytes * (start - begin) // length

@@ -8,10 +8,9 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from contextlib import suppress
 from dataclasses import dataclass, field
-from heapq import nlargest
 from typing import Any
 
 from fastapi.sse import format_sse_event
@@ -45,12 +44,6 @@ FIRST_SHOWN = 30
 
 OWN = "own"
 """What a shelf is that belongs to the served model and to no salt."""
-
-ORDERS: dict[str, Callable[[Start], Any]] = {
-    "recent": lambda start: start.used,
-    "size": lambda start: start.nbytes,
-}
-"""What a page may sort branches by; the greatest comes first."""
 
 
 async def watch(serving: Serving, body: WatchBody) -> AsyncGenerator[bytes]:
@@ -166,14 +159,14 @@ class Watcher:
         ]
         while waiting:
             key, most, branches, above = waiting.pop()
-            starts = nlargest(most, branches, key=ORDERS[self._body.order])
+            starts = branches.first(most, self._body.order)
             runs = [self._forest.run(start, above) for start in starts]
             look.runs += zip(runs, starts, strict=True)
             look.lists[key] = {"keys": [run.key for run in runs], "all": len(branches)}
             waiting += [
                 (run.key, asked[run.key], run.branches, run.digest)
                 for run in runs
-                if run.branches and run.key in asked
+                if run.key in asked and len(run.branches)
             ]
         return look
 
