@@ -282,10 +282,9 @@ def test_the_stream_ends_with_the_server():
         watching = threading.Event()
         threading.Thread(target=watch, daemon=True).start()
         assert watching.wait(20)
-        began = time.monotonic()
         assert server.stop() == 0
-        assert ended.wait(5)
-        assert time.monotonic() - began < 8
+        assert ended.wait(20)  # whole: a connection that is cut off raises there
+        assert "graceful" not in server.log
         server.start()  # `running` stops it once more
 
 

@@ -171,7 +171,7 @@ def test_pin_unpin_and_drop_do_what_they_say(chromium, server):
         assert told("pinned") == 0
         row.get_by_role("button", name="drop").click()
         held = told("tokens")
-        row.get_by_role("button", name="really drop?").click()
+        row.get_by_role("button", name="really drop").click()
         row.wait_for(state="detached")
         assert told("tokens") < held
         assert visit.page.locator("#notice").text_content().startswith("Dropped")

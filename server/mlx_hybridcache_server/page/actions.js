@@ -1,6 +1,6 @@
 // What can be done about a run: warm, pin, unpin, drop.
 
-import { count, element, say } from "./format.js";
+import { bytes, count, element, say } from "./format.js";
 import { ask } from "./stream.js";
 
 const SURE_SECONDS = 4;
@@ -59,7 +59,7 @@ function button(node, kind) {
   made.addEventListener("click", () => {
     if (kind === "drop" && !made.classList.contains("sure")) {
       made.classList.add("sure");
-      say(made, "really drop?");
+      say(made, `really drop ${bytes(node.run.total.memory + node.run.total.disk)}?`);
       setTimeout(() => {
         made.classList.remove("sure");
         say(made, "drop");

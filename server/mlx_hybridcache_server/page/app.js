@@ -16,7 +16,7 @@ let server = null;
 let cache = null;
 let hiding = null;
 
-const STATES = { live: "live", connecting: "connecting", key: "needs a key" };
+const STATES = { live: "live", connecting: "connecting", key: "needs a key", paused: "paused" };
 
 function state(name) {
   by("state").dataset.state = name;
@@ -61,6 +61,11 @@ function treeNote() {
   );
 }
 
+function pause() {
+  stop();
+  state("paused");
+}
+
 function start() {
   if (lacksKey()) {
     state("key");
@@ -92,8 +97,8 @@ by("warm-form").addEventListener("submit", (event) => {
 
 document.addEventListener("visibilitychange", () => {
   clearTimeout(hiding);
-  if (document.hidden) hiding = setTimeout(stop, HIDDEN_MS);
-  else start();
+  if (document.hidden) hiding = setTimeout(pause, HIDDEN_MS);
+  else if (by("state").dataset.state === "paused") start();
 });
 
 window.addEventListener("unhandledrejection", (event) => notice(String(event.reason), true));
