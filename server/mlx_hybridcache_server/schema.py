@@ -195,7 +195,12 @@ Key = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 
 
 class PrefixBody(_Body):
-    """`/v1/cache/warm`, `pin` and `drop`: the beginning of prompts to come, or what is stored of some."""
+    """`/v1/cache/warm`, `pin` and `drop`: the beginning of prompts to come.
+
+    `key` is the page's way to name it; it stands in place of messages and prompt and is not published.
+    """
+
+    model_config = ConfigDict(json_schema_extra=lambda schema: schema["properties"].pop("key"))
 
     model: str | None = None
     messages: Annotated[list[Message], Field(min_length=1)] | None = None
