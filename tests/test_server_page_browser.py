@@ -109,8 +109,8 @@ def test_numbers_are_those_of_the_server_while_it_works_and_afterwards(chromium,
 
 
 def test_what_runs_is_seen_while_it_runs(chromium, server):
-    """A reply of 400 tokens appears under "Running now" and goes away when it has ended."""
-    body = {"prompt": text(50, 15_000), "max_tokens": 400, "logit_bias": never_ending()}
+    """A reply of 700 tokens appears under "Running now" and goes away when it has ended."""
+    body = {"prompt": text(50, 15_000), "max_tokens": 700, "logit_bias": never_ending()}
     with chromium.visit(server.url) as visit:
         is_live(visit)
         asking = threading.Thread(target=server.answer, args=(COMPLETIONS,), kwargs=body)
@@ -128,7 +128,7 @@ def test_the_tree_unfolds_with_the_mouse_and_with_the_keyboard(chromium, server)
         is_live(visit)
         visit.page.select_option("#order", "size")
         rows = visit.page.locator("#tree .top > li")
-        trunk = rows.filter(has_text=text(700)[:12].split()[0]).first
+        trunk = rows.filter(has_text=" ".join(text(700)[:24].split())).first
         assert trunk.locator("> .row .bar b").count() > 0
         assert re.search(r"branches$", trunk.locator("> .row .places").text_content())
         trunk.locator("> .row .fold").click()
