@@ -16,7 +16,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -295,21 +295,28 @@ def _noting_calls(cache: HybridPromptCache) -> Iterator[list[str]]:
 def _stream(server: _Loop, changes: _Changes, updates: int, costs: Costs, body: WatchBody) -> None:
     """A client that takes the events and does nothing with them."""
     events: list[str] = []
+    is_over = threading.Event()
 
     def listen() -> None:
-        client = httpx2.Client(timeout=60, trust_env=False)
         with (
-            suppress(httpx2.TransportError),
+            httpx2.Client(timeout=60, trust_env=False) as client,
             client.stream("POST", f"{server.url}/v1/cache/watch", json=body.model_dump()) as reply,
         ):
-            events.extend(line for line in reply.iter_lines() if line.startswith("data:"))
+            for line in reply.iter_lines():
+                events.append(line)
+                if is_over.is_set():
+                    return
 
-    threading.Thread(target=listen, daemon=True).start()
+    listening = threading.Thread(target=listen, daemon=True)
+    listening.start()
     time.sleep(2)
     before, had = server.spent_ms(), len(events)
     changes.every_second(updates)
     costs.watched_ms = (server.spent_ms() - before) / updates
-    costs.events = len(events) - had
+    costs.events = sum(line.startswith("data:") for line in events[had:])
+    is_over.set()
+    changes.one()  # which it hears of, and leaves
+    listening.join()
 
 
 def _browse(server: _Loop, changes: _Changes, updates: int, costs: Costs) -> None:
