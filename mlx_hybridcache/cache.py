@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
@@ -28,6 +29,7 @@ from .errors import (
 )
 from .generate import REPLY_ROOM, ROW_STEP, random_state
 from .layers.adapt import Layout
+from .outline import Outline
 from .pressure import Pressure, default_reserve
 from .report import CacheReport
 from .request import Generation, HeldClaim, Progress, Ready, Request
@@ -54,6 +56,14 @@ FLUSH_INTERVAL_SECONDS = 0.01
 
 WITHOUT_EFFECT = ("num_draft_tokens", "kv_group_size", "quantized_kv_start", "prefill_step_size")
 """Options that qualify one of those, or that the constructor has decided."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outlines:
+    """What is stored, as trees that never change; `disk` by what files call a namespace."""
+
+    memory: Mapping[Namespace, Outline]
+    disk: Mapping[Namespace, Outline]
 
 
 class HybridPromptCache:
@@ -336,8 +346,9 @@ class HybridPromptCache:
         return self._worker.call(self.engine.lookup, request)
 
     def stats(self) -> StoreStats:
-        """What is held, in bytes and counts."""
-        return self._worker.call(self.engine.store.stats)
+        """What is held, in bytes and counts. `summary` says the same from then on."""
+        self._worker.call(self.engine.publish)
+        return self.summary
 
     @property
     def summary(self) -> StoreStats:
@@ -353,6 +364,12 @@ class HybridPromptCache:
     def disk_summary(self) -> DiskStats | None:
         """The same as the last request or write left it, without waiting for the worker."""
         return None if self.engine.disk is None else self.engine.disk.summary
+
+    @property
+    def outlines(self) -> Outlines:
+        """The trees of both tiers as the last request left them, without waiting for the worker."""
+        disk = self.engine.disk
+        return Outlines(self.engine.outlines, {} if disk is None else disk.outlines)
 
     def checkpoints(self, *, cache_salt: str | None = None) -> list[list[int]]:
         """The tokens that lead to each stored checkpoint."""
@@ -380,6 +397,18 @@ class HybridPromptCache:
         """Treat what restores `prompt` like everything else again; returns its position."""
         namespace, tokens = self._namespace(cache_salt), self._tokens(prompt)
         return self._worker.call(self.engine.pin, namespace, tokens, is_pinned=False)
+
+    def drop(self, prompt: str | Iterable[int], *, cache_salt: str | None = None) -> int:
+        """Forget `prompt`, all that goes on behind it, and what leads to nothing else.
+
+        Returns the position where that begins: the tokens before it are the beginning of something
+        else too, and stay. Running requests go on, and store what they read. In a cache directory
+        the files go as well, if this process writes there; one whose beginning has other uses stays
+        as long as they do. Raises `NotStoredError` when `prompt` is
+        not stored, up to its last token, and `PinnedError` when a pin would go; then nothing is forgotten.
+        """
+        namespace, tokens = self._namespace(cache_salt), self._tokens(prompt)
+        return self._worker.call(self.engine.drop, namespace, tokens)
 
     def flush(self, seconds: float | None = None) -> bool:
         """Wait until everything stored is on disk too, for `seconds` at most; whether it is.

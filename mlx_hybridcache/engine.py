@@ -16,11 +16,12 @@ import numpy as np
 from mlx_lm.generate import GenerationResponse, stream_generate
 
 from . import checkpoint as checkpoints
-from .errors import BudgetError
+from .errors import BudgetError, NotStoredError, PinnedError
 from .generate import Decoder, Prepared, Writer, request_rows, respond, seeded
 from .layers.adapt import Layout, fresh_caches
 from .layers.rows import RowBlock
 from .lender import CacheLender
+from .outline import Outline
 from .pressure import Pressure, give_back
 from .replay import plan, replay
 from .report import CacheReport, Divergence, Reason
@@ -58,6 +59,7 @@ class Engine:
     readers: Readers = field(init=False)
     last_report: CacheReport | None = field(default=None, init=False)
     summary: StoreStats = field(init=False)
+    outlines: dict[Namespace, Outline] = field(init=False)
 
     def __post_init__(self) -> None:
         # Which bits a batch gives depends on the device, so exact mode decodes one by one.
@@ -66,10 +68,11 @@ class Engine:
         self.publish()
 
     def publish(self) -> None:
-        """Leave both tiers' figures where any thread may read them."""
-        self.summary = self.store.stats()
+        """Leave both tiers' figures and outlines where any thread may read them."""
+        now = time.time()
+        self.summary, self.outlines = self.store.stats(), self.store.outlines(now)
         if self.disk is not None:
-            self.disk.summary = self.disk.stats()
+            self.disk.publish(now)
 
     def clear(self) -> None:
         """Forget everything, in memory and in files."""
@@ -100,7 +103,33 @@ class Engine:
         position = change(namespace, tokens)
         if self.disk is not None:
             self.disk.pin(namespace, tokens[:position], is_pinned=is_pinned)
+        self.publish()
         return position
+
+    def drop(self, namespace: Namespace, tokens: Tokens) -> int:
+        """Forget what only `tokens` and what goes on behind them need, in both tiers.
+
+        Returns the position where that begins: what is before it has other uses.
+        """
+        tiers: list[Store | DiskTier] = [self.store]
+        if self.disk is not None:
+            tiers.append(self.disk)
+        stored = max(tier.shared(namespace, tokens)[0] for tier in tiers)
+        if stored < max(1, len(tokens) - 1):
+            raise NotStoredError(
+                f"{stored:,} of these {len(tokens):,} tokens are stored; only what is stored to its "
+                "end can be dropped."
+            )
+        tokens = tokens[:stored]  # a prompt's last token is read anew for each reply
+        start = max(tier.shared(namespace, tokens)[1] for tier in tiers)
+        pins = max(tier.pins(namespace, tokens, start) for tier in tiers)
+        if pins:
+            raise PinnedError(f"{pins} of what would go is pinned. Unpin it first.")
+        for tier in tiers:
+            tier.drop(namespace, tokens, start)
+        self._give_back()
+        self.publish()
+        return start
 
     def answer(
         self, request: Request, options: dict[str, Any]

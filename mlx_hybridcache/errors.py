@@ -25,6 +25,10 @@ class NotStoredError(HybridCacheError, LookupError):
     """Something was asked of a prompt of which nothing is stored."""
 
 
+class PinnedError(HybridCacheError):
+    """What was to be forgotten is pinned. Nothing was forgotten."""
+
+
 class ModelError(HybridCacheError):
     """A model or tokenizer could not be loaded from where it was said to be."""
 

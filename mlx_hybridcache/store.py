@@ -21,6 +21,7 @@ from .checkpoint import Checkpoint
 from .errors import BudgetError, NotStoredError, SettingError
 from .eviction import Eviction, Utility, crowded, pinned_nodes
 from .layers.rows import RowBlock
+from .outline import Outline, outlined
 from .policy import NEAR_TOKENS, Candidate, utility
 from .tokens import Namespace, Tokens
 from .tree import Held, Match, Node, PrefixTree, Rows
@@ -542,6 +543,7 @@ class Store:
         for node in nodes:
             node.last_used = self.clock
             node.returns += node.goes_beyond(node.end + NEAR_TOKENS)
+            node.touch()
 
     def save(
         self,
@@ -565,6 +567,7 @@ class Store:
         at_end = match.path[-1] if match.path and match.matched == len(tokens) else None
         if at_end is not None and not match.inside and at_end.checkpoint is not None:
             at_end.last_used, at_end.is_end = self.clock, at_end.is_end or is_end
+            at_end.touch()
             self._keep_limits(at_end)
             return True
         if self._is_full(match, len(tokens)):
@@ -594,6 +597,7 @@ class Store:
             node.checkpoint = checkpoint
             node.returns = int(node.goes_beyond(node.end + NEAR_TOKENS))
             self.snapshot_bytes += checkpoint.nbytes
+        node.touch()
         eviction = self._eviction()
         for above in node.path():
             above.last_passed = self.clock
@@ -622,6 +626,7 @@ class Store:
                 f"{self.budget_bytes:,}. Unpin something or raise memory_budget."
             )
         node.pinned = True
+        node.touch()
         return node.end
 
     def unpin(self, namespace: Namespace, tokens: Tokens) -> int:
@@ -634,8 +639,67 @@ class Store:
         for node in reversed(match.path):
             if node.pinned:
                 node.pinned = False
+                node.touch()
                 return node.end
         return position
+
+    def shared(self, namespace: Namespace, tokens: Tokens) -> tuple[int, int]:
+        """Of `tokens`, how many are stored, and how many of those something else needs too.
+
+        Something else is a run that parts ways with them before their end.
+        """
+        tree = self._trees.get(namespace)
+        match = tree.match(tokens) if tree else Match(0, (), None, contradicted=False)
+        shared = match.matched if match.inside and match.matched < len(tokens) else 0
+        for node in match.path:
+            others = len(node.children or ()) - (match.matched > node.end)
+            if others and node.end < len(tokens):
+                shared = max(shared, node.end)
+        return match.matched, shared
+
+    def drop(self, namespace: Namespace, tokens: Tokens, start: int) -> None:
+        """Forget the runs on the way to `tokens` that reach beyond `start`, and all below them.
+
+        `start` is what others need of them (`shared`), in this store or elsewhere.
+        """
+        first = self._first_beyond(namespace, tokens, start)
+        if first is None:
+            return
+        tree, above = self._trees[namespace], first.parent
+        self.forget(first, rows=True)
+        assert above is not None
+        eviction = self._eviction()
+        if self._restores_nothing(above):
+            for gone in list(eviction.dead_with(above)):
+                above = gone.parent
+                self._remove(tree, gone)
+        if above is not None and eviction.only_joins(above):
+            tree.merge(above)
+
+    def _restores_nothing(self, node: Node) -> bool:
+        if node.parent is None or node.children or node.checkpoint is not None:
+            return False
+        return self.needs_checkpoints
+
+    def pins(self, namespace: Namespace, tokens: Tokens, start: int) -> int:
+        """How many pins `drop` would take with it."""
+        first = self._first_beyond(namespace, tokens, start)
+        return sum(node.pinned for node in first.descendants()) if first else 0
+
+    def _first_beyond(self, namespace: Namespace, tokens: Tokens, start: int) -> Node | None:
+        tree = self._trees.get(namespace)
+        match = tree.match(tokens) if tree else Match(0, (), None, contradicted=False)
+        if match.matched <= start:
+            return None
+        return next(node for node in match.nodes() if node.end > start)
+
+    def outlines(self, now: float | None) -> dict[Namespace, Outline]:
+        """What any thread may look at, by namespace. `now` is the wall clock's seconds."""
+        return {
+            name: outlined(tree.root, now)
+            for name, tree in self._trees.items()
+            if tree.root.children
+        }
 
     def clear(self) -> None:
         """Forget everything that is stored."""
@@ -736,6 +800,7 @@ class Store:
             self.freed_bytes += node.checkpoint.nbytes
             self.lingering_bytes += self._holders.dropped(node.checkpoint)
             node.checkpoint = None
+            node.touch()
 
     def _remove(self, tree: PrefixTree, leaf: Node) -> None:
         self._let_checkpoint_go(leaf)

@@ -32,6 +32,7 @@ from .disk.thread import DiskThread, Transfer
 from .errors import BudgetError, SettingError
 from .layers.adapt import Layout
 from .layers.rows import RowBlock
+from .outline import Outline
 from .sizes import format_bytes
 from .store import Found, Holders, Store
 from .tokens import Namespace, Tokens
@@ -150,10 +151,17 @@ class DiskTier:
     _failures: int = field(default=0, init=False)
     summary: DiskStats = field(init=False)
     """What `stats` said last: any thread may read it."""
+    outlines: dict[Namespace, Outline] = field(init=False)
+    """The directory's trees, by what files call a namespace: any thread may look at them."""
 
     def __post_init__(self) -> None:
+        self.publish(None)
+
+    def publish(self, now: float | None) -> None:
+        """Leave figures and outlines where any thread may read them. `now` is the wall clock."""
         self.summary = self.stats()
         self.store.on_owned = self.owned
+        self.outlines = self.catalogue.store.outlines(now)
 
     @classmethod
     def open(
@@ -192,7 +200,7 @@ class DiskTier:
         catalogue.on_unneeded(tier.delete)
         thread.watch(tier.changed)
         tier.load(entries)
-        tier.summary = tier.stats()
+        tier.publish(None)
         log.info(
             "%s holds %d checkpoints in %s (%s).",
             root,
@@ -368,7 +376,7 @@ class DiskTier:
                 self._unwritten.setdefault(node, writing.name)
                 self._failed(transfer.error, is_told=transfer.is_told)
             self.write()
-            self.summary = self.stats()
+            self.publish(time.time())
 
         transfer = Transfer([(segment, freight.data)], done)
         self.thread.write(transfer, self.catalogue.store.clock, is_pinned=was_pinned)
@@ -494,7 +502,7 @@ class DiskTier:
         if gone:  # what memory has of them is due again
             self._unwritten |= dict(self.store.restoring())
         self.write()
-        self.summary = self.stats()
+        self.publish(time.time())
 
     def load(self, entries: list[Entry]) -> None:
         """Know what the directory holds. What a newer version has there leaves less room."""
@@ -511,6 +519,26 @@ class DiskTier:
         if names and self.thread.directory.is_writer:
             self.thread.change(lambda directory: directory.pin(names, is_pinned=is_pinned))
 
+    def shared(self, namespace: Namespace, tokens: Tokens) -> tuple[int, int]:
+        """As `Store.shared`."""
+        return self.catalogue.store.shared(Namespace(digest(namespace)), tokens)
+
+    def pins(self, namespace: Namespace, tokens: Tokens, start: int) -> int:
+        """As `Store.pins`."""
+        return self.catalogue.store.pins(Namespace(digest(namespace)), tokens, start)
+
+    def drop(self, namespace: Namespace, tokens: Tokens, start: int) -> None:
+        """As `Store.drop`, if this process writes; what is being written goes once it is there."""
+        if not self.thread.directory.is_writer:
+            return
+        name = digest(namespace)
+        self.catalogue.store.drop(Namespace(name), tokens, start)
+        for key, (segment, writing) in self._in_flight.items():
+            common = common_length(writing.tokens, tokens)
+            goes_with = common == min(len(writing.tokens), len(tokens))
+            if segment.namespace == name and goes_with and segment.end > start:
+                self._clear_in_flight(key, segment)
+
     def clear(self) -> None:
         """Delete every file of every model, if this process may.
 
@@ -521,11 +549,14 @@ class DiskTier:
         self._borrowing.clear()
         self._taken.clear()
         self._current = None
-        for name, (segment, _) in self._in_flight.items():
-            if name not in self._cleared:
-                self._cleared.add(name)
-                self.delete(segment)
+        for key, (segment, _) in self._in_flight.items():
+            self._clear_in_flight(key, segment)
         self.catalogue.store.clear()
+
+    def _clear_in_flight(self, key: tuple[str, str], segment: Segment) -> None:
+        if key not in self._cleared:
+            self._cleared.add(key)
+            self.delete(segment)
 
     def stats(self) -> DiskStats:
         """What is there and what was done."""

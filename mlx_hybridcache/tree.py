@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -50,9 +50,11 @@ class Node:
     __slots__ = (
         "checkpoint",
         "children",
+        "is_changed",
         "is_end",
         "last_passed",
         "last_used",
+        "outline",
         "parent",
         "pinned",
         "returns",
@@ -73,6 +75,8 @@ class Node:
         self.last_used = 0  # the store's logical clock
         self.last_passed = 0  # the same: a request stored something here or below
         self.returns = 0  # prompts that parted ways here with what is stored below
+        self.outline: Any = None  # what other threads know of it (`outline`)
+        self.is_changed = True  # since that was made, here or below
 
     @property
     def end(self) -> int:
@@ -87,6 +91,13 @@ class Node:
     def child(self, token: int) -> Node | None:
         """The run that goes on with `token`."""
         return self.children.get(token) if self.children else None
+
+    def touch(self) -> None:
+        """Say that something changed here, so that the next outline shows it."""
+        node: Node | None = self
+        while node is not None and not node.is_changed:
+            node.is_changed = True
+            node = node.parent
 
     def path(self) -> list[Node]:
         """The nodes from below the root down to this one."""
@@ -203,6 +214,7 @@ class PrefixTree:
         if node.children is None:
             node.children = {}
         node.children[int(run[0])] = child
+        node.touch()
         return child
 
     def remove(self, node: Node) -> None:
@@ -211,6 +223,7 @@ class PrefixTree:
         del node.parent.children[int(node.tokens[0])]
         if not node.parent.children:
             node.parent.children = None
+        node.parent.touch()
         node.parent, node.rows = None, ()  # whoever still knows the node must not hold its bytes
 
     def merge(self, node: Node) -> None:
@@ -221,6 +234,7 @@ class PrefixTree:
         child.tokens = as_tokens(np.concatenate([node.tokens, child.tokens]))
         child.rows = node.rows + child.rows
         node.parent.children[int(node.tokens[0])] = child
+        child.touch()
         node.parent, node.rows = None, ()
 
     def nodes(self) -> Iterator[Node]:
@@ -243,9 +257,11 @@ class PrefixTree:
                 upper, lower = rows.split(position)
                 upper_rows.append(upper)
                 lower_rows.append(lower)
+        node.touch()
         at = position - node.start
         upper_node = Node(node.parent, node.start, as_tokens(node.tokens[:at]), tuple(upper_rows))
         upper_node.last_used, upper_node.last_passed = node.last_used, node.last_passed
+        upper_node.outline = node.outline  # from which it takes when that was
         node.parent.children[int(node.tokens[0])] = upper_node
         node.parent, node.start = upper_node, position
         node.tokens, node.rows = as_tokens(node.tokens[at:]), tuple(lower_rows)

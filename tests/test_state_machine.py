@@ -15,7 +15,7 @@ import threading
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -28,9 +28,10 @@ import tiny
 from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
+from test_outline import seen, there
 
 from mlx_hybridcache import BudgetError, CacheMismatchError
-from mlx_hybridcache.errors import NotStoredError
+from mlx_hybridcache.errors import NotStoredError, PinnedError
 from mlx_hybridcache.tokens import as_tokens
 from mlx_hybridcache.tree import PrefixTree
 
@@ -219,6 +220,16 @@ class CacheMachine(RuleBasedStateMachine):
             tokens, salt = self.asked[-which:][0]
             self.attempt(unpin)
 
+    @rule(which=st.integers(1, 12))
+    def drop(self, which: int) -> None:
+        """Forget one of the last prompts, but what others share, or what is pinned."""
+        if self.asked:
+            tokens, salt = self.asked[-which:][0]
+            with suppress(NotStoredError, PinnedError):
+                start = self.cache.drop(tokens, cache_salt=salt)
+                assert self.cache.lookup(tokens, cache_salt=salt).restored_tokens <= start
+                self.count("dropped")
+
     @rule(tokens=prompts, salt=salts, turns=st.integers(0, 4))
     def cancel(self, tokens: tuple[int, ...], salt: str, turns: int) -> None:
         """End a stream after so many progress callbacks, or before it has begun."""
@@ -382,6 +393,10 @@ class CacheMachine(RuleBasedStateMachine):
         store, disk = self.engine.store, self.disk
         bounds.check_memory(store)
         bounds.check_catalogue(disk.catalogue, disk)
+        for tier in (store, disk.catalogue.store):
+            outlined = {name: seen(one) for name, one in tier.outlines(None).items()}
+            trees = {name: each for name, each in tier._trees.items() if each.root.children}
+            assert outlined == {name: there(each.root) for name, each in trees.items()}
         if not self.held:
             assert store.running_bytes == 0
         if self.go_on.is_set():

@@ -250,7 +250,9 @@ class Catalogue:
             except BudgetError:
                 if not pinned:
                     raise
-                pinned.pop().pinned = False
+                unpinned = pinned.pop()
+                unpinned.pinned = False
+                unpinned.touch()
 
     def _remember(self, entry: Entry, tokens: Tokens) -> None:
         """Its recency and its pin, from the index."""
@@ -258,6 +260,7 @@ class Catalogue:
         if node is not None and node.checkpoint is not None:
             node.last_used = entry.used
             node.pinned = entry.pinned
+            node.touch()
         self.store.clock = max(self.store.clock, entry.used)
 
     def add(self, segment: Segment, tokens: Tokens, *, restores: bool | None = None) -> bool:
@@ -285,6 +288,7 @@ class Catalogue:
             stands = FileState(segment)
             if (node := self._node(segment.namespace, tokens)) is not None:
                 node.checkpoint = None  # a `FileEnd`: this model has states after all
+                node.touch()
         elif not self._needs_checkpoints if restores is None else restores:
             stands = FileEnd(segment)
         if not self.store.save(
@@ -335,6 +339,7 @@ class Catalogue:
         if node is None or node.checkpoint is None:
             return []
         node.pinned = is_pinned
+        node.touch()
         return [payload.segment.name for payload in _payloads([node])]
 
     def _node(self, namespace: str, tokens: Tokens) -> Node | None:

@@ -6,6 +6,7 @@ data in the order in which it was handed over. Every byte lies under one of two 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -183,14 +184,33 @@ def prefix_key(namespace: str, tokens: Tokens) -> str:
     return prefix_keys(namespace, tokens, [len(tokens)])[0]
 
 
+class PrefixDigest:
+    """The key of a prefix that grows: of tokens `[0, end)` in a namespace."""
+
+    def __init__(self, namespace: str):
+        self._digest = hashlib.blake2b(namespace.encode(), digest_size=16)
+
+    @property
+    def key(self) -> str:
+        """32 hexadecimal digits."""
+        return self._digest.copy().hexdigest()
+
+    def read(self, tokens: Tokens) -> PrefixDigest:
+        """The digest of what `tokens` make the prefix; this one stays what it is."""
+        longer = copy.copy(self)
+        longer._digest = self._digest.copy()
+        longer._digest.update(_token_bytes(tokens))
+        return longer
+
+
 def prefix_keys(namespace: str, tokens: Tokens, ends: Sequence[int]) -> list[str]:
     """The keys of `[0, end)` for ascending ends, in one pass over the tokens."""
-    digest = hashlib.blake2b(namespace.encode(), digest_size=16)
+    digest = PrefixDigest(namespace)
     keys, done = [], 0
     for end in ends:
         assert done <= end <= len(tokens), "ends ascend and lie within the tokens"
-        digest.update(_token_bytes(tokens[done:end]))
-        keys.append(digest.copy().hexdigest())
+        digest = digest.read(tokens[done:end])
+        keys.append(digest.key)
         done = end
     return keys
 

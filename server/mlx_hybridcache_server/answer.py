@@ -40,11 +40,7 @@ class Answer:
     async def respond(self, request: Request, *, stream: bool) -> Response:
         """The response, begun or complete."""
         if stream:
-            return _Stream(
-                self.events(),
-                media_type="text/event-stream",
-                headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
-            )
+            return EventStream(self.events())
         body = await self._unless_gone(request, self.whole())
         return JSONResponse(body) if body is not None else Response(status_code=CLIENT_GONE)
 
@@ -135,10 +131,15 @@ class Answer:
                     await task
 
 
-class _Stream(StreamingResponse):
-    """A stream that ends with its response. Starlette leaves a generator that waits in a `yield`
-    to the garbage collector, and with it the request and its place.
+class EventStream(StreamingResponse):
+    """Server-sent events that end with their response. Starlette leaves a generator that waits in a
+    `yield` to the garbage collector, and with it the request and its place.
     """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncGenerator[bytes]):
+        super().__init__(events, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         events = self.body_iterator

@@ -12,6 +12,7 @@ from mlx_hybridcache.errors import (
     HybridCacheError,
     ModelError,
     NotStoredError,
+    PinnedError,
 )
 
 
@@ -70,6 +71,8 @@ def as_api_error(error: Exception) -> ApiError:
         return shutting_down()
     if isinstance(error, NotStoredError):
         return ApiError(404, str(error), code="not_stored")
+    if isinstance(error, PinnedError):
+        return ApiError(409, str(error), code="pinned")
     if isinstance(error, ModelError):
         return ApiError(404, str(error), param="model", code="model_not_found")
     if isinstance(error, HybridCacheError):

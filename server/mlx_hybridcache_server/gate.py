@@ -18,8 +18,10 @@ from .settings import Settings
 
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 LOOPBACK_ORIGINS = r"https?://(localhost|127(\.\d+){3}|\[::1\])(:\d+)?"
-OPEN_PATHS = frozenset({"/health"})
-"""What a monitor may ask without a key."""
+OPEN_PATHS = frozenset({"/health", "/"})
+"""What may be asked without a key: by a monitor, and the page, which asks for the key itself."""
+
+PAGE_FILES = "/page/"
 
 
 class Gate:
@@ -57,7 +59,7 @@ class Gate:
                 "--allowed-origins to serve under other names.",
             )
         origin = headers.get("origin")
-        if origin is not None and not self._knows_origin(origin):
+        if origin is not None and not self._knows_origin(origin, headers.get("host", "")):
             return ApiError(
                 403,
                 f"Pages of {origin!r} may not call this server. Start it with --allowed-origins "
@@ -80,8 +82,10 @@ class Gate:
         name = (urlsplit(f"//{host}").hostname or "").lower()
         return name in self._hosts or ("*" in self._hosts and _is_address(name))
 
-    def _knows_origin(self, origin: str) -> bool:
+    def _knows_origin(self, origin: str, host: str) -> bool:
         if self._any_origin or origin in self._origins:
+            return True
+        if urlsplit(origin).netloc.lower() == host.lower():  # our own page, by a name that is ours
             return True
         return not self._origins and re.fullmatch(LOOPBACK_ORIGINS, origin) is not None
 
@@ -90,6 +94,7 @@ class Gate:
             self._key is not None
             and scope["method"] != "OPTIONS"
             and scope["path"] not in OPEN_PATHS
+            and not scope["path"].startswith(PAGE_FILES)
         )
 
     def _has_key(self, headers: Headers) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
@@ -15,6 +15,15 @@ from mlx_hybridcache.tiers import DiskStats
 from mlx_hybridcache.worker import Load
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250)
+
+
+@dataclass(slots=True)
+class Totals:
+    """Prompts read since the start, and of their tokens those that were restored."""
+
+    prompts: int = 0
+    prompt_tokens: int = 0
+    restored_tokens: int = 0
 
 
 class Metrics:
@@ -29,7 +38,7 @@ class Metrics:
         waiting: Callable[[], int],
     ):
         self.registry = CollectorRegistry()
-        self._read_tokens = [0, 0]  # restored, of all
+        self.totals = Totals()
         name = "mlx_hybridcache_"
         self.requests = Counter(
             f"{name}requests", "Requests answered", ["endpoint", "status"], registry=self.registry
@@ -79,11 +88,12 @@ class Metrics:
         self.restored.inc(report.restored_tokens)
         self.replayed.inc(report.replayed_tokens)
         self.forwards.inc(report.forwards)
-        self._read_tokens[0] += report.restored_tokens
-        self._read_tokens[1] += report.prompt_tokens
+        self.totals.prompts += 1
+        self.totals.prompt_tokens += report.prompt_tokens
+        self.totals.restored_tokens += report.restored_tokens
 
     def _hit_ratio(self) -> float:
-        restored, asked = self._read_tokens
+        restored, asked = self.totals.restored_tokens, self.totals.prompt_tokens
         return restored / asked if asked else 0.0
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -13,16 +13,23 @@ from fastapi import APIRouter, Request
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
+from mlx_hybridcache import HybridPromptCache
+from mlx_hybridcache.tokens import Namespace
+
 from . import models
-from .answer import Answer
+from .answer import Answer, EventStream
 from .asks import asks, check
+from .assets import asset
 from .choices import ChatChoice, TextChoice
 from .errors import ApiError, refuse
+from .figures import figures
+from .forest import Forest, find
 from .models import Loaded
 from .record import Served
 from .replies import ChatMessage, Envelope
-from .schema import ChatBody, CompletionBody, Conversation, PrefixBody
+from .schema import ChatBody, CompletionBody, Conversation, PrefixBody, WatchBody
 from .serving import Run, Serving
+from .watch import check_watchable, watch
 
 log = logging.getLogger("mlx_hybridcache.server")
 
@@ -153,7 +160,7 @@ async def metrics(request: Request) -> Response:
 @router.get("/v1/cache", response_model=None)
 async def cache(request: Request) -> dict[str, Any]:
     """What the cache holds, as the last request left it."""
-    return _figures(_serving(request))
+    return figures(_serving(request))
 
 
 @router.delete("/v1/cache", response_model=None)
@@ -161,19 +168,7 @@ async def clear(request: Request) -> dict[str, Any]:
     """Forget everything stored, pins included; running replies go on."""
     serving = _serving(request)
     await asyncio.to_thread(serving.loaded.cache.clear)
-    return _figures(serving)
-
-
-def _figures(serving: Serving) -> dict[str, Any]:
-    found, disk = serving.loaded.cache.summary, serving.loaded.cache.disk_summary
-    return {
-        "object": "cache",
-        "model": serving.loaded.id,
-        "enabled": serving.settings.uses_cache,
-        "held_bytes": found.held_bytes,
-        **asdict(found),
-        "disk": None if disk is None else asdict(disk),
-    }
+    return figures(serving)
 
 
 @router.get("/v1/cache/recent", response_model=None)
@@ -186,58 +181,123 @@ async def recent(request: Request) -> dict[str, Any]:
 async def warm(body: PrefixBody, request: Request) -> dict[str, Any]:
     """Read the beginning of prompts to come, and store it."""
     serving = _serving(request)
-    loaded, tokens = await _prefix(body, serving)
-    return await _warm(body, serving, loaded, tokens)
+    return await _warm(await _prefix(body, serving), serving)
 
 
 @router.post("/v1/cache/pin", response_model=None)
 async def pin(body: PrefixBody, request: Request) -> dict[str, Any]:
     """The same, and keep it whatever comes."""
     serving = _serving(request)
-    loaded, tokens = await _prefix(body, serving)
-    found = await _warm(body, serving, loaded, tokens)
-    kept = await asyncio.to_thread(loaded.cache.pin, tokens, cache_salt=body.cache_salt)
+    prefix = await _prefix(body, serving)
+    found = await _warm(prefix, serving)
+    kept = await asyncio.to_thread(prefix.cache.pin, prefix.tokens, cache_salt=prefix.salt)
     return {**found, "pinned": True, "position": kept}
 
 
 @router.delete("/v1/cache/pin", response_model=None)
 async def unpin(body: PrefixBody, request: Request) -> dict[str, Any]:
     """Treat it like everything else again."""
-    loaded, tokens = await _prefix(body, _serving(request))
-    kept = await asyncio.to_thread(loaded.cache.unpin, tokens, cache_salt=body.cache_salt)
+    prefix = await _prefix(body, _serving(request))
+    kept = await asyncio.to_thread(prefix.cache.unpin, prefix.tokens, cache_salt=prefix.salt)
     return {"pinned": False, "position": kept}
 
 
-async def _prefix(body: PrefixBody, serving: Serving) -> tuple[Loaded, list[int]]:
-    if (body.messages is None) == (body.prompt is None):
-        raise refuse("Give either messages or a prompt.", "messages")
+@router.post("/v1/cache/drop", response_model=None)
+async def drop(body: PrefixBody, request: Request) -> dict[str, Any]:
+    """Forget it with what goes on behind it. What something else begins with stays, and pins refuse."""
+    prefix = await _prefix(body, _serving(request))
+    left = await asyncio.to_thread(prefix.cache.drop, prefix.tokens, cache_salt=prefix.salt)
+    return {"dropped": True, "position": left}
+
+
+@dataclass(frozen=True, slots=True)
+class _Prefix:
+    """What a request names, as tokens. Of a prompt the last one is not stored by reading it."""
+
+    loaded: Loaded
+    tokens: list[int]
+    salt: str | None
+    is_stored: bool = False
+
+    @property
+    def cache(self) -> HybridPromptCache:
+        return self.loaded.cache
+
+    def to_read(self) -> list[int]:
+        """The prompt that is warm when all of it is meant to be."""
+        return [*self.tokens, self.tokens[-1]] if self.is_stored else self.tokens
+
+
+async def _prefix(body: PrefixBody, serving: Serving) -> _Prefix:
+    if [body.messages, body.prompt, body.key].count(None) != 2:
+        raise refuse("Give either messages or a prompt, or the key of what is stored.", "messages")
     if not serving.settings.uses_cache:
         raise refuse("The cache is turned off (--prompt-cache-size 0).")
     loaded = await serving.model(body.model)
+    if body.key is not None:
+        return await asyncio.to_thread(_stored, body.key, loaded)
     if body.prompt is not None:
         rendered = await serving.render(partial(loaded.renderer.text, body.prompt))
-        return loaded, rendered.tokens
+        return _Prefix(loaded, rendered.tokens, body.cache_salt)
     conversation = Conversation(
         messages=body.messages or [],
         tools=body.tools,
         chat_template_kwargs=body.chat_template_kwargs,
     )
-    return loaded, await serving.render(partial(loaded.renderer.prefix, conversation))
+    tokens = await serving.render(partial(loaded.renderer.prefix, conversation))
+    return _Prefix(loaded, tokens, body.cache_salt)
 
 
-async def _warm(
-    body: PrefixBody, serving: Serving, loaded: Loaded, tokens: list[int]
-) -> dict[str, Any]:
+def _stored(key: str, loaded: Loaded) -> _Prefix:
+    own = Namespace(loaded.cache.engine.settings)
+    found = find(Forest().shelves(loaded.cache.outlines, own), key)
+    if found is None:
+        raise ApiError(404, f"Nothing is stored under {key!r} any more.", code="not_stored")
+    shelf, tokens = found
+    if shelf.salt is None:
+        raise ApiError(
+            409,
+            "This was stored for another model, or for a salt that no request has named since the "
+            "start; `mlx-hybridcache cache` looks after it.",
+            code="other_namespace",
+        )
+    return _Prefix(loaded, tokens.tolist(), shelf.salt, is_stored=True)
+
+
+async def _warm(prefix: _Prefix, serving: Serving) -> dict[str, Any]:
+    cache, tokens, salt = prefix.cache, prefix.to_read(), prefix.salt
     most = serving.settings.max_prompt_tokens
     if most is not None and len(tokens) > most:
         raise refuse(f"This prefix has {len(tokens):,} tokens; at most {most:,} are read.")
-    served = Served.now(loaded.cache.engine, tokens, body.cache_salt)
+    served = Served.now(cache.engine, tokens, salt)
     async with serving.reading_slots:
-        ready = await asyncio.to_thread(
-            loaded.cache.prefill, tokens, max_tokens=1, cache_salt=body.cache_salt
-        )
+        ready = await asyncio.to_thread(cache.prefill, tokens, max_tokens=1, cache_salt=salt)
         ready.release()
     if serving.recorder is not None:
         serving.recorder.put(served)
-    found = await asyncio.to_thread(loaded.cache.lookup, tokens, cache_salt=body.cache_salt)
+    found = await asyncio.to_thread(cache.lookup, tokens, cache_salt=salt)
+    await asyncio.to_thread(cache.stats)  # so that the figures no longer count what was released
     return {**asdict(ready.report), "position": found.restored_tokens, "pinned": False}
+
+
+# The page
+
+
+@router.get("/", include_in_schema=False)
+async def page() -> Response:
+    """What the cache is doing, to look at."""
+    return asset("index.html")
+
+
+@router.get("/page/{name}", include_in_schema=False)
+async def page_file(name: str, request: Request) -> Response:
+    """What the page is made of."""
+    return asset(name, needs_key=_serving(request).settings.api_key is not None)
+
+
+@router.post("/v1/cache/watch", include_in_schema=False)
+async def watching(body: WatchBody, request: Request) -> Response:
+    """The page's events."""
+    serving = _serving(request)
+    check_watchable(serving)
+    return EventStream(watch(serving, body))

@@ -190,18 +190,40 @@ class CompletionBody(GenerationBody):
     best_of: Annotated[int, Field(ge=1)] | None = None
 
 
+Key = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+"""What a page calls a prefix that is stored, and `mlx-hybridcache cache` by its first digits."""
+
+
 class PrefixBody(_Body):
-    """`/v1/cache/warm` and `/v1/cache/pin`: the beginning of prompts to come."""
+    """`/v1/cache/warm`, `pin` and `drop`: the beginning of prompts to come.
+
+    `key` is the page's way to name it; it stands in place of messages and prompt and is not published.
+    """
+
+    model_config = ConfigDict(json_schema_extra=lambda schema: schema["properties"].pop("key"))
 
     model: str | None = None
     messages: Annotated[list[Message], Field(min_length=1)] | None = None
     tools: list[Tool] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     prompt: Prompt | None = None
+    key: Key | None = None
     cache_salt: str | None = None
 
 
+class WatchBody(_Body):
+    """`POST /v1/cache/watch`: of which runs the branches are shown, and how many of each.
+
+    `since` is how many requests the page knows of, those of the server that `started` then.
+    """
+
+    open: Annotated[dict[Key, Annotated[int, Field(ge=0, le=2000)]], Field(max_length=500)] = {}
+    order: Literal["recent", "size"] = "recent"
+    since: Count = 0
+    started: float = 0.0
+
+
 FIELDS = frozenset(
-    name for body in (ChatBody, CompletionBody, PrefixBody) for name in body.model_fields
+    name for body in (ChatBody, CompletionBody, PrefixBody, WatchBody) for name in body.model_fields
 ) | {"include_usage", "type", "function", "name"}
 """Names that a client knows, for messages about where a mistake is."""

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, aclosing, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from mlx_hybridcache import CacheReport
@@ -21,6 +21,7 @@ from .adapter import NORMAL, Sampling, Segmenter
 from .changes import kind_of_change
 from .constrain import Constraint
 from .errors import ApiError, shutting_down
+from .history import REMEMBERED, Record
 from .listen import Listener, Piece, Progress
 from .metrics import Metrics
 from .models import DEFAULT_NAME, Loaded, load, on_own_thread
@@ -29,9 +30,6 @@ from .replies import Count
 from .settings import Settings
 
 log = logging.getLogger("mlx_hybridcache.server")
-
-REMEMBERED = 100
-"""Reports that `/v1/cache/recent` tells of."""
 
 SWITCH_POLL_SECONDS = 0.05
 
@@ -72,6 +70,8 @@ class Run:
         self._serving = serving
         self._loaded = loaded
         self._arrived = time.perf_counter()
+        self._arrived_at = time.time()
+        self._progress: Progress | None = None
         self._began = self._first = self._last = 0.0
         self._is_late = False
         self._giving_back: asyncio.Future[None] | None = None
@@ -81,10 +81,36 @@ class Run:
         """From its arrival, waiting included."""
         return self._first - self._arrived
 
+    @property
+    def endpoint(self) -> str:
+        """Where it was asked for."""
+        return "/v1/chat/completions" if self.ask.is_chat else "/v1/completions"
+
+    @property
+    def seconds_waited(self) -> float:
+        """In the queue, until it was handed to the model's thread."""
+        return max(0.0, self._began - self._arrived)
+
+    def progress(self) -> dict[str, Any]:
+        """How far it is, as JSON."""
+        state = "writing" if self._first else "reading" if self._began else "queued"
+        return {
+            "id": self.reply_id,
+            "endpoint": self.endpoint,
+            "arrived": self._arrived_at,
+            "state": state,
+            "prompt_tokens": self.count.prompt,
+            "restored_tokens": self.count.cached if self._first else None,
+            "read_tokens": self._progress.read if self._progress is not None else 0,
+            "completion_tokens": self.count.completion,
+        }
+
     async def pieces(self) -> AsyncGenerator[Piece | Progress]:
         """Wait for a turn, then what comes. Closing this iterator cancels the request."""
         serving = self._serving
         async with AsyncExitStack() as held:
+            serving.runs[self] = None
+            held.callback(serving.runs.pop, self)
             generation = await self._start(held)
             late = serving.settings.request_timeout
             if late is not None:
@@ -146,6 +172,8 @@ class Run:
                     self.count.completion += 1
                     self.count.reasoning += item.is_reasoning
                     finished = item.finish is not None
+                else:
+                    self._progress = item
                 yield item
         finally:
             if not self._first:
@@ -215,35 +243,6 @@ class Run:
             self._serving.remember(self, generation.divergence)
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
-    """What `/v1/cache/recent` tells of one request. `changed` is the kind of thing that differs."""
-
-    id: str
-    endpoint: str
-    created: int
-    report: CacheReport
-    seconds_to_first_token: float
-    completion_tokens: int
-    changed: str | None
-    text: dict[str, str] | None
-
-    def body(self) -> dict[str, Any]:
-        """As JSON."""
-        report = self.report
-        return {
-            "id": self.id,
-            "endpoint": self.endpoint,
-            "created": self.created,
-            **asdict(report),
-            "sentence": report.reason.sentence,
-            "seconds_to_first_token": round(self.seconds_to_first_token, 6),
-            "completion_tokens": self.completion_tokens,
-            "changed": self.changed,
-            "text": self.text,
-        }
-
-
 class Serving:
     """Runs asks on the model that is loaded, within the limits that were set."""
 
@@ -261,8 +260,12 @@ class Serving:
         self.running_slots = asyncio.Semaphore(settings.decode_concurrency)
         self.reading_slots = asyncio.Semaphore(settings.prompt_concurrency)
         self.generations: set[Generation[Piece | Progress]] = set()
+        self.runs: dict[Run, None] = {}
         self.recent: deque[Record] = deque(maxlen=REMEMBERED)
-        self._is_closing = False
+        self.remembered = 0
+        self.started = time.time()
+        self.watching = 0
+        self.closing = asyncio.Event()
         self._switching = asyncio.Lock()
         # One thread renders and tokenizes: tokenizers keep state, and long prompts take a while.
         self._renders = ThreadPoolExecutor(1, thread_name_prefix="render")
@@ -332,12 +335,12 @@ class Serving:
 
     def check_open(self) -> None:
         """Raises `ApiError` 503 when the server is stopping."""
-        if self._is_closing:
+        if self.closing.is_set():
             raise shutting_down()
 
     def stop(self) -> None:
         """End what runs: every stream gets its event, every other request its error."""
-        self._is_closing = True
+        self.closing.set()
         for generation in list(self.generations):
             generation.cancel()
 
@@ -358,12 +361,14 @@ class Serving:
             changed = kind_of_change(**parts)
             if self.settings.show_prompts and not run.ask.cache_salt:
                 text = parts
+        self.remembered += 1
         self.recent.appendleft(
             Record(
                 run.reply_id,
-                "/v1/chat/completions" if run.ask.is_chat else "/v1/completions",
+                run.endpoint,
                 int(time.time()),
                 run.report,
+                run.seconds_waited,
                 run.seconds_to_first_token,
                 run.count.completion,
                 changed,

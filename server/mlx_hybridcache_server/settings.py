@@ -174,7 +174,7 @@ def _add_own_flags(parser: argparse.ArgumentParser) -> None:
     own("--memory-reserve", type=_size, help="of the system's memory to leave free, as 1GB")
     own("--cache-dir", help="directory that keeps the cache across restarts")
     own("--cache-disk-bytes", type=_size, help="for that directory, as 100GB")
-    own("--show-prompts", action="store_true", help="let /v1/cache/recent show text")
+    own("--show-prompts", action="store_true", help="let /v1/cache/recent and the page show text")
     own("--record-trace", metavar="FILE", help="record requests, hashed, for bench policies")
     own("--allow-model-switching", action="store_true", help="load what a request names")
     known = parser.add_argument_group("as in llama.cpp").add_argument
