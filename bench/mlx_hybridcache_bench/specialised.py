@@ -27,7 +27,7 @@ COPIES = (3, 3, 2, 2, 2, 2, 1, 1)
 TOP_K = 2
 HIDDEN, INTERMEDIATE = 256, 128  # multiples of 64, so that all of it quantizes
 VOCABULARY = len(ALPHABET)
-PRIOR = 0.05
+PRIOR = 0.5
 """Added to each count of a character, so that nothing is impossible."""
 
 _WORDS, _NEXT, _KIND = 0, VOCABULARY, 2 * VOCABULARY
@@ -96,7 +96,9 @@ def specialised(seed: int, *, unlike: float = 1e-3) -> Specialised:
         _plant_experts(weights, part, size, kind_of)
         for name in ("mlp.gate.weight", *(f"mlp.switch_mlp.{each}.weight" for each in _EXPERT)):
             _roughen(weights[part + name], unlike, rng)
-    model.update(tree_unflatten([(name, mx.array(w.astype(np.float32))) for name, w in weights.items()]))
+    model.update(
+        tree_unflatten([(name, mx.array(w.astype(np.float32))) for name, w in weights.items()])
+    )
     model.eval()
     mx.eval(model.parameters())
     return Specialised(model, tuple(groups))
@@ -117,7 +119,9 @@ _EXPERT = ("gate_proj", "up_proj", "down_proj")
 
 
 def _groups(kind_of: NDArray[np.int64]) -> tuple[tuple[int, ...], ...]:
-    members = [tuple(int(e) for e in np.flatnonzero(kind_of == kind)) for kind in range(len(COPIES))]
+    members = [
+        tuple(int(e) for e in np.flatnonzero(kind_of == kind)) for kind in range(len(COPIES))
+    ]
     return tuple(sorted(group for group in members if len(group) > 1))
 
 
@@ -173,7 +177,7 @@ def _roughen(array: Floats, unlike: float, rng: np.random.Generator) -> None:
     """Add noise of `unlike` of the root mean square, expert by expert."""
     for expert in array:
         rms = np.sqrt(np.mean(expert**2))
-        expert += unlike * rms * rng.standard_normal(expert.shape)
+        expert[...] += unlike * rms * rng.standard_normal(expert.shape)
 
 
 def parameters(model: nn.Module) -> int:
