@@ -8,7 +8,6 @@ import pytest
 from mlx_hybridcache.router.compare import (
     Difference,
     Flips,
-    agreement,
     divergence,
     flips,
     log_probabilities,
@@ -37,21 +36,16 @@ def test_a_flip_is_inside_when_a_member_of_the_same_group_comes(
     before: tuple[int, ...], after: tuple[int, ...], expected: Flips
 ) -> None:
     """Groups {0, 1} and {2, 3} of eight experts, two chosen."""
-    assert flips(chosen(before), chosen(after), 8, [(0, 1), (2, 3)]) == expected
+    assert flips(chosen(before), chosen(after), [(0, 1), (2, 3)]) == expected
 
 
 def test_flips_add_up_over_tokens_and_layers() -> None:
     """Three swaps of eight, two of them inside."""
-    one = flips(chosen((0, 4), (0, 2)), chosen((1, 4), (1, 5)), 8, [(0, 1)])
-    total = one + flips(chosen((6, 7), (6, 7)), chosen((6, 7), (6, 7)), 8, [])
+    one = flips(chosen((0, 4), (0, 2)), chosen((1, 4), (1, 5)), [(0, 1)])
+    total = one + flips(chosen((6, 7), (6, 7)), chosen((6, 7), (6, 7)), [])
     assert total == Flips(8, 3, 2)
     assert (total.outside, total.share, total.inside_share) == (1, 3 / 8, 2 / 3)
     assert Flips(8, 0, 0).inside_share is None
-
-
-def test_agreement_is_the_share_of_experts_that_stay() -> None:
-    """Three of four chosen experts are chosen again."""
-    assert agreement(chosen((0, 1), (2, 3)), chosen((1, 0), (2, 5)), 8) == 0.75
 
 
 def test_divergence_is_that_of_two_distributions() -> None:

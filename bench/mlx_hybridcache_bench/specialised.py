@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_unflatten
 from mlx_lm.models import qwen3_moe
 from numpy.typing import NDArray
+
+from mlx_hybridcache.demo.train import weights_of
 
 from .kinds import ALPHABET, kinds
 
@@ -80,7 +81,7 @@ def specialised(seed: int, *, unlike: float = 1e-3) -> Specialised:
     )
     weights = {
         name: np.zeros(array.shape) if array.ndim > 1 else np.ones(array.shape)
-        for name, array in tree_flatten(model.parameters())
+        for name, array in weights_of(model).items()
     }
     characters = np.eye(VOCABULARY)
     # A character of size 1 among HIDDEN places comes out of a norm sqrt(HIDDEN) high.
@@ -178,8 +179,3 @@ def _roughen(array: Floats, unlike: float, rng: np.random.Generator) -> None:
     for expert in array:
         rms = np.sqrt(np.mean(expert**2))
         expert[...] += unlike * rms * rng.standard_normal(expert.shape)
-
-
-def parameters(model: nn.Module) -> int:
-    """How many numbers the model has."""
-    return sum(array.size for _, array in tree_flatten(model.parameters()))

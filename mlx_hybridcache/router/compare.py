@@ -71,12 +71,14 @@ class Flips:
 NO_FLIPS = Flips(0, 0, 0)
 
 
-def flips(first: Selected, second: Selected, experts: int, groups: Groups) -> Flips:
+def flips(first: Selected, second: Selected, groups: Groups) -> Flips:
     """The flips of one layer. `first` and `second` are (tokens, k) over the same tokens.
 
     An expert that leaves is inside when one of its group that was not chosen before comes: so many
     pairs of each group are counted, whatever else changes.
     """
+    top = max((expert for group in groups for expert in group), default=0)
+    experts = 1 + max(int(first.max()), int(second.max()), top)
     before, after = _chosen(first, experts), _chosen(second, experts)
     left, came = before & ~after, after & ~before
     inside = 0
@@ -84,18 +86,6 @@ def flips(first: Selected, second: Selected, experts: int, groups: Groups) -> Fl
         members = list(group)
         inside += int(np.minimum(left[:, members].sum(1), came[:, members].sum(1)).sum())
     return Flips(int(before.sum()), int(left.sum()), inside)
-
-
-def same_tokens(first: Selected, second: Selected) -> NDArray[np.bool_]:
-    """(tokens,): where both readings chose the same set of experts."""
-    equal: NDArray[np.bool_] = (np.sort(first, axis=-1) == np.sort(second, axis=-1)).all(axis=-1)
-    return equal
-
-
-def agreement(first: Selected, second: Selected, experts: int) -> float:
-    """The mean share of a token's k experts that the second reading chose too, 0 to 1."""
-    before, after = _chosen(first, experts), _chosen(second, experts)
-    return float((before & after).sum() / max(1, before.sum()))
 
 
 def _chosen(selected: Selected, experts: int) -> NDArray[np.bool_]:

@@ -22,10 +22,10 @@ GRID = 512
 
 
 class Routed(Protocol):
-    """What is known of one MoE layer: the module that scores experts and the one that holds them."""
+    """What is known of one MoE layer: the module that holds the rows and the one that runs experts."""
 
     @property
-    def gate(self) -> Any: ...
+    def router(self) -> Any: ...
     @property
     def experts(self) -> Any: ...
 
@@ -98,7 +98,7 @@ def _read_together(
     way: Way,
     reply_tokens: int,
 ) -> list[Reading]:
-    tokens, length = mx.array(texts), len(texts[0])
+    tokens, length = mx.array([list(text) for text in texts]), len(texts[0])
     caches = make_prompt_cache(model)
     with _listening(model, routed, way) as heard:
 
@@ -154,7 +154,7 @@ def _listening(model: Any, routed: Sequence[Routed], way: Way) -> Iterator[_Hear
         for index, layer in enumerate(routed):
             stack.enter_context(_choosing(layer.experts, index, heard))
             if way.noise or way.rounded:
-                stack.enter_context(_scoring(layer.gate, index, heard, way))
+                stack.enter_context(_scoring(layer.router, index, heard, way))
         if way.rounded:
             for each in model.layers:
                 stack.enter_context(
@@ -171,17 +171,38 @@ def _choosing(experts: nn.Module, index: int, heard: _Heard) -> Any:
     return calling(experts, call)
 
 
-def _scoring(gate: nn.Module, index: int, heard: _Heard, way: Way) -> Any:
-    def call(original: Callable[..., Any], x: mx.array) -> mx.array:
+def _scoring(router: nn.Module, index: int, heard: _Heard, way: Way) -> Any:
+    def seed(x: mx.array) -> mx.array:
+        return mx.random.key(_seed(index, heard.at, *x.shape[:-1]))
+
+    def linear(original: Callable[..., Any], x: mx.array) -> mx.array:
         logits: mx.array = original(x)
         if way.noise:
-            spread = logits.astype(mx.float32).std(axis=-1, keepdims=True)
-            seed = _seed(index, heard.at, *logits.shape[:-1])
-            noise = mx.random.normal(logits.shape, key=mx.random.key(seed))
-            logits = logits + (way.noise * spread * noise).astype(logits.dtype)
+            noise = mx.random.normal(logits.shape, key=seed(x))
+            logits = logits + (way.noise * _spread(logits) * noise).astype(logits.dtype)
         return _round(logits) if way.rounded else logits
 
-    return calling(gate, call)
+    def matrix(original: Callable[..., Any], x: mx.array) -> Any:
+        """A gate that selects shows no logits: rows of its own noise move them as much."""
+        x, rows = (_round(x) if way.rounded else x), router.weight
+        if way.noise:
+            relative = _spread(x @ rows.T) / mx.linalg.norm(
+                x.astype(mx.float32), axis=-1, keepdims=True
+            )
+            noise = mx.random.normal(rows.shape, key=seed(x))
+            router.weight = rows + (way.noise * relative.mean() * noise).astype(rows.dtype)
+        try:
+            return original(x)
+        finally:
+            router.weight = rows
+
+    is_linear = isinstance(router, nn.Linear | nn.QuantizedLinear)
+    return calling(router, linear if is_linear else matrix)
+
+
+def _spread(logits: mx.array) -> mx.array:
+    """(..., 1): the standard deviation of each token's logits."""
+    return logits.astype(mx.float32).std(axis=-1, keepdims=True)
 
 
 def _round(value: Any) -> Any:
