@@ -1,0 +1,44 @@
+"""Router canonicalization: find experts that are one, give them one router row, select without ties.
+
+tokens = calibration_tokens(tokenizer)               # or from a file of your own
+found = discover(model, tokens)                      # groups of experts, and a null model's beside
+apply(model, found.patch)                            # in memory, tie-safe
+write_checkpoint(source, output, found.patch, found) # or as a directory for any mlx-lm
+
+with listen(moe_layers(model), print):               # what every router does, a `Routing` a forward
+    model(mx.array([tokens[0]]))
+"""
+
+from .calibration import calibration_tokens
+from .checkpoint import CARD_FILE, PATCH_FILE, REPORT_FILE, Written, write_checkpoint
+from .discovery import Discovery, LayerFindings, discover, random_groups
+from .families import FAMILIES, Family, MoeLayer, moe_layers
+from .memory import applied, apply, make_patch
+from .patch import Group, LayerPatch, Patch, RouterTensor
+from .select import Routing, listen
+
+__all__ = [
+    "CARD_FILE",
+    "FAMILIES",
+    "PATCH_FILE",
+    "REPORT_FILE",
+    "Discovery",
+    "Family",
+    "Group",
+    "LayerFindings",
+    "LayerPatch",
+    "MoeLayer",
+    "Patch",
+    "RouterTensor",
+    "Routing",
+    "Written",
+    "applied",
+    "apply",
+    "calibration_tokens",
+    "discover",
+    "listen",
+    "make_patch",
+    "moe_layers",
+    "random_groups",
+    "write_checkpoint",
+]
