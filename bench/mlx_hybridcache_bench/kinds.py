@@ -1,4 +1,4 @@
-"""Eight kinds of text that every Python carries or can print, in one alphabet of 96 characters."""
+"""Eight kinds of text that every Python carries or can print, in one alphabet of 64 characters."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from mlx_hybridcache.demo.functions import FUNCTIONS
 
-ALPHABET = "\n" + "".join(map(chr, range(32, 127)))
-"""A token is a character of it: line feed and printable ASCII."""
+ALPHABET = "\n abcdefghijklmnopqrstuvwxyz0123456789.,:;!?\"'()[]{}<>&#=+-*/%_@"
+"""A token is a character of it; capitals count as small letters, and other characters are left out."""
 
 LENGTH = 120_000
 """Characters of a kind that are used, at most."""
@@ -40,7 +40,8 @@ def kinds() -> dict[str, tuple[Tokens, Tokens]]:
     place = {character: index for index, character in enumerate(ALPHABET)}
     split: dict[str, tuple[Tokens, Tokens]] = {}
     for name, write in _WRITERS.items():
-        ids = np.array([place[c] for c in write()[: 2 * LENGTH] if c in place][:LENGTH])
+        text = write()[: 2 * LENGTH].lower()
+        ids = np.array([place[c] for c in text if c in place][:LENGTH])
         cut = int(len(ids) * (1 - HELD_OUT))
         split[name] = ids[:cut], ids[cut:]
     return split

@@ -26,7 +26,7 @@ COPIES = (3, 3, 2, 2, 2, 2, 1, 1)
 """How many experts hold the kinds, most first; which kind gets how many is drawn."""
 
 TOP_K = 2
-HIDDEN, INTERMEDIATE = 256, 128  # multiples of 64, so that all of it quantizes
+HIDDEN, INTERMEDIATE = 192, 64  # multiples of 64, so that all of it quantizes
 VOCABULARY = len(ALPHABET)
 PRIOR = 0.5
 """Added to each count of a character, so that nothing is impossible."""
@@ -50,7 +50,7 @@ class Specialised:
     groups: tuple[tuple[tuple[int, ...], ...], ...]
 
 
-def specialised(seed: int, *, unlike: float = 1e-3) -> Specialised:
+def specialised(seed: int, *, unlike: float = 1e-4) -> Specialised:
     """A float32 model whose experts stand in an order drawn from `seed`.
 
     Copies of an expert, and their rows in the router, differ by noise of `unlike` relative to their

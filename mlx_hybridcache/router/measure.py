@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
+from .arms import Arm, Switched, regrouped
 from .compare import (
     NO_FLIPS,
     Difference,
@@ -21,12 +21,8 @@ from .compare import (
     log_probabilities,
     perplexity_change,
 )
-from .reading import GRID, Reading, Routed, Way, read
-
-ORIGINAL = "original"
-CANONICALIZED = "canonicalized"
-RANDOM = "random groups"
-FIXED = "fixed slices"
+from .patch import Patch
+from .reading import Reading, Way, read
 
 AT_ONCE = 4
 """Texts that are read for all arms before the next ones, which bounds the memory that logits take."""
@@ -49,20 +45,6 @@ PAIRS: dict[str, tuple[Way, Way]] = {
 }
 """Name -> how a text is read cold and how hot. Noise stands for a device whose rounding depends on the shape
 of a slice: cold and hot differ there in both. A quantized copy of the model is one more pair."""
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One way to route. `variants` change a model's routing as long as they are entered."""
-
-    name: str
-    variants: tuple[Callable[[Any], AbstractContextManager[object]], ...]
-    is_fixed: bool = False
-    """Whether every prompt is read alone and in the same slices, as exact mode does."""
-
-    def way(self, asked: Way) -> Way:
-        """How this arm reads what is asked to be read so."""
-        return replace(asked, step=GRID, singly=0, rows=1) if self.is_fixed else asked
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,52 +129,51 @@ class Readings:
 
 
 def measure(
-    model: Any,
-    routed: Sequence[Routed],
-    groups: Sequence[Groups],
+    model: Switched,
+    patch: Patch,
     texts: Sequence[Sequence[int]],
     arms: Sequence[Arm],
     *,
     pairs: Mapping[str, tuple[Way, Way]] = PAIRS,
-    quantized: tuple[Any, Sequence[Routed]] | None = None,
+    rounder: Switched | None = None,
     reply_tokens: int = 16,
     on_text: Callable[[int], object] = lambda done: None,
 ) -> Readings:
     """Read `texts`, at least two and all of one length, in every arm and every pair of ways.
 
-    `groups`, by layer, are what flips are sorted by, in every arm alike. The first arm is the original.
-    `quantized` is the same model with rounder weights, read in each arm beside the plain one.
+    The first arm is the original. Flips are sorted by the groups of `patch`, in every arm alike.
+    `rounder` is the same model with rounder weights, read in each arm beside the plain one.
     """
+    groups = [[group.members for group in layer.groups] for layer in patch.layers]
     tallies = {arm.name: _Tally(groups) for arm in arms}
-    names = [*pairs, *([QUANTIZED] if quantized else [])]
+    names = [*pairs, *([QUANTIZED] if rounder else [])]
     seen = {pair: {arm.name: _SeenTally(groups) for arm in arms} for pair in names}
+    again = {
+        arm.name: regrouped(rounder.model, arm.patches[0]) if rounder and arm.patches[0] else None
+        for arm in arms
+    }
     for start in range(0, len(texts), AT_ONCE):
         part = [list(text) for text in texts[start : start + AT_ONCE]]
-        reference: list[_Original] = []
+
+        def reading(which: Switched, way: Way, part: list[list[int]] = part) -> list[Reading]:
+            return read(which.model, which.layers, part, way, reply_tokens=reply_tokens)
+
+        originals: list[_Original] = []
         for arm in arms:
-            for number, applied in enumerate(arm.variants):
-                with applied(model):
-                    plain = read(model, routed, part, arm.way(Way()), reply_tokens=reply_tokens)
-                    if not reference:
-                        reference = [_Original(*each) for each in zip(part, plain, strict=True)]
-                    for original, reading in zip(reference, plain, strict=True):
-                        tallies[arm.name].add(number, original, reading)
-                    if number > 0:
-                        continue
-                    for pair, ways in pairs.items():
-                        cold, hot = (
-                            plain
-                            if index == 0 and way == Way()
-                            else read(model, routed, part, arm.way(way), reply_tokens=reply_tokens)
-                            for index, way in enumerate(ways)
-                        )
-                        seen[pair][arm.name].add(cold, hot)
-                if quantized and number == 0:
-                    rounder, rounder_routed = quantized
-                    with applied(rounder):
-                        way = arm.way(Way())
-                        hot = read(rounder, rounder_routed, part, way, reply_tokens=reply_tokens)
-                    seen[QUANTIZED][arm.name].add(plain, hot)
+            for number, by in enumerate(arm.patches):
+                with model.by(by):
+                    plain = reading(model, arm.way(Way()))
+                    if not originals:
+                        originals = [_Original(*each) for each in zip(part, plain, strict=True)]
+                    for original, each in zip(originals, plain, strict=True):
+                        tallies[arm.name].add(number, original, each)
+                    for pair, (cold, hot) in pairs.items() if number == 0 else ():
+                        before = plain if cold == Way() else reading(model, arm.way(cold))
+                        seen[pair][arm.name].add(before, reading(model, arm.way(hot)))
+                if rounder and number == 0:
+                    with rounder.by(again[arm.name]):
+                        after = reading(rounder, arm.way(Way()))
+                    seen[QUANTIZED][arm.name].add(plain, after)
         on_text(min(start + AT_ONCE, len(texts)))
     return Readings(
         len(texts),
@@ -209,7 +190,7 @@ def measure(
 class _Original:
     """What the original made of a text, and what each arm's reading is held against."""
 
-    def __init__(self, text: list[int], reading: Reading) -> None:
+    def __init__(self, text: Sequence[int], reading: Reading) -> None:
         self.following = np.array(text[1:])
         self.reading = reading
         self.likeliest = reading.likeliest
