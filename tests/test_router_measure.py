@@ -5,14 +5,13 @@ import math
 import numpy as np
 import pytest
 
-from mlx_hybridcache.router.compare import (
+from mlx_hybridcache.router.differences import (
     Difference,
     Flips,
     divergence,
     flips,
     log_probabilities,
     perplexity_change,
-    random_groups,
     student,
 )
 
@@ -87,11 +86,3 @@ def test_perplexity_grows_with_the_nats_that_are_lost() -> None:
     lost = Difference.of([np.full(5, math.log(1.1)), np.full(5, math.log(1.1))])
     assert perplexity_change(lost).mean == pytest.approx(0.1)
     assert perplexity_change(lost).is_significant
-
-
-def test_random_groups_have_the_same_sizes_and_share_no_expert() -> None:
-    """Groups of 3, 2 and 2 of eight experts."""
-    drawn = random_groups([(0, 1, 2), (3, 4), (5, 7)], 8, np.random.default_rng(0))
-    assert [len(group) for group in drawn] == [3, 2, 2]
-    assert len({expert for group in drawn for expert in group}) == 7
-    assert drawn != random_groups([(0, 1, 2), (3, 4), (5, 7)], 8, np.random.default_rng(1))

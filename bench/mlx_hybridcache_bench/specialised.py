@@ -50,7 +50,7 @@ class Specialised:
     groups: tuple[tuple[tuple[int, ...], ...], ...]
 
 
-def specialised(seed: int, *, unlike: float = 1e-4) -> Specialised:
+def specialised(seed: int, *, unlike: float = 1e-5) -> Specialised:
     """A float32 model whose experts stand in an order drawn from `seed`.
 
     Copies of an expert, and their rows in the router, differ by noise of `unlike` relative to their

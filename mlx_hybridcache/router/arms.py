@@ -48,12 +48,12 @@ class Arm:
 
 
 def arms(model: Any, patch: Patch, *, draws: int = DRAWS) -> tuple[Arm, ...]:
-    """Original, canonicalized by `patch`, random groups of the same sizes, and fixed slices."""
+    """Original, canonicalized by `patch`, random groups of the same sizes (unless 0), fixed slices."""
     controls = tuple(random_groups(model, patch, seed) for seed in range(draws))
     return (
         Arm(ORIGINAL, (None,)),
         Arm(CANONICALIZED, (patch,)),
-        Arm(RANDOM, controls),
+        *([Arm(RANDOM, controls)] if controls else []),
         Arm(FIXED, (None,), is_fixed=True),
     )
 

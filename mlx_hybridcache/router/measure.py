@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 
 from .arms import Arm, Switched, regrouped
-from .compare import (
+from .differences import (
     NO_FLIPS,
     Difference,
     Flips,

@@ -179,9 +179,3 @@ def student(confidence: float, degrees: int) -> float:
         + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * n**3)
         + (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / (92160 * n**4)
     )
-
-
-def random_groups(groups: Groups, experts: int, rng: np.random.Generator) -> list[list[int]]:
-    """As many groups of the same sizes, of experts drawn at random: the control of every claim."""
-    drawn = iter(rng.permutation(experts).tolist())
-    return [sorted(next(drawn) for _ in group) for group in groups]
