@@ -8,7 +8,6 @@ a changed router would do.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -192,7 +191,7 @@ class MoeLayer:
     block: Any
     family: Family
 
-    @property
+    @cached_property
     def router(self) -> Any:
         """The module that holds the rows: a linear layer, quantized or not, or a gate with a matrix."""
         return _at(self.block, self.family.router)
@@ -314,8 +313,3 @@ def _key(kind: type) -> str:
 def _natural(name: str) -> list[tuple[int, int, str]]:
     """Layer 10 comes after layer 9."""
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
-
-
-def walk(module: Any) -> Iterator[Any]:
-    """`module` and what is inside it."""
-    yield from module.modules()

@@ -12,7 +12,7 @@ from mlx.utils import tree_unflatten
 from ..errors import RouterError
 from ..models import fingerprint
 from .families import MoeLayer, moe_layers
-from .patch import Group, LayerPatch, Patch, RouterTensor, copied_rows, rows_digest
+from .patch import Group, LayerPatch, Patch, RouterTensor, copied_rows, differing_rows, rows_digest
 from .select import select_tie_safe
 
 
@@ -77,7 +77,7 @@ def apply(model: Any, patch: Patch, *, tie_safe: bool = True) -> int:
             after = copied_rows(before, layer.count, one.groups)
             if after != before:
                 changed.append((tensor.name, from_raw(after, array)))
-                differing |= _differing_rows(before, after, layer.count)
+                differing |= differing_rows(before, after, layer.count)
         rows += len(differing)
     model.update(tree_unflatten(changed))
     mx.eval([array for _, array in changed])
@@ -98,15 +98,6 @@ def _foreign(why: str) -> str:
         f"The router patch was made for another model: {why}. "
         "Make one for this model with `mlx-hybridcache canonicalize`."
     )
-
-
-def _differing_rows(before: bytes, after: bytes, experts: int) -> set[int]:
-    row = len(before) // experts
-    return {
-        i
-        for i in range(experts)
-        if before[i * row : (i + 1) * row] != after[i * row : (i + 1) * row]
-    }
 
 
 def raw_bytes(array: mx.array) -> bytes:

@@ -86,7 +86,7 @@ class Patch:
     @cached_property
     def digest(self) -> str:
         """A short name for this patch; equal for equal patches."""
-        return _digest(json.dumps(asdict(self), sort_keys=True).encode())
+        return rows_digest(json.dumps(asdict(self), sort_keys=True).encode())
 
     def save(self, path: Path) -> None:
         """Write it as JSON. Raises `OSError` as writing a file does."""
@@ -145,12 +145,8 @@ def _layer(found: Mapping[str, Any]) -> LayerPatch:
     return LayerPatch(str(found["name"]), experts, top_k, groups, tensors)
 
 
-def _digest(data: bytes) -> str:
-    return hashlib.blake2b(data, digest_size=16).hexdigest()
-
-
 def rows_digest(data: bytes | memoryview) -> str:
-    """What a router tensor is known by: a digest of its bytes."""
+    """What a router tensor, or a patch, is known by: a digest of its bytes."""
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
@@ -167,3 +163,13 @@ def copied_rows(data: bytes | memoryview, experts: int, groups: tuple[Group, ...
         for member in group.members:
             changed[member * row : (member + 1) * row] = source
     return bytes(changed)
+
+
+def differing_rows(before: bytes, after: bytes, experts: int) -> set[int]:
+    """Experts whose row is not the same in both."""
+    row = len(before) // experts
+    return {
+        i
+        for i in range(experts)
+        if before[i * row : (i + 1) * row] != after[i * row : (i + 1) * row]
+    }
