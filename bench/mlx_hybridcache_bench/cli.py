@@ -10,7 +10,7 @@ from typing import Any
 from mlx_hybridcache.demo import BUNDLED_MODEL
 from mlx_hybridcache.demo.run import wide_console
 
-from . import decode, disk, kills, load, overhead, policies, server, traces
+from . import decode, disk, kills, load, overhead, policies, router, server, traces
 
 COMMANDS = {
     "overhead": (overhead, "what the cache costs, each part beside its target"),
@@ -19,6 +19,7 @@ COMMANDS = {
     "disk": (disk, "a restart with a cache directory, and what the directory costs"),
     "load": (load, "many clients at once beside mlx_lm.server"),
     "kills": (kills, "what a cache directory loses by kill -9 and power cuts: nothing"),
+    "router": (router, "what canonicalizing a router does, and whether it helps here"),
     "traces": (traces, "write generated traces for `policies`"),
     "policies": (policies, "tokens replayed by policy and budget, on traces"),
 }

@@ -106,14 +106,14 @@ def specialised(seed: int, *, unlike: float = 1e-5) -> Specialised:
 
 
 def held_out_texts(count: int, length: int, seed: int) -> list[list[int]]:
-    """`count` held-out texts of `length` tokens, the kinds in turn."""
+    """`count` held-out texts of `length` tokens; every eight are of eight kinds, in a drawn order."""
     rng, held_out = np.random.default_rng(seed), [pair[1] for pair in kinds().values()]
-    texts = []
-    for number in range(count):
-        text = held_out[number % len(held_out)]
-        start = int(rng.integers(len(text) - length))
-        texts.append([int(token) for token in text[start : start + length]])
-    return texts
+    texts: list[list[int]] = []
+    while len(texts) < count:
+        for kind in rng.permutation(len(held_out)):
+            start = int(rng.integers(len(held_out[kind]) - length))
+            texts.append([int(token) for token in held_out[kind][start : start + length]])
+    return texts[:count]
 
 
 _EXPERT = ("gate_proj", "up_proj", "down_proj")
