@@ -1,4 +1,4 @@
-"""The command line: `mlx-hybridcache serve | demo | verify | cache | bench`."""
+"""The command line: `mlx-hybridcache serve | demo | verify | canonicalize | cache | bench`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. 0: done; 1: a comparison did not hold; 2: the request could not be served."""
     parser = _parser()
     options, rest = parser.parse_known_args(argv)
-    if rest and options.command not in ("bench", "cache", "serve"):
+    if rest and options.command not in ("bench", "cache", "canonicalize", "serve"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         return int(options.run(options, rest))
@@ -49,6 +49,13 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--exact", action="store_true", help="prove exact mode: no tolerance")
     verify.add_argument("--tolerance", type=float, help="largest allowed logit difference")
     verify.set_defaults(run=_verify)
+
+    canonicalize = commands.add_parser(
+        "canonicalize",
+        help="find experts that are one and give them one router row; `canonicalize -h` lists how",
+        add_help=False,
+    )
+    canonicalize.set_defaults(run=_canonicalize)
 
     cache = commands.add_parser(
         "cache",
@@ -164,6 +171,15 @@ def _machine() -> list[str]:
         ", ".join([*packages, f"Python {platform.python_version()}"]),
         f"{platform.platform()}, {mx.default_device()}",
     ]
+
+
+def _canonicalize(options: argparse.Namespace, rest: list[str]) -> int:
+    from .canonicalize_command import main as canonicalize
+
+    try:
+        return canonicalize(rest)
+    except KeyboardInterrupt:
+        return 130
 
 
 def _cache(options: argparse.Namespace, rest: list[str]) -> int:

@@ -14,6 +14,7 @@ import mlx.core as mx
 import mlx_lm
 import numpy as np
 from mlx.utils import tree_flatten
+from mlx_lm.utils import hf_repo_to_path
 
 from .errors import ModelError
 
@@ -142,6 +143,12 @@ def load(
     except Exception as error:  # the loader and the hub raise whatever they meet
         raise ModelError(f"{path_or_repo} could not be loaded: {error}") from error
     return model, tokenizer
+
+
+def directory(path_or_repo: str) -> Path:
+    """Where the files of a loaded model lie: the directory itself, or the hub's copy on this machine."""
+    path = Path(path_or_repo).expanduser()
+    return path if path.is_dir() else Path(hf_repo_to_path(path_or_repo))
 
 
 def _check_directory(path: Path) -> None:

@@ -17,7 +17,7 @@ LIBRARY = "mlx_hybridcache"
 ORDER = [
     {"cli", "server", "__main__"},
     {"demo"},
-    {"verify", "cache_command"},
+    {"verify", "cache_command", "canonicalize_command"},
     {"__init__"},
     {"cache"},
     {"engine"},

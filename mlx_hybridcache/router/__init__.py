@@ -10,14 +10,23 @@ with listen(moe_layers(model), print):               # what every router does, a
 """
 
 from .calibration import calibration_tokens
-from .checkpoint import CARD_FILE, PATCH_FILE, REPORT_FILE, Written, write_checkpoint
+from .checkpoint import (
+    CARD_FILE,
+    PATCH_FILE,
+    REPORT_FILE,
+    Written,
+    check_output,
+    write_checkpoint,
+)
+from .choice import AUTO, choose_patch
 from .discovery import Discovery, LayerFindings, discover, random_groups
 from .families import FAMILIES, Family, MoeLayer, moe_layers
-from .memory import applied, apply, make_patch
+from .memory import applied, apply, largest_difference, make_patch
 from .patch import Group, LayerPatch, Patch, RouterTensor
 from .select import Routing, listen
 
 __all__ = [
+    "AUTO",
     "CARD_FILE",
     "FAMILIES",
     "PATCH_FILE",
@@ -35,7 +44,10 @@ __all__ = [
     "applied",
     "apply",
     "calibration_tokens",
+    "check_output",
+    "choose_patch",
     "discover",
+    "largest_difference",
     "listen",
     "make_patch",
     "moe_layers",

@@ -84,7 +84,7 @@ def write_checkpoint(
     }
     tensors = sum(change.before != change.after for change in changes)
     written = Written(output, tensors, len(rows), len(files) + len(OWN_FILES), needed)
-    told = report(patch, discovery, written.tensors, written.rows, extra)
+    told = report(patch, discovery, tensors=written.tensors, rows=written.rows, extra=extra)
     with _becoming(output, needed) as directory:
         for file in files:
             _copy(source / file, directory / file)

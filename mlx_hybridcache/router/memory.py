@@ -13,7 +13,7 @@ from ..errors import RouterError
 from ..models import fingerprint
 from .families import MoeLayer, moe_layers
 from .patch import Group, LayerPatch, Patch, RouterTensor, copied_rows, differing_rows, rows_digest
-from .select import select_tie_safe
+from .select import Routing, listen, select_tie_safe
 
 
 def make_patch(model: Any, groups: Mapping[str, Sequence[Group]], *, method: str) -> Patch:
@@ -91,6 +91,25 @@ def applied(model: Any) -> str | None:
     """The digest of the patch by which `model` selects, None where it selects as mlx-lm does."""
     found: str | None = model.__dict__.get("_router_patch")
     return found
+
+
+def largest_difference(model: Any, patch: Patch, tokens: Sequence[Sequence[int]]) -> float:
+    """The largest difference of two logits inside a group, over `tokens`, of a model that has the patch.
+
+    0 where the device gives equal rows equal numbers.
+    """
+    groups = {layer.name: layer.groups for layer in patch.layers if layer.groups}
+    found: list[mx.array] = [mx.array(0.0)]
+
+    def hear(routing: Routing) -> None:
+        for group in groups[routing.layer.name]:
+            inside = routing.logits[:, mx.array(group.members)].astype(mx.float32)
+            found.append(mx.max(inside.max(axis=-1) - inside.min(axis=-1)))
+            mx.eval(found[-1])
+
+    with listen([layer for layer in moe_layers(model) if layer.name in groups], hear):
+        model(mx.array(np.asarray(tokens, np.int32)))
+    return float(np.max(np.array(mx.stack(found))))
 
 
 def _foreign(why: str) -> str:

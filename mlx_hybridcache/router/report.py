@@ -19,11 +19,15 @@ PLANNED = {"layers": 48, "experts": 512, "hidden": 2048, "expert_hidden": 512, "
 def report(
     patch: Patch,
     discovery: Discovery | None,
-    tensors: int,
-    rows: int,
+    *,
+    tensors: int | None = None,
+    rows: int | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The JSON report: counts of the patch, what discovery saw, and `extra`."""
+    """The JSON report: counts of the patch, what discovery saw, and `extra`.
+
+    `tensors` and `rows` are those that a written checkpoint changed.
+    """
     told: dict[str, Any] = {
         "mlx_hybridcache": version("mlx-hybridcache"),
         "patch": patch.digest,

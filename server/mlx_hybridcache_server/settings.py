@@ -66,6 +66,7 @@ class Settings:
     checkpoint_min_step: int = 512
     max_checkpoints: int | None = None
     swa_full: bool = False
+    canonicalize_router: str | None = None
 
     @property
     def uses_cache(self) -> bool:
@@ -174,6 +175,11 @@ def _add_own_flags(parser: argparse.ArgumentParser) -> None:
     own("--memory-reserve", type=_size, help="of the system's memory to leave free, as 1GB")
     own("--cache-dir", help="directory that keeps the cache across restarts")
     own("--cache-disk-bytes", type=_size, help="for that directory, as 100GB")
+    own(
+        "--canonicalize-router",
+        metavar="FILE|auto",
+        help="one router row for experts that are one: a patch, or what lies with the model or is found",
+    )
     own("--show-prompts", action="store_true", help="let /v1/cache/recent show text")
     own("--record-trace", metavar="FILE", help="record requests, hashed, for bench policies")
     own("--allow-model-switching", action="store_true", help="load what a request names")
