@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
+from rich.table import Table
 
 from . import models
 from .errors import RouterError, SettingError
@@ -27,7 +28,12 @@ from .router import (
 from .router.calibration import ROW_TOKENS, ROWS
 from .router.discovery import MIN_TOKENS, RELATIVE_ERROR, SIMILARITY
 from .router.report import report
+from .router.tables import markdown, sentences, tables
+from .router.trial import TEXTS, Trial, fresh_texts, trial
 from .sizes import format_bytes
+
+TABLE_WIDTH = 110
+"""Columns that the widest table takes, also where no terminal says how wide it is."""
 
 PROVING_ROWS = 2
 """Rows of calibration tokens on which logits inside groups are compared afterwards."""
@@ -66,6 +72,12 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         default=MIN_TOKENS,
         help="held-out tokens that an expert must have, or it is left alone (%(default)s)",
     )
+    add(
+        "--measure",
+        action="store_true",
+        help="try the patch on texts that calibration did not read, beside three other arms, and judge it",
+    )
+    add("--texts", type=int, default=TEXTS, help="to measure on, 2 at least (%(default)s)")
     add("--seed", type=int, default=0, help="of projections and the null model (%(default)s)")
     return parser
 
@@ -86,9 +98,18 @@ def _canonicalize(options: argparse.Namespace) -> int:
     model, tokenizer = models.load(options.model)
     moe_layers(model)  # a dense model is told before a text is read
     tokens = calibration_tokens(tokenizer, options.calibration, rows=rows)
+    texts = (
+        fresh_texts(tokenizer, options.calibration, after=rows, count=options.texts)
+        if options.measure
+        else []
+    )
     found = _discovered(console, model, tokens, options)
     _say(console, found)
     extra: dict[str, Any] = {"model": options.model}
+    card = ""
+    if texts:
+        tried = _tried(console, model, found, texts)
+        extra["measured"], card = tried.as_json(), markdown(tried)
     if found.patch.groups:
         changed = apply(model, found.patch, tie_safe=False)
         extra["largest_logit_difference"] = largest_difference(
@@ -110,13 +131,38 @@ def _canonicalize(options: argparse.Namespace) -> int:
         console.print(f"{options.patch}: the patch.", highlight=False)
     if options.output is not None:
         source = models.directory(options.model)
-        written = write_checkpoint(source, options.output, found.patch, found, extra=extra)
+        written = write_checkpoint(
+            source, options.output, found.patch, found, extra=extra, card_extra=card
+        )
         console.print(
             f"{options.output}: {written.files} files, {format_bytes(written.size_bytes)}; "
             f"{written.rows:,} rows in {written.tensors} tensors differ from {options.model}.",
             highlight=False,
         )
     return 0
+
+
+def _tried(console: Console, model: Any, found: Discovery, texts: list[list[int]]) -> Trial:
+    """The trial, its figures shown; `model` is left as it was."""
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("texts", total=len(texts))
+        tried = trial(
+            model,
+            found.patch,
+            texts,
+            coverages=(found.coverage, found.null_coverage),
+            on_text=lambda done, total: progress.update(bar, completed=done),
+        )
+    for title, columns, rows in tables(tried):
+        table = Table(title=title, title_justify="left", title_style="bold")
+        for index, column in enumerate(columns):
+            table.add_column(column, justify="right" if index else "left", no_wrap=True)
+        for row in rows:
+            table.add_row(*row)
+        console.print(table, width=max(console.width, TABLE_WIDTH), crop=False)
+    for sentence in sentences(tried):
+        console.print(sentence, highlight=False, markup=False)
+    return tried
 
 
 def _check_new_file(flag: str, file: Path | None) -> None:

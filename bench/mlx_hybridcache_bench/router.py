@@ -16,7 +16,7 @@ from mlx_hybridcache import PromptError
 from mlx_hybridcache.demo import BUNDLED_MODEL
 from mlx_hybridcache.router.arms import CANONICALIZED, ORIGINAL, RANDOM
 from mlx_hybridcache.router.measure import NOISE
-from mlx_hybridcache.router.trial import sentences, tables
+from mlx_hybridcache.router.tables import sentences, tables
 from mlx_hybridcache.router.verdict import MOST, percent
 
 from .comparison import Spread
@@ -28,7 +28,7 @@ from .scenarios import Material
 from .server import tokenizer_of
 from .tables import Figure, show, show_figures, write_json
 
-SIZE, QUICK_SIZE = Size(32, 20, 256, 16), Size(32, 16, 128, 4)
+SIZE, QUICK_SIZE = Size(64, 20, 128, 8), Size(32, 16, 64, 2)
 LOAD = Load(requests=16, prompt=1_500, reply=32, repeats=3, texts=20, text=400)
 QUICK_LOAD = Load(requests=4, prompt=300, reply=8, repeats=1, texts=4, text=120)
 SEEDS, QUICK_SEEDS = 5, 1
@@ -257,7 +257,7 @@ def _show_seeds(console: Console, seeds: Sequence[Tried]) -> None:
     control = Spread.of([each.trial.readings.arms[RANDOM].change.mean for each in seeds])
     console.print(
         f"Random groups of the same sizes change perplexity by {control.median:+.0%} (median of {len(seeds)} "
-        f"models; {control.smallest:+.0%} to {control.largest:+.0%}).",
+        f"models; {control.low:+.0%} to {control.high:+.0%}).",
         highlight=False,
     )
 

@@ -91,7 +91,7 @@ def try_specialised(seed: int, size: Size, said: Said) -> Tried:
     made = specialised(seed)
     name = f"specialised, seed {seed}"
     # Every kind, and every copy of its expert, must come often enough among the rows held out.
-    rows = held_out_texts(2 * size.rows, size.tokens, TRUTH_SEED + seed)
+    rows = held_out_texts(size.rows, 2 * size.tokens, TRUTH_SEED + seed)
     texts = held_out_texts(size.texts, size.tokens, TEXT_SEED + seed)
     return replace(_tried(name, made.model, rows, texts, size, said), planted=made.groups)
 
