@@ -31,7 +31,7 @@ def perplexity(model: Any, texts: list[list[int]]) -> float:
 
 
 def test_the_kinds_of_text_are_eight_and_held_out() -> None:
-    """Each is cut once: what is held out stands behind what is counted."""
+    """Four fifths of each are counted, and one is not."""
     assert len(kinds()) == len(COPIES) == 8
     for counted, held_out in kinds().values():
         assert len(counted) > 3 * len(held_out) > 0
@@ -39,16 +39,14 @@ def test_the_kinds_of_text_are_eight_and_held_out() -> None:
 
 
 def test_a_specialised_model_needs_each_of_its_experts() -> None:
-    """It predicts text that it never saw, and swapping two experts of different kinds spoils that."""
+    """It predicts text that it never saw; experts put into each other's places spoil that."""
     made, texts = specialised(0), held_out_texts(16, 96, seed=1)
     before = perplexity(made.model, texts)
     assert before < len(ALPHABET) / 4
-    bank = moe_layers(made.model)[0].experts.down_proj
-    first, second = made.groups[0][0], made.groups[0][1]
-    order = np.arange(sum(COPIES))
-    order[[first[0], second[0]]] = order[[second[0], first[0]]]
-    bank.weight = bank.weight[mx.array(order)]
-    assert perplexity(made.model, texts) > 1.05 * before
+    for layer in moe_layers(made.model):
+        bank = layer.experts.down_proj
+        bank.weight = bank.weight[mx.array(np.roll(np.arange(sum(COPIES)), 1))]
+    assert perplexity(made.model, texts) > 1.5 * before
 
 
 def test_its_groups_are_found_by_what_experts_compute() -> None:
@@ -97,10 +95,8 @@ def test_the_command_serves_tells_and_draws(
     monkeypatch.setattr(router, "QUICK_SIZE", Size(32, 8, 32, 1))
     monkeypatch.setattr(router, "QUICK_LOAD", Load(2, 80, 4, 1, 2, 60))
     json_file, plot = tmp_path / "router.json", tmp_path / "router.png"
-    main(
-        ["router", "--quick", "--only", "specialised", "--only", "servers"]
-        + ["--plot", str(plot), "--json", str(json_file)]
-    )
+    parts = ["--only", "specialised", "--only", "servers"]
+    main(["router", "--quick", *parts, "--plot", str(plot), "--json", str(json_file)])
     told, said = json.loads(json_file.read_text(encoding="utf-8")), capsys.readouterr().out
     assert plot.read_bytes().startswith(b"\x89PNG")
     kept = {figure["name"]: figure["kept"] for figure in told["figures"]}

@@ -26,8 +26,8 @@ ALPHABET = "\n abcdefghijklmnopqrstuvwxyz0123456789.,:;!?\"'()[]{}<>&#=+-*/%_@"
 LENGTH = 120_000
 """Characters of a kind that are used, at most."""
 
-HELD_OUT = 0.2
-"""The last part of each kind, which is never counted."""
+BLOCK, EVERY = 1_500, 5
+"""Every fifth block of so many characters is held out: it is never counted."""
 
 SOURCES = ("argparse", "ast", "configparser", "statistics", "tarfile", "typing")
 
@@ -42,8 +42,8 @@ def kinds() -> dict[str, tuple[Tokens, Tokens]]:
     for name, write in _WRITERS.items():
         text = write()[: 2 * LENGTH].lower()
         ids = np.array([place[c] for c in text if c in place][:LENGTH])
-        cut = int(len(ids) * (1 - HELD_OUT))
-        split[name] = ids[:cut], ids[cut:]
+        is_held_out = np.arange(len(ids)) // BLOCK % EVERY == EVERY - 1
+        split[name] = ids[~is_held_out], ids[is_held_out]
     return split
 
 

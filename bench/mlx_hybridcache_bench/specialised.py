@@ -128,7 +128,7 @@ def _groups(kind_of: NDArray[np.int64]) -> tuple[tuple[int, ...], ...]:
 
 def _plant_evidence(weights: dict[str, Floats], part: str, size: float) -> None:
     """Attention without queries averages, over the text so far, what each character tells."""
-    tells = _log_shares(_counts(1)[:, 0])
+    tells = _log_shares(_singles())
     tells -= tells.mean(axis=0)  # what a character tells of one kind against the others
     count = len(COPIES)
     weights[f"{part}self_attn.v_proj.weight"][:count, _WORDS:_NEXT] = tells / size
@@ -150,7 +150,7 @@ def _plant_experts(
     weights[f"{part}mlp.switch_mlp.gate_proj.weight"][:] = steep * lookup
     weights[f"{part}mlp.switch_mlp.up_proj.weight"][:] = lookup
     activated = steep / (1 + np.exp(-steep))
-    bigrams = _log_shares(_counts(2))
+    bigrams = _log_shares(_pairs())
     bigrams -= bigrams.mean(axis=-1, keepdims=True)
     # (kinds, next, this): a column for each character read.
     columns = bigrams.transpose(0, 2, 1) * (_NEXT_SCALE / activated / LAYERS)
@@ -158,13 +158,22 @@ def _plant_experts(
     down[:, _NEXT:_KIND, :VOCABULARY] = columns[kind_of]
 
 
-def _counts(order: int) -> Floats:
-    """(kinds, this or 1, next): how often a character follows another, or occurs."""
-    tables = []
-    for counted, _ in kinds().values():
-        table = np.full((VOCABULARY if order == 2 else 1, VOCABULARY), PRIOR)
-        this = counted[:-1] if order == 2 else np.zeros(len(counted) - 1, dtype=np.int64)
-        np.add.at(table, (this, counted[1:]), 1.0)
+def _singles() -> Floats:
+    """(kinds, next): how often a character occurs."""
+    return np.stack(
+        [PRIOR + np.bincount(text, minlength=VOCABULARY) for text, _ in kinds().values()]
+    )
+
+
+def _pairs() -> Floats:
+    """(kinds, this, next): how often a character follows another; behind a rare one, how often at all.
+
+    So no expert is silent on a character that its kind does not have.
+    """
+    singles, tables = _singles(), []
+    for (text, _), single in zip(kinds().values(), singles, strict=True):
+        table = np.tile(PRIOR * VOCABULARY * single / single.sum(), (VOCABULARY, 1))
+        np.add.at(table, (text[:-1], text[1:]), 1.0)
         tables.append(table)
     return np.stack(tables)
 

@@ -132,6 +132,23 @@ FAMILIES: tuple[Family, ...] = (
         groups="gate.n_group",
     ),
     Family(
+        ("bailing_moe_v3.BailingSparseMoE",),
+        "sigmoid",
+        top_k="gate.top_k",
+        selector="gate",
+        helpers=("_group_expert_select",),
+        corrections=("gate.expert_bias",),
+        groups="gate.n_group",
+    ),
+    Family(
+        ("laguna.MoE",),
+        "sigmoid",
+        router="gate.proj",
+        top_k="gate.top_k",
+        selector="gate",
+        corrections=("gate.e_score_correction_bias",),
+    ),
+    Family(
         ("mistral4.Mistral4MoE",),
         "softmax",
         top_k="num_experts_per_tok",

@@ -3,11 +3,14 @@
 Every block of the table selects with one `argpartition` along its experts. That call is replaced, and
 nothing else: the block's own code runs on, so every number it makes keeps its bits. What goes into
 `argpartition` is changed in two ways. All members of a group get the score of its first member, so
-that the group has one score even where a device computes equal rows unequally; and members beyond
-the group's cap, by index, cannot be chosen. Then a tie is left only between equal scores, and those
-`argpartition` takes by index: on the CPU it compares (score, index), on Metal it is a stable sort. MLX
-does not promise that, so `breaks_ties_by_index` looks, and where it does not hold the scores are
-replaced by integers that are ordered so.
+that the group has one score; and members beyond the group's cap, by index, cannot be chosen. Then a
+tie is left only between equal scores, and those `argpartition` takes by index: on the CPU it compares
+(score, index), on Metal it is a stable sort.
+
+MLX promises neither that nor that equal rows give equal scores. `breaks_ties_by_index` and
+`computes_rows_alike` look, on the device, when a patch is applied. What holds there is left out of the
+forward: on a small model a single operation costs a third of a percent of a decoded token. Where ties
+are not broken by index, scores are replaced by integers that are ordered so.
 """
 
 from __future__ import annotations
@@ -15,7 +18,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from types import FunctionType, SimpleNamespace
 from typing import Any
 
@@ -23,11 +27,14 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from .experts import router_rows
 from .families import MoeLayer
 from .patch import Group
 
 _FLOATS = (mx.float32, mx.bfloat16, mx.float16)
-_WORDS = {4: mx.int32, 2: mx.int16}
+
+PROBED_ROWS = (1, 2, 3, 8, 33, 300)
+"""Batches in which equal rows are looked at: kernels depend on the shape."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -49,41 +56,43 @@ class TieSafe:
 
     experts: int
     shared: mx.array | None  # (E,) whose score each expert takes; None where each keeps its own
-    bars: dict[tuple[mx.Dtype, bool], mx.array] | None  # (E,) 0, or -inf (by dtype, highest first)
-    order: mx.array | None  # (E,) int64, where ties must be broken for `argpartition`
+    bars: (
+        dict[mx.Dtype, tuple[mx.array, mx.array]] | None
+    )  # (E,) 0, or for the barred -inf; negated
+    order: mx.array | None  # (E,) int64, where `argpartition` does not break ties by index
 
     @classmethod
-    def of(cls, experts: int, groups: Sequence[Group]) -> TieSafe | None:
-        """The selection for these groups; None where there are none and nothing is to change."""
-        if not groups:
-            return None
+    def of(cls, experts: int, groups: Sequence[Group]) -> TieSafe:
+        """The selection for these groups, whatever the device computes."""
         shared = np.arange(experts, dtype=np.uint32)
         barred = np.zeros(experts, dtype=bool)
         for group in groups:
             shared[list(group.members[: group.cap])] = group.members[0]
             barred[list(group.members[group.cap :])] = True
-        floats = np.where(barred, -np.inf, 0.0).astype(np.float32)
+        floats = mx.array(np.where(barred, -np.inf, 0.0).astype(np.float32))
         made = cls(
             experts,
             None if (shared == np.arange(experts)).all() else mx.array(shared),
-            {
-                (dtype, highest): mx.array(floats if highest else -floats).astype(dtype)
-                for dtype in _FLOATS
-                for highest in (True, False)
-            }
+            {dtype: (floats.astype(dtype), -floats.astype(dtype)) for dtype in _FLOATS}
             if barred.any()
             else None,
             None if breaks_ties_by_index(experts) else mx.arange(experts, dtype=mx.int64),
         )
-        mx.eval(made.shared, list((made.bars or {}).values()), made.order)
+        mx.eval(made.shared, [*(made.bars or {}).values()], made.order)
         return made
+
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether scores stay what they are."""
+        return self.shared is None and self.bars is None and self.order is None
 
     def __call__(self, scores: mx.array, *, highest: bool) -> mx.array:
         """Scores (..., E) to select the highest of, or the lowest, with one order and no other."""
         if self.shared is not None:
             scores = mx.take(scores, self.shared, axis=-1)
         if self.bars is not None:
-            scores = scores + self.bars[scores.dtype, highest]
+            low, high = self.bars[scores.dtype]
+            scores = scores + (low if highest else high)
         return scores if self.order is None else ordered(scores, self.order)
 
 
@@ -96,6 +105,7 @@ def ordered(scores: mx.array, order: mx.array) -> mx.array:
     return bits.astype(mx.int64) * (1 << 20) + order
 
 
+@cache
 def breaks_ties_by_index(experts: int) -> bool:
     """Whether this device's `argpartition` puts the lower index first among equals, in any batch."""
     tied = mx.array(np.arange(experts) % 3, dtype=mx.float32)
@@ -105,6 +115,23 @@ def breaks_ties_by_index(experts: int) -> bool:
             expected = set(np.argsort(np.array(tied), kind="stable")[: kth + 1].tolist())
             if any(set(row[: kth + 1].tolist()) != expected for row in found):
                 return False
+    return True
+
+
+def computes_rows_alike(layer: MoeLayer, groups: Sequence[Group]) -> bool:
+    """Whether on this device the group's equal rows give equal logits, in batches of several shapes."""
+    router = layer.router
+    is_linear = isinstance(router, nn.Linear | nn.QuantizedLinear)
+    is_quantized = isinstance(router, nn.QuantizedLinear)
+    dtype = router.scales.dtype if is_quantized else router.weight.dtype
+    width = router_rows(layer).shape[1]
+    members = mx.array(np.array([m for group in groups for m in group.members], np.uint32))
+    firsts = mx.array(np.array([g.members[0] for g in groups for _ in g.members], np.uint32))
+    for rows in PROBED_ROWS:
+        x = mx.random.normal((1, rows, width), key=mx.random.key(rows)).astype(dtype)
+        logits = router(x) if is_linear else x @ router.weight.T
+        if not mx.array_equal(logits[..., members], logits[..., firsts]).item():
+            return False
     return True
 
 
@@ -163,42 +190,39 @@ def _plain_class(module: Any) -> type:
 
 
 class _Rewired:
-    """A module whose call is its own code with other names in it. The class is a mixin."""
-
-    _rewired_call: Any
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._rewired_call(self, *args, **kwargs)
-
-
-_CLASSES: dict[type, type] = {}
-"""Plain class -> its rewired subclass, one each."""
+    """Marks a class made for one module, whose call is its own code with other names in it."""
 
 
 def _rewire(module: Any, call: Callable[..., Any] | None) -> None:
-    plain = _plain_class(module)
-    if call is None:
-        object.__setattr__(module, "__class__", plain)
-        module.__dict__.pop("_rewired_call", None)
-        return
-    if plain not in _CLASSES:
-        _CLASSES[plain] = type(plain.__name__, (_Rewired, plain), {"__module__": plain.__module__})
-    object.__setattr__(module, "_rewired_call", call)
-    object.__setattr__(module, "__class__", _CLASSES[plain])
+    """Let `module` be called as `call`, through a class of its own; None: as it was made."""
+    kind = _plain_class(module)
+    if call is not None:
+        names = {"__call__": call, "__module__": kind.__module__}
+        kind = type(kind.__name__, (kind, _Rewired), names)
+    object.__setattr__(module, "__class__", kind)
 
 
 def select_tie_safe(layer: MoeLayer, groups: Sequence[Group]) -> None:
-    """Let `layer` select by groups from now on; without groups as mlx-lm does.
+    """Let `layer`, whose rows are patched, select by groups; without groups as mlx-lm does.
 
     The block stays what it is to everyone else: its parameters and their names do not change.
     """
-    tie_safe = TieSafe.of(layer.count, groups)
-    object.__setattr__(layer.selector, "_tie_safe", tie_safe)
-    if tie_safe is None:
-        _rewire(layer.selector, None)
+    selector = layer.selector
+    _rewire(selector, None)
+    selector.__dict__.pop(_TIE_SAFE, None)
+    if not groups:
         return
-    replaced = {"argpartition": _argpartition(layer.count, tie_safe)}
-    _rewire(layer.selector, _rewired(layer, replaced, compiled=True))
+    tie_safe = TieSafe.of(layer.count, groups)
+    object.__setattr__(selector, _TIE_SAFE, tie_safe)
+    if computes_rows_alike(layer, groups):
+        tie_safe = replace(tie_safe, shared=None)
+    if not tie_safe.changes_nothing:
+        replaced = {"argpartition": _argpartition(layer.count, tie_safe)}
+        _rewire(selector, _rewired(layer, replaced, compiled=True))
+
+
+_TIE_SAFE = "_tie_safe"
+"""Where a selector keeps its selection by groups, for those who listen."""
 
 
 # Listening
@@ -249,12 +273,10 @@ class _Ear:
     def open(self) -> None:
         layer = self.layer
         selector, router = layer.selector, layer.router
-        before = selector.__dict__.get("_rewired_call")
-        self.undo.append(lambda: _rewire(selector, before))
+        before = type(selector)
+        self.undo.append(lambda: object.__setattr__(selector, "__class__", before))
         replaced: dict[str, Any] = {
-            "argpartition": _argpartition(
-                layer.count, selector.__dict__.get("_tie_safe"), self._hear
-            )
+            "argpartition": _argpartition(layer.count, selector.__dict__.get(_TIE_SAFE), self._hear)
         }
         if isinstance(router, nn.Linear | nn.QuantizedLinear):
             parent, _, name = layer.family.router.rpartition(".")
