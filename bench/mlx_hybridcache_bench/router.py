@@ -29,7 +29,7 @@ from .server import tokenizer_of
 from .tables import Figure, show, show_figures, write_json
 
 SIZE, QUICK_SIZE = Size(64, 20, 128, 8), Size(32, 16, 64, 2)
-LOAD = Load(requests=16, prompt=1_500, reply=32, repeats=3, texts=20, text=400)
+LOAD = Load(requests=8, prompt=1_000, reply=32, repeats=3, texts=20, text=300)
 QUICK_LOAD = Load(requests=4, prompt=300, reply=8, repeats=1, texts=4, text=120)
 SEEDS, QUICK_SEEDS = 5, 1
 UNLIKE = 1e-4

@@ -41,7 +41,6 @@ PAIRS: dict[str, tuple[Way, Way]] = {
     "beside others": (Way(), Way(rows=AT_ONCE)),
     "bfloat16": (Way(), Way(rounded=True)),
     f"{NOISE} 0.001": (Way(noise=1e-3), replace(OTHER_SLICES, noise=1e-3)),
-    f"{NOISE} 0.01": (Way(noise=1e-2), replace(OTHER_SLICES, noise=1e-2)),
 }
 """Name -> how a text is read cold and how hot. Noise stands for a device whose rounding depends on the shape
 of a slice: cold and hot differ there in both. A quantized copy of the model is one more pair."""
@@ -153,27 +152,23 @@ def measure(
         for arm in arms
     }
     for start in range(0, len(texts), AT_ONCE):
-        part = [list(text) for text in texts[start : start + AT_ONCE]]
-
-        def reading(which: Switched, way: Way, part: list[list[int]] = part) -> list[Reading]:
-            return read(which.model, which.layers, part, way, reply_tokens=reply_tokens)
-
+        desk = _Desk([list(text) for text in texts[start : start + AT_ONCE]], reply_tokens)
         originals: list[_Original] = []
         for arm in arms:
             for number, by in enumerate(arm.patches):
-                with model.by(by):
-                    plain = reading(model, arm.way(Way()))
-                    if not originals:
-                        originals = [_Original(*each) for each in zip(part, plain, strict=True)]
-                    for original, each in zip(originals, plain, strict=True):
-                        tallies[arm.name].add(number, original, each)
-                    for pair, (cold, hot) in pairs.items() if number == 0 else ():
-                        before = plain if cold == Way() else reading(model, arm.way(cold))
-                        seen[pair][arm.name].add(before, reading(model, arm.way(hot)))
-                if rounder and number == 0:
-                    with rounder.by(again[arm.name]):
-                        after = reading(rounder, arm.way(Way()))
-                    seen[QUANTIZED][arm.name].add(plain, after)
+                plain = desk.whole(model, by, arm.way(Way()))
+                originals = originals or [
+                    _Original(*each) for each in zip(desk.texts, plain, strict=True)
+                ]
+                for original, each in zip(originals, plain, strict=True):
+                    tallies[arm.name].add(number, original, each)
+            first = arm.patches[0]
+            for pair, ways in pairs.items():
+                seen[pair][arm.name].add(*desk.pair(model, first, *map(arm.way, ways)))
+            if rounder:
+                way = arm.way(Way())
+                cold = desk.read(model, first, way)
+                seen[QUANTIZED][arm.name].add(cold, desk.read(rounder, again[arm.name], way))
         on_text(min(start + AT_ONCE, len(texts)))
     return Readings(
         len(texts),
@@ -185,6 +180,47 @@ def measure(
             for pair, by_arm in seen.items()
         },
     )
+
+
+@dataclass
+class _Desk:
+    """A few texts and what was read of them already, so that no arm reads what another has read."""
+
+    texts: list[list[int]]
+    reply_tokens: int
+    known: dict[tuple[int, str | None, Way, bool], list[Reading]] = field(default_factory=dict)
+
+    def whole(self, model: Switched, by: Patch | None, way: Way) -> list[Reading]:
+        """With logits, which are many; they are not kept here."""
+        with model.by(by):
+            found = read(model.model, model.layers, self.texts, way, reply_tokens=self.reply_tokens)
+        self.known.setdefault(_key(model, by, way), [replace(each, logits=None) for each in found])
+        return found
+
+    def read(
+        self, model: Switched, by: Patch | None, way: Way, *, again: bool = False
+    ) -> list[Reading]:
+        """Without logits. `again` is a second reading in the same way, which is not the first one."""
+        key = _key(model, by, way, again)
+        if key not in self.known:
+            with model.by(by):
+                found = read(
+                    model.model, model.layers, self.texts, way, reply_tokens=self.reply_tokens
+                )
+            self.known[key] = [replace(each, logits=None) for each in found]
+        return self.known[key]
+
+    def pair(
+        self, model: Switched, by: Patch | None, cold: Way, hot: Way
+    ) -> tuple[list[Reading], list[Reading]]:
+        """Cold and hot: two readings, even where both are read in one way."""
+        return self.read(model, by, cold), self.read(model, by, hot, again=cold == hot)
+
+
+def _key(
+    model: Switched, by: Patch | None, way: Way, again: bool = False
+) -> tuple[int, str | None, Way, bool]:
+    return id(model), by.digest if by is not None else None, way, again
 
 
 class _Original:
@@ -202,12 +238,17 @@ class _Original:
         for start in range(0, len(self.following), TOKENS_AT_ONCE):
             following = self.following[start : start + TOKENS_AT_ONCE, None]
             rows = slice(start, start + len(following))
-            ours = log_probabilities(np.array(reading.logits[rows].astype(mx.float32)))
+            ours = log_probabilities(_rows(reading, rows))
             nats.append(-np.take_along_axis(ours, following, axis=-1)[:, 0])
             if reading is not self.reading:
-                theirs = self.reading.logits[rows].astype(mx.float32)
-                total += float(divergence(log_probabilities(np.array(theirs)), ours).sum())
+                theirs = log_probabilities(_rows(self.reading, rows))
+                total += float(divergence(theirs, ours).sum())
         return np.concatenate(nats), total
+
+
+def _rows(reading: Reading, rows: slice) -> Floats:
+    assert reading.logits is not None, "these readings are compared by their logits"
+    return np.array(reading.logits[rows].astype(mx.float32))
 
 
 @dataclass

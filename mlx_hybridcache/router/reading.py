@@ -50,17 +50,14 @@ class Way:
 class Reading:
     """What a model made of one text of T tokens."""
 
-    logits: mx.array
-    """(T, V), as the model gives them."""
+    logits: mx.array | None
+    """(T, V), as the model gives them; None where they were not to be kept."""
+    likeliest: NDArray[np.integer[Any]]
+    """(T,): the likeliest next token at each position."""
     selected: tuple[NDArray[np.integer[Any]], ...]
     """For each MoE layer the experts chosen, (T, k)."""
     reply: tuple[int, ...]
     """The likeliest tokens that follow."""
-
-    @property
-    def likeliest(self) -> NDArray[np.integer[Any]]:
-        """(T,): the likeliest next token at each position."""
-        return np.array(self.logits.argmax(axis=-1))
 
 
 def read(
@@ -110,9 +107,15 @@ class _Together:
             parts = [self._forward(caches, a, tokens[:, a:b]) for a, b in slices]
             reply = self._write(caches, tokens.shape[1], parts[-1][:, -1:], reply_tokens)
         logits = mx.concatenate(parts, axis=1)
+        likeliest = np.array(logits.argmax(axis=-1))
         selected = [np.concatenate(self.chosen[layer.index], axis=1) for layer in self.layers]
         return [
-            Reading(logits[row], tuple(each[row] for each in selected), tuple(reply[row]))
+            Reading(
+                logits[row],
+                likeliest[row],
+                tuple(each[row] for each in selected),
+                tuple(reply[row]),
+            )
             for row in range(self.rows)
         ]
 
