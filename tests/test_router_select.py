@@ -99,7 +99,11 @@ def test_tokens_that_exceed_no_cap_keep_their_experts_and_others_lose_the_barred
     """
     layer, x = moe_blocks.build(name, grouped=grouped), inputs(1, 300)
     copy_rows(layer, GROUPS)
-    own, output = sets(heard(layer, x).chosen), np.array(layer.block(x))[0]
+    routing = heard(layer, x)
+    own, output = sets(routing.chosen), np.array(layer.block(x))[0]
+    for group in GROUPS:
+        scores = routing.scores[:, mx.array(group.members)]
+        assert (scores == scores[:, :1]).all().item()
     select_tie_safe(layer, GROUPS)
     safe, changed = sets(heard(layer, x).chosen), np.array(layer.block(x))[0]
     exceeded = np.isin(own, [3, 6]).any(axis=1)

@@ -217,8 +217,13 @@ def select_tie_safe(layer: MoeLayer, groups: Sequence[Group]) -> None:
     if computes_rows_alike(layer, groups):
         tie_safe = replace(tie_safe, shared=None)
     if not tie_safe.changes_nothing:
-        replaced = {"argpartition": _argpartition(layer.count, tie_safe)}
-        _rewire(selector, _rewired(layer, replaced, compiled=True))
+        select_through(layer, tie_safe)
+
+
+def select_through(layer: MoeLayer, tie_safe: TieSafe) -> None:
+    """Let the scores of `layer` go through `tie_safe` before it selects from them."""
+    replaced = {"argpartition": _argpartition(layer.count, tie_safe)}
+    _rewire(layer.selector, _rewired(layer, replaced, compiled=True))
 
 
 _TIE_SAFE = "_tie_safe"
