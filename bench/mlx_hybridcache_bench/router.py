@@ -14,6 +14,7 @@ from rich.console import Console
 
 from mlx_hybridcache import PromptError
 from mlx_hybridcache.demo import BUNDLED_MODEL
+from mlx_hybridcache.router import Patch
 from mlx_hybridcache.router.arms import CANONICALIZED, ORIGINAL, RANDOM
 from mlx_hybridcache.router.measure import NOISE
 from mlx_hybridcache.router.tables import sentences, tables
@@ -21,7 +22,7 @@ from mlx_hybridcache.router.verdict import MOST, percent
 
 from .comparison import Spread
 from .machine import machine, one_line
-from .router_models import Said, Size, Tried, cloned, try_cloned, try_model, try_specialised
+from .router_models import Said, Size, Tried, cloned, look, try_cloned, try_model, try_specialised
 from .router_plot import plot_tried
 from .router_servers import CLIENTS, SHARED, UNIQUE, WITH, WITHOUT, Load, Served, launches, serve
 from .scenarios import Material
@@ -127,11 +128,12 @@ def _measure(
         return
     with _equivalent(args.model, name) as (path, groups):
         if groups is not None:
-            tried = try_cloned(path, groups, size, said)
-            result.tried.append(tried)
+            tried = try_cloned(path, groups, size, said) if CLONED in parts else None
+            result.tried += [tried] if tried else []
         if SERVERS in parts:
-            tried = tried or try_model(name, args.model, size, said)
-            result.served = _serve(str(path), tried, load, said)
+            said("servers: calibrating")
+            found = tried.discovery if tried else look(str(path), size)
+            result.served = _serve(str(path), found.patch, load, said)
 
 
 @contextmanager
@@ -144,13 +146,13 @@ def _equivalent(model: str, name: str) -> Iterator[tuple[Any, Any]]:
         yield model, None
 
 
-def _serve(model: str, tried: Tried, load: Load, said: Said) -> Served:
+def _serve(model: str, patch: Patch, load: Load, said: Said) -> Served:
     longest = max(2 * load.prompt, load.texts * load.text)
     material = Material(tokenizer_of(model), longest + 1_000)
     with tempfile.TemporaryDirectory(prefix="bench-router-") as directory:
-        patch = Path(directory) / "patch.json"
-        tried.discovery.patch.save(patch)
-        return serve(launches(model, patch), material, load, said)
+        file = Path(directory) / "patch.json"
+        patch.save(file)
+        return serve(launches(model, file), material, load, said)
 
 
 def figures(seeds: Sequence[Tried], tried: Sequence[Tried], served: Served | None) -> list[Figure]:

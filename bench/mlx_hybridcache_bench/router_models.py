@@ -118,6 +118,12 @@ def try_model(name: str, path: str, size: Size, said: Said, method: Any = "outpu
     return _tried(name, model, rows, texts, size, said, method)
 
 
+def look(path: str, size: Size) -> Discovery:
+    """What discovery finds in a model, and nothing more."""
+    model, tokenizer = models.load(path)
+    return discover(model, calibration_tokens(tokenizer, rows=size.rows, row_tokens=size.tokens))
+
+
 def _tried(
     name: str, model: Any, rows: Any, texts: Any, size: Size, said: Said, method: Any = "outputs"
 ) -> Tried:
