@@ -3,7 +3,7 @@
 import json
 import math
 from contextlib import nullcontext
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,15 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from mlx_hybridcache_bench.cloned import clone_experts
 from mlx_hybridcache_bench.router_models import changed_logits
 from mlx_hybridcache_bench.specialised import held_out_texts, specialised
 
-from mlx_hybridcache import RouterError
+from mlx_hybridcache import RouterError, canonicalize_command
+from mlx_hybridcache.demo import BUNDLED_MODEL
 from mlx_hybridcache.router import (
+    CARD_FILE,
+    REPORT_FILE,
     Group,
     Patch,
     applied,
@@ -357,3 +361,31 @@ def test_figures_are_told_as_tables_sentences_and_markdown() -> None:
     assert sentences(found)[-1] == f"Verdict: {found.verdict.sentence}"
     assert found.verdict.sentence in markdown(found)
     assert json.loads(json.dumps(found.as_json()))["helps"] is False
+
+
+def test_canonicalize_measures_on_request(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The verdict is printed, and stands on the card and in the report."""
+    short = partial(trial, pairs={}, draws=1, rounder=False, reply_tokens=1)
+    monkeypatch.setattr(canonicalize_command, "trial", short)
+    clone_experts(BUNDLED_MODEL, tmp_path / "cloned", unlike=1e-4, seed=0)
+    asked = ["--model", str(tmp_path / "cloned"), "--tokens", "1024", "--measure", "--texts", "2"]
+    assert canonicalize_command.main([*asked, "--output", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    told = json.loads((tmp_path / "out" / REPORT_FILE).read_text(encoding="utf-8"))["measured"]
+    assert told["texts"] == 2
+    assert told["groups"] > 16
+    assert f"Verdict: {told['verdict']}" in said
+    assert told["verdict"] in (tmp_path / "out" / CARD_FILE).read_text(encoding="utf-8")
+    assert abs(told["arms"][CANONICALIZED]["change"]["mean"]) < 0.001
+    assert told["arms"][RANDOM]["change"]["mean"] > 0.1
+
+
+def test_too_little_text_is_told_before_anything_is_measured(tmp_path: Path) -> None:
+    """Calibration would take it all."""
+    text = tmp_path / "text.txt"
+    text.write_text(bundled.text(600), encoding="utf-8")
+    asked = ["--model", str(BUNDLED_MODEL), "--calibration", str(text), "--tokens", "512"]
+    with pytest.raises(RouterError, match="texts of its own"):
+        canonicalize_command.main([*asked, "--measure"])
