@@ -15,6 +15,7 @@ import pytest
 from mlx_hybridcache_bench.cloned import clone_experts
 from mlx_hybridcache_bench.router_models import changed_logits
 from mlx_hybridcache_bench.specialised import held_out_texts, specialised
+from planted import exact, flipped_signs, noise, plant, random_model, random_rows, scaled
 
 from mlx_hybridcache import RouterError, canonicalize_command
 from mlx_hybridcache.demo import BUNDLED_MODEL
@@ -136,7 +137,7 @@ NOISE = "noise 0.001"
 
 
 @cache
-def planted() -> tuple[Any, Patch]:
+def specialised_patch() -> tuple[Any, Patch]:
     """The specialised model and the patch of its own truth."""
     made = specialised(0)
     groups = {
@@ -151,7 +152,7 @@ def tried() -> Trial:
     """Its trial, with noise of a thousandth of the logits' spread and one other pair."""
     pairs = {pair: PAIRS[pair] for pair in ("other slices", NOISE)}
     texts = held_out_texts(TEXTS, TOKENS, seed=1)
-    return trial(*planted(), texts, pairs=pairs, reply_tokens=2)
+    return trial(*specialised_patch(), texts, pairs=pairs, reply_tokens=2)
 
 
 def test_flips_inside_groups_fall_to_zero() -> None:
@@ -182,9 +183,29 @@ def test_perplexity_stays_and_the_control_can_tell() -> None:
     assert arms[ORIGINAL].change.mean == arms[ORIGINAL].divergence == 0
 
 
+def test_copies_of_every_kind_stop_flipping() -> None:
+    """64 random experts, six of them copies: exact, noisy by 1e-4 to 1e-2, sign-flipped, scaled."""
+    model = random_model(64, top_k=4)
+    changes = [exact, noise(1e-4), noise(1e-3), noise(1e-2), flipped_signs, scaled]
+    copies = {10 + i: (20 + i, change) for i, change in enumerate(changes)}
+    for layer in moe_layers(model):
+        plant(layer, copies, row_noise=1e-6)
+    groups = [Group((copy, source), source, 2) for copy, (source, _) in copies.items()]
+    named = {layer.name: groups for layer in moe_layers(model)}
+    patch = make_patch(model, named, method="planted")
+    pairs = {NOISE: PAIRS[NOISE]}
+    found = trial(model, patch, random_rows(4, 64), pairs=pairs, draws=1, reply_tokens=1)
+    for pair in (NOISE, QUANTIZED):
+        assert found.readings.seen[pair][CANONICALIZED].flips.inside == 0
+    assert found.readings.seen[NOISE][ORIGINAL].flips.inside > 10
+    arm = found.readings.arms[CANONICALIZED]
+    assert arm.flips.outside <= 2
+    assert abs(arm.change.mean) < 0.001
+
+
 def test_the_model_is_left_as_it_was() -> None:
     """The same bits before and after a trial, selecting as mlx-lm does."""
-    model, _ = planted()
+    model, _ = specialised_patch()
     tokens = mx.array(held_out_texts(1, 48, seed=2))
     before = specialised(0).model(tokens)
     tried()
@@ -219,7 +240,7 @@ def test_equal_rows_are_looked_at_and_ties_are_counted() -> None:
 
 def test_unequal_scores_of_equal_rows_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """A device that computes equal rows unequally: here, one whose rows are not equal."""
-    model, patch = planted()
+    model, patch = specialised_patch()
     monkeypatch.setattr(Switched, "by", lambda *_, **__: nullcontext())
     found = ties(Switched(model), patch, held_out_texts(2, 16, seed=3))
     assert found.unequal > found.compared / 2
@@ -227,7 +248,7 @@ def test_unequal_scores_of_equal_rows_would_be_seen(monkeypatch: pytest.MonkeyPa
 
 def test_noise_depends_on_the_slice_and_on_nothing_else() -> None:
     """Read twice alike: the same bits. In other slices or beside others: other choices."""
-    model, _ = planted()
+    model, _ = specialised_patch()
     layers, texts = moe_layers(model), held_out_texts(2, 40, seed=4)
     noisy = Way(noise=1e-2)
     first, again = (read(model, layers, texts, noisy, reply_tokens=2) for _ in range(2))
@@ -261,7 +282,7 @@ def test_fixed_slices_read_alone_and_alike() -> None:
 
 def test_a_quantized_copy_has_equal_rows_too() -> None:
     """Weights, scales and biases of the rows are copied, and its model is another one's to patch."""
-    model, patch = planted()
+    model, patch = specialised_patch()
     twin = quantized(model)
     assert isinstance(moe_layers(twin)[0].router, nn.QuantizedLinear)
     assert quantized(twin) is None
@@ -277,7 +298,7 @@ def test_a_quantized_copy_has_equal_rows_too() -> None:
 
 def test_a_trial_says_what_it_needs() -> None:
     """One text; texts of two lengths; a model that is patched; a text that calibration reads whole."""
-    model, patch = planted()
+    model, patch = specialised_patch()
     with pytest.raises(RouterError, match="at least two texts of one length; 1 were given"):
         trial(model, patch, held_out_texts(1, 8, seed=0))
     with pytest.raises(RouterError, match="one length"):
