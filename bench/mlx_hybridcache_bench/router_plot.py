@@ -10,6 +10,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # after the backend is chosen
+from matplotlib.ticker import MaxNLocator
 
 from .router_models import Tried
 
@@ -42,10 +43,14 @@ def _layers(axes: Any, tried: Tried) -> None:
     axes.plot(places, [len(layer.groups) for layer in found], "o", color="k", label="groups")
     null = [layer.null_members for layer in tried.discovery.layers]
     axes.plot(places, null, "_", color="C3", markersize=16, label="in groups, null model")
-    axes.set_xticks(places)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_ylim(
+        0, 1.4 * max(layer.experts for layer in found)
+    )  # the legend stands above the bars
     axes.set_xlabel("MoE layer")
     axes.set_title(tried.name, loc="left", fontsize="medium")
-    axes.legend(fontsize="x-small", loc="upper right")
+    axes.legend(fontsize="x-small", loc="upper right", ncols=2)
 
 
 def _flips(axes: Any, tried: Tried) -> None:
@@ -64,6 +69,7 @@ def _flips(axes: Any, tried: Tried) -> None:
         fontsize="x-small",
     )
     axes.set_ylabel("choices that change, %")
+    axes.set_ylim(0, max(1e-3, 1.35 * axes.get_ylim()[1]))
     axes.legend(
         fontsize="x-small", loc="upper left", title="dark: inside groups", title_fontsize="x-small"
     )
