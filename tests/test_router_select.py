@@ -90,6 +90,18 @@ def test_listening_changes_no_bit_and_hears_what_the_block_chose(name: str, grou
     assert mx.allclose(routing.logits, expected, atol=1e-4).item()
 
 
+def test_a_layer_has_one_listener_at_a_time() -> None:
+    """A second one is refused, hears nothing, and leaves the first in place."""
+    layer, x = moe_blocks.build("mixtral.MixtralSparseMoeBlock"), inputs()
+    first: list[Routing] = []
+    with listen([layer], first.append):
+        with pytest.raises(RouterError, match="listened to already"), listen([layer]):
+            pass
+        mx.eval(layer.block(x))
+    mx.eval(layer.block(x))
+    assert len(first) == 1
+
+
 @with_routing_groups
 def test_tokens_that_exceed_no_cap_keep_their_experts_and_others_lose_the_barred(
     name: str, grouped: bool
