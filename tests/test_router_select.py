@@ -260,9 +260,10 @@ def planted_patch(row_noise: float) -> tuple[Any, Patch]:
 
 
 def test_no_flip_inside_a_group_is_left_and_every_other_selection_stays() -> None:
-    """Noise of 1e-5 on the logits of the bundled model with copies in every layer. Before the patch it
-    swaps members of a group for 1,000 tokens or more; afterwards for none. Groups and other
-    experts are chosen as before, for every token in every layer.
+    """Noise of 1e-5 on the logits of the bundled model with copies in every layer.
+
+    Before the patch it swaps members of a group for some 500 of 4,096 choices, afterwards for none.
+    Groups and other experts are chosen as before, for every token in every layer.
     """
     model, patch = planted_patch(row_noise=1e-6)
     before, noisy_before = routings(model, rows()), routings(model, rows(), logits=noise(1e-5))
