@@ -255,6 +255,19 @@ def test_report_and_card_tell_what_was_done(tmp_path: Path) -> None:
     assert "| largest logit difference inside a group afterwards | 0 |" in card
 
 
+def test_links_are_followed_once(tmp_path: Path) -> None:
+    """As in the hub's cache, where files are links; and a folder that links to its own parent."""
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    for file in source("float32").iterdir():
+        (linked / file.name).symlink_to(file)
+    (linked / "loop").symlink_to(linked)
+    write_checkpoint(linked, tmp_path / "out", patch_of(source("float32")))
+    assert not any(file.is_symlink() for file in (tmp_path / "out").rglob("*"))
+    plain, copied = hashes(source("float32")), hashes(tmp_path / "out")
+    assert plain.keys() | {PATCH_FILE, REPORT_FILE, CARD_FILE} == copied.keys()
+
+
 # What cannot be written
 
 

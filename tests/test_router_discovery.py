@@ -6,11 +6,20 @@ from functools import cache
 from typing import Any
 
 import bundled
+import mlx.core as mx
 import planted
 import pytest
+import tiny
 
-from mlx_hybridcache.errors import SettingError
-from mlx_hybridcache.router import Discovery, Patch, calibration_tokens, discover, random_groups
+from mlx_hybridcache.errors import RouterError, SettingError
+from mlx_hybridcache.router import (
+    Discovery,
+    Patch,
+    calibration_tokens,
+    discover,
+    moe_layers,
+    random_groups,
+)
 
 PLANTED = {
     0: {2: (0, planted.exact), 5: (3, planted.noise(1e-4))},
@@ -110,6 +119,18 @@ def test_an_unknown_method_and_no_evidence_are_refused() -> None:
         found(method="hopes")
 
 
+def test_a_model_that_the_device_cannot_run_is_said() -> None:
+    """bfloat16 experts on MLX's CPU backend."""
+    if mx.default_device() != mx.cpu:
+        pytest.skip("a GPU runs them")
+    model = planted.random_model(8, layers=1)
+    model.set_dtype(mx.bfloat16)
+    with pytest.raises(RouterError, match="cannot be run on this device"):
+        discover(model, planted.random_rows(2, 16))
+    plain = {type(layer.block).__mro__[0].__name__ for layer in moe_layers(model)}
+    assert plain == {"Qwen3MoeSparseMoeBlock"}
+
+
 def test_cost_is_linear_in_layers_and_in_experts_and_pairs_are_quadratic() -> None:
     """Counted, not timed: runs of one expert on one token, and pairs of fingerprints."""
     rows = planted.random_rows(8, 128)
@@ -135,6 +156,15 @@ def test_memory_does_not_grow_with_layers() -> None:
         return max(layer.peak_bytes for layer in seen.layers)
 
     assert peak(6) < 1.1 * peak(2)
+
+
+def test_no_group_reaches_from_one_routing_group_into_another() -> None:
+    """DeepSeek V3 with experts 0 to 3 in two routing groups: 1 is found to be 0, 2 is not though it is."""
+    model = tiny.fresh("deepseek_v3")
+    (layer,) = moe_layers(model)
+    layer.selector.n_group = 2
+    planted.plant(layer, {1: (0, planted.exact), 2: (0, planted.exact)})
+    assert members(discover(model, planted.random_rows(8, 64)).patch) == [[(0, 1)]]
 
 
 def test_random_groups_have_the_same_sizes_and_caps() -> None:

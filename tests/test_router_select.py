@@ -90,6 +90,18 @@ def test_listening_changes_no_bit_and_hears_what_the_block_chose(name: str, grou
     assert mx.allclose(routing.logits, expected, atol=1e-4).item()
 
 
+def test_a_layer_has_one_listener_at_a_time() -> None:
+    """A second one is refused, hears nothing, and leaves the first in place."""
+    layer, x = moe_blocks.build("mixtral.MixtralSparseMoeBlock"), inputs()
+    first: list[Routing] = []
+    with listen([layer], first.append):
+        with pytest.raises(RouterError, match="listened to already"), listen([layer]):
+            pass
+        mx.eval(layer.block(x))
+    mx.eval(layer.block(x))
+    assert len(first) == 1
+
+
 @with_routing_groups
 def test_tokens_that_exceed_no_cap_keep_their_experts_and_others_lose_the_barred(
     name: str, grouped: bool
@@ -248,9 +260,10 @@ def planted_patch(row_noise: float) -> tuple[Any, Patch]:
 
 
 def test_no_flip_inside_a_group_is_left_and_every_other_selection_stays() -> None:
-    """Noise of 1e-5 on the logits of the bundled model with copies in every layer. Before the patch it
-    swaps members of a group for 1,000 tokens or more; afterwards for none. Groups and other
-    experts are chosen as before, for every token in every layer.
+    """Noise of 1e-5 on the logits of the bundled model with copies in every layer.
+
+    Before the patch it swaps members of a group for some 500 of 4,096 choices, afterwards for none.
+    Groups and other experts are chosen as before, for every token in every layer.
     """
     model, patch = planted_patch(row_noise=1e-6)
     before, noisy_before = routings(model, rows()), routings(model, rows(), logits=noise(1e-5))

@@ -143,8 +143,13 @@ def _same_bytes(
 
 def _files(source: Path) -> Iterator[Path]:
     """Every file of the model, relative to its directory; links are followed."""
-    for folder, folders, names in os.walk(source):
-        here = Path(folder).relative_to(source)
+    seen: set[Path] = set()
+    for folder, folders, names in os.walk(source, followlinks=True):
+        here, real = Path(folder).relative_to(source), Path(folder).resolve()
+        if real in seen:  # a link back to where we came from
+            folders.clear()
+            continue
+        seen.add(real)
         if here == Path():
             folders[:] = [name for name in folders if name not in LEFT_OUT]
         for name in names:

@@ -135,7 +135,7 @@ def discover(
     are held out and confirm. `threshold` is of the method's own kind. `on_layer` hears of each layer as
     it is done, and how many there are.
 
-    Raises `RouterError` as `moe_layers` does, `SettingError` for rows of different lengths or fewer
+    Raises `RouterError` as `moe_layers` does and for a model that this device cannot run, `SettingError` for rows of different lengths or fewer
     than two, for another method, and for `min_tokens` below 1.
     """
     if method not in ("outputs", "scores"):
@@ -156,7 +156,13 @@ def discover(
     )
     began = time.perf_counter()
     with listen(layers, examined.hear, block=examined.block):
-        model(batch)  # its logits stay lazy: each layer was evaluated as it was met
+        try:
+            model(batch)  # its logits stay lazy: each layer was evaluated as it was met
+        except (RuntimeError, ValueError) as error:  # MLX's own
+            raise RouterError(
+                f"The model cannot be run on this device, so its experts cannot be compared: {error} "
+                "(MLX's CPU backend runs experts in float32 or quantized only.)"
+            ) from error
     missing = [layer.name for layer in layers if layer.name not in examined.groups]
     if missing:
         raise RouterError(

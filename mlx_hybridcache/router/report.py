@@ -62,6 +62,9 @@ def planned(
     pairs, which is quadratic in experts, but a product of small matrices. Memory is what one layer
     holds beside the weights: hidden states, what a slice's experts give, fingerprints and their
     distances, and a block of the null model's experts.
+
+    Checked once, on two busy cores: from layers of 32 experts with 24,576 numbers each, one of 512 with
+    196,608 was planned at 31 s and 110 MB; it took 26 s and 82 MB.
     """
     shown = discovery.layers
     count = len(shown)

@@ -15,7 +15,6 @@ are not broken by index, scores are replaced by integers that are ordered so.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -27,6 +26,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from ..errors import RouterError
 from .experts import router_rows
 from .families import MoeLayer
 from .patch import Group
@@ -233,9 +233,6 @@ _TIE_SAFE = "_tie_safe"
 # Listening
 
 
-_listening = threading.Lock()
-
-
 @contextmanager
 def listen(
     layers: Sequence[MoeLayer],
@@ -249,18 +246,21 @@ def listen(
     `on_routing` gets every forward of every block, in order. `logits` takes a layer and its router's
     logits (..., E) and gives those to go on with: noise, or another precision. `block` stands in for
     a block's whole call: it takes the layer, the block's own call and its input (B, L, D), and gives the
-    output. Tie-safe selection stays as it was applied. Not for serving: one listener at a time, and
-    the model must not run on another thread meanwhile.
+    output. Tie-safe selection stays as it was applied. Not for serving: the model must not run on
+    another thread meanwhile. Raises `RouterError` for a layer that is listened to already.
     """
-    with _listening:
-        ears = [_Ear(layer, on_routing, logits, block) for layer in layers]
-        try:
-            for ear in ears:
-                ear.open()
-            yield
-        finally:
-            for ear in ears:
-                ear.close()
+    ears = [_Ear(layer, on_routing, logits, block) for layer in layers]
+    try:
+        for ear in ears:
+            ear.open()
+        yield
+    finally:
+        for ear in ears:
+            ear.close()
+
+
+_HEARD = "_heard"
+"""Marks a block that is listened to."""
 
 
 class _Ear:
@@ -277,7 +277,11 @@ class _Ear:
 
     def open(self) -> None:
         layer = self.layer
-        selector, router = layer.selector, layer.router
+        selector, router, block = layer.selector, layer.router, layer.block
+        if _HEARD in block.__dict__:
+            raise RouterError(f"{layer.name} is listened to already; one listener at a time.")
+        object.__setattr__(block, _HEARD, True)
+        self.undo.append(lambda: object.__delattr__(block, _HEARD))
         before = type(selector)
         self.undo.append(lambda: object.__setattr__(selector, "__class__", before))
         replaced: dict[str, Any] = {
@@ -294,11 +298,11 @@ class _Ear:
             for scoring in ("softmax", "sigmoid"):
                 replaced[scoring] = self._scoring(getattr(mx, scoring))
         call = _rewired(layer, replaced, compiled=False)
-        if selector is layer.block:
+        if selector is block:
             _rewire(selector, lambda own, x: self._call(lambda x: call(own, x), x))
             return
         _rewire(selector, call)
-        block, own = layer.block, _plain_class(layer.block).__call__
+        own = _plain_class(block).__call__
         self.undo.append(lambda: _rewire(block, None))
         _rewire(block, lambda module, x: self._call(lambda x: own(module, x), x))
 
