@@ -333,13 +333,14 @@ def figures_of(
     before: Flips = NONE,
     after: Flips = NONE,
     control: float = 0.2,
+    replies: int = 20,
 ) -> Readings:
     def arm(mean: float, width: float) -> Compared:
         around = Difference(mean, mean - width, mean + width, 1000, 20)
         return Compared(10.0, around, (mean,), 0.0, 1.0, 1.0, NO_FLIPS, 20)
 
     def pair(one: Flips, other: Flips) -> dict[str, Seen]:
-        return {ORIGINAL: Seen(one, 0, 12, 1.0), CANONICALIZED: Seen(other, 0, 20, 1.0)}
+        return {ORIGINAL: Seen(one, 0, 12, 1.0), CANONICALIZED: Seen(other, 0, replies, 1.0)}
 
     arms = {ORIGINAL: arm(0, 0), CANONICALIZED: arm(change, reach), RANDOM: arm(control, 0.1)}
     seen = {
@@ -354,6 +355,7 @@ def figures_of(
     [
         (figures_of(before=FLIPS, after=Flips(1000, 2, 0)), None, True, "It helps here: of 40"),
         (figures_of(before=FLIPS, after=Flips(1000, 30, 0)), None, False, "It helps little"),
+        (figures_of(before=FLIPS, after=NONE, replies=12), None, False, "but no reply: of 40"),
         (figures_of(), None, False, "0 of 1,000 choices change"),
         (figures_of(), None, False, "leave 9 of 90 changed choices"),
         (figures_of(before=Flips(1000, 9, 0)), None, False, "Exact mode is what helps"),

@@ -90,10 +90,18 @@ def _flips(readings: Readings) -> tuple[bool, str]:
         f"of {before.swapped:,} choices that change with the way in which a prompt is read "
         f"({before.inside:,} inside groups) {after.swapped:,} are left ({after.inside:,} inside groups)"
     )
-    replies = _replies(readings)
-    if gone >= LEAST:
-        return True, f"It helps here: {what}; {replies}. {same}"
-    return False, f"It helps little here: {what}; {replies}. Exact mode does more. {same}"
+    without, with_it = (
+        sum(each.replies for each in _seen(readings, arm, SERVING))
+        for arm in (ORIGINAL, CANONICALIZED)
+    )
+    total = readings.texts * len(_seen(readings, ORIGINAL, SERVING))
+    replies = f"{without} of {total} replies agreed without it, {with_it} do with it"
+    if gone < LEAST:
+        return False, f"It helps little here: {what}; {replies}. Exact mode does more. {same}"
+    if with_it <= without:
+        # Experts that are alike give alike: where that is so, which of them was chosen shows in no reply.
+        return False, f"It steadies the routing here, but no reply: {what}; {replies}. {same}"
+    return True, f"It helps here: {what}; {replies}. {same}"
 
 
 def _elsewhere(readings: Readings) -> str:
@@ -106,16 +114,6 @@ def _elsewhere(readings: Readings) -> str:
         f"On a device whose rounding moved router logits by {noisy[0].removeprefix(NOISE).strip()} of their "
         f"spread it would leave {after.swapped:,} of {before.swapped:,} changed choices. "
     )
-
-
-def _replies(readings: Readings) -> str:
-    """How many replies agree, before and after."""
-    total = readings.texts * sum(pair in readings.seen for pair in SERVING)
-    agree = [
-        sum(each.replies for each in _seen(readings, arm, SERVING))
-        for arm in (ORIGINAL, CANONICALIZED)
-    ]
-    return f"{agree[0]} of {total} replies agreed without it, {agree[1]} do with it"
 
 
 def _together(readings: Readings, arm: str, pairs: tuple[str, ...] | list[str]) -> Flips:
