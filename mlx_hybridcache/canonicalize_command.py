@@ -78,6 +78,11 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         help="try the patch on texts that calibration did not read, beside three other arms, and judge it",
     )
     add("--texts", type=int, default=TEXTS, help="to measure on, 2 at least (%(default)s)")
+    add(
+        "--no-quantized-copy",
+        action="store_true",
+        help="measure without the copy with 8-bit weights, which takes half of a bfloat16 model's memory again",
+    )
     add("--seed", type=int, default=0, help="of projections and the null model (%(default)s)")
     return parser
 
@@ -108,7 +113,7 @@ def _canonicalize(options: argparse.Namespace) -> int:
     extra: dict[str, Any] = {"model": options.model}
     card = ""
     if texts:
-        tried = _tried(console, model, found, texts)
+        tried = _tried(console, model, found, texts, rounder=not options.no_quantized_copy)
         extra["measured"], card = tried.as_json(), markdown(tried)
     if found.patch.groups:
         changed = apply(model, found.patch, tie_safe=False)
@@ -142,7 +147,9 @@ def _canonicalize(options: argparse.Namespace) -> int:
     return 0
 
 
-def _tried(console: Console, model: Any, found: Discovery, texts: list[list[int]]) -> Trial:
+def _tried(
+    console: Console, model: Any, found: Discovery, texts: list[list[int]], *, rounder: bool
+) -> Trial:
     """The trial, its figures shown; `model` is left as it was."""
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task("texts", total=len(texts))
@@ -151,6 +158,7 @@ def _tried(console: Console, model: Any, found: Discovery, texts: list[list[int]
             found.patch,
             texts,
             coverages=(found.coverage, found.null_coverage),
+            rounder=rounder,
             on_text=lambda done, total: progress.update(bar, completed=done),
         )
     for title, columns, rows in tables(tried):

@@ -390,10 +390,11 @@ def test_canonicalize_measures_on_request(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The verdict is printed, and stands on the card and in the report."""
-    short = partial(trial, pairs={}, draws=1, rounder=False, reply_tokens=1)
+    short = partial(trial, pairs={}, draws=1, reply_tokens=1)
     monkeypatch.setattr(canonicalize_command, "trial", short)
     clone_experts(BUNDLED_MODEL, tmp_path / "cloned", unlike=1e-4, seed=0)
     asked = ["--model", str(tmp_path / "cloned"), "--tokens", "1024", "--measure", "--texts", "2"]
+    asked += ["--no-quantized-copy"]
     assert canonicalize_command.main([*asked, "--output", str(tmp_path / "out")]) == 0
     said = capsys.readouterr().out
     told = json.loads((tmp_path / "out" / REPORT_FILE).read_text(encoding="utf-8"))["measured"]
