@@ -102,8 +102,6 @@ class HybridPromptCache:
             )
         if tokenizer is not None and not isinstance(tokenizer, TokenizerWrapper):
             tokenizer = TokenizerWrapper(tokenizer)
-        if router is not None:
-            apply(model, choose_patch(model, tokenizer, router))
         models.evaluate(model)
         layout = Layout.of(model, prefill_step_size, swa_full=swa_full)
         every = -(-checkpoint_every // prefill_step_size) * prefill_step_size
@@ -119,6 +117,8 @@ class HybridPromptCache:
         _check_budget(layout, store)
         if disk_budget is not None and cache_dir is None:
             raise SettingError("disk_budget needs a cache_dir to hold.")
+        if router is not None:
+            apply(model, choose_patch(model, tokenizer, router))
         load = Load()
         device = (str(mx.default_device()), version("mlx"), prefill_step_size)
         self.engine = Engine(

@@ -11,6 +11,7 @@ import numpy as np
 import tiny
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models import qwen3_moe
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from mlx_hybridcache.demo import BUNDLED_MODEL
 from mlx_hybridcache.router import MoeLayer, moe_layers
@@ -85,6 +86,22 @@ def plant(layer: MoeLayer, copies: Copies, *, row_noise: float = 1e-3) -> None:
     for name, module in projections.items():
         module.weight = mx.array(arrays[name])
     layer.router.weight = mx.array(rows)
+
+
+def clone(layer: MoeLayer, copies: Mapping[int, int]) -> None:
+    """Make experts exact copies of others, with all their tensors and router rows, whatever the family."""
+    for module in layer.experts.modules():
+        if isinstance(module, SwitchLinear | QuantizedSwitchLinear):
+            for array in module.values():
+                if isinstance(array, mx.array):
+                    _copy_rows(array, copies)
+    for array in layer.tensors().values():
+        _copy_rows(array, copies)
+
+
+def _copy_rows(array: mx.array, copies: Mapping[int, int]) -> None:
+    for copy, source in copies.items():
+        array[copy] = array[source]
 
 
 def bundled(copies: Mapping[int, Copies] | None = None) -> Any:

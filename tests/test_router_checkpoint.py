@@ -197,8 +197,10 @@ def test_a_patch_at_load_gives_the_checkpoint_s_logits_bit_for_bit(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_rows_are_equal_after_loading_by_safetensors_itself(kind: str, tmp_path: Path) -> None:
-    """Not by our reader nor MLX's: numbers of members are the representative's."""
+def test_rows_are_equal_after_loading_by_safetensors_and_by_mlx_lm(
+    kind: str, tmp_path: Path
+) -> None:
+    """By readers that are not ours: rows of members are the representative's."""
     origin = source(kind, sharded=True)
     patch = patch_of(origin)
     write_checkpoint(origin, tmp_path / "out", patch)
@@ -214,6 +216,9 @@ def test_rows_are_equal_after_loading_by_safetensors_itself(kind: str, tmp_path:
                 assert (rows[4] == rows[1]).all()
                 loaded += 1
     assert loaded == len(names)
+    for layer in moe_layers(load(tmp_path / "out"))[1:]:
+        weight = layer.router.weight
+        assert mx.array_equal(weight[0], weight[2]).item()
 
 
 def test_patching_twice_changes_nothing(tmp_path: Path) -> None:

@@ -7,6 +7,9 @@ from typing import Any
 
 import bundled
 import mlx.core as mx
+import mlx.nn as nn
+import moe_blocks
+import numpy as np
 import planted
 import pytest
 import tiny
@@ -20,6 +23,7 @@ from mlx_hybridcache.router import (
     moe_layers,
     random_groups,
 )
+from mlx_hybridcache.router.experts import LayerBank, NullBank
 
 PLANTED = {
     0: {2: (0, planted.exact), 5: (3, planted.noise(1e-4))},
@@ -73,6 +77,56 @@ def test_copies_among_64_random_experts_are_found_and_nothing_else() -> None:
     seen = discover(model, planted.random_rows(16, 128))
     assert members(seen.patch) == [[(4, 9, 30, 63), (22, 50)]] * 2
     assert seen.null_coverage == 0
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "qwen3_next",
+        "qwen3_5_moe",
+        "qwen3_moe",
+        "jamba",
+        "granitemoehybrid",
+        "gpt_oss",
+        "deepseek_v3",
+    ],
+)
+def test_copies_are_found_in_every_family(name: str) -> None:
+    """Shared experts, biases, correction biases, hybrid layers: expert 3 is 1, in each MoE layer."""
+    model = tiny.fresh(name)
+    for layer in moe_layers(model):
+        planted.clone(layer, {3: 1})
+    seen = discover(model, planted.random_rows(8, 64), min_tokens=1)
+    assert members(seen.patch) == [[(1, 3)]] * len(seen.layers)
+    assert seen.null_coverage == 0
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_copies_are_found_among_quantized_experts(bits: int) -> None:
+    """The bundled model with copies, at 4 and 8 bits, routers too; the null model's are quantized alike."""
+    model = planted.bundled()
+    for layer in moe_layers(model):
+        planted.clone(layer, {2: 0, 5: 3})
+    nn.quantize(model, 64, bits, class_predicate=lambda _, m: hasattr(m, "to_quantized"))
+    seen = discover(model, bundled_rows(), min_tokens=1)
+    assert members(seen.patch) == [[(0, 2), (3, 5)]] * 4
+    assert seen.null_coverage == 0
+
+
+@pytest.mark.parametrize("name", moe_blocks.NAMES)
+def test_a_null_model_s_experts_are_of_the_layer_s_own_size_and_alike_in_nothing(name: str) -> None:
+    """16 random experts of every family: outputs of the same shape and size, no two near each other."""
+    layer = moe_blocks.build(name)
+    x = mx.random.normal((40, moe_blocks.HIDDEN), key=mx.random.key(2))
+    own = np.array(LayerBank(layer).outputs(x, range(16)))
+    null = np.array(NullBank(layer, 0).outputs(x, range(16)))
+    assert null.shape == own.shape
+    assert 0.3 < null.std() / own.std() < 3
+    assert (NullBank(layer, 0).outputs(x, [11, 2]) == mx.array(null[:, [11, 2]])).all().item()
+    flat = null.swapaxes(0, 1).reshape(16, -1)
+    flat = flat - flat.mean(axis=0)
+    near = np.corrcoef(flat) - np.eye(16)
+    assert np.abs(near).max() < 0.5
 
 
 def test_nothing_is_found_in_an_untouched_random_model() -> None:

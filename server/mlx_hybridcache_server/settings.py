@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from mlx_lm.generate import DEFAULT_QUANTIZED_KV_START
@@ -14,6 +15,7 @@ from mlx_lm.generate import DEFAULT_QUANTIZED_KV_START
 from mlx_hybridcache import HybridCacheError
 from mlx_hybridcache.demo import BUNDLED_MODEL
 from mlx_hybridcache.errors import SettingError
+from mlx_hybridcache.router import AUTO
 from mlx_hybridcache.sizes import parse_bytes
 
 API_KEY_VARIABLE = "MLX_HYBRIDCACHE_API_KEY"
@@ -206,6 +208,11 @@ def read_settings(parser: argparse.ArgumentParser, argv: list[str] | None) -> Se
         raise SettingError("--adapter-path needs the --model that it was trained for.")
     if args.cache_disk_bytes is not None and args.cache_dir is None:
         raise SettingError("--cache-disk-bytes needs the --cache-dir that it bounds.")
+    router = args.canonicalize_router
+    if router not in (None, AUTO) and not Path(router).expanduser().is_file():
+        raise SettingError(
+            f"--canonicalize-router {router}: there is no such file. Name a router patch, or auto."
+        )
     own_names = {
         "api_key": args.api_key or os.environ.get(API_KEY_VARIABLE) or None,
         "model": args.model or str(BUNDLED_MODEL),
