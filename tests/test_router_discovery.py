@@ -222,6 +222,25 @@ def test_cost_is_linear_in_layers_and_in_experts_and_pairs_are_quadratic() -> No
     assert work(32, 2) == (4 * runs, 2 * 32 * 31 // 2)
 
 
+def test_the_worst_case_is_quadratic_in_experts() -> None:
+    """All experts copies of one: four times as many experts, at most 16 times the runs."""
+    rows = planted.random_rows(8, 128)
+
+    def runs(experts: int) -> int:
+        model = planted.random_model(experts, layers=1)
+        (layer,) = moe_layers(model)
+        copies = dict.fromkeys(range(1, experts), (0, planted.exact))
+        planted.plant(layer, copies, row_noise=1.0)
+        seen = discover(model, rows, min_tokens=1)
+        (found,) = seen.layers
+        assert (found.groups, found.members) == (1, experts - found.unseen)
+        assert found.unseen <= 1  # the source itself, whose row is the smallest
+        return found.expert_tokens
+
+    few = runs(8)
+    assert 4 * few < runs(32) <= 16 * few
+
+
 def test_memory_does_not_grow_with_layers() -> None:
     """Six layers take what two take, within a tenth: nothing of a layer outlives it."""
     rows = planted.random_rows(8, 128)
