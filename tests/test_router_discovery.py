@@ -13,11 +13,13 @@ import numpy as np
 import planted
 import pytest
 import tiny
+from mlx_lm.models.switch_layers import SwitchGLU
 
 from mlx_hybridcache.errors import RouterError, SettingError
 from mlx_hybridcache.router import (
     Discovery,
     Patch,
+    apply,
     calibration_tokens,
     discover,
     moe_layers,
@@ -101,16 +103,35 @@ def test_copies_are_found_in_every_family(name: str) -> None:
     assert seen.null_coverage == 0
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_copies_are_found_among_quantized_experts(bits: int) -> None:
-    """The bundled model with copies, at 4 and 8 bits, routers too; the null model's are quantized alike."""
+@pytest.mark.parametrize(
+    ("group_size", "bits", "mode"),
+    [(64, 4, "affine"), (64, 8, "affine"), (32, 4, "mxfp4"), (32, 8, "mxfp8"), (16, 4, "nvfp4")],
+)
+def test_copies_are_found_among_quantized_experts(group_size: int, bits: int, mode: str) -> None:
+    """The bundled model with copies, routers quantized too; the null model's experts are as well."""
     model = planted.bundled()
     for layer in moe_layers(model):
         planted.clone(layer, {2: 0, 5: 3})
-    nn.quantize(model, 64, bits, class_predicate=lambda _, m: hasattr(m, "to_quantized"))
+    nn.quantize(
+        model, group_size, bits, mode=mode, class_predicate=lambda _, m: hasattr(m, "to_quantized")
+    )
     seen = discover(model, bundled_rows(), min_tokens=1)
     assert members(seen.patch) == [[(0, 2), (3, 5)]] * 4
     assert seen.null_coverage == 0
+    assert apply(model, seen.patch) == 0
+
+
+def test_a_null_model_knows_weights_with_a_scale_of_their_own() -> None:
+    """nvfp4 with a scale for each expert, which only a GPU runs; its null experts run anywhere."""
+    layer = moe_blocks.build("mixtral.MixtralSparseMoeBlock")
+    experts = SwitchGLU(32, 64, 16)
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        experts[name] = experts[name].to_quantized(16, 4, mode="nvfp4", global_scale=True)
+    layer.block.switch_mlp = experts
+    outputs = NullBank(layer, 0).outputs(mx.random.normal((8, 32)), range(16))
+    assert outputs.shape == (8, 16, 32)
+    assert 0 < mx.abs(outputs).max().item() < 100
+    assert experts.up_proj.global_scale is not None
 
 
 @pytest.mark.parametrize("name", moe_blocks.NAMES)
@@ -199,6 +220,25 @@ def test_cost_is_linear_in_layers_and_in_experts_and_pairs_are_quadratic() -> No
     runs, pairs = work(8, 2)
     assert work(8, 6) == (3 * runs, 3 * pairs)
     assert work(32, 2) == (4 * runs, 2 * 32 * 31 // 2)
+
+
+def test_the_worst_case_is_quadratic_in_experts() -> None:
+    """All experts copies of one: four times as many experts, at most 16 times the runs."""
+    rows = planted.random_rows(8, 128)
+
+    def runs(experts: int) -> int:
+        model = planted.random_model(experts, layers=1)
+        (layer,) = moe_layers(model)
+        copies = dict.fromkeys(range(1, experts), (0, planted.exact))
+        planted.plant(layer, copies, row_noise=1.0)
+        seen = discover(model, rows, min_tokens=1)
+        (found,) = seen.layers
+        assert (found.groups, found.members) == (1, experts - found.unseen)
+        assert found.unseen <= 1  # the source itself, whose row is the smallest
+        return found.expert_tokens
+
+    few = runs(8)
+    assert 4 * few < runs(32) <= 16 * few
 
 
 def test_memory_does_not_grow_with_layers() -> None:

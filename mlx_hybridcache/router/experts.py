@@ -123,7 +123,7 @@ def _redrawn(module: Any, count: int, key: Callable[[], mx.array]) -> Any:
             dict.__setitem__(made, name, _redrawn(child, count, key))
     if isinstance(module, SwitchLinear | QuantizedSwitchLinear):
         for name, array in _random_weights(module, count, key).items():
-            dict.__setitem__(made, name, array)
+            setattr(made, name, array)
     return made
 
 
@@ -143,9 +143,14 @@ def _random_weights(
         drawn["weight"] = (noise * mx.std(weight.astype(mx.float32))).astype(weight.dtype)
         return drawn
     how = {"group_size": module.group_size, "bits": module.bits, "mode": module.mode}
-    plain = mx.dequantize(weight, sample["scales"], sample.get("biases"), **how)
-    noise = mx.random.normal((count, *plain.shape[1:]), key=key())
+    if module.get("global_scale") is None:
+        plain = mx.dequantize(weight, sample["scales"], sample.get("biases"), **how)
+        size, shape = mx.std(plain.astype(mx.float32)), plain.shape[1:]
+    else:  # what is packed says little about the size then; directions are what is compared
+        size, shape = mx.array(module.input_dims**-0.5), (module.output_dims, module.input_dims)
+        drawn["global_scale"] = None
+    noise = mx.random.normal((count, *shape), key=key()) * size
     dtype = sample["scales"].dtype if module.mode == "affine" else mx.float32
-    quantized = mx.quantize((noise * mx.std(plain.astype(mx.float32))).astype(dtype), **how)
+    quantized = mx.quantize(noise.astype(dtype), **how)
     drawn |= dict(zip(("weight", "scales", "biases"), (*quantized, None)[:3], strict=True))
     return drawn

@@ -122,8 +122,8 @@ def computes_rows_alike(layer: MoeLayer, groups: Sequence[Group]) -> bool:
     """Whether on this device the group's equal rows give equal logits, in batches of several shapes."""
     router = layer.router
     is_linear = isinstance(router, nn.Linear | nn.QuantizedLinear)
-    is_quantized = isinstance(router, nn.QuantizedLinear)
-    dtype = router.scales.dtype if is_quantized else router.weight.dtype
+    held = router.get("scales", router.weight).dtype
+    dtype = held if held in _FLOATS else mx.bfloat16  # scales of the fp4 and fp8 modes are bytes
     width = router_rows(layer).shape[1]
     members = mx.array(np.array([m for group in groups for m in group.members], np.uint32))
     firsts = mx.array(np.array([g.members[0] for g in groups for _ in g.members], np.uint32))
