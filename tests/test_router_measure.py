@@ -413,3 +413,18 @@ def test_too_little_text_is_told_before_anything_is_measured(tmp_path: Path) -> 
     asked = ["--model", str(BUNDLED_MODEL), "--calibration", str(text), "--tokens", "512"]
     with pytest.raises(RouterError, match="texts of its own"):
         canonicalize_command.main([*asked, "--measure"])
+
+
+def test_a_quantized_model_is_tried_as_it_is() -> None:
+    """Rows equal with their scales and biases: scores equal, no flip inside groups; no copy is made of it."""
+    model, patch = specialised_patch()
+    twin = quantized(model)
+    pairs = {NOISE: PAIRS[NOISE]}
+    found = trial(twin, regrouped(twin, patch), held_out_texts(4, 48, seed=5), pairs=pairs, draws=1)
+    assert not found.has_rounder
+    assert found.ties.compared > 0
+    assert found.readings.seen[NOISE][ORIGINAL].flips.inside > 0
+    assert found.readings.seen[NOISE][CANONICALIZED].flips.inside == 0
+    assert any("Not measured: 8-bit weights" in sentence for sentence in sentences(found))
+    if mx.default_device().type == mx.cpu:
+        assert found.ties.are_equal
