@@ -12,7 +12,11 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # after the backend is chosen
 from matplotlib.ticker import MaxNLocator
 
+from mlx_hybridcache.router.arms import CANONICALIZED, FIXED, ORIGINAL, RANDOM
+
 from .router_models import Tried
+
+COLOURS = {ORIGINAL: "C0", CANONICALIZED: "C1", RANDOM: "C2", FIXED: "C3"}
 
 
 def plot_tried(path: Path, tried: Sequence[Tried]) -> None:
@@ -61,8 +65,8 @@ def _flips(axes: Any, tried: Tried) -> None:
         flips = [by_arm[arm].flips for by_arm in readings.seen.values()]
         inside = [100 * each.inside / each.chosen for each in flips]
         outside = [100 * each.outside / each.chosen for each in flips]
-        axes.bar(places, inside, width, color=f"C{index}", label=arm)
-        axes.bar(places, outside, width, bottom=inside, color=f"C{index}", alpha=0.4)
+        axes.bar(places, inside, width, color=COLOURS[arm], label=arm)
+        axes.bar(places, outside, width, bottom=inside, color=COLOURS[arm], alpha=0.4)
     axes.set_xticks(
         [at + width * (len(readings.arms) - 1) / 2 for at in range(len(readings.seen))],
         list(readings.seen),
