@@ -9,6 +9,7 @@ from .errors import (
     ModelError,
     NotStoredError,
     PromptError,
+    RouterError,
     SettingError,
 )
 from .report import CacheReport, Reason
@@ -30,6 +31,7 @@ __all__ = [
     "PromptError",
     "Ready",
     "Reason",
+    "RouterError",
     "SettingError",
     "StoreStats",
 ]

@@ -33,6 +33,7 @@ from .outline import Outline
 from .pressure import Pressure, default_reserve
 from .report import CacheReport
 from .request import Generation, HeldClaim, Progress, Ready, Request
+from .router import Patch, applied, apply, choose_patch
 from .schedule import Grid
 from .sizes import format_bytes, parse_bytes
 from .store import Store, StoreStats
@@ -78,9 +79,12 @@ class HybridPromptCache:
     most `disk_budget` bytes of them, for other processes and later runs. `max_conversations` bounds how many
     conversations are stored, where every branch of one, such as a regenerated reply, counts;
     `max_checkpoints` how many checkpoints lie on the way to any position. `cache_salt` separates
-    those who must not share; every call can name its own.
+    those who must not share; every call can name its own. `router` is a patch, the path of one, or
+    "auto": experts that compute the same get one router row in `model` itself, and it selects by groups
+    from then on.
 
-    Raises `BudgetError` when the budget is smaller than one checkpoint with its rows.
+    Raises `BudgetError` when the budget is smaller than one checkpoint with its rows, `RouterError`
+    for a patch that was made for another model.
     """
 
     def __init__(
@@ -99,6 +103,7 @@ class HybridPromptCache:
         max_checkpoints: int | None = None,
         cache_dir: str | Path | None = None,
         disk_budget: int | str | None = None,
+        router: Patch | str | Path | None = None,
         cache_salt: str = "",
     ):
         if prefill_step_size < 1 or checkpoint_every < 1 or checkpoint_min_step < 1:
@@ -122,6 +127,8 @@ class HybridPromptCache:
         _check_budget(layout, store)
         if disk_budget is not None and cache_dir is None:
             raise SettingError("disk_budget needs a cache_dir to hold.")
+        if router is not None:
+            apply(model, choose_patch(model, tokenizer, router))
         load = Load()
         device = (str(mx.default_device()), version("mlx"), prefill_step_size)
         self.engine = Engine(
@@ -135,6 +142,8 @@ class HybridPromptCache:
                 model=models.fingerprint(model),
                 swa_full=swa_full,
                 exact=device if exact else False,
+                # The rows are in the fingerprint, how they are selected from is not.
+                **({} if (selection := applied(model)) is None else {"router": selection}),
             ),
             exact=exact,
             load=load,

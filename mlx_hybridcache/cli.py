@@ -1,4 +1,4 @@
-"""The command line: `mlx-hybridcache serve | demo | verify | plan | cache | bench`."""
+"""The command line: `mlx-hybridcache serve | demo | verify | plan | canonicalize | cache | bench`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. 0: done; 1: a comparison did not hold; 2: the request could not be served."""
     parser = _parser()
     options, rest = parser.parse_known_args(argv)
-    if rest and options.command not in ("bench", "cache", "plan", "serve"):
+    if rest and options.command not in ("bench", "cache", "canonicalize", "plan", "serve"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         return int(options.run(options, rest))
@@ -54,6 +54,13 @@ def _parser() -> argparse.ArgumentParser:
         "plan", help="memory for a model, by its config.json alone", add_help=False
     )
     plan.set_defaults(run=_plan)
+
+    canonicalize = commands.add_parser(
+        "canonicalize",
+        help="find experts that are one and give them one router row; `canonicalize -h` lists how",
+        add_help=False,
+    )
+    canonicalize.set_defaults(run=_canonicalize)
 
     cache = commands.add_parser(
         "cache",
@@ -175,6 +182,15 @@ def _plan(options: argparse.Namespace, rest: list[str]) -> int:
     from .plan_command import main as plan
 
     return plan(rest)
+
+
+def _canonicalize(options: argparse.Namespace, rest: list[str]) -> int:
+    from .canonicalize_command import main as canonicalize
+
+    try:
+        return canonicalize(rest)
+    except KeyboardInterrupt:
+        return 130
 
 
 def _cache(options: argparse.Namespace, rest: list[str]) -> int:

@@ -33,5 +33,9 @@ class ModelError(HybridCacheError):
     """A model or tokenizer could not be loaded from where it was said to be."""
 
 
+class RouterError(HybridCacheError):
+    """A router cannot be canonicalized: no experts, an unknown block, another model, a place to write to."""
+
+
 class ClosedError(HybridCacheError, RuntimeError):
     """The cache was closed before the call."""

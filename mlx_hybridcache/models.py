@@ -14,6 +14,7 @@ import mlx.core as mx
 import mlx_lm
 import numpy as np
 from mlx.utils import tree_flatten
+from mlx_lm.utils import hf_repo_to_path
 
 from .errors import ModelError
 
@@ -48,18 +49,19 @@ def _flat(tree: Any) -> list[tuple[str, Any]]:
     return list(tree_flatten(tree))  # type: ignore[arg-type]  # its other result needs an argument
 
 
-def fingerprint(model: Any) -> str:
+def fingerprint(model: Any, without: frozenset[str] = frozenset()) -> str:
     """A digest of the parameters in memory: names, shapes, dtypes, and for each a sample and two sums.
 
     So a re-trained model in the same folder, an adapter and a quantization all differ, down to a
     single number, and it does not matter where the weights were loaded from. Hashing every byte would
     take a minute for 80 GB; the sums are taken where the weights live. What the model's configuration
-    says counts too: it is not all in the weights.
+    says counts too: it is not all in the weights. Of parameters named in `without` only that they are
+    there counts.
     """
     digest = hashlib.blake2b(repr(getattr(model, "args", "")).encode(), digest_size=16)
     for name, array in sorted(_flat(model.parameters())):
         digest.update(f"{name} {array.shape} {array.dtype};".encode())
-        if array.size:
+        if array.size and name not in without:
             digest.update(_sample(array).tobytes())
             digest.update(_sums(array).tobytes())
     return digest.hexdigest()
@@ -171,6 +173,11 @@ def local_directory(path_or_repo: str) -> Path | None:
             "*.safetensors and a tokenizer, or a repository as owner/name."
         )
     return None
+
+
+def directory(path_or_repo: str) -> Path:
+    """Where the files of a loaded model lie: the directory itself, or the hub's copy on this machine."""
+    return local_directory(path_or_repo) or Path(hf_repo_to_path(path_or_repo))
 
 
 def _check_directory(path: Path) -> None:

@@ -17,7 +17,7 @@ LIBRARY = "mlx_hybridcache"
 ORDER = [
     {"cli", "server", "__main__"},
     {"demo"},
-    {"verify", "cache_command", "plan_command"},
+    {"verify", "cache_command", "canonicalize_command", "plan_command"},
     {"__init__"},
     {"cache"},
     {"plan"},

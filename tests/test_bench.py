@@ -31,7 +31,7 @@ def overhead(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_overhead_writes_the_documented_keys(overhead: dict[str, Any]) -> None:
     """bench/README.md lists them; programs that read the file rely on them."""
     assert set(overhead) == {"command", "machine", "figures", "parts"}
-    assert set(overhead["parts"]) == {"cold", "matching", "full-size", "slices"}
+    assert set(overhead["parts"]) == {"cold", "matching", "full-size", "slices", "router"}
     assert {"date", "cores", "memory_bytes", "device", "mlx", "mlx_lm"} <= set(overhead["machine"])
     assert {"name", "value", "unit", "target", "counted", "kept"} == set(overhead["figures"][0])
     assert {"ratio", "ratio_min", "ratio_max", "cpu_ratio"} <= set(

@@ -57,6 +57,16 @@ def test_the_disk_and_the_systems_memory_have_sizes_of_their_own():
     assert settings("--record-trace", "day.jsonl").record_trace == "day.jsonl"
 
 
+def test_a_router_patch_must_be_there_before_a_model_is_loaded(tmp_path):
+    """A file, or auto; a name that is no file is refused at once."""
+    (tmp_path / "patch.json").write_text("{}")
+    for named in ("auto", str(tmp_path / "patch.json")):
+        assert settings("--canonicalize-router", named).canonicalize_router == named
+    assert settings().canonicalize_router is None
+    with pytest.raises(SettingError, match="no such file"):
+        settings("--canonicalize-router", str(tmp_path / "nowhere.json"))
+
+
 def test_llama_cpp_names_mean_the_librarys_settings():
     """--ctx-checkpoints 3 --checkpoint-every-n-tokens 4096."""
     found = settings(

@@ -10,7 +10,7 @@ from typing import Any
 from mlx_hybridcache.demo import BUNDLED_MODEL
 from mlx_hybridcache.demo.run import wide_console
 
-from . import decode, disk, kills, load, overhead, page, policies, project, server, traces
+from . import decode, disk, kills, load, overhead, page, policies, project, router, server, traces
 from .ttft import command as ttft
 
 COMMANDS = {
@@ -22,6 +22,7 @@ COMMANDS = {
     "load": (load, "many clients at once beside mlx_lm.server"),
     "kills": (kills, "what a cache directory loses by kill -9 and power cuts: nothing"),
     "page": (page, "what the live page costs the server and the browser"),
+    "router": (router, "what canonicalizing a router does, and whether it helps here"),
     "traces": (traces, "write generated traces for `policies`"),
     "policies": (policies, "tokens replayed by policy and budget, on traces"),
     "project": (project, "the times to expect of a machine whose cold speed is known"),

@@ -14,6 +14,7 @@ from .cold import measure_cold
 from .full_size import measure_full_size
 from .machine import machine, one_line
 from .matching import measure_matching
+from .selection import measure_selection
 from .slices import measure_slices
 from .standin import SHAPES
 from .tables import Figure, show_figures, write_json
@@ -96,9 +97,14 @@ def _slices(args: argparse.Namespace) -> Part:
     return measure_slices(tokens=args.slice_tokens, step=args.step)
 
 
+def _selection(args: argparse.Namespace) -> Part:
+    return measure_selection(args.model, pairs=50 * args.pairs)
+
+
 PARTS: dict[str, Callable[[argparse.Namespace], Part]] = {
     "cold": _cold,
     "matching": _matching,
     "full-size": _full_size,
     "slices": _slices,
+    "router": _selection,
 }

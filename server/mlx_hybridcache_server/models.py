@@ -15,6 +15,7 @@ from huggingface_hub import CacheNotFound, scan_cache_dir
 
 from mlx_hybridcache import HybridPromptCache, models
 from mlx_hybridcache.errors import SettingError
+from mlx_hybridcache.router import AUTO, Patch, choose_patch
 
 from .adapter import can_speculate, token_bytes
 from .chat import Renderer
@@ -85,6 +86,7 @@ def load(settings: Settings, name: str, adapter: str | None = None) -> Loaded:
     cache = HybridPromptCache(
         model,
         tokenizer,
+        router=_router(settings, model, tokenizer, name, is_default=is_default),
         # With the cache off the budget bounds running requests only.
         memory_budget=settings.memory_budget or None,
         exact=settings.exact,
@@ -115,6 +117,16 @@ def load(settings: Settings, name: str, adapter: str | None = None) -> Loaded:
         token_names=TokenNames(token_bytes(tokenizer)),
         draft=draft,
     )
+
+
+def _router(
+    settings: Settings, model: Any, tokenizer: Any, name: str, *, is_default: bool
+) -> Patch | None:
+    """The router patch for this model. A file is for the model of `--model` only."""
+    wanted = settings.canonicalize_router
+    if wanted is None or (wanted != AUTO and not is_default):
+        return None
+    return choose_patch(model, tokenizer, wanted, models.directory(name))
 
 
 def _load_draft(settings: Settings, model: Any, tokenizer: Any) -> Any:

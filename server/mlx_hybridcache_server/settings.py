@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from mlx_lm.generate import DEFAULT_QUANTIZED_KV_START
@@ -14,6 +15,7 @@ from mlx_lm.generate import DEFAULT_QUANTIZED_KV_START
 from mlx_hybridcache import HybridCacheError
 from mlx_hybridcache.demo import BUNDLED_MODEL
 from mlx_hybridcache.errors import SettingError
+from mlx_hybridcache.router import AUTO
 from mlx_hybridcache.sizes import parse_bytes
 
 API_KEY_VARIABLE = "MLX_HYBRIDCACHE_API_KEY"
@@ -66,6 +68,7 @@ class Settings:
     checkpoint_min_step: int = 512
     max_checkpoints: int | None = None
     swa_full: bool = False
+    canonicalize_router: str | None = None
 
     @property
     def uses_cache(self) -> bool:
@@ -174,6 +177,11 @@ def _add_own_flags(parser: argparse.ArgumentParser) -> None:
     own("--memory-reserve", type=_size, help="of the system's memory to leave free, as 1GB")
     own("--cache-dir", help="directory that keeps the cache across restarts")
     own("--cache-disk-bytes", type=_size, help="for that directory, as 100GB")
+    own(
+        "--canonicalize-router",
+        metavar="FILE|auto",
+        help="one router row for experts that are one: a patch, or what lies with the model or is found",
+    )
     own("--show-prompts", action="store_true", help="let /v1/cache/recent and the page show text")
     own("--record-trace", metavar="FILE", help="record requests, hashed, for bench policies")
     own("--allow-model-switching", action="store_true", help="load what a request names")
@@ -200,6 +208,11 @@ def read_settings(parser: argparse.ArgumentParser, argv: list[str] | None) -> Se
         raise SettingError("--adapter-path needs the --model that it was trained for.")
     if args.cache_disk_bytes is not None and args.cache_dir is None:
         raise SettingError("--cache-disk-bytes needs the --cache-dir that it bounds.")
+    router = args.canonicalize_router
+    if router not in (None, AUTO) and not Path(router).expanduser().is_file():
+        raise SettingError(
+            f"--canonicalize-router {router}: there is no such file. Name a router patch, or auto."
+        )
     own_names = {
         "api_key": args.api_key or os.environ.get(API_KEY_VARIABLE) or None,
         "model": args.model or str(BUNDLED_MODEL),

@@ -1,0 +1,105 @@
+"""What selecting by groups of experts costs when decoding, beside the same model selecting as ever."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.models.cache import make_prompt_cache
+from rich.console import Console
+
+from mlx_hybridcache import models
+from mlx_hybridcache.router import moe_layers
+from mlx_hybridcache.router.select import TieSafe, select_through
+
+from .paired import Paired, measure
+from .tables import Figure, show
+
+PROMPT = 64
+"""Tokens read before decoding; a reply that grows would cost both ways the same."""
+
+TOKENS_PER_CALL = 4
+
+LARGEST_SHARE = 0.02
+
+CASES = {"a cap in every layer": False, "a cap, and equal rows computed unequally": True}
+"""Whether scores are also shared in groups. Groups within their caps add nothing at all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Each case's measurement: `a` selects as mlx-lm does, `b` with what groups add."""
+
+    layers: int
+    cases: dict[str, Paired]
+
+    def figures(self) -> list[Figure]:
+        """Share of a decoded token that the selection adds, wall clock, the median of the pairs."""
+        return [
+            Figure(
+                f"decoding, {name}", paired.ratio - 1, "of a token", LARGEST_SHARE, counted=False
+            )
+            for name, paired in self.cases.items()
+        ]
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "moe_layers": self.layers,
+            "cases": {name: paired.as_json() for name, paired in self.cases.items()},
+        }
+
+    def show(self, console: Console) -> None:
+        """A row a case."""
+        rows = [
+            (
+                name,
+                f"{paired.a_seconds / TOKENS_PER_CALL * 1e3:.3f}",
+                f"{paired.b_seconds / TOKENS_PER_CALL * 1e3:.3f}",
+                f"{paired.ratio - 1:+.2%}",
+                f"{paired.cpu_ratio - 1:+.2%}",
+            )
+            for name, paired in self.cases.items()
+        ]
+        title = f"Decoding one token with {self.layers} MoE layers selecting by groups"
+        columns = ("case", "mlx-lm ms", "groups ms", "wall clock", "processor time")
+        show(console, title, columns, rows)
+
+
+def measure_selection(path: str, *, pairs: int) -> Selection:
+    """Decode with the model at `path`, in turns with and without what selecting by groups adds.
+
+    The operations are those of a patched layer, with groups of one: both ways choose the same experts.
+    Otherwise the time of other experts, cached or not, would be counted too.
+    """
+    plain = models.load(path)[0]
+    found = {}
+    for name, shares in CASES.items():
+        by_groups = models.load(path)[0]
+        for layer in moe_layers(by_groups):
+            select_through(layer, _idle(layer.count, shares=shares))
+        found[name] = measure(_decoding(plain), _decoding(by_groups), pairs=pairs, warm_up=20)
+    return Selection(len(moe_layers(plain)), found)
+
+
+def _idle(experts: int, *, shares: bool) -> TieSafe:
+    nobody = {dtype: (mx.zeros(experts, dtype),) * 2 for dtype in (mx.float32, mx.bfloat16)}
+    own = mx.arange(experts, dtype=mx.uint32) if shares else None
+    mx.eval([*nobody.values()], own)
+    return TieSafe(experts, own, nobody, None)
+
+
+def _decoding(model: Any) -> Callable[[], object]:
+    """A call that decodes the next few tokens of one reply, greedily."""
+    caches = make_prompt_cache(model)
+    token = model(mx.array([[*range(5, 5 + PROMPT)]]), cache=caches)[:, -1:].argmax(axis=-1)
+    state = [token]
+
+    def decode() -> None:
+        for _ in range(TOKENS_PER_CALL):
+            state[0] = model(state[0], cache=caches)[:, -1:].argmax(axis=-1)
+            mx.eval(state[0])
+
+    return decode

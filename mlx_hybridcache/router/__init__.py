@@ -1,0 +1,56 @@
+"""Router canonicalization: find experts that are one, give them one router row, select without ties.
+
+tokens = calibration_tokens(tokenizer)               # or from a file of your own
+found = discover(model, tokens)                      # groups of experts, and a null model's beside
+apply(model, found.patch)                            # in memory, tie-safe
+write_checkpoint(source, output, found.patch, found) # or as a directory for any mlx-lm
+
+with listen(moe_layers(model), print):               # what every router does, a `Routing` a forward
+    model(mx.array([tokens[0]]))
+"""
+
+from .calibration import calibration_tokens
+from .checkpoint import (
+    CARD_FILE,
+    PATCH_FILE,
+    REPORT_FILE,
+    Written,
+    check_output,
+    write_checkpoint,
+)
+from .choice import AUTO, choose_patch
+from .discovery import Discovery, LayerFindings, discover, random_groups
+from .families import FAMILIES, Family, MoeLayer, moe_layers
+from .memory import applied, apply, largest_difference, make_patch
+from .patch import Group, LayerPatch, Patch, RouterTensor
+from .select import Routing, listen
+
+__all__ = [
+    "AUTO",
+    "CARD_FILE",
+    "FAMILIES",
+    "PATCH_FILE",
+    "REPORT_FILE",
+    "Discovery",
+    "Family",
+    "Group",
+    "LayerFindings",
+    "LayerPatch",
+    "MoeLayer",
+    "Patch",
+    "RouterTensor",
+    "Routing",
+    "Written",
+    "applied",
+    "apply",
+    "calibration_tokens",
+    "check_output",
+    "choose_patch",
+    "discover",
+    "largest_difference",
+    "listen",
+    "make_patch",
+    "moe_layers",
+    "random_groups",
+    "write_checkpoint",
+]
