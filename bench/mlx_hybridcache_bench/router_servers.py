@@ -146,9 +146,9 @@ def _run(target: Target, material: Material, prefix: str, cache: str, load: Load
         cache,
         run,
         seconds,
-        sum(reply.completion_tokens for reply in replies) / seconds,
-        sum(reply.prompt_tokens for reply in replies),
-        sum(reply.cached_tokens for reply in replies),
+        sum(reply.completion_tokens or 0 for reply in replies) / seconds,
+        sum(reply.prompt_tokens or 0 for reply in replies),
+        sum(reply.cached_tokens or 0 for reply in replies),
     )
 
 
@@ -163,7 +163,7 @@ def _determined(target: Target, material: Material, load: Load) -> Determined:
         branched, exact = ask(text, cached=True), ask(text, cached=True)
         cold += first.same_as(second)
         hot += first.same_as(branched) and first.same_as(exact)
-        cached += branched.cached_tokens + exact.cached_tokens
+        cached += (branched.cached_tokens or 0) + (exact.cached_tokens or 0)
     return Determined(target.name, load.texts, cold, hot, cached)
 
 
