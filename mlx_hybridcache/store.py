@@ -184,7 +184,7 @@ class Store:
         self._utility = utility
         self._trees: dict[Namespace, PrefixTree] = {}
         self._lenders: list[Lender] = []
-        self.on_owned: Callable[[], None] = lambda: None  # rows are the store's own now
+        self.on_owned: Callable[[], None] = lambda: None  # nothing new is borrowed any more
         self.clock = 0
         self._evictions = 0
         self._refusals = 0
@@ -445,6 +445,12 @@ class Store:
         """
         if lender in self._lenders:
             self._lenders.remove(lender)
+        try:
+            self._take_over(lender, claim)
+        finally:
+            self.on_owned()
+
+    def _take_over(self, lender: Lender, claim: Claim) -> None:
         owed = self._debts(lender)
         if owed and not lender.is_standing:  # it was never restored
             self._give_up(owed)
@@ -480,7 +486,6 @@ class Store:
             raise
         self.rows_bytes -= made
         self._pay(owed, owned)
-        self.on_owned()
 
     def _give_up(self, owed: Sequence[Debt]) -> None:
         tokens = _tokens_in(owed)

@@ -93,6 +93,11 @@ class Tally:
         }
         self.most = sum(self.files.values())
 
+    def forget_unfinished(self) -> None:
+        """A thread that a dropped cache left behind may still have been writing when it was counted."""
+        for name in [name for name in self.files if name.endswith(".partial")]:
+            self.weigh(name)
+
     def take_most(self) -> int:
         """The most that there was since it was last asked."""
         most, self.most = self.most, sum(self.files.values())

@@ -424,6 +424,7 @@ class CacheMachine(RuleBasedStateMachine):
         segments = self.cache._worker.call(self.disk.catalogue.segments)
         needed = {each.name: each.file_nbytes for each in segments}
         found = {bounds.name_of(path): path.stat().st_size for path in bounds.files_of(self.root)}
+        self.tally.forget_unfinished()
         assert found == self.tally.files
         assert found.keys() - self.obstacles.keys() <= needed.keys()
         wrong = {name for name, _ in found.items() ^ needed.items()}
