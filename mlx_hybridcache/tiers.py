@@ -499,7 +499,8 @@ class DiskTier:
         for segment in gone:
             self.catalogue.forget(segment)
         self.load(entries)
-        if gone:  # what memory has of them is due again
+        if gone or self._taken:  # what memory has of them is due again, perhaps to a directory made anew
+            self._taken.clear()
             self._unwritten |= dict(self.store.restoring())
         self.write()
         self.publish(time.time())
