@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -59,6 +60,7 @@ class Tally:
 
     def __init__(self, directory: Directory):
         self.folder = directory.root / SEGMENTS
+        self.lock = threading.Lock()  # the disk thread weighs what it writes while others recount
         self.files: dict[str, int] = {}
         self.most = 0
         self.recount()
@@ -79,19 +81,21 @@ class Tally:
     def weigh(self, name: str) -> None:
         """Look at one file."""
         path = self.folder / name
-        self.files.pop(name, None)
-        if path.is_file():
-            self.files[name] = path.stat().st_size
-        self.most = max(self.most, sum(self.files.values()))
+        with self.lock:
+            self.files.pop(name, None)
+            if path.is_file():
+                self.files[name] = path.stat().st_size
+            self.most = max(self.most, sum(self.files.values()))
 
     def recount(self) -> None:
         """Look at all of them, unfinished ones too."""
-        self.files = {
-            name_of(path): path.stat().st_size
-            for path in self.folder.glob("??/*.safetensors*")
-            if path.is_file()
-        }
-        self.most = sum(self.files.values())
+        with self.lock:
+            self.files = {
+                name_of(path): path.stat().st_size
+                for path in self.folder.glob("??/*.safetensors*")
+                if path.is_file()
+            }
+            self.most = sum(self.files.values())
 
     def forget_unfinished(self) -> None:
         """A thread that a dropped cache left behind may still have been writing when it was counted."""
