@@ -30,6 +30,7 @@ class Eviction:
     needs_checkpoints: bool
     clock: int
     utility: Utility
+    interior: float
     _ranked: list[tuple[float, int, Node]] | None = field(default=None, init=False)
     _order: Iterator[int] = field(default_factory=itertools.count, init=False)
 
@@ -137,6 +138,7 @@ class Eviction:
             idle_ticks=self.clock - node.last_passed,
             returns=node.returns,
             goes_on=node in self.kept and not node.children,
+            interior=self.interior,
         )
 
     def dead_with(self, node: Node) -> Iterator[Node]:

@@ -8,10 +8,10 @@ time since it was last confirmed:
 * prompts come back to the end of a conversation, where repeats and next turns land;
 * further back, the less often the further from the end (sparse prefix caching, arXiv 2605.05219), so that
   a path ends up densely covered near its end and sparsely further back, and keeps its early anchors
-  (llama.cpp issue 25023);
+  (llama.cpp issue 25023); how often is learnt from where the prompts so far have parted ways (`Partings`);
 * where prompts have parted ways before, as behind a system prompt, they will again.
 
-Nothing here depends on the kind of workload; `mlx-hybridcache bench policies` measures it on eight.
+Nothing here is told the kind of workload; `mlx-hybridcache bench policies` measures it on eight.
 """
 
 from __future__ import annotations
@@ -25,9 +25,40 @@ NEAR_TOKENS = 64
 resumes. Checkpoints that near replace each other, so that the gap between them decides."""
 
 INTERIOR = 0.03
-"""Resuming further back, for each factor of e in distance from the end, in resuming at the end. On the
-generated traces 0.005 to 0.1 replay within 2 % of each other on the whole: less favours live ends (chats),
-more favours early anchors (agents that go back, shared system prompts)."""
+"""Resuming further back, for each factor of e in distance from the end, in resuming at the end: what is
+supposed before anything is known."""
+
+SUPPOSED = 10.0
+"""As many requests as that supposition weighs."""
+
+FADING = 0.98
+"""What a request weighs, when the next one has come, of what it weighed."""
+
+FACTORS = 5.0
+"""Factors of e between the distances that count: 64 tokens to about 10,000."""
+
+
+@dataclass(slots=True)
+class Partings:
+    """Where prompts have parted ways with what was stored: of so many `requests`, so many `inside`.
+
+    Both fade. Chats with reasoning come back to the end; labelling tasks and documents never do.
+    (Sparse prefix caching, arXiv 2605.05219, places by the distribution of overlap depths.)
+    """
+
+    requests: float = 0.0
+    inside: float = 0.0
+
+    def saw(self, *, is_inside: bool) -> None:
+        """One more request was matched."""
+        self.requests = FADING * self.requests + 1
+        self.inside = FADING * self.inside + is_inside
+
+    @property
+    def interior(self) -> float:
+        """Resuming further back, for each factor of e in distance, as it seems from what was seen."""
+        supposed = INTERIOR * FACTORS * SUPPOSED
+        return (supposed + self.inside) / (SUPPOSED + self.requests) / FACTORS
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +70,8 @@ class Candidate:
     end of its conversations, `freed_bytes` what its removal frees, rows included that nothing else
     needs. `age_ticks` have passed since it was taken or restored, `idle_ticks` since a request last
     read or wrote behind it. `returns` counts the prompts that parted ways here with what was stored.
-    `goes_on` is true while a running request is about to read on from it.
+    `goes_on` is true while a running request is about to read on from it. `interior` is how likely
+    resuming further back is (`Partings.interior`).
     """
 
     gap_tokens: int
@@ -50,6 +82,7 @@ class Candidate:
     idle_ticks: int
     returns: int
     goes_on: bool = False
+    interior: float = INTERIOR
 
 
 def likelihood(candidate: Candidate) -> float:
@@ -62,7 +95,7 @@ def likelihood(candidate: Candidate) -> float:
         below = to_end = candidate.gap_tokens
     # The integral of 1 / distance from the end, over the stretch that this checkpoint serves.
     far = to_end + NEAR_TOKENS
-    share = min(1.0, INTERIOR * math.log(far / (far - below)))
+    share = min(1.0, candidate.interior * math.log(far / (far - below)))
     return seen + share / (1 + candidate.idle_ticks)
 
 

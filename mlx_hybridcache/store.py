@@ -22,7 +22,7 @@ from .errors import BudgetError, NotStoredError, SettingError
 from .eviction import Eviction, Utility, crowded, pinned_nodes
 from .layers.rows import RowBlock
 from .outline import Outline, outlined
-from .policy import NEAR_TOKENS, Candidate, utility
+from .policy import NEAR_TOKENS, Candidate, Partings, utility
 from .tokens import Namespace, Tokens
 from .tree import Held, Match, Node, PrefixTree, Rows
 
@@ -186,6 +186,7 @@ class Store:
         self._lenders: list[Lender] = []
         self.on_owned: Callable[[], None] = lambda: None  # nothing new is borrowed any more
         self.clock = 0
+        self.partings = Partings()
         self._evictions = 0
         self._refusals = 0
         self._ghosts: OrderedDict[tuple[Namespace, int, bytes], None] = OrderedDict()
@@ -346,6 +347,7 @@ class Store:
                         age_ticks=0,
                         idle_ticks=0,
                         returns=int(cut <= match.matched),
+                        interior=self.partings.interior,
                     )
                 )
                 for up, cut, down in zip(
@@ -544,6 +546,8 @@ class Store:
 
     def use(self, found: Found) -> None:
         """Refresh the recency of what was restored, and of nothing else."""
+        last, matched = found.nodes()[-1], found.match.matched
+        self.partings.saw(is_inside=last.goes_beyond(matched + NEAR_TOKENS))
         nodes = found.match.path[-1:] if found.node is None else (found.node,)
         for node in nodes:
             node.last_used = self.clock
@@ -765,7 +769,10 @@ class Store:
     def _eviction(self, keep: Iterable[Node] = (), spare: Node | None = None) -> Eviction:
         trees = self._trees.values()
         keep = frozenset(keep)
-        return Eviction(trees, keep, spare, self.needs_checkpoints, self.clock, self._utility)
+        interior = self.partings.interior
+        return Eviction(
+            trees, keep, spare, self.needs_checkpoints, self.clock, self._utility, interior
+        )
 
     def _is_full(self, match: Match, position: int) -> bool:
         """Whether some path has no room for a checkpoint at `position`, and none that may go."""

@@ -3,7 +3,14 @@
 from dataclasses import replace
 from itertools import pairwise
 
-from mlx_hybridcache.policy import NEAR_TOKENS, Candidate, least_useful, likelihood
+from mlx_hybridcache.policy import (
+    INTERIOR,
+    NEAR_TOKENS,
+    Candidate,
+    Partings,
+    least_useful,
+    likelihood,
+)
 
 SOME = Candidate(
     gap_tokens=500,
@@ -96,3 +103,20 @@ def test_a_thinned_path_is_dense_near_its_end_and_sparse_further_back():
     assert gaps[0] >= 4 * gaps[-1]
     assert all(later <= 1.5 * earlier for earlier, later in pairwise(gaps))
     assert length - kept[-1] == 2048
+
+
+def test_how_far_back_prompts_part_is_learnt():
+    """Nothing known: what is supposed. Thirty that part inside, then thirty that come back to the end."""
+    partings = Partings()
+    assert partings.interior == INTERIOR
+    for _ in range(30):
+        partings.saw(is_inside=True)
+    learnt = partings.interior
+    assert learnt > 4 * INTERIOR
+    assert goes_first(replace(SOME, interior=INTERIOR), replace(SOME, interior=learnt))
+    for _ in range(30):
+        partings.saw(is_inside=False)
+    assert INTERIOR < partings.interior < learnt / 1.5
+    for _ in range(300):
+        partings.saw(is_inside=False)
+    assert partings.interior < INTERIOR

@@ -548,3 +548,18 @@ def test_limits_hold_whatever_comes(needs_checkpoints):
         with suppress(BudgetError, NotStoredError):
             (store.pin if chance.random() < 0.3 else store.unpin)(N, as_tokens(whole))
     assert store.stats().evictions > 100
+
+
+def test_the_store_learns_where_prompts_part():
+    """Requests that go on behind what is stored, then some that part 100 tokens before its end."""
+    store = Store(1_000_000, needs_checkpoints=True)
+    tokens = list(range(300))
+    for end in (150, 300):
+        save(store, tokens[:end])
+    supposed = store.partings.interior
+    for _ in range(5):
+        store.use(store.find(N, as_tokens([*tokens, 1, 2])))
+    assert store.partings.interior < supposed
+    for _ in range(10):
+        store.use(store.find(N, as_tokens([*tokens[:200], 1, 2])))
+    assert store.partings.interior > supposed

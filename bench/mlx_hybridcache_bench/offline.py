@@ -7,6 +7,9 @@ policy of any budget replays less.
 at exactly those, at any token, and lets go of whatever saves fewest tokens per byte and per request that
 it has to wait. Rows that a running request holds are held once, as ours are. To choose the best set is a hard
 problem, so this is a strong heuristic and no proven bound.
+
+Without `knows_order` it still knows which prefixes will be asked for, how deep and how often, but not when. What
+lies between the two is what only a look at the clock of the future can save.
 """
 
 from __future__ import annotations
@@ -37,12 +40,19 @@ class Clairvoyant:
     """A set of prefixes, each the first `_ends[i]` tokens of request `_owners[i]` and its reply."""
 
     def __init__(
-        self, trace: Sequence[Asked], overlaps: Overlaps, shape: Shape, budget_bytes: int
+        self,
+        trace: Sequence[Asked],
+        overlaps: Overlaps,
+        shape: Shape,
+        budget_bytes: int,
+        *,
+        knows_order: bool = True,
     ) -> None:
         self.trace = trace
         self.overlaps = overlaps
         self.shape = shape
         self.budget_bytes = budget_bytes
+        self.knows_order = knows_order
         self._limits = np.array([len(asked.tokens) - 1 for asked in trace])
         self._owners: list[int] = []
         self._ends: Numbers = np.zeros(0, dtype=np.int64)
@@ -104,7 +114,7 @@ class Clairvoyant:
     def _least_useful(self, now: int) -> tuple[int, int]:
         """What saves fewest tokens per byte and per request waited, and the bytes that frees."""
         ends = np.where(self._serves[:, now + 1 :], self._ends[:, None], 0)
-        waits = np.arange(1, ends.shape[1] + 1)
+        waits = np.arange(1, ends.shape[1] + 1) if self.knows_order else np.ones(ends.shape[1])
         size = len(self._owners)
         alone = self._common.max(axis=1, initial=0)
         freed = (self._ends - alone) * self.shape.row_bytes + self.shape.checkpoint_bytes

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,8 +27,9 @@ from .traces import Asked, read_trace, summary
 from .workloads import WORKLOADS, workload
 
 OURS, LRU, GRID, MLX_LM, LLAMA_CPP = "ours", "lru", "grid-8192", "mlx_lm.server", "llama.cpp"
-OFFLINE = "clairvoyant"
+OFFLINE, UNORDERED = "clairvoyant", "what, not when"
 BASELINES = (LRU, GRID, MLX_LM, LLAMA_CPP)
+ONLINE = (OURS, *BASELINES)
 BUDGETS = ("1GB", "2GB", "4GB", "8GB", "16GB")
 BOUNDED = ("agents", "chats")
 TARGET_OFFLINE = 1.25
@@ -52,6 +54,7 @@ POLICIES: dict[str, Policy] = {
     MLX_LM: MlxLm,
     LLAMA_CPP: LlamaCpp,
     OFFLINE: Clairvoyant,
+    UNORDERED: partial(Clairvoyant, knows_order=False),
 }
 
 
@@ -192,8 +195,7 @@ def show_outcome(console: Console, outcome: Outcome) -> None:
     for name, counts in outcome.replayed.items():
         marks = [
             ""
-            if name == OFFLINE
-            or count > min(o[at] for p, o in outcome.replayed.items() if p != OFFLINE)
+            if name not in ONLINE or count > min(outcome.replayed[each][at] for each in ONLINE)
             else "*"
             for at, count in enumerate(counts)
         ]
