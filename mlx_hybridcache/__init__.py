@@ -1,5 +1,6 @@
 """A prompt cache for hybrid language models on MLX: restore the nearest checkpoint, replay the rest."""
 
+from .budget import StoreStats
 from .cache import HybridPromptCache
 from .errors import (
     BudgetError,
@@ -14,7 +15,6 @@ from .errors import (
 )
 from .report import CacheReport, Reason
 from .request import Generation, Ready
-from .store import StoreStats
 from .tiers import DiskStats
 
 __all__ = [

@@ -18,6 +18,7 @@ from mlx_lm.generate import GenerationResponse, wired_limit
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from . import models
+from .budget import StoreStats
 from .engine import Engine
 from .errors import (
     BudgetError,
@@ -36,7 +37,7 @@ from .request import Generation, HeldClaim, Progress, Ready, Request
 from .router import Patch, applied, apply, choose_patch
 from .schedule import Grid
 from .sizes import format_bytes, parse_bytes
-from .store import Store, StoreStats
+from .store import Store
 from .tiers import DiskStats, DiskTier, Lent
 from .tokens import Namespace, Tokens, learn_turn_marks, prompt_tokens, settings_digest
 from .worker import Load, Pause, Worker

@@ -16,19 +16,23 @@ import numpy as np
 from mlx_lm.generate import GenerationResponse, stream_generate
 
 from . import checkpoint as checkpoints
+from .account import divergence, report, uncached_report
+from .budget import Claim, StoreStats
 from .errors import BudgetError, NotStoredError, PinnedError
+from .found import Found
 from .generate import Decoder, Prepared, Writer, request_rows, respond, seeded
 from .layers.adapt import Layout, fresh_caches
 from .layers.rows import RowBlock
 from .lender import CacheLender
+from .loans import Loans
 from .outline import Outline
 from .pressure import Pressure, give_back
 from .replay import plan, replay
-from .report import CacheReport, Divergence, Reason
+from .report import CacheReport
 from .request import Request
 from .schedule import Grid, Reading
 from .sharing import Readers
-from .store import Claim, Found, Store, StoreStats
+from .store import Store
 from .tiers import DiskTier
 from .tokens import Namespace, Tokens, TurnMarks
 from .tree import Rows
@@ -55,6 +59,7 @@ class Engine:
     load: Load = field(default_factory=Load)
     disk: DiskTier | None = None
     pressure: Pressure = field(default_factory=lambda: Pressure(0))
+    loans: Loans = field(init=False)
     decoder: Decoder = field(init=False)
     readers: Readers = field(init=False)
     last_report: CacheReport | None = field(default=None, init=False)
@@ -62,8 +67,11 @@ class Engine:
     outlines: dict[Namespace, Outline] = field(init=False)
 
     def __post_init__(self) -> None:
+        self.loans = Loans(self.store)
+        if self.disk is not None:
+            self.loans.on_owned = self.disk.owned
         # Which bits a batch gives depends on the device, so exact mode decodes one by one.
-        self.decoder = Decoder(self.model, self.layout, self.store, batches=not self.exact)
+        self.decoder = Decoder(self.model, self.layout, self.loans, batches=not self.exact)
         self.readers = Readers(self.layout, self.grid, self.exact, self._restorable)
         self.publish()
 
@@ -234,21 +242,21 @@ class Engine:
         finally:
             if read:
                 self.readers.leave(request)
-        request.report = self.report(request, found, time.perf_counter() - began)
+        request.report = report(self.store, request, found, time.perf_counter() - began)
         return Prepared(caches, position, capacity, claim, request.lender)
 
     def _give_up(self, request: Request, claim: Claim) -> None:
         """A request's caches go. What it read stays: rows that only they hold move to the store."""
         try:
             if request.lender is not None:
-                self.store.take_over(request.lender, claim)
+                self.loans.take_over(request.lender, claim)
         finally:
             claim.release()
 
     def _own(self, request: Request) -> None:
         """What was read so far outlives the request from now on, where that costs nobody anything."""
         if request.lender is not None:
-            self.store.own(request.lender, may_evict=False)
+            self.loans.own(request.lender, may_evict=False)
 
     def _resume(
         self, request: Request, capacity: int
@@ -259,7 +267,7 @@ class Engine:
             self.disk.tick()
         while True:
             found = self.store.find(request.namespace, request.tokens)
-            request.divergence = _divergence(request.tokens, found)
+            request.divergence = divergence(request, found)
             deeper = self._on_disk(request, found.position)
             if deeper is not None:
                 try:
@@ -360,16 +368,16 @@ class Engine:
         if request.lender is None:
             return self.store.claim(need, found), found.blocks()
         try:
-            return self.store.claim_for(need, found, request.lender)
+            return self.loans.claim_for(need, found, request.lender)
         except BudgetError:
-            return self.store.claim_for(need, found, request.lender, spends_checkpoint=True)
+            return self.loans.claim_for(need, found, request.lender, spends_checkpoint=True)
 
     def _lend(self, request: Request, caches: list[Any], position: int) -> None:
         """The store may leave rows in `caches`, whose first `position` are as it has them."""
         if request.lender is not None:
             request.lender.caches = caches
             request.lender.alike = [(0, position)]
-            self.store.lend(request.lender)
+            self.loans.lend(request.lender)
 
     def _replay(self, request: Request, found: Found, caches: list[Any]) -> Iterator[int]:
         """Read what was not restored, but the last token, saving every checkpoint as it is crossed."""
@@ -528,6 +536,16 @@ class Engine:
         taken = checkpoints.take(self.layout, caches, len(tokens))
         return self._save_from(namespace, tokens, taken, caches, None, is_end=True)
 
+    def lookup(self, request: Request) -> CacheReport:
+        """What a request would find, without changing anything."""
+        if self.layout.unsupported:
+            return uncached_report(request, [], self.layout.unsupported)
+        found = self.store.find(request.namespace, request.tokens)
+        deeper = self._on_disk(request, found.position)
+        if deeper is not None:
+            found = replace(deeper, tier="disk")
+        return report(self.store, request, found, 0.0)
+
     # Without the cache
 
     def answer_uncached(
@@ -536,7 +554,7 @@ class Engine:
         """mlx-lm's own path, for what the cache cannot serve; the report says so."""
         began = time.perf_counter()
         request.job.left = 0  # mlx-lm reads the prompt in one go, so there is nothing to plan
-        request.report = report = self.uncached_report(request, why)
+        request.report = told = uncached_report(request, why, self.layout.unsupported)
         capacity = request_rows(len(request.tokens), request.max_tokens)
         claim = self.store.claim(self.layout.running_bytes(capacity))
         self.publish()
@@ -554,7 +572,7 @@ class Engine:
             for response in seeded(responses, seed):
                 if response.generation_tokens == 1:
                     seconds = time.perf_counter() - began
-                    request.report = replace(report, prefill_seconds=seconds)
+                    request.report = replace(told, prefill_seconds=seconds)
                 mx.eval(response.logprobs)
                 yield response
         finally:
@@ -564,76 +582,11 @@ class Engine:
 
     def prepare_uncached(self, request: Request) -> Prepared:
         """Empty caches, for a model whose caches cannot be restored."""
-        self.last_report = request.report = self.uncached_report(request, [])
+        self.last_report = request.report = uncached_report(request, [], self.layout.unsupported)
         return Prepared(fresh_caches(self.model), 0, 0, self.store.claim(0))
-
-    # Reports
-
-    def lookup(self, request: Request) -> CacheReport:
-        """What a request would find, without changing anything."""
-        if self.layout.unsupported:
-            return self.uncached_report(request, [])
-        found = self.store.find(request.namespace, request.tokens)
-        deeper = self._on_disk(request, found.position)
-        return self.report(request, found if deeper is None else replace(deeper, tier="disk"), 0.0)
-
-    def report(self, request: Request, found: Found, seconds: float) -> CacheReport:
-        """What was found for a request, and what was done about it so far."""
-        tokens, matched = request.tokens, found.match.matched
-        contradicted = found.match.contradicted
-        return CacheReport(
-            prompt_tokens=len(tokens),
-            matched_tokens=matched,
-            restored_tokens=found.position,
-            replayed_tokens=len(tokens) - found.position,
-            forwards=request.forwards,
-            tier=found.tier if found.position else "none",
-            reason=self._reason(request, found),
-            diverged_at=matched if contradicted else None,
-            prefill_seconds=seconds,
-            checkpoints_taken=request.taken,
-            checkpoints_refused=request.refused,
-        )
-
-    def _reason(self, request: Request, found: Found) -> Reason:
-        namespace, tokens = request.namespace, request.tokens
-        if request.rejected:
-            return Reason.DISK_REJECTED
-        if found.position == 0:
-            if self.store.was_evicted(namespace, tokens):
-                return Reason.EVICTED
-            if self.store.known_elsewhere(namespace, tokens) > found.match.matched:
-                return Reason.NAMESPACE
-            return Reason.COLD
-        if found.match.matched >= len(tokens) - 1:
-            return Reason.EXACT
-        return Reason.BRANCH if found.match.contradicted else Reason.PREFIX
-
-    def uncached_report(self, request: Request, why: list[str]) -> CacheReport:
-        """The report of a request served without the cache, because of `why` or of the model."""
-        return CacheReport(
-            prompt_tokens=len(request.tokens),
-            matched_tokens=0,
-            restored_tokens=0,
-            replayed_tokens=len(request.tokens),
-            reason=Reason.DISABLED if why else Reason.UNSUPPORTED_LAYER,
-            detail=", ".join(why or self.layout.unsupported),
-        )
 
 
 def _is_allocation_failure(error: RuntimeError) -> bool:
     """MLX has no class for it: `[metal::malloc] Unable to allocate`, `[malloc_or_wait]`, and so on."""
     said = str(error).lower()
     return any(word in said for word in ("malloc", "unable to allocate", "out of memory"))
-
-
-def _divergence(tokens: Tokens, found: Found) -> Divergence | None:
-    at, around = found.match.matched, Divergence.AROUND
-    if not found.match.contradicted:
-        return None
-    return Divergence(
-        position=at,
-        before=tuple(tokens[max(0, at - around) : at].tolist()),
-        asked=tuple(tokens[at : at + around].tolist()),
-        stored=tuple(found.match.continuation()[:around].tolist()),
-    )

@@ -17,10 +17,11 @@ from mlx_lm.generate import GenerationBatch, GenerationResponse, StopSequences, 
 from mlx_lm.sample_utils import greedy_sampler
 
 from . import checkpoint as checkpoints
+from .budget import Claim
 from .errors import BudgetError
 from .layers.adapt import Layout
 from .lender import CacheLender
-from .store import Claim, Store
+from .loans import Loans
 from .tokens import Tokens
 
 LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
@@ -119,10 +120,10 @@ class Decoder:
     batch can change the last ones.
     """
 
-    def __init__(self, model: Any, layout: Layout, store: Store, *, batches: bool):
+    def __init__(self, model: Any, layout: Layout, loans: Loans, *, batches: bool):
         self._model = model
         self._layout = layout
-        self._store = store
+        self._store, self._loans = loans.store, loans
         self._batches = batches and layout.batches_exactly
         self._merged: _Batch | None = None
         self._alone: list[Writer] = []
@@ -237,15 +238,15 @@ class Decoder:
             return
         for writer in joining:
             if writer.lender is not None:
-                self._store.lend(writer.lender)
+                self._loans.lend(writer.lender)
 
     def _stop_lending(self, writer: Writer) -> bool:
         """Let the store have all of this reply's rows itself, so that its caches may go; False without room."""
         if writer.lender is None:
             return True
-        if not self._store.own(writer.lender, may_evict=True):
+        if not self._loans.own(writer.lender, may_evict=True):
             return False
-        self._store.lends_no_more(writer.lender)  # at once: what makes room next would borrow again
+        self._loans.lends_no_more(writer.lender)  # at once: what makes room next would borrow again
         return True
 
     def _join(self, joining: list[Writer]) -> bool:

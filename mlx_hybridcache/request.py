@@ -6,9 +6,9 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
+from .budget import Claim
 from .lender import CacheLender
 from .report import CacheReport, Divergence
-from .store import Claim
 from .tokens import Namespace, Tokens
 from .worker import Job, Stream, Worker
 

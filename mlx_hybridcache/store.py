@@ -11,20 +11,19 @@ import hashlib
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import cast
 
 import numpy as np
 
-from .borrowing import BorrowedRows, Debt, Lender, debts, full_nbytes
+from .borrowing import full_nbytes
+from .budget import Budget, Claim, Holders, StoreStats
 from .checkpoint import Checkpoint
 from .errors import BudgetError, NotStoredError, SettingError
 from .eviction import Eviction, Utility, crowded, pinned_nodes
-from .layers.rows import RowBlock
+from .found import Found
 from .outline import Outline, outlined
 from .policy import NEAR_TOKENS, Candidate, Partings, utility
 from .tokens import Namespace, Tokens
-from .tree import Held, Match, Node, PrefixTree, Rows
+from .tree import Match, Node, PrefixTree, Rows
 
 log = logging.getLogger("mlx_hybridcache")
 
@@ -32,120 +31,7 @@ GHOSTS = 256
 """Evicted prefixes that are remembered by their digest, so that a report can say `evicted`."""
 
 
-@dataclass(frozen=True, slots=True)
-class StoreStats:
-    """What the store holds: bytes really held, counts since it was made."""
-
-    budget_bytes: int
-    rows_bytes: int
-    snapshot_bytes: int
-    running_bytes: int
-    lingering_bytes: int
-    checkpoints: int
-    conversations: int
-    nodes: int
-    pinned: int
-    tokens: int
-    evictions: int
-    refusals: int
-
-    @property
-    def held_bytes(self) -> int:
-        """Everything that counts against the budget."""
-        stored = self.rows_bytes + self.snapshot_bytes
-        return stored + self.running_bytes + self.lingering_bytes
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """Where a prompt can be restored: `position` and what stands there, by the tree's own nodes."""
-
-    match: Match
-    position: int
-    node: Node | None
-    tier: str = "memory"
-
-    def nodes(self) -> tuple[Node, ...]:
-        """The nodes that agree with the prompt, wholly or in part."""
-        return self.match.nodes()
-
-    def blocks(self) -> list[RowBlock]:
-        """The rows of `[0, position)`, the last one perhaps reaching beyond.
-
-        Those that lie in a running request's caches are views, to be let go of before it goes on.
-        """
-        return [
-            # The tree knows rows by their protocol only.
-            cast("RowBlock", rows.view() if isinstance(rows, BorrowedRows) else rows)
-            for node in self.nodes()
-            for rows in node.rows
-            if rows.start < self.position
-        ]
-
-    def cut_tokens(self) -> int:
-        """How many tokens are restored of a stretch of rows that goes on behind `position`."""
-        return sum(
-            self.position - rows.start
-            for node in self.nodes()
-            for rows in node.rows
-            if rows.start < self.position < rows.end
-        )
-
-    @property
-    def checkpoint(self) -> Checkpoint | None:
-        """The state at `position`; None for models that rows alone restore."""
-        return cast("Checkpoint", self.node.checkpoint) if self.node is not None else None
-
-
-class Holders:
-    """Who else holds what a store lets go of. Here nobody; a tier with other holders says so.
-
-    Both return the bytes that stay held although the store no longer has them.
-    """
-
-    def dropped(self, payload: Held) -> int:
-        """A checkpoint, or the rows of a node, left the store."""
-        return 0
-
-    def split(self, rows: Held) -> int:
-        """Rows were replaced by two parts of their own."""
-        return 0
-
-    def is_held(self, payload: Held) -> bool:
-        """Whether others hold it at this moment."""
-        return False
-
-
-class Claim:
-    """Bytes of the budget held by one running request. Given back by `release`, once."""
-
-    def __init__(self, store: Store, nbytes: int):
-        self._store = store
-        self.nbytes = nbytes
-
-    def grow(self, nbytes: int, passing: int = 0) -> None:
-        """Claim `nbytes` more, with room for `passing` bytes that are held for a moment only.
-
-        Raises `BudgetError` when nothing is left to let go for them.
-        """
-        self._store.make_room(nbytes + passing)
-        self._store.running_bytes += nbytes
-        self.nbytes += nbytes
-
-    def shrink(self, nbytes: int) -> None:
-        """Give back what is more than `nbytes`, or all of it."""
-        nbytes = max(nbytes, 0)
-        if nbytes < self.nbytes:
-            self._store.running_bytes -= self.nbytes - nbytes
-            self._store.freed_bytes += self.nbytes - nbytes
-            self.nbytes = nbytes
-
-    def release(self) -> None:
-        """Give all of it back."""
-        self.shrink(0)
-
-
-class Store:
+class Store(Budget):
     """All namespaces' trees, their bytes and their recency. Used on the worker thread only.
 
     Without `needs_checkpoints` rows restore at any multiple of `stride` tokens. A save lets the
@@ -170,24 +56,20 @@ class Store:
         ):
             if most is not None and most < 1:
                 raise SettingError(f"{name} is {most}; it must be >= 1, or None for no limit.")
-        self.budget_bytes = budget_bytes
+        super().__init__(budget_bytes)
         self.needs_checkpoints = needs_checkpoints
         self.stride = stride
         self.max_conversations = max_conversations
         self.max_checkpoints = max_checkpoints
-        self.running_bytes = 0
-        self.lingering_bytes = 0
-        self.rows_bytes = 0
-        self.snapshot_bytes = 0
-        self.freed_bytes = 0
-        self._holders = holders or Holders()
+        self.holders = holders or Holders()
         self._utility = utility
         self._trees: dict[Namespace, PrefixTree] = {}
-        self._lenders: list[Lender] = []
-        self.on_owned: Callable[[], None] = lambda: None  # nothing new is borrowed any more
+        self.before_evicting: Callable[[], None] = lambda: (
+            None
+        )  # what costs nobody anything goes first
         self.clock = 0
         self.partings = Partings()
-        self._evictions = 0
+        self.evictions = 0
         self._refusals = 0
         self._ghosts: OrderedDict[tuple[Namespace, int, bytes], None] = OrderedDict()
 
@@ -239,7 +121,7 @@ class Store:
             nodes=len(nodes),
             pinned=sum(node.pinned for node in nodes),
             tokens=sum(len(node.tokens) for node in nodes),
-            evictions=self._evictions,
+            evictions=self.evictions,
             refusals=self._refusals,
         )
 
@@ -259,11 +141,6 @@ class Store:
 
     # Claiming
 
-    def used_bytes(self) -> int:
-        """Everything that counts against the budget."""
-        stored = self.rows_bytes + self.snapshot_bytes
-        return stored + self.running_bytes + self.lingering_bytes
-
     def claim(self, nbytes: int, found: Found | None = None) -> Claim:
         """Hold `nbytes` for a running request, letting go of anything but what `found` restores.
 
@@ -276,10 +153,6 @@ class Store:
         self.running_bytes += nbytes
         return Claim(self, nbytes)
 
-    def has_room(self, nbytes: int) -> bool:
-        """Whether `nbytes` more fit beside everything that is held."""
-        return self.used_bytes() + nbytes <= self.budget_bytes
-
     def make_room(self, nbytes: int, keep: Iterable[Node] = (), spare: Node | None = None) -> None:
         """Until `nbytes` more fit, let go what running requests have too, then what is least useful.
 
@@ -287,7 +160,7 @@ class Store:
         they do not fit.
         """
         if not self.has_room(nbytes):
-            self._lean()
+            self.before_evicting()
         if self.has_room(nbytes):
             return
         eviction = self._eviction(keep, spare)
@@ -329,7 +202,7 @@ class Store:
         match = self.find(namespace, tokens).match
         rows = (len(tokens) - match.matched) * row_bytes
         if not self.has_room(rows + len(cuts) * snapshot_bytes):
-            self._lean()
+            self.before_evicting()
         eviction = self._eviction(match.nodes())
         least = self.running_bytes + eviction.fixed_bytes() + rows + snapshot_bytes
         if not cuts or least > self.budget_bytes:
@@ -365,175 +238,10 @@ class Store:
                 return []
         return wanted
 
-    # Borrowing
-
-    def claim_for(
-        self, nbytes: int, found: Found, lender: Lender, *, spends_checkpoint: bool = False
-    ) -> tuple[Claim, list[RowBlock]]:
-        """`claim` for a request that restores `found`, and the rows to restore it from.
-
-        Where that would cost others, the rows move instead of being copied: the store borrows them
-        from then on, the list is all that holds them, and whoever lets go of it array by array stays
-        within the claim, which is larger by one array until it is shrunk. With `spends_checkpoint` the
-        checkpoint goes as well, to whoever holds it already: better than to read all of it again.
-        """
-        if not self.has_room(nbytes):
-            self._lean()
-        if self.has_room(nbytes):
-            return self.claim(nbytes, found), found.blocks()
-        moving = [
-            (holder, [rows for rows in holder.rows if self._may_move(rows, found.position)])
-            for holder in found.nodes()
-        ]
-        moved = sum(rows.nbytes for _, every in moving for rows in every)
-        passing = lender.passing_bytes(sum(r.end - r.start for _, every in moving for r in every))
-        if spends_checkpoint:
-            node = found.node
-            if node is None or node.checkpoint is None or node.pinned:
-                raise BudgetError("There is no checkpoint that may go.")
-            if self._holders.is_held(node.checkpoint):
-                raise BudgetError("The checkpoint is being written.")
-            moved += node.checkpoint.nbytes
-        self.make_room(nbytes + passing - moved, found.nodes(), spare=found.node)
-        blocks = found.blocks()
-        if spends_checkpoint and found.node is not None:
-            self._let_checkpoint_go(found.node)
-            self._evictions += 1
-        for holder, every in moving:
-            for rows in every:
-                self._let_go_for(holder, rows, lender)
-        self.running_bytes += nbytes + passing
-        return Claim(self, nbytes + passing), blocks
-
-    def lend(self, lender: Lender) -> None:
-        """A running request's caches hold rows: the store may leave its own there."""
-        self._lenders.append(lender)
-
-    def lends_no_more(self, lender: Lender) -> None:
-        """Nothing is borrowed from its caches, nor will be."""
-        self._lenders.remove(lender)
-
-    def own(self, lender: Lender, *, may_evict: bool) -> bool:
-        """Copy what is borrowed from `lender`, whose caches keep theirs.
-
-        False where there is no room for all of it, or not without evicting others.
-        """
-        owed = self._debts(lender)
-        need = _tokens_in(owed) * lender.row_bytes
-        if not owed:
-            return True
-        if not self.has_room(need):
-            if not may_evict:
-                return False
-            self._lenders.remove(lender)  # it cannot make room for itself
-            try:
-                self.make_room(need, [debt.node for debt in owed])
-            except BudgetError:
-                return False
-            finally:
-                self._lenders.append(lender)
-            owed = self._debts(lender)  # nodes may have been joined
-        ranges = _pieces(owed)
-        self._pay(owed, lender.copies(ranges))
-        lender.alike += ranges
-        self.on_owned()
-        return True
-
-    def take_over(self, lender: Lender, claim: Claim) -> None:
-        """A running request ends: what is borrowed from its caches moves here, array by array.
-
-        Where not even one array fits, the deepest rows are given up. `claim` pays for the caches and
-        shrinks with them.
-        """
-        if lender in self._lenders:
-            self._lenders.remove(lender)
-        try:
-            self._take_over(lender, claim)
-        finally:
-            self.on_owned()
-
-    def _take_over(self, lender: Lender, claim: Claim) -> None:
-        owed = self._debts(lender)
-        if owed and not lender.is_standing:  # it was never restored
-            self._give_up(owed)
-            return
-        if not owed:
-            lender.let_go()
-            return
-        columns = lender.columns()
-        claim.shrink(sum(column.nbytes for column in columns))
-        most = max(column.row_bytes for column in columns)
-        while owed:
-            try:
-                self.make_room(most * _tokens_in(owed), [debt.node for debt in owed])
-                break
-            except BudgetError:
-                self.forget(owed[-1].node, rows=True)
-                self._evictions += 1
-                owed = self._debts(lender)
-        owed = self._debts(lender)  # nodes may have been joined
-        ranges, tokens = _pieces(owed), _tokens_in(owed)
-        made = 0
-        try:
-            for column in columns:
-                held = column.nbytes
-                column.surrender(ranges)
-                made += column.row_bytes * tokens
-                self.rows_bytes += column.row_bytes * tokens
-                claim.shrink(claim.nbytes - held)
-            owned = lender.surrendered(ranges)
-        except BaseException:
-            self.rows_bytes -= made
-            self._give_up(owed)
-            raise
-        self.rows_bytes -= made
-        self._pay(owed, owned)
-
-    def _give_up(self, owed: Sequence[Debt]) -> None:
-        tokens = _tokens_in(owed)
-        log.warning("Let go of %d stored tokens that a failed request was holding.", tokens)
-        self.forget(owed[0].node, rows=True)
-
-    def _debts(self, lender: Lender) -> list[Debt]:
-        return debts(self.find(lender.namespace, lender.tokens).nodes(), lender)
-
-    def _pay(self, owed: Sequence[Debt], owned: Sequence[Rows]) -> None:
-        self.rows_bytes += sum(rows.nbytes for rows in owned)
-        left = list(owned)
-        for debt in reversed(owed):
-            count = len(debt.pieces())
-            debt.pay(left[-count:])
-            del left[-count:]
-
-    def _lean(self) -> None:
-        """Let go of rows that a running request's caches hold as well."""
-        for lender in self._lenders:
-            for node in self.find(lender.namespace, lender.tokens).nodes():
-                for rows in node.rows:
-                    if not isinstance(rows, BorrowedRows) and lender.has(rows):
-                        self._let_go_for(node, rows, lender)
-
-    def _may_move(self, rows: Rows, position: int) -> bool:
-        if isinstance(rows, BorrowedRows) or self._holders.is_held(rows):
-            return False  # what others hold as well would not be freed
-        return rows.end <= position
-
-    def _let_go_for(self, node: Node, rows: Rows, lender: Lender) -> None:
-        borrowed = BorrowedRows(rows.start, rows.end, lender)
-        node.rows = tuple(borrowed if each is rows else each for each in node.rows)
-        self.rows_bytes -= rows.nbytes
-        self.freed_bytes += rows.nbytes
-        self.lingering_bytes += self._holders.dropped(rows)
-
-    @property
-    def stored_bytes(self) -> int:
-        """Rows and snapshots."""
-        return self.rows_bytes + self.snapshot_bytes
-
     def shrink(self, nbytes: int) -> None:
         """Let `nbytes` of what is stored go, pins and running requests excepted, as far as that goes."""
         left = self.stored_bytes - nbytes
-        self._lean()
+        self.before_evicting()
         eviction = self._eviction()
         while self.stored_bytes > left and (node := eviction.first()):
             self._drop(node, eviction)
@@ -731,18 +439,10 @@ class Store:
         if node.parent is None:
             return
         _, tree = self._tree_of(node)
-        self._let_checkpoint_go(node)
+        self.let_checkpoint_go(node)
         if rows:
             for below in reversed(list(node.descendants())):
                 self._remove(tree, below)
-
-    def settle(self, nbytes: int) -> None:
-        """So many lingering bytes are held no longer."""
-        self.lingering_bytes -= nbytes
-
-    def linger(self, nbytes: int) -> None:
-        """So many bytes, given back by a request, are held until `settle`."""
-        self.lingering_bytes += nbytes
 
     def _match(self, namespace: Namespace, tokens: Tokens) -> Match:
         tree = self._trees.get(namespace)
@@ -797,28 +497,29 @@ class Store:
         if node.checkpoint is not None or not self.needs_checkpoints:
             self._remember(name, node)
         last = dead[-1].parent if dead else node
-        self._let_checkpoint_go(node)
+        self.let_checkpoint_go(node)
         for gone in dead:
             self._remove(tree, gone)
         if last is not None and eviction.only_joins(last):
             tree.merge(last)
         elif last is not None and not self.needs_checkpoints and not last.children:
             eviction.is_leaf_now(last)
-        self._evictions += 1
+        self.evictions += 1
 
-    def _let_checkpoint_go(self, node: Node) -> None:
+    def let_checkpoint_go(self, node: Node) -> None:
+        """What stands at `node` goes; its rows stay."""
         if node.checkpoint is not None:
             self.snapshot_bytes -= node.checkpoint.nbytes
             self.freed_bytes += node.checkpoint.nbytes
-            self.lingering_bytes += self._holders.dropped(node.checkpoint)
+            self.lingering_bytes += self.holders.dropped(node.checkpoint)
             node.checkpoint = None
             node.touch()
 
     def _remove(self, tree: PrefixTree, leaf: Node) -> None:
-        self._let_checkpoint_go(leaf)
+        self.let_checkpoint_go(leaf)
         self.rows_bytes -= leaf.rows_nbytes
         self.freed_bytes += leaf.rows_nbytes
-        self.lingering_bytes += sum(self._holders.dropped(rows) for rows in leaf.rows)
+        self.lingering_bytes += sum(self.holders.dropped(rows) for rows in leaf.rows)
         tree.remove(leaf)
 
     def _settle_split(self, before: tuple[Rows, ...], lower: Node) -> None:
@@ -826,7 +527,7 @@ class Store:
         assert lower.parent is not None
         after = {id(rows) for rows in (*lower.parent.rows, *lower.rows)}
         self.lingering_bytes += sum(
-            self._holders.split(rows) for rows in before if id(rows) not in after
+            self.holders.split(rows) for rows in before if id(rows) not in after
         )
 
     def _tree_of(self, node: Node) -> tuple[Namespace, PrefixTree]:
@@ -841,14 +542,6 @@ class Store:
         self._ghosts[(name, len(tokens), digest)] = None
         while len(self._ghosts) > GHOSTS:
             self._ghosts.popitem(last=False)
-
-
-def _tokens_in(owed: Sequence[Debt]) -> int:
-    return sum(debt.tokens for debt in owed)
-
-
-def _pieces(owed: Sequence[Debt]) -> list[tuple[int, int]]:
-    return [piece for debt in owed for piece in debt.pieces()]
 
 
 def _tokens_of(node: Node) -> Tokens:

@@ -23,6 +23,7 @@ from typing import Any, cast
 import numpy as np
 
 from .borrowing import is_borrowing
+from .budget import Holders
 from .checkpoint import Checkpoint
 from .disk.catalogue import Catalogue, Lacking, parts_of, state_of
 from .disk.directory import Directory
@@ -30,11 +31,12 @@ from .disk.index import Entry
 from .disk.segment import NameTakenError, Segment
 from .disk.thread import DiskThread, Transfer
 from .errors import BudgetError, SettingError
+from .found import Found
 from .layers.adapt import Layout
 from .layers.rows import RowBlock
 from .outline import Outline
 from .sizes import format_bytes
-from .store import Found, Holders, Store
+from .store import Store
 from .tokens import Namespace, Tokens
 from .transfer import Freight, Landing, Shapes, rows_freight, state_freight
 from .tree import Held, Node, common_length
@@ -160,7 +162,6 @@ class DiskTier:
     def publish(self, now: float | None) -> None:
         """Leave figures and outlines where any thread may read them. `now` is the wall clock."""
         self.summary = self.stats()
-        self.store.on_owned = self.owned
         self.outlines = self.catalogue.store.outlines(now)
 
     @classmethod

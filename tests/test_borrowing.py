@@ -87,7 +87,7 @@ def tight(budget: int, model: Any = None) -> Iterator[HybridPromptCache]:
         cache.stats()
         assert store.running_bytes == 0
         assert store.over == []
-        assert store._lenders == []
+        assert cache.engine.loans._lenders == []
         assert not any(is_borrowing([node]) for node in store.nodes())
         mx.clear_cache()
         off = cache._worker.call(mx.get_active_memory) - baseline - store.used_bytes()

@@ -795,7 +795,7 @@ def test_no_file_is_touched_on_the_worker_thread(tmp_path: Path) -> None:
             _watched.clear()
     assert tiers >= {"disk"}
     assert stats.written_bytes > 0 < stats.rejected
-    assert cache.engine.store._evictions > 0
+    assert cache.engine.store.evictions > 0
     assert {"open", "os.remove", "os.rename"} <= {each.split()[0] for each in seen[disk]}
     assert seen[worker] == []
 

@@ -11,12 +11,13 @@ import tiny
 from oracle import STEP
 
 from mlx_hybridcache import HybridPromptCache, replay
+from mlx_hybridcache.found import Found
 from mlx_hybridcache.layers.capture import CaptureHook
 from mlx_hybridcache.layers.kind import Snapshot
 from mlx_hybridcache.layers.recurrent import RecurrentKind
 from mlx_hybridcache.layers.rows import RowsKind
 from mlx_hybridcache.layers.window import WindowKind
-from mlx_hybridcache.store import Found, Store
+from mlx_hybridcache.store import Store
 
 Patch = pytest.MonkeyPatch
 Mutation = Callable[[Patch], None]

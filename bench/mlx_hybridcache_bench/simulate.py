@@ -13,13 +13,16 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from mlx_hybridcache.borrowing import BorrowedRows, Column, Lender, Ranges
+from mlx_hybridcache.budget import Claim
 from mlx_hybridcache.errors import BudgetError
 from mlx_hybridcache.eviction import Utility
+from mlx_hybridcache.found import Found
 from mlx_hybridcache.generate import rounded
+from mlx_hybridcache.loans import Loans
 from mlx_hybridcache.policy import Candidate, utility
 from mlx_hybridcache.replay import Plan
 from mlx_hybridcache.schedule import Grid, Reading, cuts_for
-from mlx_hybridcache.store import Claim, Found, Store
+from mlx_hybridcache.store import Store
 from mlx_hybridcache.tokens import Namespace, Tokens
 from mlx_hybridcache.tree import Rows
 
@@ -167,6 +170,7 @@ class Simulation:
         self.trace = trace
         self.shape = shape
         self.store = Store(budget_bytes, needs_checkpoints=True, utility=utility)
+        self.loans = Loans(self.store)
         self._cuts = cuts
 
     def serve(self, index: int) -> int:
@@ -185,7 +189,7 @@ class Simulation:
         claim = None
         for spends in (False, True):
             with suppress(BudgetError):
-                claim, _ = store.claim_for(need, found, lender, spends_checkpoint=spends)
+                claim, _ = self.loans.claim_for(need, found, lender, spends_checkpoint=spends)
                 break
         else:
             try:
@@ -197,11 +201,11 @@ class Simulation:
         if found.position:
             store.use(found)
         lender.alike = [(0, found.position)]
-        store.lend(lender)
+        self.loans.lend(lender)
         self._read(asked, found, lender)
         if asked.keeps_reply:
             self._end(asked.history, lender, claim)
-        store.take_over(lender, claim)
+        self.loans.take_over(lender, claim)
         claim.release()
         return len(asked.tokens) - found.position
 
@@ -217,7 +221,7 @@ class Simulation:
             b = plan.slice_end(a, GRID.step)
             for cut in self._afford(tokens, b, plan.cuts_in(a, b)):
                 self._save(tokens[:cut], lender, is_end=cut == reading.end)
-            self.store.own(lender, may_evict=False)
+            self.loans.own(lender, may_evict=False)
             a = b
 
     def _afford(self, tokens: Tokens, b: int, cuts: list[int]) -> list[int]:

@@ -17,8 +17,10 @@ from typing import ClassVar, Literal, cast
 
 import numpy as np
 
+from ..budget import Claim, Holders
 from ..errors import BudgetError
-from ..store import Claim, Found, Holders, Store
+from ..found import Found
+from ..store import Store
 from ..tokens import Namespace, Tokens, as_tokens
 from ..tree import Held, Node
 from .index import Entry

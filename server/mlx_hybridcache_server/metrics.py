@@ -10,7 +10,7 @@ from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from mlx_hybridcache import CacheReport
-from mlx_hybridcache.store import StoreStats
+from mlx_hybridcache.budget import StoreStats
 from mlx_hybridcache.tiers import DiskStats
 from mlx_hybridcache.worker import Load
 
