@@ -4,7 +4,6 @@ import gc
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
 from typing import Any
 
 import bounds
@@ -14,7 +13,7 @@ import numpy as np
 import oracle
 import pytest
 import tiny
-from mlx_lm.models import qwen3_next
+from test_memory import wide_model
 
 from mlx_hybridcache import HybridPromptCache
 from mlx_hybridcache import checkpoint as checkpoints
@@ -22,46 +21,17 @@ from mlx_hybridcache.borrowing import is_borrowing
 from mlx_hybridcache.generate import rounded
 
 REPLY = 8
+
+LAYERS = 6
+"""Three are attention: an array of rows is a sixth of all rows."""
+
 Reply = list[tuple[int, np.ndarray[Any, Any]]]
 PLAIN: dict[tuple[int, tuple[int, ...]], Reply] = {}
 
 
-@cache
-def deep_model() -> nn.Module:
-    """Three layers of attention and three gated-delta ones: an array of rows is a sixth of all rows.
-
-    A token's rows weigh 3 KiB, a checkpoint as much as those of 270 tokens.
-    """
-    mx.random.seed(tiny.SEED)
-    model = qwen3_next.Model(
-        qwen3_next.ModelArgs(
-            model_type="qwen3_next",
-            shared_expert_intermediate_size=32,
-            mlp_only_layers=[],
-            rope_theta=10000.0,
-            partial_rotary_factor=0.25,
-            **tiny.COMMON,
-            **tiny.EXPERTS,
-            **{
-                **tiny.GATED_DELTA,
-                "num_hidden_layers": 6,
-                "full_attention_interval": 2,
-                "linear_num_key_heads": 1,
-                "linear_num_value_heads": 4,
-                "linear_key_head_dim": 128,
-                "linear_value_head_dim": 128,
-                "head_dim": 64,
-            },
-        )
-    )
-    model.eval()
-    mx.eval(model.parameters())
-    return model
-
-
 def roomy(model: Any = None, **settings: Any) -> HybridPromptCache:
     return oracle.new_cache(
-        deep_model() if model is None else model,
+        wide_model(LAYERS) if model is None else model,
         tokenizer=oracle.word_tokenizer(),
         **{"memory_budget": "1GB", **settings},
     )

@@ -22,10 +22,10 @@ UNREPORTED = BUDGET // 100
 
 
 @once
-def wide_model() -> nn.Module:
-    """A Qwen3-Next of two layers whose arrays are large beside what MLX rounds each of them up to.
+def wide_model(layers: int = 2) -> nn.Module:
+    """A Qwen3-Next, half of its layers attention, whose arrays are large beside what MLX rounds each of them up to.
 
-    A checkpoint weighs 265 KiB, as much as 265 tokens' rows. MLX hands out a recycled buffer of up
+    Of two layers, a checkpoint weighs 265 KiB, as much as 265 tokens' rows. MLX hands out a recycled buffer of up
     to two pages more than was asked for, which is most of a small model's array.
     """
     mx.random.seed(tiny.SEED)
@@ -40,7 +40,7 @@ def wide_model() -> nn.Module:
             **tiny.EXPERTS,
             **{
                 **tiny.GATED_DELTA,
-                "num_hidden_layers": 2,
+                "num_hidden_layers": layers,
                 "full_attention_interval": 2,
                 "linear_num_key_heads": 1,
                 "linear_num_value_heads": 4,
