@@ -25,7 +25,7 @@ from .layers.adapt import Layout, fresh_caches
 from .layers.rows import RowBlock
 from .lender import CacheLender
 from .loans import Loans
-from .outline import Outline
+from .outline import Outline, wall_clock
 from .pressure import Pressure, give_back
 from .replay import plan, replay
 from .report import CacheReport
@@ -77,7 +77,7 @@ class Engine:
 
     def publish(self) -> None:
         """Leave both tiers' figures and outlines where any thread may read them."""
-        now = time.time()
+        now = wall_clock()
         self.summary, self.outlines = self.store.stats(), self.store.outlines(now)
         if self.disk is not None:
             self.disk.publish(now)

@@ -34,7 +34,7 @@ from .errors import BudgetError, SettingError
 from .found import Found
 from .layers.adapt import Layout
 from .layers.rows import RowBlock
-from .outline import Outline
+from .outline import Outline, wall_clock
 from .sizes import format_bytes
 from .store import Store
 from .tokens import Namespace, Tokens
@@ -377,7 +377,7 @@ class DiskTier:
                 self._unwritten.setdefault(node, writing.name)
                 self._failed(transfer.error, is_told=transfer.is_told)
             self.write()
-            self.publish(time.time())
+            self.publish(wall_clock())
 
         transfer = Transfer([(segment, freight.data)], done)
         self.thread.write(transfer, self.catalogue.store.clock, is_pinned=was_pinned)
@@ -506,7 +506,7 @@ class DiskTier:
             self._taken.clear()
             self._unwritten |= dict(self.store.restoring())
         self.write()
-        self.publish(time.time())
+        self.publish(wall_clock())
 
     def load(self, entries: list[Entry]) -> None:
         """Know what the directory holds. What a newer version has there leaves less room."""

@@ -346,9 +346,8 @@ def test_what_both_refuse_gets_the_same_status(theirs, ours):
     for body in refused:
         statuses = [server.post(CHAT, **body).status_code for server in (theirs, ours)]
         assert statuses[0] == statuses[1] >= 400, body
-    for path in ("/v1/nothing", "/"):
-        assert [server.client.get(path).status_code for server in (theirs, ours)] == [404, 404]
-        assert [server.post(path).status_code for server in (theirs, ours)] == [404, 404]
+    assert [s.client.get("/v1/nothing").status_code for s in (theirs, ours)] == [404, 404]
+    assert [s.post("/v1/nothing").status_code for s in (theirs, ours)] == [404, 404]
     for body in (b"{", b"[1]", b'"text"', b""):
         sent = raw_post(CHAT, body, Content_Length=str(len(body)))
         assert [raw_status(raw_exchange(s, sent)) for s in (theirs, ours)] == [400, 400], body
@@ -643,6 +642,17 @@ def twelve_conversations(theirs: Server, ours: Server) -> None:
         cached.append([r["usage"]["prompt_tokens_details"]["cached_tokens"] for r in replies])
     assert sum(cached[0]) == 0
     assert all(cached[1])
+
+
+@difference(
+    "The address itself, in a browser",
+    theirs="404",
+    ours="The [page](#watch-it) of the cache",
+)
+def the_page(theirs: Server, ours: Server) -> None:
+    found = [server.client.get("/") for server in (theirs, ours)]
+    assert [each.status_code for each in found] == [404, 200]
+    assert found[1].headers["content-type"].startswith("text/html")
 
 
 @difference(
