@@ -68,12 +68,15 @@ class Engine:
 
     def __post_init__(self) -> None:
         self.loans = Loans(self.store)
-        if self.disk is not None:
-            self.loans.on_owned = self.disk.owned
+        self.loans.on_owned = self._owned
         # Which bits a batch gives depends on the device, so exact mode decodes one by one.
         self.decoder = Decoder(self.model, self.layout, self.loans, batches=not self.exact)
         self.readers = Readers(self.layout, self.grid, self.exact, self._restorable)
         self.publish()
+
+    def _owned(self) -> None:
+        if self.disk is not None:
+            self.disk.owned()
 
     def publish(self) -> None:
         """Leave both tiers' figures and outlines where any thread may read them."""

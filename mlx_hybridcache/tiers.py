@@ -500,9 +500,7 @@ class DiskTier:
         for segment in gone:
             self.catalogue.forget(segment)
         self.load(entries)
-        if (
-            gone or self._taken
-        ):  # what memory has of them is due again, perhaps to a directory made anew
+        if gone or self._taken:  # what memory has is due again, perhaps to a directory made anew
             self._taken.clear()
             self._unwritten |= dict(self.store.restoring())
         self.write()
