@@ -162,7 +162,7 @@ def read_only(root: Path) -> Iterator[None]:
         run("mount", "-o", "remount,bind,ro", str(root))
         yield
     finally:
-        run("umount", str(root))
+        run("umount", "--lazy", str(root))  # the disk thread may have a file open at this moment
 
 
 def changed_weight(name: str, path: str, at: int) -> object:
