@@ -77,8 +77,12 @@ class Budget(ABC):
 class Holders:
     """Who else holds what a store lets go of. Here nobody; a tier with other holders says so.
 
-    Both return the bytes that stay held although the store no longer has them.
+    `dropped` and `split` return the bytes that stay held although the store no longer has them.
     """
+
+    def split_nbytes(self, rows: Held) -> int:
+        """Room that cutting these rows in two takes for a moment: both parts are copies."""
+        return rows.nbytes
 
     def dropped(self, payload: Held) -> int:
         """A checkpoint, or the rows of a node, left the store."""

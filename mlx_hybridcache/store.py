@@ -196,11 +196,13 @@ class Store(Budget):
     ) -> list[int]:
         """Of the cuts in the slice that ends with `tokens`, ascending, those that are worth their room.
 
-        Room is made for them and for the slice's rows. A cut is left out rather than that something
-        more useful goes for it; none is left where not even one fits.
+        Room is made for them, for the slice's rows and for cutting what is stored. A cut is left out
+        rather than that something more useful goes for it; none is left where not even one fits.
         """
         match = self.find(namespace, tokens).match
         rows = (len(tokens) - match.matched) * row_bytes
+        # The states are all there before the first is counted, so there must be room for this too.
+        rows += self._split_nbytes(match, [*cuts, match.matched])
         if not self.has_room(rows + len(cuts) * snapshot_bytes):
             self.before_evicting()
         eviction = self._eviction(match.nodes())
@@ -290,8 +292,8 @@ class Store(Budget):
         if self._is_full(match, len(tokens)):
             self._refusals += 1
             return False
-        split = max((rows.nbytes for rows in match.inside.rows), default=0) if match.inside else 0
-        need = (len(tokens) - match.matched) * row_bytes + split
+        need = (len(tokens) - match.matched) * row_bytes
+        need += self._split_nbytes(match, [match.matched])
         need += checkpoint.nbytes if checkpoint is not None else 0
         try:
             self.make_room(need, match.nodes())
@@ -461,7 +463,7 @@ class Store(Budget):
         if match.inside is None:
             return match.path[-1]
         before = match.inside.rows
-        self.make_room(max((rows.nbytes for rows in before), default=0), match.nodes())
+        self.make_room(self._split_nbytes(match, [match.matched]), match.nodes())
         node = self._trees[namespace].extend(tokens[: match.matched], ())
         self._settle_split(before, match.inside)
         return node
@@ -521,6 +523,18 @@ class Store(Budget):
         self.freed_bytes += leaf.rows_nbytes
         self.lingering_bytes += sum(self.holders.dropped(rows) for rows in leaf.rows)
         tree.remove(leaf)
+
+    def _split_nbytes(self, match: Match, cuts: Sequence[int]) -> int:
+        """Room that cutting what matches at each of `cuts`, one after another, takes for a moment."""
+        return max(
+            (
+                self.holders.split_nbytes(rows)
+                for node in match.nodes()
+                for rows in node.rows
+                if any(rows.start < cut < rows.end for cut in cuts)
+            ),
+            default=0,
+        )
 
     def _settle_split(self, before: tuple[Rows, ...], lower: Node) -> None:
         """Tell of the rows that were replaced when a run was cut above `lower`."""

@@ -287,7 +287,11 @@ class DiskTier:
                 tokens,
                 state=self.store.needs_checkpoints,
                 step=self.step,
-                coming=self._coming(namespace, tokens),
+                coming=[
+                    (segment, writing.tokens[: segment.end])
+                    for key, (segment, writing) in self._in_flight.items()
+                    if key not in self._cleared
+                ],
             )
             names = {one.name for one in lacking}
             if names & self._taken:
@@ -300,19 +304,6 @@ class DiskTier:
                 found = _Writing(node, name, namespace, tokens, left)
         self._unwritten |= cleared  # due again when what was cleared is gone
         return found
-
-    def _coming(self, namespace: str, tokens: Tokens) -> int:
-        """How far the rows of `tokens` are being written at this moment."""
-        return max(
-            (
-                min(common_length(tokens, writing.tokens), segment.end)
-                for name, (segment, writing) in self._in_flight.items()
-                if segment.kind == "rows"
-                and segment.namespace == namespace
-                and name not in self._cleared
-            ),
-            default=0,
-        )
 
     def _most_useful(self) -> Node:
         return max(self._unwritten, key=lambda node: (node.is_end, node.last_used, node.end))
@@ -362,9 +353,8 @@ class DiskTier:
             if lacking.name in self._cleared:
                 self._cleared.discard(lacking.name)  # the disk thread deletes it now
             elif transfer.error is None:
-                if not self._wrote(segment, tokens):
-                    self._unwritten.setdefault(node, writing.name)  # unless all of it is there
-                elif node.pinned or was_pinned:  # it may have changed since it was handed over
+                stands = self._wrote(segment, writing, tokens)
+                if stands and (node.pinned or was_pinned):  # it may have changed since
                     self.pin(writing.name, tokens, is_pinned=node.pinned)
             elif isinstance(transfer.error, NameTakenError):
                 if not self._taken:  # of a newer version there may be thousands
@@ -388,13 +378,18 @@ class DiskTier:
         for each in dict.fromkeys([writing, *under_way]):
             yield each.namespace, each.tokens
 
-    def _wrote(self, segment: Segment, tokens: Tokens) -> bool:
-        """False when what leads to it went meanwhile, or is there twice."""
+    def _wrote(self, segment: Segment, writing: _Writing, tokens: Tokens) -> bool:
+        """A file is there. False where the catalogue does not take it, so that it is deleted."""
         self._written_bytes += segment.file_nbytes
-        if segment not in self.catalogue and not self.catalogue.add(segment, tokens):
-            self.delete(segment)
-            return False
-        return True
+        try:
+            if segment in self.catalogue or self.catalogue.add(segment, tokens):
+                return True
+            # What leads to it went meanwhile and is written again, or all of it is there.
+            self._unwritten.setdefault(writing.node, writing.name)
+        except BudgetError:  # nor is there room for it at once; not due until it is used again
+            self._current = None if self._current is writing else self._current
+        self.delete(segment)
+        return False
 
     def _failed(self, error: Exception, *, is_told: bool) -> None:
         self._failures += 1

@@ -6,6 +6,7 @@ import pytest
 from mlx_hybridcache.disk.catalogue import Catalogue, parts_of, state_of
 from mlx_hybridcache.disk.index import Entry
 from mlx_hybridcache.disk.segment import Segment, Tensor
+from mlx_hybridcache.errors import BudgetError
 from mlx_hybridcache.tokens import as_tokens
 
 STEP = 8
@@ -100,6 +101,27 @@ def test_what_was_let_go_of_a_file_that_stays_is_taken_back_not_written_again(sh
     assert shelf.catalogue.store.used_bytes() == used
 
 
+def test_what_is_being_written_is_built_on_only_where_something_leads_to_it(shelf):
+    """Rows that come are as good as there, unless those before them are neither there nor coming."""
+    lacking = shelf.catalogue.lacking("ab", ONE, state=False, step=STEP)
+    first, second, third = ((segment(one, ONE, "ab"), ONE[: one.end]) for one in lacking)
+
+    def begins(*coming, namespace="ab", tokens=OTHER):
+        left = shelf.catalogue.lacking(namespace, tokens, state=False, step=STEP, coming=coming)
+        return left[0].start if left else None
+
+    assert begins(first, second) == 12
+    assert begins(first, third) == 8
+    assert begins(second, third) == 0
+    assert (
+        begins(second, first) == 8
+    )  # written in this order, the second would be led to by nothing
+    assert begins(first, second, namespace="cd") == 0
+    assert begins(first, second, third, tokens=ONE) is None
+    shelf.write(ONE[:8])
+    assert begins(second, third, tokens=ONE) is None
+
+
 def test_used_bytes_are_those_of_the_files_whatever_goes(shelf):
     """Every file is whole or gone: shares of it are never counted as free."""
     chance = np.random.default_rng(3)
@@ -135,6 +157,45 @@ def test_a_budget_lets_the_least_useful_go_first():
     ]
     assert position == [0] * 4 + [20] * 6
     assert len(shelf.deleted) == 16
+
+
+def test_a_state_inside_a_run_needs_no_room_but_its_own(shelf):
+    """Sharing a file out copies nothing: what fits the budget to the byte is added."""
+    shelf.write(ONE)
+    inside = ONE[:12]
+    (lacking,) = shelf.catalogue.lacking("ab", inside, state=True, step=STEP)
+    state = segment(lacking, inside, "ab")
+    store = shelf.catalogue.store
+    store.budget_bytes = store.used_bytes() + state.file_nbytes
+    shelf.catalogue.claim(state.file_nbytes, [("ab", ONE)]).release()
+    assert shelf.catalogue.add(state, inside)
+    assert shelf.deleted == []
+    assert len(shelf.kept()) == 5
+
+
+@pytest.mark.parametrize("there", [0, 9])
+def test_a_file_needs_the_room_that_was_claimed_for_it(shelf, there):
+    """To the byte: its bytes are no multiple of its tokens, and some of those may be there already."""
+    (lacking,) = shelf.catalogue.lacking("ab", ONE[:11], state=False, step=11)
+    rows = segment(lacking, ONE, "ab")
+    assert rows.file_nbytes % 11
+    if there:
+        shelf.write(ONE[:there])
+    store = shelf.catalogue.store
+    store.budget_bytes = store.used_bytes() + rows.file_nbytes
+    assert shelf.catalogue.add(rows, ONE[:11])
+    assert store.used_bytes() == store.budget_bytes
+    assert shelf.deleted == []
+
+
+def test_a_file_that_does_not_fit_is_not_taken():
+    """It is told apart from one that nothing leads to, which would be worth another try."""
+    (lacking,) = Shelf().catalogue.lacking("ab", ONE[:11], state=False, step=11)
+    rows = segment(lacking, ONE, "ab")
+    shelf = Shelf(budget_bytes=rows.file_nbytes - 1)
+    with pytest.raises(BudgetError, match="needs"):
+        shelf.catalogue.add(rows, ONE[:11])
+    assert shelf.catalogue.store.used_bytes() == 0
 
 
 def test_a_catalogue_is_the_same_after_a_restart(shelf):

@@ -67,6 +67,22 @@ def test_rows_are_stored_once_however_many_checkpoints_share_them():
     assert stats.checkpoints == 3
 
 
+def test_checkpoints_of_a_slice_leave_room_to_cut_what_is_stored():
+    """Two states are made before either is counted, and the first one's run is cut by copying it."""
+    store = Store(10**6, needs_checkpoints=True)
+    save(store, range(1000, 1050))
+    save(store, range(40))
+    prompt = as_tokens([*range(30), *range(100, 120)])
+    needed = 20 * ROW + 40 * ROW + 2 * STATE  # new rows, the cut run's other copy, the states
+    store.budget_bytes = store.used_bytes() + needed
+    wanted = store.afford(N, prompt, [30, 50], row_bytes=ROW, snapshot_bytes=STATE)
+    assert (wanted, store.evictions) == ([30, 50], 0)
+    store.budget_bytes -= 1
+    wanted = store.afford(N, prompt, [30, 50], row_bytes=ROW, snapshot_bytes=STATE)
+    assert len(wanted) < 2 or store.evictions
+    assert store.has_room(20 * ROW + 40 * ROW + len(wanted) * STATE)
+
+
 def test_saving_the_same_again_stores_nothing():
     """Twice the same tokens: the first state stays."""
     store = Store(10**6, needs_checkpoints=True)

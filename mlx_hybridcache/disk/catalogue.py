@@ -22,7 +22,7 @@ from ..errors import BudgetError
 from ..found import Found
 from ..store import Store
 from ..tokens import Namespace, Tokens, as_tokens
-from ..tree import Held, Node
+from ..tree import Held, Node, common_length
 from .index import Entry
 from .segment import Segment, prefix_keys
 
@@ -104,6 +104,9 @@ class _Files(Holders):
         self.states += segment.kind == "state"
         return segment.file_nbytes - nbytes
 
+    def split_nbytes(self, rows: Held) -> int:
+        return 0  # a file is shared out, not copied
+
     def dropped(self, payload: Held) -> int:
         if isinstance(payload, FileEnd):
             return 0
@@ -162,15 +165,22 @@ class Catalogue:
         return replace(found, position=reach - reach % self._stride, node=None)
 
     def lacking(
-        self, namespace: str, tokens: Tokens, *, state: bool, step: int, coming: int = 0
+        self,
+        namespace: str,
+        tokens: Tokens,
+        *,
+        state: bool,
+        step: int,
+        coming: Sequence[tuple[Segment, Tokens]] = (),
     ) -> list[Lacking]:
         """What must be written so that `tokens` can be restored at their end, in order.
 
-        Rows end at multiples of `step`, so that a file is never large; those before `coming` are
-        being written already. With `state`, the checkpoint at the end too.
+        Rows end at multiples of `step`, so that a file is never large. With `state`, the checkpoint
+        at the end too. `coming` is being written already, in this order, each with all tokens that
+        lead to it.
         """
         found = self.find(namespace, tokens)
-        start, end = max(found.match.matched, coming), len(tokens)
+        start, end = _reach(found.match.matched, namespace, tokens, coming), len(tokens)
         ends = [*range(start - start % step + step, end, step), end] if start < end else []
         keys = prefix_keys(namespace, tokens, [start, *ends])
         for each, key in zip(ends, keys[1:], strict=True):
@@ -191,7 +201,10 @@ class Catalogue:
         What would be written in its place has its name.
         """
         segment = self._files.segments.get(f"{key[:2]}/{key}.rows.safetensors")
-        return segment is not None and self.add(segment, tokens)
+        try:
+            return segment is not None and self.add(segment, tokens)
+        except BudgetError:
+            return False
 
     @property
     def files(self) -> int:
@@ -269,7 +282,8 @@ class Catalogue:
         """A segment is in the directory: `tokens` are all that lead to its end.
 
         `restores` says that rows do so by themselves, as with the model that looks things up if it is
-        not given. False where what it holds is there already, or the rows before it are not.
+        not given. False where what it holds is there already, or the rows before it are not. Raises
+        `BudgetError` where there is no room for it.
         """
         segment = self._files.segments.get(segment.name, segment)
         namespace = Namespace(segment.namespace)
@@ -279,11 +293,11 @@ class Catalogue:
             return False
         if segment.kind == "state" and (not is_read or _has_state(found, len(tokens))):
             return False
-        rows: list[FileRows] = []
 
         def rows_of(start: int) -> FileRows:
-            rows.append(FileRows(segment, start, segment.end))
-            return rows[-1]
+            rows = FileRows(segment, start, segment.end)
+            self.store.linger(self._files.add(segment, rows.nbytes))
+            return rows
 
         stands: FileState | FileEnd | None = None
         if segment.kind == "state":
@@ -293,17 +307,19 @@ class Catalogue:
                 node.touch()
         elif not self._needs_checkpoints if restores is None else restores:
             stands = FileEnd(segment)
+        if segment not in self:
+            self.make_room(segment.file_nbytes, found.match.nodes())
         if not self.store.save(
             namespace,
             tokens,
             rows_of,
             stands,  # type: ignore[arg-type]  # the tree knows checkpoints by their weight only
-            row_bytes=-(-segment.file_nbytes // max(1, segment.end - segment.start)),
+            row_bytes=0,  # of a file all bytes count, whatever part is needed: there is room for them
             is_end=stands is not None,
         ):
-            return False
-        used = rows[0].nbytes if rows else segment.file_nbytes
-        self.store.linger(self._files.add(segment, used))
+            raise BudgetError(f"{segment.name} does not fit the disk budget beside what is kept.")
+        if segment.kind == "state":
+            self._files.add(segment, segment.file_nbytes)
         return True
 
     def make_room(self, nbytes: int, keep: Iterable[Node] = ()) -> None:
@@ -361,6 +377,20 @@ def state_of(found: Found) -> Segment | None:
     """The checkpoint that a restore from files needs; None for models of rows alone."""
     stands = found.node.checkpoint if found.node is not None else None
     return stands.segment if isinstance(stands, FileState) else None
+
+
+def _reach(
+    matched: int, namespace: str, tokens: Tokens, coming: Iterable[tuple[Segment, Tokens]]
+) -> int:
+    """How far rows will lead along `tokens`, of which `matched` are there, once all that comes is there.
+
+    Rows whose own beginning is not will not be taken, so nothing can be built on them.
+    """
+    for segment, leading in coming:
+        is_led = segment.namespace == namespace and segment.start <= matched
+        if segment.kind == "rows" and is_led:
+            matched = max(matched, min(common_length(tokens, leading), segment.end))
+    return matched
 
 
 def _has_state(found: Found, end: int) -> bool:
