@@ -401,7 +401,7 @@ class Engine:
             return self.grid.step if whole else self.grid.shared_step
 
         def afford(a: int, b: int, cuts: list[int]) -> list[int]:
-            return self._afford(request, b, cuts)
+            return self._afford(request, b, cuts, reading.branch)
 
         slices = replay(
             self.layout,
@@ -418,19 +418,21 @@ class Engine:
             position, left = read.position, [*read.taken]
             del read  # what the store lets go of again must not be held from here
             while left:
-                ends = left[0].position == reading.end
-                self._save(request, left.pop(0), caches, is_end=ends)
+                at = left[0].position
+                is_end, is_branch = at == reading.end, at == reading.branch
+                self._save(request, left.pop(0), caches, is_end=is_end, is_branch=is_branch)
             self._own(request)
             request.advance(position)
             request.on_progress(position, len(tokens))
             yield position
 
-    def _afford(self, request: Request, end: int, cuts: list[int]) -> list[int]:
+    def _afford(self, request: Request, end: int, cuts: list[int], branch: int) -> list[int]:
         """Of the cuts in the slice that ends at `end`, those whose snapshots and rows are worth their room."""
         kept = self.store.afford(
             request.namespace,
             request.tokens[:end],
             cuts,
+            branch=branch,
             row_bytes=self._stored_row_bytes(request.lender),
             snapshot_bytes=self.layout.snapshot_bytes,
         )
@@ -444,10 +446,17 @@ class Engine:
         caches: Sequence[Any],
         *,
         is_end: bool,
+        is_branch: bool,
     ) -> None:
         tokens = request.tokens[: taken.position]
         stored = self._save_from(
-            request.namespace, tokens, taken, caches, request.lender, is_end=is_end
+            request.namespace,
+            tokens,
+            taken,
+            caches,
+            request.lender,
+            is_end=is_end,
+            is_branch=is_branch,
         )
         request.taken += stored
         request.refused += not stored
@@ -465,13 +474,22 @@ class Engine:
         lender: CacheLender | None,
         *,
         is_end: bool,
+        is_branch: bool = False,
     ) -> bool:
         def copied(start: int) -> Rows | None:
             return checkpoints.take_rows(self.layout, caches, start, len(tokens))
 
         rows_of = copied if lender is None else lender.rows_to(len(tokens))
         row_bytes = self._stored_row_bytes(lender)
-        return self._save_at(namespace, tokens, rows_of, taken, row_bytes=row_bytes, is_end=is_end)
+        return self._save_at(
+            namespace,
+            tokens,
+            rows_of,
+            taken,
+            row_bytes=row_bytes,
+            is_end=is_end,
+            is_branch=is_branch,
+        )
 
     def _save_at(
         self,
@@ -482,6 +500,7 @@ class Engine:
         *,
         row_bytes: int,
         is_end: bool,
+        is_branch: bool = False,
     ) -> bool:
         """Into the memory tier, and from there to the disk in time."""
         is_stored = self.store.save(
@@ -491,6 +510,7 @@ class Engine:
             taken if self.layout.needs_snapshots else None,
             row_bytes=row_bytes,
             is_end=is_end,
+            is_branch=is_branch,
         )
         if is_stored and self.disk is not None:
             self.disk.offer(namespace, self.store.find(namespace, tokens).nodes()[-1])

@@ -191,6 +191,7 @@ class Store(Budget):
         tokens: Tokens,
         cuts: Sequence[int],
         *,
+        branch: int,
         row_bytes: int,
         snapshot_bytes: int,
     ) -> list[int]:
@@ -198,6 +199,7 @@ class Store(Budget):
 
         Room is made for them, for the slice's rows and for cutting what is stored. A cut is left out
         rather than that something more useful goes for it; none is left where not even one fits.
+        `branch` is where the whole prompt parts ways with what is stored.
         """
         match = self.find(namespace, tokens).match
         rows = (len(tokens) - match.matched) * row_bytes
@@ -221,7 +223,7 @@ class Store(Budget):
                         freed_bytes=snapshot_bytes,
                         age_ticks=0,
                         idle_ticks=0,
-                        returns=int(cut <= match.matched),
+                        returns=int(cut == branch),
                         interior=self.partings.interior,
                     )
                 )
@@ -273,13 +275,16 @@ class Store(Budget):
         *,
         row_bytes: int,
         is_end: bool = False,
+        is_branch: bool = False,
     ) -> bool:
         """Store the rows of all of `tokens` and what stands at their end.
 
         `rows_of(start)` copies the rows of `[start, len(tokens))`, or says who has them, and is asked only
         for what the tree lacks; `row_bytes` is what the store will hold of each. The checkpoint's own bytes
-        exist already; they and the rows are claimed before the copy is made. False when they did not fit, when `rows_of` no longer has the rows, or
-        when pins and ends fill a path to `max_checkpoints`, and nothing was added then.
+        exist already; they and the rows are claimed before the copy is made. `is_branch` says that
+        a prompt parts ways here with what is stored. False when they did not fit, when `rows_of` no
+        longer has the rows, or when pins and ends fill a path to `max_checkpoints`, and nothing was
+        added then.
         """
         tree = self._trees.setdefault(namespace, PrefixTree())
         match = tree.match(tokens)
@@ -314,7 +319,7 @@ class Store(Budget):
         self.rows_bytes += block.nbytes if block is not None else 0
         if checkpoint is not None:
             node.checkpoint = checkpoint
-            node.returns = int(node.goes_beyond(node.end + NEAR_TOKENS))
+            node.returns = int(is_branch and node.goes_beyond(node.end + NEAR_TOKENS))
             self.snapshot_bytes += checkpoint.nbytes
         node.touch()
         eviction = self._eviction()

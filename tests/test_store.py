@@ -75,10 +75,10 @@ def test_checkpoints_of_a_slice_leave_room_to_cut_what_is_stored():
     prompt = as_tokens([*range(30), *range(100, 120)])
     needed = 20 * ROW + 40 * ROW + 2 * STATE  # new rows, the cut run's other copy, the states
     store.budget_bytes = store.used_bytes() + needed
-    wanted = store.afford(N, prompt, [30, 50], row_bytes=ROW, snapshot_bytes=STATE)
+    wanted = store.afford(N, prompt, [30, 50], branch=30, row_bytes=ROW, snapshot_bytes=STATE)
     assert (wanted, store.evictions) == ([30, 50], 0)
     store.budget_bytes -= 1
-    wanted = store.afford(N, prompt, [30, 50], row_bytes=ROW, snapshot_bytes=STATE)
+    wanted = store.afford(N, prompt, [30, 50], branch=30, row_bytes=ROW, snapshot_bytes=STATE)
     assert len(wanted) < 2 or store.evictions
     assert store.has_room(20 * ROW + 40 * ROW + len(wanted) * STATE)
 

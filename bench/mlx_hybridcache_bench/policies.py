@@ -20,14 +20,14 @@ from mlx_hybridcache.sizes import parse_bytes
 
 from .baselines import LlamaCpp, MlxLm, Overlaps
 from .machine import machine, one_line
-from .offline import Clairvoyant, floor
+from .offline import Clairvoyant, Knows, floor
 from .simulate import SHAPES, Shape, Simulation, coarse_cuts, recency
 from .tables import Figure, show, show_figures, write_json
 from .traces import Asked, read_trace, summary
 from .workloads import WORKLOADS, workload
 
 OURS, LRU, GRID, MLX_LM, LLAMA_CPP = "ours", "lru", "grid-8192", "mlx_lm.server", "llama.cpp"
-OFFLINE, UNORDERED = "clairvoyant", "what, not when"
+OFFLINE, UNORDERED, PLACES = "clairvoyant", "what, not when", "where, not what"
 BASELINES = (LRU, GRID, MLX_LM, LLAMA_CPP)
 ONLINE = (OURS, *BASELINES)
 BUDGETS = ("1GB", "2GB", "4GB", "8GB", "16GB")
@@ -54,7 +54,8 @@ POLICIES: dict[str, Policy] = {
     MLX_LM: MlxLm,
     LLAMA_CPP: LlamaCpp,
     OFFLINE: Clairvoyant,
-    UNORDERED: partial(Clairvoyant, knows_order=False),
+    UNORDERED: partial(Clairvoyant, knows=Knows.UNORDERED),
+    PLACES: partial(Clairvoyant, knows=Knows.PLACES),
 }
 
 

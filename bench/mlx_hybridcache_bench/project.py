@@ -85,9 +85,9 @@ class Watched(Simulation):
     def slices(self) -> list[tuple[int, int]]:
         return list(zip([self.restored, *self._ends], self._ends, strict=False))
 
-    def _afford(self, tokens: Tokens, b: int, cuts: list[int]) -> list[int]:
+    def _afford(self, tokens: Tokens, b: int, cuts: list[int], branch: int) -> list[int]:
         self._ends.append(b)  # this is asked once for each slice
-        return super()._afford(tokens, b, cuts)
+        return super()._afford(tokens, b, cuts, branch)
 
     def _save(self, tokens: Tokens, *more: Any, **options: Any) -> bool:
         is_stored = super()._save(tokens, *more, **options)

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 from rich.console import Console
 
 from mlx_hybridcache import models
-from mlx_hybridcache.router import moe_layers
-from mlx_hybridcache.router.select import TieSafe, select_through
+from mlx_hybridcache.router import MoeLayer, moe_layers
+from mlx_hybridcache.router.select import (
+    TieSafe,
+    bars_of,
+    select_through,
+    select_tie_safe,
+    shared_of,
+)
 
 from .paired import Paired, measure
 from .tables import Figure, show
@@ -72,23 +79,41 @@ def measure_selection(path: str, *, pairs: int) -> Selection:
     """Decode with the model at `path`, in turns with and without what selecting by groups adds.
 
     The operations are those of a patched layer, with groups of one: both ways choose the same experts.
-    Otherwise the time of other experts, cached or not, would be counted too.
+    Otherwise the time of other experts, cached or not, would be counted too. It is one model with one
+    reply: two copies of the same model differ by more than is measured here.
     """
-    plain = models.load(path)[0]
+    model = models.load(path)[0]
+    layers = moe_layers(model)
     found = {}
     for name, shares in CASES.items():
-        by_groups = models.load(path)[0]
-        for layer in moe_layers(by_groups):
+        decode = _decoding(model)
+        for layer in layers:
+            select_tie_safe(layer, ())  # as mlx-lm does
+        plain = _selecting_as_now(layers, decode)
+        for layer in layers:
             select_through(layer, _idle(layer.count, shares=shares))
-        found[name] = measure(_decoding(plain), _decoding(by_groups), pairs=pairs, warm_up=20)
-    return Selection(len(moe_layers(plain)), found)
+        by_groups = _selecting_as_now(layers, decode)
+        found[name] = measure(plain, by_groups, pairs=pairs, warm_up=20)
+    return Selection(len(layers), found)
+
+
+def _selecting_as_now(
+    layers: Sequence[MoeLayer], decode: Callable[[], object]
+) -> Callable[[], object]:
+    """The same call, with all layers selecting as they do now. To let them takes a microsecond."""
+    kinds = [(layer.selector, type(layer.selector)) for layer in layers]
+
+    def select_and_decode() -> None:
+        for selector, kind in kinds:
+            object.__setattr__(selector, "__class__", kind)
+        decode()
+
+    return select_and_decode
 
 
 def _idle(experts: int, *, shares: bool) -> TieSafe:
-    nobody = {dtype: (mx.zeros(experts, dtype),) * 2 for dtype in (mx.float32, mx.bfloat16)}
-    own = mx.arange(experts, dtype=mx.uint32) if shares else None
-    mx.eval([*nobody.values()], own)
-    return TieSafe(experts, own, nobody, None)
+    own = shared_of(np.arange(experts, dtype=np.uint32)) if shares else None
+    return TieSafe(experts, own, bars_of(np.zeros(experts)), None)
 
 
 def _decoding(model: Any) -> Callable[[], object]:

@@ -219,21 +219,25 @@ class Simulation:
         a = plan.start
         while a < plan.end:
             b = plan.slice_end(a, GRID.step)
-            for cut in self._afford(tokens, b, plan.cuts_in(a, b)):
-                self._save(tokens[:cut], lender, is_end=cut == reading.end)
+            for cut in self._afford(tokens, b, plan.cuts_in(a, b), reading.branch):
+                is_end, is_branch = cut == reading.end, cut == reading.branch
+                self._save(tokens[:cut], lender, is_end=is_end, is_branch=is_branch)
             self.loans.own(lender, may_evict=False)
             a = b
 
-    def _afford(self, tokens: Tokens, b: int, cuts: list[int]) -> list[int]:
+    def _afford(self, tokens: Tokens, b: int, cuts: list[int], branch: int) -> list[int]:
         return self.store.afford(
             SPACE,
             tokens[:b],
             cuts,
+            branch=branch,
             row_bytes=0,  # they lie in the running caches
             snapshot_bytes=self.shape.checkpoint_bytes,
         )
 
-    def _save(self, tokens: Tokens, lender: Lender, *, is_end: bool) -> bool:
+    def _save(
+        self, tokens: Tokens, lender: Lender, *, is_end: bool, is_branch: bool = False
+    ) -> bool:
         end = len(tokens)
         return self.store.save(
             SPACE,
@@ -242,6 +246,7 @@ class Simulation:
             cast("Any", SizedCheckpoint(end, self.shape.checkpoint_bytes)),
             row_bytes=0,
             is_end=is_end,
+            is_branch=is_branch,
         )
 
     def _end(self, history: Tokens, lender: Lender, claim: Claim) -> None:

@@ -25,6 +25,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+import numpy.typing as npt
 
 from ..errors import RouterError
 from .experts import router_rows
@@ -32,6 +33,9 @@ from .families import MoeLayer
 from .patch import Group
 
 _FLOATS = (mx.float32, mx.bfloat16, mx.float16)
+
+DIMENSIONS = range(1, 5)
+"""How many a block's scores may have: its batch and sequence, flattened or not, in routing groups or not."""
 
 PROBED_ROWS = (1, 2, 3, 8, 33, 300)
 """Batches in which equal rows are looked at: kernels depend on the shape."""
@@ -50,15 +54,49 @@ class Routing:
     chosen: mx.array  # (T, k) uint32, in the order in which the block adds up its experts
 
 
+Shared = dict[int, mx.array]
+"""Whose score each expert takes, (..., E) uint32: by the number of dimensions that scores have."""
+
+Bars = dict[tuple[mx.Dtype, int, bool], mx.array]
+"""What is added to scores: by their dtype, their number of dimensions, and whether the highest are selected."""
+
+
+def shared_of(whose: npt.NDArray[np.uint32]) -> Shared:
+    """The same for scores of one to four dimensions."""
+    shared = {ndim: _with_dimensions(mx.array(whose), ndim) for ndim in DIMENSIONS}
+    mx.eval([*shared.values()])
+    return shared
+
+
+def bars_of(lowered: npt.NDArray[np.floating[Any]]) -> Bars:
+    """Bars (..., E) that lower each expert's score so much, where the highest are selected."""
+    bars = {
+        (dtype, ndim, highest): _with_dimensions(
+            mx.array(-lowered if highest else lowered).astype(dtype), ndim
+        )
+        for dtype in _FLOATS
+        for ndim in DIMENSIONS
+        for highest in (True, False)
+    }
+    mx.eval([*bars.values()])
+    return bars
+
+
+def _with_dimensions(by_expert: mx.array, ndim: int) -> mx.array:
+    """As many as the scores have: to broadcast would be an operation of its own.
+
+    When one token is decoded there is nothing to broadcast then.
+    """
+    return by_expert.reshape(*[1] * (ndim - 1), -1)
+
+
 @dataclass(frozen=True, eq=False)
 class TieSafe:
     """What changes the scores of one layer before they are selected from. Evaluated arrays."""
 
     experts: int
-    shared: mx.array | None  # (E,) whose score each expert takes; None where each keeps its own
-    bars: (
-        dict[mx.Dtype, tuple[mx.array, mx.array]] | None
-    )  # (E,) 0, or for the barred -inf; negated
+    shared: Shared | None  # None where each keeps its own score
+    bars: Bars | None  # None where nobody is barred
     order: mx.array | None  # (E,) int64, where `argpartition` does not break ties by index
 
     @classmethod
@@ -69,16 +107,13 @@ class TieSafe:
         for group in groups:
             shared[list(group.members[: group.cap])] = group.members[0]
             barred[list(group.members[group.cap :])] = True
-        floats = mx.array(np.where(barred, -np.inf, 0.0).astype(np.float32))
         made = cls(
             experts,
-            None if (shared == np.arange(experts)).all() else mx.array(shared),
-            {dtype: (floats.astype(dtype), -floats.astype(dtype)) for dtype in _FLOATS}
-            if barred.any()
-            else None,
+            None if (shared == np.arange(experts)).all() else shared_of(shared),
+            bars_of(np.where(barred, np.inf, 0.0)) if barred.any() else None,
             None if breaks_ties_by_index(experts) else mx.arange(experts, dtype=mx.int64),
         )
-        mx.eval(made.shared, [*(made.bars or {}).values()], made.order)
+        mx.eval(made.order)
         return made
 
     @property
@@ -89,10 +124,9 @@ class TieSafe:
     def __call__(self, scores: mx.array, *, highest: bool) -> mx.array:
         """Scores (..., E) to select the highest of, or the lowest, with one order and no other."""
         if self.shared is not None:
-            scores = mx.take(scores, self.shared, axis=-1)
+            scores = mx.take_along_axis(scores, self.shared[scores.ndim], axis=-1)
         if self.bars is not None:
-            low, high = self.bars[scores.dtype]
-            scores = scores + (low if highest else high)
+            scores = scores + self.bars[scores.dtype, scores.ndim, highest]
         return scores if self.order is None else ordered(scores, self.order)
 
 
