@@ -446,7 +446,7 @@ def test_what_was_used_last_stays_whatever_the_files_times_say(root):
         assert served(cache, FIRST) == ("disk", END)
     for path in faults.segments(root):
         os.utime(path, (0, 0) if path.name in old else (2**33, 2**33))
-    with opened(root, disk_budget=held // 2) as cache:
+    with opened(root, disk_budget=held // 3) as cache:
         assert cache.lookup(FIRST).restored_tokens > cache.lookup(SECOND).restored_tokens
 
 

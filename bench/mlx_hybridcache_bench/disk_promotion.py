@@ -175,6 +175,7 @@ class _Bench:
     wrong: int = 0
     _cache: HybridPromptCache | None = field(default=None, init=False)
     _stream: Generation[Any] | None = field(default=None, init=False)
+    _go_on: threading.Event = field(default_factory=threading.Event, init=False)
 
     def run(self, name: str, pairs: int) -> Promotion:
         self.open_anew()
@@ -228,17 +229,26 @@ class _Bench:
         )
 
     def begin(self) -> None:
-        """From a request to the moment when its caches stand, as every request of a server goes."""
+        """From a request to the moment when its caches stand, as every request of a server goes.
+
+        There the request waits: if it went on computing, this thread would wait for the interpreter.
+        """
         assert self._cache is not None
-        is_ready = threading.Event()
+        is_ready, self._go_on = threading.Event(), threading.Event()
+
+        def stands(read: int, total: int, go_on: threading.Event = self._go_on) -> None:
+            is_ready.set()
+            go_on.wait(FLUSH_SECONDS)
+
         self._stream = self._cache.stream_generate(
-            self.prompt, REPLY_TOKENS, prompt_progress_callback=lambda read, total: is_ready.set()
+            self.prompt, REPLY_TOKENS, prompt_progress_callback=stands
         )
         assert is_ready.wait(FLUSH_SECONDS)
 
     def end(self) -> None:
         """Leave what was begun, and count it if it did not come from files."""
         stream, self._stream = self._stream, None
+        self._go_on.set()
         if stream is not None:
             stream.close()
             report = stream.report

@@ -40,7 +40,8 @@ _LARGEST_TENSOR = 1 << 53
 _LAST_POSITION = (1 << 31) - 1
 _NO_CHECKSUM = "0" * 32
 _SEAL = b'"header_xxh3":"%s"'
-"""Found but once: within a JSON string its quotes would be escaped."""
+_CHECKSUM = re.compile(rb'"data_xxh3":"([0-9a-f]{32})"')
+"""Found but once, both: within a JSON string their quotes would be escaped."""
 
 _KEY = re.compile(r"[0-9a-f]{32}")
 _NAMESPACE = re.compile(r"[0-9a-f]{1,128}")
@@ -275,9 +276,13 @@ def read_data(root: Path, segment: Segment, into: Iterable[memoryview]) -> None:
     """
     path = root / SEGMENTS / segment.name
     with reading(path) as fd:
-        found, checksum = _read_head(fd, path)
-        if found != segment:
-            raise SegmentError(f"{path.name} holds another segment than was asked for.")
+        checksum = _checksum_behind(fd, segment)
+        if checksum is None:  # another look, to say what it is instead
+            if fd is not None:
+                os.lseek(fd, 0, os.SEEK_SET)
+            found, checksum = _read_head(fd, path)
+            if found != segment:
+                raise SegmentError(f"{path.name} holds another segment than was asked for.")
         _read_data(fd, segment, into, checksum)
 
 
@@ -333,6 +338,20 @@ def _json(segment: Segment, data_xxh3: str) -> bytes:
 
 def _token_bytes(tokens: Tokens) -> bytes:
     return tokens.astype("<i4", copy=False).tobytes()
+
+
+def _checksum_behind(fd: int | None, segment: Segment) -> str | None:
+    """The checksum of a file's data, which comes next; None where its head is not this segment's.
+
+    To compare bytes takes a third of the time of reading a header that nobody knows.
+    """
+    if fd is None or os.fstat(fd).st_size != segment.file_nbytes:
+        return None
+    head = bytearray(segment.file_nbytes - segment.data_nbytes)
+    if not read_all(fd, memoryview(head)) or (found := _CHECKSUM.search(head)) is None:
+        return None
+    checksum = found[1].decode()
+    return checksum if head == _head(segment, checksum) else None
 
 
 def _read_head(fd: int | None, path: Path) -> tuple[Segment, str]:
