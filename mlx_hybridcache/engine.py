@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Container, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -30,7 +30,7 @@ from .pressure import Pressure, give_back
 from .replay import plan, replay
 from .report import CacheReport
 from .request import Request
-from .schedule import Grid, Reading
+from .schedule import Grid, Reading, partings
 from .sharing import Readers
 from .store import Store
 from .tiers import DiskTier
@@ -393,6 +393,7 @@ class Engine:
             boundaries=request.boundaries,
         )
         route = plan(self.layout, self.grid, reading, exact=self.exact)
+        parted = partings(reading, self.grid, is_inside=found.is_inside)
         request.on_progress(found.position, len(tokens))
         request.advance(found.position)
 
@@ -401,7 +402,7 @@ class Engine:
             return self.grid.step if whole else self.grid.shared_step
 
         def afford(a: int, b: int, cuts: list[int]) -> list[int]:
-            return self._afford(request, b, cuts, reading.branch)
+            return self._afford(request, b, cuts, parted)
 
         slices = replay(
             self.layout,
@@ -419,20 +420,22 @@ class Engine:
             del read  # what the store lets go of again must not be held from here
             while left:
                 at = left[0].position
-                is_end, is_branch = at == reading.end, at == reading.branch
-                self._save(request, left.pop(0), caches, is_end=is_end, is_branch=is_branch)
+                is_end, is_parting = at == reading.end, at in parted
+                self._save(request, left.pop(0), caches, is_end=is_end, is_parting=is_parting)
             self._own(request)
             request.advance(position)
             request.on_progress(position, len(tokens))
             yield position
 
-    def _afford(self, request: Request, end: int, cuts: list[int], branch: int) -> list[int]:
+    def _afford(
+        self, request: Request, end: int, cuts: list[int], parted: Container[int]
+    ) -> list[int]:
         """Of the cuts in the slice that ends at `end`, those whose snapshots and rows are worth their room."""
         kept = self.store.afford(
             request.namespace,
             request.tokens[:end],
             cuts,
-            branch=branch,
+            partings=parted,
             row_bytes=self._stored_row_bytes(request.lender),
             snapshot_bytes=self.layout.snapshot_bytes,
         )
@@ -446,7 +449,7 @@ class Engine:
         caches: Sequence[Any],
         *,
         is_end: bool,
-        is_branch: bool,
+        is_parting: bool,
     ) -> None:
         tokens = request.tokens[: taken.position]
         stored = self._save_from(
@@ -456,7 +459,7 @@ class Engine:
             caches,
             request.lender,
             is_end=is_end,
-            is_branch=is_branch,
+            is_parting=is_parting,
         )
         request.taken += stored
         request.refused += not stored
@@ -474,7 +477,7 @@ class Engine:
         lender: CacheLender | None,
         *,
         is_end: bool,
-        is_branch: bool = False,
+        is_parting: bool = False,
     ) -> bool:
         def copied(start: int) -> Rows | None:
             return checkpoints.take_rows(self.layout, caches, start, len(tokens))
@@ -488,7 +491,7 @@ class Engine:
             taken,
             row_bytes=row_bytes,
             is_end=is_end,
-            is_branch=is_branch,
+            is_parting=is_parting,
         )
 
     def _save_at(
@@ -500,7 +503,7 @@ class Engine:
         *,
         row_bytes: int,
         is_end: bool,
-        is_branch: bool = False,
+        is_parting: bool = False,
     ) -> bool:
         """Into the memory tier, and from there to the disk in time."""
         is_stored = self.store.save(
@@ -510,7 +513,7 @@ class Engine:
             taken if self.layout.needs_snapshots else None,
             row_bytes=row_bytes,
             is_end=is_end,
-            is_branch=is_branch,
+            is_parting=is_parting,
         )
         if is_stored and self.disk is not None:
             self.disk.offer(namespace, self.store.find(namespace, tokens).nodes()[-1])

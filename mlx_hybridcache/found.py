@@ -8,6 +8,7 @@ from typing import cast
 from .borrowing import BorrowedRows
 from .checkpoint import Checkpoint
 from .layers.rows import RowBlock
+from .policy import NEAR_TOKENS
 from .tree import Match, Node
 
 
@@ -36,6 +37,12 @@ class Found:
             for rows in node.rows
             if rows.start < self.position
         ]
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether the prompt leaves what is stored inside it: by more than an ending it goes on there."""
+        nodes = self.nodes()
+        return bool(nodes) and nodes[-1].goes_beyond(self.match.matched + NEAR_TOKENS)
 
     def cut_tokens(self) -> int:
         """How many tokens are restored of a stretch of rows that goes on behind `position`."""

@@ -9,7 +9,8 @@ time since it was last confirmed:
 * further back, the less often the further from the end (sparse prefix caching, arXiv 2605.05219), so that
   a path ends up densely covered near its end and sparsely further back, and keeps its early anchors
   (llama.cpp issue 25023); how often is learnt from where the prompts so far have parted ways (`Partings`);
-* where prompts have parted ways before, as behind a system prompt, they will again.
+* where prompts have parted ways before they will again, and so they will behind the first turn, which is the
+  system prompt where there is one: that counts as one parting before there was any.
 
 Nothing here is told the kind of workload; `mlx-hybridcache bench policies` measures it on eight.
 """

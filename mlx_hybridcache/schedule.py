@@ -114,6 +114,17 @@ def cuts_for_exact(reading: Reading, grid: Grid) -> list[int]:
     return [cut for cut in grid.cuts(reading.start, reading.end + 1) if cut % grid.step == 0]
 
 
+def partings(reading: Reading, grid: Grid, *, is_inside: bool) -> frozenset[int]:
+    """Of the cuts those at which prompts part ways.
+
+    One does so now, where it leaves what is stored, if that `is_inside`. And behind the first turn, which
+    is the system prompt where there is one, each conversation says something else.
+    """
+    found = {reading.branch} if is_inside else set()
+    first = next((cut for cut in reading.turn_starts if cut >= grid.first_worth), None)
+    return frozenset(found if first is None else {*found, first})
+
+
 def _off_grid(reading: Reading, grid: Grid) -> list[int]:
     """Cuts that follow from this prompt, the most valuable first."""
     turns = _turns(reading, grid)

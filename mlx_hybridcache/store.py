@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -191,7 +191,7 @@ class Store(Budget):
         tokens: Tokens,
         cuts: Sequence[int],
         *,
-        branch: int,
+        partings: Container[int],
         row_bytes: int,
         snapshot_bytes: int,
     ) -> list[int]:
@@ -199,7 +199,7 @@ class Store(Budget):
 
         Room is made for them, for the slice's rows and for cutting what is stored. A cut is left out
         rather than that something more useful goes for it; none is left where not even one fits.
-        `branch` is where the whole prompt parts ways with what is stored.
+        `partings` are where prompts part ways (`schedule.partings`).
         """
         match = self.find(namespace, tokens).match
         rows = (len(tokens) - match.matched) * row_bytes
@@ -223,7 +223,7 @@ class Store(Budget):
                         freed_bytes=snapshot_bytes,
                         age_ticks=0,
                         idle_ticks=0,
-                        returns=int(cut == branch),
+                        returns=int(cut in partings),
                         interior=self.partings.interior,
                     )
                 )
@@ -258,8 +258,7 @@ class Store(Budget):
 
     def use(self, found: Found) -> None:
         """Refresh the recency of what was restored, and of nothing else."""
-        last, matched = found.nodes()[-1], found.match.matched
-        self.partings.saw(is_inside=last.goes_beyond(matched + NEAR_TOKENS))
+        self.partings.saw(is_inside=found.is_inside)
         nodes = found.match.path[-1:] if found.node is None else (found.node,)
         for node in nodes:
             node.last_used = self.clock
@@ -275,14 +274,14 @@ class Store(Budget):
         *,
         row_bytes: int,
         is_end: bool = False,
-        is_branch: bool = False,
+        is_parting: bool = False,
     ) -> bool:
         """Store the rows of all of `tokens` and what stands at their end.
 
         `rows_of(start)` copies the rows of `[start, len(tokens))`, or says who has them, and is asked only
         for what the tree lacks; `row_bytes` is what the store will hold of each. The checkpoint's own bytes
-        exist already; they and the rows are claimed before the copy is made. `is_branch` says that
-        a prompt parts ways here with what is stored. False when they did not fit, when `rows_of` no
+        exist already; they and the rows are claimed before the copy is made. `is_parting` says that
+        prompts part ways here. False when they did not fit, when `rows_of` no
         longer has the rows, or when pins and ends fill a path to `max_checkpoints`, and nothing was
         added then.
         """
@@ -319,7 +318,7 @@ class Store(Budget):
         self.rows_bytes += block.nbytes if block is not None else 0
         if checkpoint is not None:
             node.checkpoint = checkpoint
-            node.returns = int(is_branch and node.goes_beyond(node.end + NEAR_TOKENS))
+            node.returns = int(is_parting)
             self.snapshot_bytes += checkpoint.nbytes
         node.touch()
         eviction = self._eviction()

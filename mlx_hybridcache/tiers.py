@@ -382,9 +382,9 @@ class DiskTier:
         """A file is there. False where the catalogue does not take it, so that it is deleted."""
         self._written_bytes += segment.file_nbytes
         try:
-            is_branch = writing.node.returns > 0 and segment.end == writing.node.end
+            is_parting = writing.node.returns > 0 and segment.end == writing.node.end
             if segment in self.catalogue or self.catalogue.add(
-                segment, tokens, is_branch=is_branch
+                segment, tokens, is_parting=is_parting
             ):
                 return True
             # What leads to it went meanwhile and is written again, or all of it is there.

@@ -12,6 +12,7 @@ from mlx_hybridcache.schedule import (
     cuts_for_exact,
     cuts_for_pausing,
     cuts_in,
+    partings,
     slice_end,
     spaced,
 )
@@ -60,6 +61,14 @@ def test_no_checkpoint_is_spent_on_the_first_few_tokens():
 def test_the_branch_is_cut_where_prompts_part_ways():
     """Restored at 2,048, matched to 3,000: 3,000 is a cut, and so is the end."""
     assert 3000 in cuts_for(Reading(2048, 3500, branch=3000), GRID)
+
+
+def test_prompts_part_ways_behind_the_first_turn_and_where_one_leaves_what_is_stored():
+    """Turns open at 3, 900 and 2,000: ChatML's opener is no turn to come back to."""
+    reading = Reading(0, 5_000, turn_starts=[3, 900, 2_000], branch=3_000)
+    assert partings(reading, GRID, is_inside=True) == {900, 3_000}
+    assert partings(reading, GRID, is_inside=False) == {900}
+    assert partings(Reading(0, 5_000), GRID, is_inside=False) == set()
 
 
 def test_declared_boundaries_are_cuts():

@@ -35,7 +35,7 @@ def state(position):
 N = Namespace("n")
 
 
-def save(store, tokens, *, is_end=False, space=N):
+def save(store, tokens, *, is_end=False, is_parting=False, space=N):
     return store.save(
         space,
         as_tokens(tokens),
@@ -43,6 +43,7 @@ def save(store, tokens, *, is_end=False, space=N):
         state(len(tokens)) if store.needs_checkpoints else None,
         row_bytes=ROW,
         is_end=is_end,
+        is_parting=is_parting,
     )
 
 
@@ -75,12 +76,26 @@ def test_checkpoints_of_a_slice_leave_room_to_cut_what_is_stored():
     prompt = as_tokens([*range(30), *range(100, 120)])
     needed = 20 * ROW + 40 * ROW + 2 * STATE  # new rows, the cut run's other copy, the states
     store.budget_bytes = store.used_bytes() + needed
-    wanted = store.afford(N, prompt, [30, 50], branch=30, row_bytes=ROW, snapshot_bytes=STATE)
+    wanted = store.afford(N, prompt, [30, 50], partings=(30,), row_bytes=ROW, snapshot_bytes=STATE)
     assert (wanted, store.evictions) == ([30, 50], 0)
     store.budget_bytes -= 1
-    wanted = store.afford(N, prompt, [30, 50], branch=30, row_bytes=ROW, snapshot_bytes=STATE)
+    wanted = store.afford(N, prompt, [30, 50], partings=(30,), row_bytes=ROW, snapshot_bytes=STATE)
     assert len(wanted) < 2 or store.evictions
     assert store.has_room(20 * ROW + 40 * ROW + len(wanted) * STATE)
+
+
+@pytest.mark.parametrize("parts_at", [100, 200])
+def test_the_checkpoint_at_which_prompts_part_ways_is_kept(parts_at):
+    """Two like each other inside a stored prompt, where only the one at which it was left counts."""
+    store = Store(10**6, needs_checkpoints=True)
+    save(store, range(1000), is_end=True)
+    for cut in (100, 200):
+        save(store, range(cut), is_parting=cut == parts_at)
+    for other in range(40):
+        store.tick()
+        save(store, range(5000 + 100 * other, 5080 + 100 * other), is_end=True)
+    store.shrink(STATE)
+    assert [node.end for _, node in store.checkpoints(N) if node.end in (100, 200)] == [parts_at]
 
 
 def test_saving_the_same_again_stores_nothing():

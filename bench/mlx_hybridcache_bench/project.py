@@ -7,7 +7,7 @@ sizes; what that costs, from the machine's cold times and the engine's measured 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -85,9 +85,9 @@ class Watched(Simulation):
     def slices(self) -> list[tuple[int, int]]:
         return list(zip([self.restored, *self._ends], self._ends, strict=False))
 
-    def _afford(self, tokens: Tokens, b: int, cuts: list[int], branch: int) -> list[int]:
+    def _afford(self, tokens: Tokens, b: int, cuts: list[int], parted: Container[int]) -> list[int]:
         self._ends.append(b)  # this is asked once for each slice
-        return super()._afford(tokens, b, cuts, branch)
+        return super()._afford(tokens, b, cuts, parted)
 
     def _save(self, tokens: Tokens, *more: Any, **options: Any) -> bool:
         is_stored = super()._save(tokens, *more, **options)

@@ -7,7 +7,7 @@ Requests come one at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -21,7 +21,7 @@ from mlx_hybridcache.generate import rounded
 from mlx_hybridcache.loans import Loans
 from mlx_hybridcache.policy import Candidate, utility
 from mlx_hybridcache.replay import Plan
-from mlx_hybridcache.schedule import Grid, Reading, cuts_for
+from mlx_hybridcache.schedule import Grid, Reading, cuts_for, partings
 from mlx_hybridcache.store import Store
 from mlx_hybridcache.tokens import Namespace, Tokens
 from mlx_hybridcache.tree import Rows
@@ -214,29 +214,30 @@ class Simulation:
         reading = Reading(
             found.position, len(tokens) - 1, turn_starts=asked.turns, branch=found.match.matched
         )
+        parted = partings(reading, GRID, is_inside=found.is_inside)
         cuts = tuple(self._cuts(reading))
         plan = Plan(reading.start, reading.end, cuts, must_pause=False, cuts_every_slice=False)
         a = plan.start
         while a < plan.end:
             b = plan.slice_end(a, GRID.step)
-            for cut in self._afford(tokens, b, plan.cuts_in(a, b), reading.branch):
-                is_end, is_branch = cut == reading.end, cut == reading.branch
-                self._save(tokens[:cut], lender, is_end=is_end, is_branch=is_branch)
+            for cut in self._afford(tokens, b, plan.cuts_in(a, b), parted):
+                is_end, is_parting = cut == reading.end, cut in parted
+                self._save(tokens[:cut], lender, is_end=is_end, is_parting=is_parting)
             self.loans.own(lender, may_evict=False)
             a = b
 
-    def _afford(self, tokens: Tokens, b: int, cuts: list[int], branch: int) -> list[int]:
+    def _afford(self, tokens: Tokens, b: int, cuts: list[int], parted: Container[int]) -> list[int]:
         return self.store.afford(
             SPACE,
             tokens[:b],
             cuts,
-            branch=branch,
+            partings=parted,
             row_bytes=0,  # they lie in the running caches
             snapshot_bytes=self.shape.checkpoint_bytes,
         )
 
     def _save(
-        self, tokens: Tokens, lender: Lender, *, is_end: bool, is_branch: bool = False
+        self, tokens: Tokens, lender: Lender, *, is_end: bool, is_parting: bool = False
     ) -> bool:
         end = len(tokens)
         return self.store.save(
@@ -246,7 +247,7 @@ class Simulation:
             cast("Any", SizedCheckpoint(end, self.shape.checkpoint_bytes)),
             row_bytes=0,
             is_end=is_end,
-            is_branch=is_branch,
+            is_parting=is_parting,
         )
 
     def _end(self, history: Tokens, lender: Lender, claim: Claim) -> None:

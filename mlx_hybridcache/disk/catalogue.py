@@ -284,12 +284,12 @@ class Catalogue:
         tokens: Tokens,
         *,
         restores: bool | None = None,
-        is_branch: bool = False,
+        is_parting: bool = False,
     ) -> bool:
         """A segment is in the directory: `tokens` are all that lead to its end.
 
         `restores` says that rows do so by themselves, as with the model that looks things up if it is
-        not given; `is_branch` that prompts have parted ways here, as they have where the tree branches.
+        not given; `is_parting` that prompts have parted ways here, as they have where the tree branches.
         False where what it holds is there already, or the rows before it are not. Raises
         `BudgetError` where there is no room for it.
         """
@@ -313,7 +313,7 @@ class Catalogue:
             if (node := self._node(segment.namespace, tokens)) is not None:
                 node.checkpoint = None  # a `FileEnd`: this model has states after all
                 node.touch()
-                is_branch = is_branch or len(node.children or ()) > 1
+                is_parting = is_parting or len(node.children or ()) > 1
         elif not self._needs_checkpoints if restores is None else restores:
             stands = FileEnd(segment)
         if segment not in self:
@@ -325,7 +325,7 @@ class Catalogue:
             stands,  # type: ignore[arg-type]  # the tree knows checkpoints by their weight only
             row_bytes=0,  # of a file all bytes count, whatever part is needed: there is room for them
             is_end=stands is not None,
-            is_branch=is_branch,
+            is_parting=is_parting,
         ):
             raise BudgetError(f"{segment.name} does not fit the disk budget beside what is kept.")
         if segment.kind == "state":
