@@ -70,9 +70,9 @@ class Candidate:
     `below_tokens` to the next one below it (0 at the end of a path), `to_end_tokens` to the deepest
     end of its conversations, `freed_bytes` what its removal frees, rows included that nothing else
     needs. `age_ticks` have passed since it was taken or restored, `idle_ticks` since a request last
-    read or wrote behind it. `returns` counts the prompts that parted ways here with what was stored.
-    `goes_on` is true while a running request is about to read on from it. `interior` is how likely
-    resuming further back is (`Partings.interior`).
+    read or wrote behind it. `returns` counts the prompts that parted ways here, and begins with one
+    where they can be expected to (`schedule.partings`). `goes_on` is true while a running request is
+    about to read on from it. `interior` is how likely resuming further back is (`Partings.interior`).
     """
 
     gap_tokens: int
