@@ -129,7 +129,7 @@ def test_the_tree_unfolds_with_the_mouse_and_with_the_keyboard(chromium, server)
         visit.page.select_option("#order", "size")
         rows = visit.page.locator("#tree .top > li")
         trunk = rows.filter(has_text=" ".join(text(700)[:24].split())).first
-        assert trunk.locator("> .row .bar b").count() > 0
+        trunk.locator("> .row .bar b").first.wait_for(state="attached")  # it may just be drawn anew
         assert re.search(r"branches$", trunk.locator("> .row .places").text_content())
         trunk.locator("> .row .fold").click()
         below = trunk.locator("> .more > ul > li")
@@ -207,7 +207,7 @@ def test_a_request_says_where_it_parted_ways_and_why(chromium, server):
         found = server.client.get("/v1/cache/recent").json()["data"]
         changed = next(one for one in found if one["changed"] == "date")
         entry = visit.page.locator(f"#recent > li[data-id='{changed['id']}']")
-        assert entry.locator(".prompt .cut").count() == 1
+        entry.locator(".prompt .cut").wait_for()  # the only one, or this fails
         entry.locator("summary").click()
         why = entry.locator(".why").text_content()
         assert f"A date changed at token {changed['diverged_at']:,}" in why
