@@ -101,13 +101,16 @@ def test_what_is_taken_is_not_left_any_more():
     """400 MB written to: so much less is left, give or take what others do meanwhile; so try again."""
     size = 400_000_000
     for _ in range(50):
-        before = pressure.reading().left_bytes
+        before, free = pressure.reading().left_bytes, psutil.virtual_memory().free
         with mmap.mmap(-1, size) as taken:  # the C library may have as much left from other tests
             taken[::4096] = b"x" * math.ceil(size / 4096)
             fell = before - pressure.reading().left_bytes
+            counted = free - psutil.virtual_memory().free
         if abs(fell - size) < size / 2:
             break
     else:
+        if counted < size / 2:
+            pytest.skip(f"this kernel counts {counted:,} bytes less as free, of {size:,} in use")
         pytest.fail(f"{fell:,} bytes less are left")
     assert 0 < pressure.reading().left_bytes <= pressure.memory_bytes()
     assert pressure.memory_bytes() <= psutil.virtual_memory().total
