@@ -301,6 +301,8 @@ class Catalogue:
             return False
         if segment.kind == "state" and (not is_read or _has_state(found, len(tokens))):
             return False
+        if segment not in self:
+            self.make_room(segment.file_nbytes, found.match.nodes())
 
         def rows_of(start: int) -> FileRows:
             rows = FileRows(segment, start, segment.end)
@@ -316,8 +318,6 @@ class Catalogue:
                 is_parting = is_parting or len(node.children or ()) > 1
         elif not self._needs_checkpoints if restores is None else restores:
             stands = FileEnd(segment)
-        if segment not in self:
-            self.make_room(segment.file_nbytes, found.match.nodes())
         if not self.store.save(
             namespace,
             tokens,
