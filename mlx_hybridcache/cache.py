@@ -17,7 +17,7 @@ import mlx.core as mx
 from mlx_lm.generate import GenerationResponse, wired_limit
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from . import models
+from . import batching, models
 from .budget import StoreStats
 from .engine import Engine
 from .errors import (
@@ -28,13 +28,14 @@ from .errors import (
     PromptError,
     SettingError,
 )
-from .generate import REPLY_ROOM, ROW_STEP, random_state
+from .generate import REPLY_ROOM, ROW_STEP
 from .layers.adapt import Layout
 from .outline import Outline
 from .pressure import Pressure, default_reserve
 from .report import CacheReport
 from .request import Generation, HeldClaim, Progress, Ready, Request
 from .router import Patch, applied, apply, choose_patch
+from .sampling import random_state
 from .schedule import Grid
 from .sizes import format_bytes, parse_bytes
 from .store import Store
@@ -147,6 +148,8 @@ class HybridPromptCache:
                 **({} if (selection := applied(model)) is None else {"router": selection}),
             ),
             exact=exact,
+            # Which bits a batch gives depends on the device, so exact mode decodes one by one.
+            batches=not exact and not layout.unsupported and batching.shown(model, layout),
             load=load,
             pressure=Pressure(
                 default_reserve() if memory_reserve is None else parse_bytes(memory_reserve)
@@ -246,8 +249,8 @@ class HybridPromptCache:
         worker thread. Samplers draw from a random stream that begins at `seed`, or at the calling
         thread's random state as it is now. `through` takes the responses, with a `PAUSE` for each
         turn that gives none, and yields what the caller gets; ending early ends the request with
-        the tokens that it took. Raises `PromptError` before any work for a prompt that cannot be
-        read.
+        the tokens that it took. Raises, before any work, `PromptError` for a prompt that cannot be
+        read, and `SettingError` for a `draft_model` beside layers that cannot take tokens back.
         """
         engine = self.engine
         if engine.tokenizer is None:
@@ -256,6 +259,12 @@ class HybridPromptCache:
             )
         if max_tokens == 0:
             raise SettingError("max_tokens must not be zero (use -1 for no limit).")
+        if options.get("draft_model") is not None and not engine.layout.goes_back:
+            raise SettingError(
+                "draft_model cannot be used with this model: drafted tokens that are refused must be "
+                "taken back, which its recurrent or sliding-window layers cannot do in mlx-lm, so that "
+                "the reply would be another one. Leave it out."
+            )
         request = self._request(
             prompt, max_tokens, boundaries, prompt_progress_callback, cache_salt
         )

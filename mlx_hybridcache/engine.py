@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Container, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -20,7 +21,7 @@ from .account import divergence, report, uncached_report
 from .budget import Claim, StoreStats
 from .errors import BudgetError, NotStoredError, PinnedError
 from .found import Found
-from .generate import Decoder, Prepared, Writer, request_rows, respond, seeded
+from .generate import Decoder, Prepared, Writer, request_rows, respond
 from .layers.adapt import Layout, fresh_caches
 from .layers.rows import RowBlock
 from .lender import CacheLender
@@ -30,6 +31,7 @@ from .pressure import Pressure, give_back
 from .replay import plan, replay
 from .report import CacheReport
 from .request import Request
+from .sampling import seeded
 from .schedule import Grid, Reading, partings
 from .sharing import Readers
 from .store import Store
@@ -56,6 +58,7 @@ class Engine:
     marks: TurnMarks
     settings: str
     exact: bool
+    batches: bool
     load: Load = field(default_factory=Load)
     disk: DiskTier | None = None
     pressure: Pressure = field(default_factory=lambda: Pressure(0))
@@ -69,8 +72,7 @@ class Engine:
     def __post_init__(self) -> None:
         self.loans = Loans(self.store)
         self.loans.on_owned = self._owned
-        # Which bits a batch gives depends on the device, so exact mode decodes one by one.
-        self.decoder = Decoder(self.model, self.layout, self.loans, batches=not self.exact)
+        self.decoder = Decoder(self.model, self.layout, self.loans, batches=self.batches)
         self.readers = Readers(self.layout, self.grid, self.exact, self._restorable)
         self.publish()
 
@@ -150,7 +152,6 @@ class Engine:
             request.lender = CacheLender(request.namespace, request.tokens, self.layout)
         ready = yield from self._prepare(request)
         request.job.left = 0
-        reply: list[int] = []
         writer: Writer | None = None
         claim = ready.claim
         try:
@@ -171,17 +172,20 @@ class Engine:
                 self.tokenizer,
                 prompt_tokens=len(request.tokens),
                 prefill_seconds=request.report.prefill_seconds,
+                revive=partial(self._revive, request, writer),
             ):
-                reply.append(response.token)
-                if len(reply) == 1:
+                is_first = (
+                    isinstance(response, GenerationResponse) and response.generation_tokens == 1
+                )
+                if is_first:
                     request.on_progress(len(request.tokens), len(request.tokens))
                 yield response
-                if len(reply) == 1:
+                if is_first:
                     self._own(request)
         finally:
             try:
                 if writer is not None:
-                    self._end(request, reply, writer)
+                    self._end(request, writer)
                     claim = writer.claim
             finally:
                 self._give_up(request, claim)
@@ -519,8 +523,33 @@ class Engine:
             self.disk.offer(namespace, self.store.find(namespace, tokens).nodes()[-1])
         return is_stored
 
-    def _end(self, request: Request, reply: list[int], writer: Writer) -> None:
-        """Checkpoint the end of a reply, unless the next turn's history will leave part of it out."""
+    def _revive(self, request: Request, writer: Writer) -> Iterator[Pause]:
+        """A reply whose batch failed goes on alone: what is stored of it is restored, the rest read again."""
+        report = request.report
+        assert report is not None
+        again = Request(
+            np.array([*request.tokens, *writer.read, writer.coming], dtype=np.int32),
+            request.namespace,
+            writer.left,
+            job=request.job,
+        )
+        if self.layout.lends_rows:
+            again.lender = CacheLender(again.namespace, again.tokens, self.layout)
+        self.decoder.revive(writer, (yield from self._prepare(again)))
+        request.lender, request.job.left = again.lender, 0
+        request.forwards += again.forwards
+        request.report = replace(
+            report,
+            forwards=request.forwards,
+            detail=f"its batch failed behind {len(writer.read)} tokens of the reply; it went on alone",
+        )
+
+    def _end(self, request: Request, writer: Writer) -> None:
+        """Checkpoint the end of a reply, unless the next turn's history will leave part of it out.
+
+        That is where its caches stand: behind tokens too that were made ahead and that nobody took.
+        """
+        reply = writer.read
         keep = bool(reply) and not self.exact and not self.marks.strips(reply)
         caches, lender = self.decoder.end(writer, keep=keep), request.lender
         if caches is None:

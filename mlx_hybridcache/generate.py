@@ -6,6 +6,7 @@ when a second one is ready; this is the only file that knows those.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -13,7 +14,13 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import mlx.core as mx
-from mlx_lm.generate import GenerationBatch, GenerationResponse, StopSequences, _merge_caches
+from mlx_lm.generate import (
+    GenerationBatch,
+    GenerationResponse,
+    StopSequences,
+    _merge_caches,
+)
+from mlx_lm.models.cache import TokenBuffer
 from mlx_lm.sample_utils import greedy_sampler
 
 from . import checkpoint as checkpoints
@@ -22,10 +29,11 @@ from .errors import BudgetError
 from .layers.adapt import Layout
 from .lender import CacheLender
 from .loans import Loans
+from .sampling import Draws, Guard, LogitsProcessor, Sampler
 from .tokens import Tokens
 
-LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
-Sampler = Callable[[mx.array], mx.array]
+log = logging.getLogger("mlx_hybridcache")
+
 T = TypeVar("T")
 
 ROW_STEP = 256
@@ -58,48 +66,40 @@ class Prepared:
     lender: CacheLender | None = None
 
 
-class _Guard:
-    """Lets an error of one reply's sampler or processor end that reply, not its batch."""
-
-    def __init__(self) -> None:
-        self.error: Exception | None = None
-
-    def sampler(self, sampler: Sampler) -> Sampler:
-        def guarded(logprobs: mx.array) -> mx.array:
-            try:
-                return sampler(logprobs)
-            except Exception as error:
-                self.error = self.error or error
-                return greedy_sampler(logprobs)  # any token: nobody gets to see it
-
-        return guarded
-
-    def processor(self, processor: LogitsProcessor) -> LogitsProcessor:
-        def guarded(tokens: mx.array, logits: mx.array) -> mx.array:
-            try:
-                return processor(tokens, logits)
-            except Exception as error:
-                self.error = self.error or error
-                return logits
-
-        return guarded
-
-
 @dataclass(eq=False)
 class Writer:
-    """One reply under way. Its caches stand at `position`; `made` are tokens that nobody took yet.
+    """One reply under way. Its caches have read `start` tokens of a prompt and those in `read`.
 
-    It ends with a token of `ends`, or when `left` more are made; negative means no limit.
+    `made` are the last of these, which nobody took yet. It ends with a token of `ends`, or when `left`
+    more are made; negative means no limit. `draws` is its random stream, if it has one.
     """
 
-    position: int
+    start: int
     ends: Collection[int]
     left: int
     claim: Claim
-    guard: _Guard
+    guard: Guard
+    draws: Draws | None
     batch: _Batch
     lender: CacheLender | None
+    read: list[int] = field(default_factory=list)
     made: deque[tuple[int, mx.array]] = field(default_factory=deque)
+
+    @property
+    def position(self) -> int:
+        """Where its caches stand."""
+        return self.start + len(self.read)
+
+    @property
+    def has_caches(self) -> bool:
+        """False when its batch failed, until it is revived."""
+        return bool(self.batch.steps.prompt_cache)
+
+    @property
+    def coming(self) -> int:
+        """The token that is drawn already and that its caches read next."""
+        token: mx.array = self.batch.steps._next_tokens
+        return int(token)
 
 
 @dataclass(eq=False)
@@ -116,15 +116,14 @@ class _Batch:
 class Decoder:
     """All replies under way on one model. With `batches=False` each keeps to itself.
 
-    On the CPU a reply has the same bits in a batch as alone (test_batches); on a GPU the shape of a
-    batch can change the last ones.
+    Whether a reply is the same in a batch as alone is for `batching` to say.
     """
 
     def __init__(self, model: Any, layout: Layout, loans: Loans, *, batches: bool):
         self._model = model
         self._layout = layout
         self._store, self._loans = loans.store, loans
-        self._batches = batches and layout.batches_exactly
+        self._batches = batches
         self._merged: _Batch | None = None
         self._alone: list[Writer] = []
 
@@ -144,15 +143,16 @@ class Decoder:
         It ends with one of the tokens in `ends` or with `max_tokens`, if positive. Processors see the whole prompt. `seed` is the state of the random stream that the sampler
         draws from, kept apart from other replies' on this thread.
         """
-        guard = _Guard()
-        draws = sampler if sampler is None or seed is None else _drawing(sampler, seed)
+        guard = Guard()
+        draws = None if sampler is None or seed is None else Draws(sampler, seed)
+        sampler = sampler if draws is None else draws
         steps = GenerationBatch(
             self._model,
             [0],
             mx.array(tokens[-1:]),
             ready.caches,
             [tokens[:-1].tolist() if logits_processors else []],
-            [greedy_sampler if draws is None else guard.sampler(draws)],
+            [greedy_sampler if sampler is None else guard.sampler(sampler)],
             greedy_sampler,
             [[guard.processor(each) for each in logits_processors or ()]],
             [StopSequences()],
@@ -160,26 +160,41 @@ class Decoder:
         )
         mx.eval(steps._next_tokens)  # the first step is done before anything is counted
         batch = _Batch(steps, ready.capacity, ready.claim)
-        writer = Writer(len(tokens), ends, max_tokens, ready.claim, guard, batch, ready.lender)
+        writer = Writer(
+            len(tokens), ends, max_tokens, ready.claim, guard, draws, batch, ready.lender
+        )
         batch.writers.append(writer)
         self._alone.append(writer)
         if self._batches:
             self._merge()
         return writer
 
-    def take(self, writer: Writer) -> tuple[int, mx.array]:
+    def take(self, writer: Writer) -> tuple[int, mx.array] | None:
         """The reply's next token and all log-probabilities in its place, `(vocabulary,)`.
 
-        The others of its batch get their next one, too.
+        The others of its batch get their next one, too. None when its batch has failed: it goes on
+        once it is revived.
         """
-        if not writer.made:
-            if writer.guard.error is not None:
-                raise writer.guard.error
+        if not writer.made and writer.guard.error is None and writer.has_caches:
             self._step(writer.batch)
-        return writer.made.popleft()
+        if writer.made:
+            return writer.made.popleft()
+        if writer.guard.error is not None:
+            raise writer.guard.error
+        return None
+
+    def revive(self, writer: Writer, ready: Prepared) -> None:
+        """Go on alone, on caches that stand where those of its failed batch stood."""
+        assert ready.position == writer.position and not writer.has_caches
+        writer.claim, writer.lender = ready.claim, ready.lender
+        steps = writer.batch.steps
+        steps.prompt_cache = ready.caches
+        writer.batch = _Batch(steps, ready.capacity, ready.claim, writers=[writer])
 
     def end(self, writer: Writer, *, keep: bool) -> list[Any] | None:
         """Let a reply go, and return its plain caches, which `writer.claim` then pays for.
+
+        They stand at `writer.position`, which tokens that nobody took are a part of.
 
         From a batch they are taken only to `keep` them: None when a step of it failed half way, or
         when there is no room to take them out.
@@ -189,7 +204,7 @@ class Decoder:
             self._alone.remove(writer)
             batch.writers.clear()  # a cycle would keep the caches until the next collection
             plain, batch.steps.prompt_cache = list(batch.steps.prompt_cache), []
-            return plain
+            return plain or None
         caches = self._take_out(writer) if keep and writer.guard.error is None else None
         self._leave(writer)
         return caches
@@ -201,14 +216,23 @@ class Decoder:
         longest = max(writer.position for writer in batch.writers)
         if longest + 1 > batch.capacity:
             self._grow(batch)
+        drawn = [None if writer.draws is None else writer.draws.state for writer in batch.writers]
         try:
             responses = batch.steps.next()
-        except Exception as error:  # the step is half done: no reply of this batch can go on
-            for writer in batch.writers:
-                writer.guard.error = error
-            raise
+        except Exception as error:  # the step is half done: these caches are of no use any more
+            if not batch.is_merged:
+                batch.writers[0].guard.error = error
+                raise
+            for writer, state in zip(batch.writers, drawn, strict=True):
+                if writer.draws is not None and state is not None:
+                    writer.draws.state = state
+            steps: Any = batch.steps
+            steps._next_tokens = steps._current_tokens  # what this step was to read
+            steps._next_logprobs = steps._current_logprobs
+            self._disband(batch.writers, error)
+            return
         for writer, response in zip(list(batch.writers), responses, strict=True):
-            writer.position += 1
+            writer.read.append(response.token)
             writer.left -= 1
             writer.made.append((response.token, response.logprobs))
             is_last = writer.left == 0 or response.token in writer.ends
@@ -224,6 +248,29 @@ class Decoder:
         batch.capacity += more
         if not batch.is_merged:  # mlx-lm's batches grow by themselves
             checkpoints.grow(self._layout, batch.steps.prompt_cache, batch.capacity)
+
+    def _disband(self, writers: Sequence[Writer], error: Exception) -> None:
+        """A batch failed. Each of its replies goes on alone, once it has caches again; so do all later ones."""
+        log.warning(
+            "Replies of this model are decoded one by one from now on: a batch of %d failed (%s). "
+            "Each goes on from what is stored of it.",
+            len(writers),
+            error,
+        )
+        self._batches = False
+        self._merged = None
+        for writer in writers:
+            batch = writer.batch
+            try:
+                steps = self._single(batch.steps, batch.writers.index(writer), [])
+            except Exception as lost:  # not even the tokens that were drawn can be had
+                writer.guard.error = lost
+                steps = GenerationBatch.empty(self._model, greedy_sampler)
+            batch.claim.release()
+            writer.claim = Claim(self._store, 0)
+            writer.batch = _Batch(steps, 0, writer.claim, writers=[writer])
+            if writer not in self._alone:
+                self._alone.append(writer)
 
     # Batches
 
@@ -244,13 +291,14 @@ class Decoder:
         """Let the store have all of this reply's rows itself, so that its caches may go; False without room."""
         if writer.lender is None:
             return True
-        if not self._loans.own(writer.lender, may_evict=True):
+        # A batch is a speed-up: nothing that is stored goes for it.
+        if not self._loans.own(writer.lender, may_evict=False):
             return False
         self._loans.lends_no_more(writer.lender)  # at once: what makes room next would borrow again
         return True
 
     def _join(self, joining: list[Writer]) -> bool:
-        """The same for replies from whom nothing is borrowed; False without room."""
+        """The same for replies from whom nothing is borrowed; False where there is no free room."""
         before = self._merged
         members = [*(before.writers if before is not None else ()), *joining]
         longest = max(writer.position for writer in members)
@@ -258,24 +306,22 @@ class Decoder:
         capacity = max(longest, before.capacity if before is not None else 0)
         held = sum(writer.claim.nbytes for writer in joining) if before is not None else 0
         need, passing = batch_bytes(self._layout, len(members), capacity, held)
-        try:  # beside what they hold themselves, until they are merged
-            claim = self._store.claim(need + passing)
-        except BudgetError:
+        # Beside what they hold themselves, until they are merged.
+        claim = self._store.claim_free(need + passing)
+        if claim is None:
             return False
         for writer in joining:
             if writer.lender is not None:
                 writer.lender.let_go()
                 writer.lender = None
-        merged = _merge_caches([writer.batch.steps.prompt_cache for writer in joining])
-        first, *others = (writer.batch.steps for writer in joining)
-        first.prompt_cache = merged
-        for other in others:
-            other.prompt_cache = []
-            first.extend(other)
-        if before is not None:
-            before.steps.extend(first)
-        steps = before.steps if before is not None else first
-        mx.eval([cache.state for cache in steps.prompt_cache])
+        try:
+            steps = _together(
+                [writer.batch.steps for writer in joining], before.steps if before else None
+            )
+        except Exception as error:  # caches are merged in part: none of them can go on
+            claim.release()
+            self._disband(members, error)
+            return True
         claim.shrink(need)
         if before is not None:
             before.claim.release()
@@ -298,6 +344,7 @@ class Decoder:
             return None
         caches = batch.steps.extract_cache(batch.writers.index(writer))
         mx.eval([cache.state for cache in caches])
+        self._layout.stand(caches, writer.position)
         return list(caches)
 
     def _leave(self, writer: Writer) -> None:
@@ -327,17 +374,47 @@ class Decoder:
             )
             self._leave(writer)
             return
-        steps, shared = GenerationBatch.empty(self._model, greedy_sampler), batch.steps
-        steps.uids, steps.prompt_cache = [0], caches
-        for name in ("tokens", "samplers", "logits_processors", "stop_sequences", "max_tokens"):
-            setattr(steps, name, [getattr(shared, name)[index]])
-        for name in ("_next_logprobs", "_token_context", "_num_tokens", "_matchers"):
-            setattr(steps, name, [getattr(shared, name)[index]])
-        steps._next_tokens = shared._next_tokens[index : index + 1]
-        mx.eval(steps._next_tokens, steps._next_logprobs)
+        steps = self._single(batch.steps, index, caches)
         self._leave(writer)
         writer.batch = _Batch(steps, writer.position + ROW_STEP, writer.claim, writers=[writer])
         self._alone.append(writer)
+
+    def _single(self, shared: Any, index: int, caches: list[Any]) -> Any:
+        """The steps of one reply of a batch, on plain `caches` of its own."""
+        steps = GenerationBatch.empty(self._model, greedy_sampler)
+        steps.uids, steps.prompt_cache = [0], caches
+        for name in ("tokens", "samplers", "logits_processors", "stop_sequences", "max_tokens"):
+            setattr(steps, name, [getattr(shared, name)[index]])
+        for name in ("_next_logprobs", "_num_tokens", "_matchers"):
+            setattr(steps, name, [getattr(shared, name)[index]])
+        # Not the buffer of a step that failed, which may have taken its token in already.
+        steps._token_context = [TokenBuffer(list(steps.tokens[0]))]
+        steps._next_tokens = shared._next_tokens[index : index + 1]
+        mx.eval(steps._next_tokens, steps._next_logprobs)
+        return steps
+
+
+def merged(every: Sequence[Sequence[Any]]) -> list[Any]:
+    """One set of mlx-lm's batch caches out of the plain ones of several replies, unevaluated."""
+    return list(_merge_caches(every))
+
+
+def _together(
+    joining: Sequence[GenerationBatch], before: GenerationBatch | None
+) -> GenerationBatch:
+    """The steps of lone replies as those of one batch, which grows where there was one `before`."""
+    first, *others = joining
+    caches = merged([steps.prompt_cache for steps in joining])
+    for steps in joining:
+        steps.prompt_cache = []
+    first.prompt_cache = caches
+    for other in others:
+        first.extend(other)
+    if before is not None:
+        before.extend(first)
+    whole = before or first
+    mx.eval([cache.state for cache in whole.prompt_cache])
+    return whole
 
 
 def respond(
@@ -347,8 +424,9 @@ def respond(
     *,
     prompt_tokens: int,
     prefill_seconds: float,
-) -> Iterator[GenerationResponse]:
-    """A reply as mlx-lm's `stream_generate` gives it, to its end.
+    revive: Callable[[], Iterator[T]],
+) -> Iterator[GenerationResponse | T]:
+    """A reply as mlx-lm's `stream_generate` gives it, to its end. `revive` helps it out of a failed batch.
 
     When the k-th response is yielded, the reply's caches stand k tokens behind the prompt, but for
     tokens that its batch made ahead.
@@ -357,7 +435,9 @@ def respond(
     began = time.perf_counter()
     count, finish = 0, None
     while finish is None:
-        token, logprobs = decoder.take(writer)
+        while (taken := decoder.take(writer)) is None:
+            yield from revive()
+        token, logprobs = taken
         count += 1
         if token in writer.ends:
             finish = "stop"
@@ -407,38 +487,3 @@ def batch_bytes(
     """
     passing = joining_bytes + members * ROW_STEP * layout.row_bytes
     return members * layout.running_bytes(capacity), passing
-
-
-def _drawing(sampler: Sampler, seed: int) -> Sampler:
-    """A sampler with a random stream of its own: MLX has one per thread, and replies take turns."""
-    state = seed
-
-    def draw(logprobs: mx.array) -> mx.array:
-        nonlocal state
-        mx.random.seed(state)
-        token = sampler(logprobs)
-        state = random_state()
-        return token
-
-    return draw
-
-
-def seeded(steps: Iterator[T], seed: int | None) -> Iterator[T]:
-    """The same steps, each drawing from a random stream of their own, which `seed` begins."""
-    while True:
-        if seed is not None:
-            mx.random.seed(seed)
-        try:
-            step = next(steps)
-        except StopIteration:
-            return
-        if seed is not None:
-            seed = random_state()
-        yield step
-
-
-def random_state() -> int:
-    """This thread's random state as the seed that would bring it back."""
-    state: Any = mx.random.state  # mlx declares it as an object
-    high, low = (int(word) for word in state[0].tolist())
-    return high << 32 | low

@@ -95,7 +95,7 @@ class Plan:
     def load(self, requests: int) -> Load:
         """`requests` of them at once."""
         joined = held = requests * self.running_bytes
-        if requests > 1 and self.layout.batches_exactly:
+        if requests > 1 and self.layout.merges:
             # A batch grows by ROW_STEP at a time. The first two make one, the others join it.
             capacity = request_rows(self.context, self.max_tokens) + ROW_STEP
             before = requests - 1 if requests > 2 else 0

@@ -153,6 +153,15 @@ class Store(Budget):
         self.running_bytes += nbytes
         return Claim(self, nbytes)
 
+    def claim_free(self, nbytes: int) -> Claim | None:
+        """The same out of what is free: None where something stored would have to go for it."""
+        if not self.has_room(nbytes):
+            self.before_evicting()
+        if not self.has_room(nbytes):
+            return None
+        self.running_bytes += nbytes
+        return Claim(self, nbytes)
+
     def make_room(self, nbytes: int, keep: Iterable[Node] = (), spare: Node | None = None) -> None:
         """Until `nbytes` more fit, let go what running requests have too, then what is least useful.
 

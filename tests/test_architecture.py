@@ -6,6 +6,7 @@
 import ast
 import inspect
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 
 import mlx_lm.models.cache
@@ -27,7 +28,9 @@ ORDER = [
     {"request"},
     {"tiers"},
     {"worker"},
+    {"batching"},
     {"generate"},
+    {"sampling"},
     {"replay"},
     {"transfer"},
     {"disk"},
@@ -221,9 +224,13 @@ def test_one_file_names_the_cache_classes_of_mlx_lm() -> None:
     assert files_naming(CACHE_CLASSES, sources(LIBRARY)) <= {"mlx_hybridcache.layers.adapt"}
 
 
-def test_one_file_names_the_batch_generator() -> None:
-    """`BatchGenerator` changes between minor versions; `generate.py` alone knows it."""
-    assert files_naming({"BatchGenerator"}, sources(LIBRARY)) <= {"mlx_hybridcache.generate"}
+def test_one_file_names_the_batches_of_mlx_lm() -> None:
+    """`GenerationBatch` changes between minor versions; `generate.py` alone knows it, and its kin."""
+    kin = {"GenerationBatch", "BatchGenerator", "PromptProcessingBatch", "_merge_caches"}
+    assert kin <= set(dir(import_module("mlx_lm.generate"))), (
+        "else the names to look for have changed"
+    )
+    assert files_naming(kin, sources(LIBRARY)) == {"mlx_hybridcache.generate"}
 
 
 @pytest.mark.parametrize("path", [*sources(LIBRARY), *sources("bench")], ids=module_name)

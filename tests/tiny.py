@@ -369,6 +369,8 @@ def _weight(name: str, default: mx.array) -> mx.array:
         return -4.0 + 0.5 * noise
     if kind in {"dt_bias", "D"} or (kind == "weight" and default.ndim == 1):
         return 1.0 + 0.1 * noise
+    if default.ndim == 0:
+        return default
     if "bias" in kind or default.ndim == 1:
         return 0.1 * noise
     if name.split(".")[-2] in EMBEDDING_NAMES:
@@ -384,8 +386,12 @@ def fresh(name: str) -> nn.Module:
     Its parameters are evaluated. What a module keeps outside `parameters()` (the frequencies of a
     scaled RoPE) stays lazy, as `mlx_lm.load` leaves it.
     """
-    mx.random.seed(SEED)
-    model = ARCHITECTURES[name]()
+    return weighted(ARCHITECTURES[name]())
+
+
+def weighted(model: nn.Module, seed: int = SEED) -> nn.Module:
+    """The same model with sensible random parameters, evaluated."""
+    mx.random.seed(seed)
     weights = [(path, _weight(path, array)) for path, array in tree_flatten(model.parameters())]
     model.update(tree_unflatten(weights))
     model.eval()

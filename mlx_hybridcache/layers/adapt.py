@@ -9,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models import cache as mlx_caches
 
+from . import counting
 from .capture import CaptureHook
 from .kind import LayerKind
 from .recurrent import RecurrentKind
@@ -49,6 +50,22 @@ def leaves(caches: Sequence[Any]) -> list[Any]:
         else:
             flat.append(cache)
     return flat
+
+
+def selects_rows(caches: Sequence[Any]) -> bool:
+    """Whether some layer of `caches`, which have read tokens, keeps an index beside its rows.
+
+    That is keys without values, by which sparse attention selects what it looks at (deepseek_v32,
+    minimax_m3_vl): nothing of a short prompt is left out.
+    """
+    beside = [
+        child
+        for cache in caches
+        if isinstance(cache, mlx_caches.CacheList)
+        and sum(type(each) is mlx_caches.KVCache for each in cache.caches) > 1
+        for child in cache.caches
+    ]
+    return any(not mx.any(child.state[1]).item() for child in beside)
 
 
 def _kind(cache: Any, step: int, swa_full: bool) -> LayerKind:
@@ -111,6 +128,11 @@ class Layout:
         if names:
             return cls((), classes, tuple(names), None, 1, vocabulary)
         kinds = tuple(_kind(cache, step, swa_full) for cache in leaves(caches))
+        if all(
+            kind.position(cache) is None for kind, cache in zip(kinds, leaves(caches), strict=True)
+        ):
+            counting.count(model, leaves)
+            kinds = tuple(kind.counted() for kind in kinds)
         blind = {i for i, kind in enumerate(kinds) if not kind.sees_interior}
         hook = CaptureHook.of(model, blind) if blind and len(kinds) == len(caches) else None
         family = type(model).__module__.rpartition(".")[2]
@@ -127,6 +149,14 @@ class Layout:
         return any(isinstance(kind, FullWindowKind) for kind in self.kinds)
 
     @property
+    def goes_back(self) -> bool:
+        """Whether drafted tokens can be taken back. mlx-lm asks a fresh cache whether it can be trimmed.
+
+        A window can until it is full. Then nothing is taken back, and the reply is another one.
+        """
+        return not self.unsupported and all(kind.goes_back for kind in self.kinds)
+
+    @property
     def lends_rows(self) -> bool:
         """Whether live caches have rows and keep them all, so that the store can leave its own there."""
         return self.row_bytes > 0 and not self.stores_every_slice
@@ -137,13 +167,18 @@ class Layout:
         return self.hook is None and any(not kind.sees_interior for kind in self.kinds)
 
     @property
-    def batches_exactly(self) -> bool:
-        """Whether replies have the same bits in mlx-lm's batches as alone.
+    def merges(self) -> bool:
+        """Whether mlx-lm makes batches of such caches in which a reply can be the same as alone.
 
-        Rows and states have. A window's ring is summed in another order there, and other caches
-        cannot be merged.
+        Of rows and states it does. A window's ring is summed in another order there, and other caches
+        cannot be merged. What the attention makes of a batch is for `batching` to show.
         """
         return all(each in (mlx_caches.KVCache, mlx_caches.ArraysCache) for each in self.classes)
+
+    @property
+    def row_heads(self) -> frozenset[int]:
+        """How many key-value heads the layers with rows have."""
+        return frozenset(kind.shapes[0][1] for kind in self.kinds if isinstance(kind, RowsKind))
 
     @property
     def row_bytes(self) -> int:
@@ -166,7 +201,7 @@ class Layout:
 
     def mismatch(self, caches: Sequence[Any], position: int) -> str | None:
         """Why `caches` are not this model's standing at `position`; None where they are."""
-        found = leaves(caches)
+        found, told = leaves(caches), False
         names = [type(cache).__name__ for cache in found]
         if len(found) != len(self.classes):
             return f"expected {len(self.classes)} plain caches of this model, found {names}"
@@ -179,4 +214,15 @@ class Layout:
             stands = kind.position(cache)
             if stands is not None and stands != position:
                 return f"layer {index} stands at {stands} tokens, not at {position}"
+            told = told or stands is not None
+        if not told:
+            return (
+                "no layer says how many tokens it has read, and nobody saw this model read them "
+                "into these caches; use caches that prefill returned"
+            )
         return None
+
+    def stand(self, caches: Sequence[Any], position: int) -> None:
+        """Whoever knows that `caches` stand at `position` says so to layers that could not tell."""
+        for kind, cache in zip(self.kinds, leaves(caches), strict=True):
+            kind.stand(cache, position)

@@ -55,6 +55,9 @@ class LayerKind:
     """Whether a snapshot inside the last slice can be taken after it. Otherwise the replay pauses
     there, or a hook captures it."""
 
+    goes_back: ClassVar[bool] = False
+    """Whether mlx-lm can take the last tokens back out of the live cache, however many it has read."""
+
     @property
     def row_bytes(self) -> int:
         """Bytes that one token adds to the stored rows."""
@@ -78,6 +81,13 @@ class LayerKind:
     def position(self, cache: Any) -> int | None:
         """Tokens that `cache` has read, None where it does not say."""
         return None
+
+    def counted(self) -> LayerKind:
+        """The same for a model in which no layer knows its position, so that its forwards are counted."""
+        return self
+
+    def stand(self, cache: Any, position: int) -> None:
+        """What `cache` holds is known to be the state at `position`; layers that know do not ask."""
 
     def view_rows(self, cache: Any, start: int, end: int) -> Arrays | None:
         """The rows of `[start, end)` where they lie, not yet evaluated; empty without rows.

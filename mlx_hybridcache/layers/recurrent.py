@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from . import counting
 from .kind import LayerKind, Parts, Snapshot
 from .rows import compact
 
@@ -18,6 +19,7 @@ class RecurrentKind(LayerKind):
     """
 
     state_nbytes: int
+    is_counted: bool = False  # what the model reads into such caches is (`counting`)
 
     needs_snapshot = True
     sees_interior = False
@@ -27,6 +29,9 @@ class RecurrentKind(LayerKind):
         """From a cache that has read one token."""
         return cls(sum(x.nbytes for x in _slots(cache) if x is not None))
 
+    def counted(self) -> RecurrentKind:
+        return replace(self, is_counted=True)
+
     @property
     def snapshot_bytes(self) -> int:
         return self.state_nbytes
@@ -35,11 +40,19 @@ class RecurrentKind(LayerKind):
     def running_bytes(self) -> int:
         return self.state_nbytes
 
+    def position(self, cache: Any) -> int | None:
+        return counting.tokens_read(cache) if self.is_counted else None
+
+    def stand(self, cache: Any, position: int) -> None:
+        if self.is_counted:
+            counting.note(cache, position)
+
     def snapshot(self, cache: Any, position: int) -> Snapshot:
         return Snapshot(tuple(None if x is None else compact(x) for x in _slots(cache)))
 
     def let_state_go(self, cache: Any) -> None:
         cache.state = ([None] * len(_slots(cache)), None, None)
+        counting.forget(cache)
 
     def fill(
         self,
@@ -53,6 +66,7 @@ class RecurrentKind(LayerKind):
             # Copies, because an in-place update of a shared array would reach the stored one.
             arrays = [None if x is None else compact(x) for x in snapshot.arrays]
             cache.state = (arrays, None, None)
+            self.stand(cache, position)
 
 
 def _slots(cache: Any) -> list[Any]:

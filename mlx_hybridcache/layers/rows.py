@@ -70,6 +70,8 @@ class RowsKind(LayerKind):
     dtypes: tuple[mx.Dtype, ...]
     headroom: bool  # False for caches that take exactly what is there, and grow by concatenation
 
+    goes_back = True
+
     @classmethod
     def seen(cls, cache: Any, headroom: bool) -> RowsKind:
         """From a cache that has read one token."""

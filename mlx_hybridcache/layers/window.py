@@ -153,6 +153,7 @@ class ChunkedKind(_Window):
 
     needs_snapshot = True
     sees_interior = False
+    goes_back = True
 
     @classmethod
     def seen(cls, cache: Any, step: int) -> ChunkedKind:

@@ -8,7 +8,6 @@ from typing import Any
 
 import mlx.core as mx
 from mlx_lm.generate import TextStateMachine, make_text_state_machine
-from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 from mlx_lm.tokenizer_utils import (
     BPEStreamingDetokenizer,
@@ -166,11 +165,6 @@ def token_bytes(tokenizer: Any) -> Callable[[int], bytes]:
 
 def _added_tokens(tokenizer: Any) -> dict[int, Any]:
     return dict(getattr(tokenizer, "added_tokens_decoder", {}))
-
-
-def can_speculate(model: Any) -> bool:
-    """Whether mlx-lm can run `model` with a draft model: its caches must be able to go back."""
-    return bool(can_trim_prompt_cache(make_prompt_cache(model)))
 
 
 def without_template(messages: list[dict[str, Any]], roles: dict[str, str] | None) -> str:

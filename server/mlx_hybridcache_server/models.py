@@ -15,9 +15,10 @@ from huggingface_hub import CacheNotFound, scan_cache_dir
 
 from mlx_hybridcache import HybridPromptCache, models
 from mlx_hybridcache.errors import SettingError
+from mlx_hybridcache.layers.adapt import Layout
 from mlx_hybridcache.router import AUTO, Patch, choose_patch
 
-from .adapter import can_speculate, token_bytes
+from .adapter import token_bytes
 from .chat import Renderer
 from .constrain import Constraints
 from .replies import TokenNames, ToolFormat
@@ -131,11 +132,11 @@ def _router(
 
 def _load_draft(settings: Settings, model: Any, tokenizer: Any) -> Any:
     assert settings.draft_model is not None
-    if not can_speculate(model):
+    if not Layout.of(model).goes_back:
         raise SettingError(
             f"--draft-model {settings.draft_model} cannot be used: mlx-lm's speculative decoding "
-            f"must go back in the caches of {settings.model}, and its recurrent layers cannot. "
-            "Leave the flag out."
+            f"must go back in the caches of {settings.model}, and its recurrent or sliding-window "
+            "layers cannot. Leave the flag out."
         )
     draft, draft_tokenizer = models.load(settings.draft_model)
     models.evaluate(draft)

@@ -1,0 +1,46 @@
+"""Draft models: only where mlx-lm can take back what the model refuses of a draft."""
+
+import oracle
+import pytest
+import tiny
+
+from mlx_hybridcache import HybridPromptCache, SettingError
+
+GOES_BACK = ("llama", "qwen3_moe", "deepseek_v3", "llama4")
+CANNOT = ("gemma3_text", "gpt_oss", "recurrent_gemma", "qwen3_next", "mamba2", "falcon_h1", "jamba")
+
+
+def new_cache(name, **settings):
+    return HybridPromptCache(
+        tiny.build(name), oracle.word_tokenizer(), memory_budget="100MB", **settings
+    )
+
+
+@pytest.mark.parametrize("name", GOES_BACK)
+def test_a_drafted_reply_is_the_greedy_one(name):
+    """Three drafted tokens a step by another model, to 120 tokens past a window of 32."""
+    prompt, options = oracle.prompt(50, seed=3), {"sampler": oracle.never_ending, "seed": 0}
+    with new_cache(name) as cache:
+        drafted = cache.stream_generate(
+            prompt, 120, draft_model=tiny.build("qwen3"), num_draft_tokens=3, **options
+        )
+        found = [response.token for response in drafted]
+        assert found == [
+            response.token for response in cache.stream_generate(prompt, 120, **options)
+        ]
+
+
+@pytest.mark.parametrize("name", CANNOT)
+def test_a_draft_model_beside_layers_that_cannot_go_back_is_refused(name):
+    """A full window keeps what was refused: Gemma 3 wrote another token from the third on, with no error."""
+    prompt = oracle.prompt(50, seed=3)
+    with new_cache(name) as cache:
+        with pytest.raises(SettingError, match="sliding-window layers cannot"):
+            cache.stream_generate(prompt, 9, draft_model=tiny.build("qwen3"))
+        assert list(cache.stream_generate(prompt, 1)), "the next request is served"
+
+
+def test_storing_every_row_of_a_window_does_not_help():
+    """With `swa_full` the running cache is mlx-lm's ring all the same."""
+    with new_cache("gemma3_text", swa_full=True) as cache, pytest.raises(SettingError):
+        cache.stream_generate(oracle.prompt(50, seed=3), 9, draft_model=tiny.build("qwen3"))
