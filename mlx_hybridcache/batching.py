@@ -37,7 +37,9 @@ def shown(model: Any, layout: Layout) -> bool:
         return False
     try:
         known, off = _in_unequal_batches(model, layout)
-        if selects_rows(known.caches[-1]):  # of long prompts, which cost too much to try
+        if selects_rows(
+            next(iter(known.caches.values()))
+        ):  # of long prompts, which cost too much to try
             log.warning(
                 "Replies are decoded one by one: sparse attention selects by place in a batch."
             )
@@ -46,7 +48,9 @@ def shown(model: Any, layout: Layout) -> bool:
             0.0 if _keeps_bits(known.logits[0].dtype) else NOISE * _in_a_batch_of_equals(known)
         )
     except Exception as error:  # models raise whatever their arithmetic meets
-        log.warning("Replies are decoded one by one: two at once fail in this model (%s).", error)
+        log.warning(
+            "Replies are decoded one by one: two at once fail in this model (%s).", str(error)
+        )
         return False
     finally:
         mx.clear_cache()
@@ -61,17 +65,18 @@ def shown(model: Any, layout: Layout) -> bool:
 
 
 class _Sequence:
-    """A stream of tokens that a model reads one by one: its logits and its caches at each position."""
+    """A stream of tokens that a model reads one by one: its logits, and its caches at positions in `kept`."""
 
-    def __init__(self, model: Any, length: int, vocabulary: int):
+    def __init__(self, model: Any, length: int, vocabulary: int, kept: Sequence[int]):
         self._model = model
         self.tokens = [(7 + 13 * i * i) % vocabulary for i in range(length)]
         self.logits: list[mx.array] = []
-        self.caches: list[list[Any]] = []
+        self.caches: dict[int, list[Any]] = {}
         caches = fresh_caches(model)
-        for token in self.tokens:
+        for position, token in enumerate(self.tokens):
+            if position in kept:  # a state may weigh 100 MB
+                self.caches[position] = copy.deepcopy(caches)
             self.logits.append(self.step([token], caches)[0])
-            self.caches.append(copy.deepcopy(caches))
 
     def step(self, tokens: Sequence[int], caches: list[Any]) -> mx.array:
         """The next logits `(len(tokens), vocabulary)` behind one more token for each of a batch."""
@@ -88,7 +93,7 @@ def _in_unequal_batches(model: Any, layout: Layout) -> tuple[_Sequence, float]:
     """
     sizes = sorted({2, 3, *(heads + more for heads in layout.row_heads for more in (0, 1))} - {1})
     lengths = [length ^ 1 for length in range(2, 2 + sizes[-1])]  # the longer of two comes first
-    known = _Sequence(model, max(lengths) + len(sizes) + 2, layout.vocabulary)
+    known = _Sequence(model, max(lengths) + len(sizes) + 2, layout.vocabulary, lengths)
     off = [0.0]
 
     def step(members: list[int], caches: list[Any]) -> None:
@@ -101,7 +106,7 @@ def _in_unequal_batches(model: Any, layout: Layout) -> tuple[_Sequence, float]:
     batch: list[Any] = []
     for size in sizes:
         joining = lengths[len(members) : size]
-        caches = merged([copy.deepcopy(known.caches[length - 1]) for length in joining])
+        caches = merged([copy.deepcopy(known.caches[length]) for length in joining])
         for cache, more in zip(batch, caches, strict=False):
             cache.extend(more)
         batch, members = batch or caches, members + joining
@@ -118,8 +123,8 @@ def _in_unequal_batches(model: Any, layout: Layout) -> tuple[_Sequence, float]:
 
 def _in_a_batch_of_equals(known: _Sequence, size: int = 4) -> float:
     """The same when it is read `size` times at once, where nothing is padded."""
-    at = len(known.tokens) - 1
-    equals = merged([copy.deepcopy(known.caches[at - 1]) for _ in range(size)])
+    at = max(known.caches)
+    equals = merged([copy.deepcopy(known.caches[at]) for _ in range(size)])
     return max(
         _apart(row, known.logits[at]) for row in known.step([known.tokens[at]] * size, equals)
     )

@@ -28,12 +28,12 @@ from .errors import (
     PromptError,
     SettingError,
 )
-from .generate import REPLY_ROOM, ROW_STEP
 from .layers.adapt import Layout
 from .outline import Outline
 from .pressure import Pressure, default_reserve
 from .report import CacheReport
 from .request import Generation, HeldClaim, Progress, Ready, Request
+from .room import REPLY_ROOM, ROW_STEP
 from .router import Patch, applied, apply, choose_patch
 from .sampling import random_state
 from .schedule import Grid

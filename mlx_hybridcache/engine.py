@@ -21,7 +21,7 @@ from .account import divergence, report, uncached_report
 from .budget import Claim, StoreStats
 from .errors import BudgetError, NotStoredError, PinnedError
 from .found import Found
-from .generate import Decoder, Prepared, Writer, request_rows, respond
+from .generate import Decoder, Prepared, Writer
 from .layers.adapt import Layout, fresh_caches
 from .layers.rows import RowBlock
 from .lender import CacheLender
@@ -31,6 +31,8 @@ from .pressure import Pressure, give_back
 from .replay import plan, replay
 from .report import CacheReport
 from .request import Request
+from .responses import respond
+from .room import request_rows
 from .sampling import seeded
 from .schedule import Grid, Reading, partings
 from .sharing import Readers

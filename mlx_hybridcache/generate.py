@@ -1,4 +1,4 @@
-"""Decode: caches that have read the prompt but its last token in, mlx-lm's responses out.
+"""Decode: caches that have read the prompt but its last token in, tokens out.
 
 A lone reply decodes on its plain caches. Several at once decode as one of mlx-lm's batches, formed
 when a second one is ready; this is the only file that knows those.
@@ -7,16 +7,14 @@ when a second one is ready; this is the only file that knows those.
 from __future__ import annotations
 
 import logging
-import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import mlx.core as mx
 from mlx_lm.generate import (
     GenerationBatch,
-    GenerationResponse,
     StopSequences,
     _merge_caches,
 )
@@ -29,18 +27,11 @@ from .errors import BudgetError
 from .layers.adapt import Layout
 from .lender import CacheLender
 from .loans import Loans
+from .room import REPLY_ROOM, ROW_STEP, batch_bytes
 from .sampling import Draws, Guard, LogitsProcessor, Sampler
 from .tokens import Tokens
 
 log = logging.getLogger("mlx_hybridcache")
-
-T = TypeVar("T")
-
-ROW_STEP = 256
-"""Buffers are sized in multiples of so many rows, as mlx-lm's own are."""
-
-REPLY_ROOM = 8192
-"""Rows kept ready for a reply whose length is not bounded, or bounded higher."""
 
 UNTAKEN = 8
 """Tokens that a batch makes for a reply whose client takes none, before that reply leaves it."""
@@ -255,7 +246,7 @@ class Decoder:
             "Replies of this model are decoded one by one from now on: a batch of %d failed (%s). "
             "Each goes on from what is stored of it.",
             len(writers),
-            error,
+            str(error),  # a record that keeps the error keeps the batch's buffers
         )
         self._batches = False
         self._merged = None
@@ -304,11 +295,11 @@ class Decoder:
         longest = max(writer.position for writer in members)
         # mlx-lm merges to the exact length, and makes room for more with the next step.
         capacity = max(longest, before.capacity if before is not None else 0)
-        held = sum(writer.claim.nbytes for writer in joining) if before is not None else 0
+        claims = [writer.claim for writer in joining] + ([before.claim] if before else [])
+        held = sum(claim.nbytes for claim in claims)
         need, passing = batch_bytes(self._layout, len(members), capacity, held)
-        # Beside what they hold themselves, until they are merged.
-        claim = self._store.claim_free(need + passing)
-        if claim is None:
+        extra = self._store.claim_free(passing)
+        if extra is None:
             return False
         for writer in joining:
             if writer.lender is not None:
@@ -319,14 +310,13 @@ class Decoder:
                 [writer.batch.steps for writer in joining], before.steps if before else None
             )
         except Exception as error:  # caches are merged in part: none of them can go on
-            claim.release()
+            extra.release()
             self._disband(members, error)
             return True
-        claim.shrink(need)
-        if before is not None:
-            before.claim.release()
+        for each in [*claims, extra]:
+            each.release()
+        claim = self._store.claim(need)  # no more than was released
         for writer in joining:
-            writer.claim.release()
             self._alone.remove(writer)
         self._merged = batch = _Batch(steps, capacity, claim, is_merged=True, writers=members)
         for writer in members:
@@ -402,88 +392,33 @@ def merged(every: Sequence[Sequence[Any]]) -> list[Any]:
 def _together(
     joining: Sequence[GenerationBatch], before: GenerationBatch | None
 ) -> GenerationBatch:
-    """The steps of lone replies as those of one batch, which grows where there was one `before`."""
-    first, *others = joining
-    caches = merged([steps.prompt_cache for steps in joining])
+    """The steps of lone replies as those of one batch, which grows where there was one `before`.
+
+    A layer at a time, and each lets go of what it was made from: their plain caches have no other holder.
+    """
+    columns = [steps.prompt_cache for steps in joining]
+    caches = before.prompt_cache if before is not None else []
+    for layer in range(len(columns[0])):
+        (cache,) = merged([column[layer : layer + 1] for column in columns])
+        for column in columns:
+            column[layer] = None
+        if before is None:
+            caches.append(cache)
+        else:
+            caches[layer].extend(cache)
+        del cache
+        mx.eval(caches[layer].state)
+        mx.clear_cache()
     for steps in joining:
         steps.prompt_cache = []
-    first.prompt_cache = caches
+    whole, *others = (*joining,) if before is None else (before, *joining)
     for other in others:
-        first.extend(other)
-    if before is not None:
-        before.extend(first)
-    whole = before or first
-    mx.eval([cache.state for cache in whole.prompt_cache])
+        whole.extend(other)
+    whole.prompt_cache = caches
     return whole
-
-
-def respond(
-    decoder: Decoder,
-    writer: Writer,
-    tokenizer: Any,
-    *,
-    prompt_tokens: int,
-    prefill_seconds: float,
-    revive: Callable[[], Iterator[T]],
-) -> Iterator[GenerationResponse | T]:
-    """A reply as mlx-lm's `stream_generate` gives it, to its end. `revive` helps it out of a failed batch.
-
-    When the k-th response is yielded, the reply's caches stand k tokens behind the prompt, but for
-    tokens that its batch made ahead.
-    """
-    detokenizer = tokenizer.detokenizer
-    began = time.perf_counter()
-    count, finish = 0, None
-    while finish is None:
-        while (taken := decoder.take(writer)) is None:
-            yield from revive()
-        token, logprobs = taken
-        count += 1
-        if token in writer.ends:
-            finish = "stop"
-        else:
-            detokenizer.add_token(token)
-            finish = "length" if writer.left == len(writer.made) == 0 else None
-        if finish is not None:
-            detokenizer.finalize()
-        yield GenerationResponse(
-            text=detokenizer.last_segment,
-            token=token,
-            logprobs=logprobs,
-            from_draft=False,
-            prompt_tokens=prompt_tokens,
-            prompt_tps=prompt_tokens / max(prefill_seconds, 1e-9),
-            generation_tokens=count,
-            generation_tps=count / max(time.perf_counter() - began, 1e-9),
-            peak_memory=mx.get_peak_memory() / 1e9,
-            finish_reason=finish,
-        )
 
 
 def _is_worth_it(members: Sequence[Writer]) -> bool:
     """Whether a batch of these replies pads their rows at most to `WASTE` times as many."""
     rows = [writer.position for writer in members]
     return len(rows) > 1 and len(rows) * max(rows) <= WASTE * sum(rows)
-
-
-def rounded(rows: int) -> int:
-    """So many rows as buffers have."""
-    return -(-rows // ROW_STEP) * ROW_STEP
-
-
-def request_rows(prompt_tokens: int, max_tokens: int) -> int:
-    """Rows of a request's caches: its prompt and room for its reply. `max_tokens <= 0` means no limit."""
-    room = min(max_tokens, REPLY_ROOM) if max_tokens > 0 else REPLY_ROOM
-    return rounded(prompt_tokens + room)
-
-
-def batch_bytes(
-    layout: Layout, members: int, capacity: int, joining_bytes: int = 0
-) -> tuple[int, int]:
-    """What a batch of `members` replies with `capacity` rows each claims, and what for a moment more.
-
-    Both beside what its members hold until they are merged. `joining_bytes` are those of the members
-    that come to a batch which is there already: their caches are merged twice.
-    """
-    passing = joining_bytes + members * ROW_STEP * layout.row_bytes
-    return members * layout.running_bytes(capacity), passing

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from . import models
 from . import replay as replays
 from .errors import ModelError
-from .generate import ROW_STEP, batch_bytes, request_rows
 from .layers.adapt import Layout
+from .room import ROW_STEP, batch_bytes, request_rows
 from .schedule import Grid, Reading
 from .weightless import Weightless
 
@@ -99,10 +99,9 @@ class Plan:
             # A batch grows by ROW_STEP at a time. The first two make one, the others join it.
             capacity = request_rows(self.context, self.max_tokens) + ROW_STEP
             before = requests - 1 if requests > 2 else 0
-            held_before = before * self.layout.running_bytes(capacity)
-            alone = (requests - before) * self.running_bytes
-            need, passing = batch_bytes(self.layout, requests, capacity, alone if before else 0)
-            joined = held_before + alone + need + passing
+            alone = requests - before
+            joined = before * self.layout.running_bytes(capacity) + alone * self.running_bytes
+            joined += batch_bytes(self.layout, requests, capacity, joined)[1]
         rows = requests * self.rows_bytes
         if (
             self.layout.lends_rows

@@ -18,7 +18,7 @@ from test_memory import wide_model
 from mlx_hybridcache import HybridPromptCache
 from mlx_hybridcache import checkpoint as checkpoints
 from mlx_hybridcache.borrowing import is_borrowing
-from mlx_hybridcache.generate import rounded
+from mlx_hybridcache.room import rounded
 
 REPLY = 8
 

@@ -17,10 +17,10 @@ from mlx_hybridcache.budget import Claim
 from mlx_hybridcache.errors import BudgetError
 from mlx_hybridcache.eviction import Utility
 from mlx_hybridcache.found import Found
-from mlx_hybridcache.generate import rounded
 from mlx_hybridcache.loans import Loans
 from mlx_hybridcache.policy import Candidate, utility
 from mlx_hybridcache.replay import Plan
+from mlx_hybridcache.room import rounded
 from mlx_hybridcache.schedule import Grid, Reading, cuts_for, partings
 from mlx_hybridcache.store import Store
 from mlx_hybridcache.tokens import Namespace, Tokens
