@@ -353,16 +353,18 @@ def test_the_cache_is_cleared_beside_twelve_warms():
         )  # what asyncio.to_thread has is taken, by whatever else there is
         asyncio.get_running_loop().set_default_executor(few)
         few.submit(held.wait)
-        warms = [Client(app, WARM, {"prompt": text(4_000, 500 * i)}) for i in range(12)]
-        await until(lambda: serving.generations)
-        cleared = await Client(app, "/v1/cache", method="DELETE").answer()
-        done = sum(warm.task.done() for warm in warms)
-        for warm in warms:
-            warm.leave()
-        await asyncio.gather(*(warm.answer() for warm in warms))
-        await until(lambda: not busy(serving))
-        held.set()
-        return cleared.status, done
+        try:
+            warms = [Client(app, WARM, {"prompt": text(4_000, 500 * i)}) for i in range(12)]
+            await until(lambda: serving.generations)
+            cleared = await Client(app, "/v1/cache", method="DELETE").answer()
+            done = sum(warm.task.done() for warm in warms)
+            for warm in warms:
+                warm.leave()
+            await asyncio.gather(*(warm.answer() for warm in warms))
+            await until(lambda: not busy(serving))
+            return cleared.status, done
+        finally:
+            held.set()
 
     assert served(work, "--prefill-step-size", "512") == (200, 0)
 
