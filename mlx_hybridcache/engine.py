@@ -216,7 +216,7 @@ class Engine:
             self._give_up(request, claim)
             mx.clear_cache()
         self._close(request)
-        yield self.lookup(request)
+        yield self.lookup(Request(request.tokens, request.namespace, request.max_tokens))
 
     def longest_prompt(self) -> int | None:
         """The most tokens that a prompt may have for its caches to fit the budget; None: any number."""
