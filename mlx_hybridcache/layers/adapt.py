@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
 from mlx_lm.models import cache as mlx_caches
 
 from .capture import CaptureHook
+from .idle import IdleKind, is_idle
 from .kind import LayerKind
 from .recurrent import RecurrentKind
+from .rewritten import Rewritten
 from .rows import RowsKind
 from .window import ChunkedKind, FullWindowKind, WindowKind
 
@@ -34,6 +36,10 @@ _BLOCKS = {
 }
 """Families whose recurrent layers are computed in blocks of so many tokens (`ssm_attn` and kin)."""
 
+LEARNT_FROM = 8
+"""Tokens that a model reads so that its layout is learnt: states that begin with their tokens, such
+as the context of n-grams, have their full size by then."""
+
 
 def fresh_caches(model: Any) -> list[Any]:
     """The model's own empty caches, as mlx-lm makes them."""
@@ -52,6 +58,8 @@ def leaves(caches: Sequence[Any]) -> list[Any]:
 
 
 def _kind(cache: Any, step: int, swa_full: bool) -> LayerKind:
+    if is_idle(cache):
+        return IdleKind()
     if swa_full and type(cache) is mlx_caches.RotatingKVCache and cache.keep == 0:
         return FullWindowKind.seen(cache, step)
     return _KINDS[type(cache)](cache, step)
@@ -62,7 +70,8 @@ class Layout:
     """How one model's caches come apart: one kind per leaf, in order, and the leaf's own class.
 
     `unsupported` names the cache classes that are in no table; a model that has any is served
-    without the cache. `vocabulary` is the width of the model's logits.
+    without the cache. `vocabulary` is the width of the model's logits. What its forward
+    replaces of its own arrays is `rewritten`.
     """
 
     kinds: tuple[LayerKind, ...]
@@ -71,17 +80,19 @@ class Layout:
     hook: CaptureHook | None
     alignment: int
     vocabulary: int
+    rewritten: Rewritten | None = None
 
     @classmethod
     def of(cls, model: Any, step: int = 2048, *, swa_full: bool = False) -> Layout:
-        """Learn the layout by letting the model read one token into fresh caches.
+        """Learn the layout by letting the model read a few tokens into fresh caches.
 
         `step` bounds a slice, in tokens; `swa_full` stores every row of sliding windows.
         """
-        caches = fresh_caches(model)
-        logits = model(mx.array([[0]]), cache=caches)
-        mx.eval(logits, [cache.state for cache in caches])
-        return cls._seen(model, caches, logits.shape[-1], step, swa_full)
+        caches, rewritten = fresh_caches(model), Rewritten(model)
+        logits = model(mx.array([[0] * LEARNT_FROM]), cache=caches)
+        mx.eval(logits, [cache.state for cache in caches], rewritten.learn(model).arrays())
+        layout = cls._seen(model, caches, logits.shape[-1], step, swa_full)
+        return replace(layout, rewritten=rewritten)
 
     @classmethod
     def traced(cls, model: Any, step: int = 2048, *, swa_full: bool = False) -> Layout:
@@ -98,14 +109,14 @@ class Layout:
             found.append(cls._seen(model, caches, logits.shape[-1], step, swa_full))
             return token
 
-        mx.compile(read)(mx.array([[0]]))
+        mx.compile(read)(mx.array([[0] * LEARNT_FROM]))
         return found[0]
 
     @classmethod
     def _seen(
         cls, model: Any, caches: Sequence[Any], vocabulary: int, step: int, swa_full: bool
     ) -> Layout:
-        """From caches that have read one token, by their classes, shapes and dtypes alone."""
+        """From caches that have read a few tokens, by their classes, shapes and dtypes alone."""
         classes = tuple(type(cache) for cache in leaves(caches))
         names = sorted({each.__name__ for each in classes if each not in _KINDS})
         if names:
@@ -115,6 +126,10 @@ class Layout:
         hook = CaptureHook.of(model, blind) if blind and len(kinds) == len(caches) else None
         family = type(model).__module__.rpartition(".")[2]
         return cls(kinds, classes, (), hook, _BLOCKS.get(family, 1), vocabulary)
+
+    def lazy(self) -> list[mx.array]:
+        """Arrays of the model that the last forward left: evaluated, another thread can use them too."""
+        return [] if self.rewritten is None else self.rewritten.arrays()
 
     @property
     def needs_snapshots(self) -> bool:
@@ -174,7 +189,7 @@ class Layout:
             expected = self.classes[index]
             if type(cache) is not expected:
                 return f"layer {index} has a {names[index]}, this model a {expected.__name__}"
-            if cache.empty():
+            if cache.empty() and not isinstance(kind, IdleKind):
                 return f"layer {index} has read nothing"
             stands = kind.position(cache)
             if stands is not None and stands != position:

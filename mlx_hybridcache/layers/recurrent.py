@@ -24,7 +24,7 @@ class RecurrentKind(LayerKind):
 
     @classmethod
     def seen(cls, cache: Any) -> RecurrentKind:
-        """From a cache that has read one token."""
+        """From a cache that has read a few tokens."""
         return cls(sum(x.nbytes for x in _slots(cache) if x is not None))
 
     @property
