@@ -15,6 +15,7 @@ from .kind import LayerKind
 from .recurrent import RecurrentKind
 from .rewritten import Rewritten
 from .rows import RowsKind
+from .slicing import MaskListener, rotation_limit
 from .window import ChunkedKind, FullWindowKind, WindowKind
 
 _KINDS: dict[type, Callable[[Any, int], LayerKind]] = {
@@ -71,7 +72,8 @@ class Layout:
 
     `unsupported` names the cache classes that are in no table; a model that has any is served
     without the cache. `vocabulary` is the width of the model's logits. What its forward
-    replaces of its own arrays is `rewritten`.
+    replaces of its own arrays is `rewritten`. Beyond `slicing_limit` tokens, if not None, what the model
+    computes depends on the slices in which a prompt is read.
     """
 
     kinds: tuple[LayerKind, ...]
@@ -81,6 +83,7 @@ class Layout:
     alignment: int
     vocabulary: int
     rewritten: Rewritten | None = None
+    slicing_limit: int | None = None
 
     @classmethod
     def of(cls, model: Any, step: int = 2048, *, swa_full: bool = False) -> Layout:
@@ -89,10 +92,12 @@ class Layout:
         `step` bounds a slice, in tokens; `swa_full` stores every row of sliding windows.
         """
         caches, rewritten = fresh_caches(model), Rewritten(model)
+        listener = MaskListener(leaves(caches))
         logits = model(mx.array([[0] * LEARNT_FROM]), cache=caches)
         mx.eval(logits, [cache.state for cache in caches], rewritten.learn(model).arrays())
         layout = cls._seen(model, caches, logits.shape[-1], step, swa_full)
-        return replace(layout, rewritten=rewritten)
+        limits = [each for each in (rotation_limit(model), listener.limit) if each is not None]
+        return replace(layout, rewritten=rewritten, slicing_limit=min(limits, default=None))
 
     @classmethod
     def traced(cls, model: Any, step: int = 2048, *, swa_full: bool = False) -> Layout:
@@ -130,6 +135,10 @@ class Layout:
     def lazy(self) -> list[mx.array]:
         """Arrays of the model that the last forward left: evaluated, another thread can use them too."""
         return [] if self.rewritten is None else self.rewritten.arrays()
+
+    def depends_on_slices(self, tokens: int) -> bool:
+        """Whether reading so many tokens gives one thing or another, as they are cut into slices."""
+        return self.slicing_limit is not None and tokens > self.slicing_limit
 
     @property
     def needs_snapshots(self) -> bool:
