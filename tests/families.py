@@ -1,6 +1,6 @@
 """Tiny random models of families whose caches or weights behave in a way of their own.
 
-Each is here for one trait; `TRAITS` names it. Built as in `tiny`, but not part of its `FAMILIES`, over which
+Each is here for one trait; `TRAITS` names it, `LIMITS` those whose results depend on slices. Built as in `tiny`, but not part of its `FAMILIES`, over which
 much of the suite runs.
 """
 
@@ -13,7 +13,15 @@ from typing import Any
 
 import mlx.nn as nn
 import tiny
-from mlx_lm.models import gemma3n, kimi_k3, longcat_flash_ngram, minimax_m3_vl
+from mlx_lm.models import (
+    gemma3n,
+    internlm2,
+    kimi_k3,
+    longcat_flash_ngram,
+    minimax_m3_vl,
+    plamo3,
+    qwen3_next,
+)
 
 nemotron_nas = importlib.import_module("mlx_lm.models.nemotron-nas")
 
@@ -132,12 +140,61 @@ def _gemma3n() -> nn.Module:
     return gemma3n.Model(gemma3n.ModelArgs(model_type="gemma3n", text_config=text))
 
 
+DYNAMIC = {"type": "dynamic", "rope_type": "dynamic", "factor": 2.0}
+
+
+def _internlm2() -> nn.Module:
+    return internlm2.Model(
+        internlm2.ModelArgs(
+            model_type="internlm2",
+            num_hidden_layers=2,
+            max_position_embeddings=LIMITS["internlm2"],
+            rope_scaling=DYNAMIC,
+            **tiny.COMMON,
+        )
+    )
+
+
+def _qwen3_next_dynamic() -> nn.Module:
+    return qwen3_next.Model(
+        qwen3_next.ModelArgs(
+            model_type="qwen3_next",
+            shared_expert_intermediate_size=32,
+            mlp_only_layers=[],
+            rope_theta=10000.0,
+            rope_scaling=DYNAMIC,
+            partial_rotary_factor=1.0,
+            **tiny.COMMON,
+            **{**tiny.GATED_DELTA, "max_position_embeddings": LIMITS["qwen3_next_dynamic"]},
+            **tiny.EXPERTS,
+        )
+    )
+
+
+def _plamo3() -> nn.Module:
+    return plamo3.Model(
+        plamo3.ModelArgs(
+            num_hidden_layers=4,
+            head_dim=tiny.HEAD_DIM,
+            window_size=LIMITS["plamo3"],
+            sliding_window_pattern=2,
+            **tiny.COMMON,
+        )
+    )
+
+
+LIMITS = {"internlm2": 128, "qwen3_next_dynamic": 100, "plamo3": tiny.WINDOW}
+"""Tokens beyond which mlx-lm itself computes something else when it slices a prompt otherwise."""
+
 BUILDERS: dict[str, Callable[[], nn.Module]] = {
     "nemotron_nas": _nemotron_nas,
     "minimax_m3_vl": _minimax_m3_vl,
     "kimi_k3": _kimi_k3,
     "longcat_flash_ngram": _longcat_flash_ngram,
     "gemma3n": _gemma3n,
+    "internlm2": _internlm2,
+    "qwen3_next_dynamic": _qwen3_next_dynamic,
+    "plamo3": _plamo3,
 }
 
 TRAITS = {

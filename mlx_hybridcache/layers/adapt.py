@@ -165,9 +165,11 @@ class Layout:
         """Whether replies have the same bits in mlx-lm's batches as alone.
 
         Rows and states have. A window's ring is summed in another order there, and other caches
-        cannot be merged.
+        cannot be merged. What depends on slices depends on batches too.
         """
-        return all(each in (mlx_caches.KVCache, mlx_caches.ArraysCache) for each in self.classes)
+        return self.slicing_limit is None and all(
+            each in (mlx_caches.KVCache, mlx_caches.ArraysCache) for each in self.classes
+        )
 
     @property
     def row_bytes(self) -> int:
