@@ -606,9 +606,7 @@ class Engine:
         self, request: Request, history: Tokens, caches: Sequence[Any], claim: Claim
     ) -> None:
         """Caches that are about to go leave their state as a checkpoint, if they stand at `history`'s end."""
-        if request.exact or self.is_exact(len(history)):
-            return
-        if self.layout.mismatch(caches, len(history)) is not None:
+        if request.exact or self.layout.mismatch(caches, len(history)) is not None:
             return
         lender = request.lender
         if lender is not None:

@@ -64,9 +64,10 @@ def test_a_layout_says_how_many_bytes_a_checkpoint_weighs_at_most(name):
         assert stats.snapshot_bytes <= stats.checkpoints * cache.engine.layout.snapshot_bytes
 
 
-def test_another_thread_can_use_a_model_whose_forward_left_new_weights():
-    """Gemma 3n's worker reads a prompt; then the caller, on its own thread, runs the model."""
-    model = families.build("gemma3n")
+@pytest.mark.parametrize("name", ["gemma3n", "kimi_k3"])
+def test_another_thread_can_use_a_model_whose_forward_left_new_arrays(name):
+    """Made here, run by the worker to read a prompt, and then by the caller again."""
+    model = tiny.made(families.BUILDERS[name])
     with HybridPromptCache(model, **SETTINGS) as cache:
         cache.prefill(PROMPT).release()
         found = tiny.cold_logits(model, PROMPT[:20])

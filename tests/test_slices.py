@@ -110,6 +110,16 @@ def test_replies_that_pass_the_limit_leave_nothing_that_a_cold_run_does_not(name
 
 
 @each_family
+def test_the_end_of_a_reply_that_passed_the_limit_is_not_stored(name):
+    """No prompt that long would look for it: what it was decoded to depends on more than its tokens."""
+    model, limit = families.build(name), families.LIMITS[name]
+    with HybridPromptCache(model, oracle.word_tokenizer(), **SETTINGS) as cache:
+        for most, stored in ((2, limit - 4), (20, limit - 4)):
+            list(cache.stream_generate(TEXT[: limit - 6], most))
+            assert cache.stats().tokens <= stored
+
+
+@each_family
 def test_a_restart_finds_what_the_grid_stored(name, tmp_path):
     """320 of 341 tokens from files, and a longer prompt goes on from there."""
     model = families.build(name)
