@@ -26,6 +26,7 @@ def report(store: Store, request: Request, found: Found, seconds: float) -> Cach
         prefill_seconds=seconds,
         checkpoints_taken=request.taken,
         checkpoints_refused=request.refused,
+        detail=request.detail,
     )
 
 

@@ -352,6 +352,11 @@ class HybridPromptCache:
         """
         engine, layout = self.engine, self.engine.layout
         history = prompt_tokens(tokens, layout.vocabulary)
+        if layout.depends_on_slices(len(history)):
+            raise CacheMismatchError(
+                f"Beyond {layout.slicing_limit:,} tokens what this model computes depends on the "
+                f"slices they are read in; use prefill, whose slices are known. Found {len(history):,}."
+            )
         if engine.exact or layout.unsupported:
             raise CacheMismatchError(
                 "An exact store keeps only what it has read itself; use prefill."
@@ -407,9 +412,9 @@ class HybridPromptCache:
 
     def checkpoints(self, *, cache_salt: str | None = None) -> list[list[int]]:
         """The tokens that lead to each stored checkpoint."""
-        namespace, store = self._namespace(cache_salt), self.engine.store
+        spaces, store = self.engine.namespaces(self._salt_of(cache_salt)), self.engine.store
         return self._worker.call(
-            lambda: [tokens.tolist() for tokens, _ in store.checkpoints(namespace)]
+            lambda: [tokens.tolist() for each in spaces for tokens, _ in store.checkpoints(each)]
         )
 
     def clear(self) -> None:
@@ -424,13 +429,13 @@ class HybridPromptCache:
 
         Raises `BudgetError` when pins would take more than half the budget.
         """
-        namespace, tokens = self._namespace(cache_salt), self._tokens(prompt)
-        return self._worker.call(self.engine.pin, namespace, tokens, is_pinned=True)
+        tokens, salt = self._tokens(prompt), self._salt_of(cache_salt)
+        return self._worker.call(self.engine.pin, salt, tokens, is_pinned=True)
 
     def unpin(self, prompt: str | Iterable[int], *, cache_salt: str | None = None) -> int:
         """Treat what restores `prompt` like everything else again; returns its position."""
-        namespace, tokens = self._namespace(cache_salt), self._tokens(prompt)
-        return self._worker.call(self.engine.pin, namespace, tokens, is_pinned=False)
+        tokens, salt = self._tokens(prompt), self._salt_of(cache_salt)
+        return self._worker.call(self.engine.pin, salt, tokens, is_pinned=False)
 
     def drop(self, prompt: str | Iterable[int], *, cache_salt: str | None = None) -> int:
         """Forget `prompt`, all that goes on behind it, and what leads to nothing else.
@@ -441,8 +446,8 @@ class HybridPromptCache:
         as long as they do. Raises `NotStoredError` when `prompt` is
         not stored, up to its last token, and `PinnedError` when a pin would go; then nothing is forgotten.
         """
-        namespace, tokens = self._namespace(cache_salt), self._tokens(prompt)
-        return self._worker.call(self.engine.drop, namespace, tokens)
+        tokens, salt = self._tokens(prompt), self._salt_of(cache_salt)
+        return self._worker.call(self.engine.drop, salt, tokens)
 
     def flush(self, seconds: float | None = None) -> bool:
         """Wait until everything stored is on disk too, for `seconds` at most; whether it is.
@@ -480,8 +485,11 @@ class HybridPromptCache:
     ) -> None:
         self.close()
 
+    def _salt_of(self, cache_salt: str | None) -> str:
+        return self._salt if cache_salt is None else cache_salt
+
     def _namespace(self, cache_salt: str | None) -> Namespace:
-        return Namespace(self.engine.settings, self._salt if cache_salt is None else cache_salt)
+        return Namespace(self.engine.settings, self._salt_of(cache_salt))
 
     def _tokens(self, prompt: str | Iterable[int]) -> Tokens:
         if isinstance(prompt, str):
@@ -505,8 +513,8 @@ class HybridPromptCache:
         on_progress: Progress | None = None,
         cache_salt: str | None = None,
     ) -> Request:
-        namespace = self._namespace(cache_salt)
-        request = Request(self._tokens(prompt), namespace, max_tokens, tuple(boundaries))
+        tokens, salt = self._tokens(prompt), self._salt_of(cache_salt)
+        request = self.engine.request(tokens, salt, max_tokens, boundaries)
         if on_progress is not None:
             request.on_progress = on_progress
         return request

@@ -39,7 +39,7 @@ from .schedule import Grid, Reading, partings
 from .sharing import Readers
 from .store import Store
 from .tiers import DiskTier
-from .tokens import Namespace, Tokens, TurnMarks
+from .tokens import Namespace, Tokens, TurnMarks, settings_digest
 from .tree import Rows
 from .worker import PAUSE, Load, Pause
 
@@ -79,12 +79,41 @@ class Engine:
         self.loans = Loans(self.store)
         self.loans.on_owned = self._owned
         self.decoder = Decoder(self.model, self.layout, self.loans, batches=self.batches)
-        self.readers = Readers(self.layout, self.grid, self.exact, self._restorable)
+        self.readers = Readers(self.layout, self.grid, self._restorable)
         self.publish()
 
     def _owned(self) -> None:
         if self.disk is not None:
             self.disk.owned()
+
+    def is_exact(self, tokens: int) -> bool:
+        """Whether so many tokens are read along the grid only: what is computed of them depends on it."""
+        return self.exact or self.layout.depends_on_slices(tokens)
+
+    def namespaces(self, salt: str) -> list[Namespace]:
+        """Where `salt`'s prompts are stored: what can be cut anywhere, and what only the grid can."""
+        plain = Namespace(self.settings, salt)
+        if self.exact or self.layout.slicing_limit is None:
+            return [plain]
+        gridded = settings_digest(settings=self.settings, slices=self.grid.step)
+        return [plain, Namespace(gridded, salt)]
+
+    def request(
+        self, tokens: Tokens, salt: str, max_tokens: int, boundaries: Sequence[int] = ()
+    ) -> Request:
+        """What was asked, with where it belongs."""
+        found = Request(tokens, self.namespace(salt, len(tokens)), max_tokens, tuple(boundaries))
+        found.exact = self.is_exact(len(tokens))
+        if self.layout.depends_on_slices(len(tokens)):
+            found.detail = (
+                f"beyond {self.layout.slicing_limit:,} tokens this model computes them by the slice "
+                f"they are read in, so only what was read in the same slices of {self.grid.step:,} is shared"
+            )
+        return found
+
+    def namespace(self, salt: str, tokens: int) -> Namespace:
+        """The one for prompts of so many tokens."""
+        return self.namespaces(salt)[-1 if self.layout.depends_on_slices(tokens) else 0]
 
     def publish(self) -> None:
         """Leave both tiers' figures and outlines where any thread may read them."""
@@ -116,39 +145,65 @@ class Engine:
         mx.clear_cache()
         give_back()
 
-    def pin(self, namespace: Namespace, tokens: Tokens, *, is_pinned: bool) -> int:
+    def pin(self, salt: str, tokens: Tokens, *, is_pinned: bool) -> int:
         """Keep what restores `tokens` in both tiers, or no longer; returns its position."""
+        spaces = self.namespaces(salt)
+        stored = {each: self._in_use(each, tokens)[0] for each in spaces}
+        most = max(spaces, key=lambda each: stored[each])
+        if is_pinned or not stored[most]:
+            spaces = [most]
+        position = max(
+            self._pin(each, tokens, is_pinned) for each in spaces if stored[each] or each == most
+        )
+        self.publish()
+        return position
+
+    def _pin(self, namespace: Namespace, tokens: Tokens, is_pinned: bool) -> int:
         change = self.store.pin if is_pinned else self.store.unpin
         position = change(namespace, tokens)
         if self.disk is not None:
             self.disk.pin(namespace, tokens[:position], is_pinned=is_pinned)
-        self.publish()
         return position
 
-    def drop(self, namespace: Namespace, tokens: Tokens) -> int:
+    def drop(self, salt: str, tokens: Tokens) -> int:
         """Forget what only `tokens` and what goes on behind them need, in both tiers.
 
         Returns the position where that begins: what is before it has other uses.
         """
-        tiers: list[Store | DiskTier] = [self.store]
-        if self.disk is not None:
-            tiers.append(self.disk)
-        stored = max(tier.shared(namespace, tokens)[0] for tier in tiers)
-        if stored < max(1, len(tokens) - 1):
+        going = [(each, *self._in_use(each, tokens)) for each in self.namespaces(salt)]
+        _, stored, start = max(going, key=lambda one: one[1])
+        if stored < self._stored_end(len(tokens)):
             raise NotStoredError(
                 f"{stored:,} of these {len(tokens):,} tokens are stored; only what is stored to its "
                 "end can be dropped."
             )
-        tokens = tokens[:stored]  # a prompt's last token is read anew for each reply
-        start = max(tier.shared(namespace, tokens)[1] for tier in tiers)
-        pins = max(tier.pins(namespace, tokens, start) for tier in tiers)
+        pins = sum(
+            max(tier.pins(each, tokens[:end], begin) for tier in self._tiers())
+            for each, end, begin in going
+        )
         if pins:
             raise PinnedError(f"{pins} of what would go is pinned. Unpin it first.")
-        for tier in tiers:
-            tier.drop(namespace, tokens, start)
+        for each, end, begin in going:
+            for tier in self._tiers():
+                tier.drop(each, tokens[:end], begin)
         self._give_back()
         self.publish()
         return start
+
+    def _in_use(self, namespace: Namespace, tokens: Tokens) -> tuple[int, int]:
+        """How many of `tokens` are stored there, and how many of those something else needs too."""
+        stored = max(tier.shared(namespace, tokens)[0] for tier in self._tiers())
+        if stored >= len(tokens) - 1:
+            tokens = tokens[:stored]  # a prompt's last token is read anew for each reply
+        return stored, max(tier.shared(namespace, tokens)[1] for tier in self._tiers())
+
+    def _stored_end(self, tokens: int) -> int:
+        """How far a prompt of so many tokens is stored when it is stored to its end."""
+        end = tokens - 1
+        return max(1, end - end % self.grid.every if self.is_exact(tokens) else end)
+
+    def _tiers(self) -> list[Store | DiskTier]:
+        return [self.store] if self.disk is None else [self.store, self.disk]
 
     def answer(
         self, request: Request, options: dict[str, Any]
@@ -222,7 +277,7 @@ class Engine:
             self._give_up(request, claim)
             mx.clear_cache()
         self._close(request)
-        yield self.lookup(Request(request.tokens, request.namespace, request.max_tokens))
+        yield self.lookup(self.request(request.tokens, request.namespace.salt, request.max_tokens))
 
     def longest_prompt(self) -> int | None:
         """The most tokens that a prompt may have for its caches to fit the budget; None: any number."""
@@ -308,7 +363,7 @@ class Engine:
         if self.disk is not None:
             self.disk.tick()
         while True:
-            found = self.store.find(request.namespace, request.tokens)
+            found = self._find(request)
             request.divergence = divergence(request, found)
             deeper = self._on_disk(request, found.position)
             if deeper is not None:
@@ -326,7 +381,20 @@ class Engine:
     def _on_disk(self, request: Request, beyond: int) -> Found | None:
         if self.disk is None:
             return None
-        return self.disk.find(request.namespace, request.tokens, beyond)
+        found = self.disk.find(request.namespace, request.tokens, beyond)
+        if found is None:
+            return None
+        found = self._resumable(request, found)
+        return found if found.position > beyond else None
+
+    def _find(self, request: Request) -> Found:
+        return self._resumable(request, self.store.find(request.namespace, request.tokens))
+
+    def _resumable(self, request: Request, found: Found) -> Found:
+        """Rows restore anywhere, but an exact request goes on only where a slice of the grid ends."""
+        if not request.exact or self.layout.needs_snapshots:
+            return found
+        return replace(found, position=found.position - found.position % self.grid.step)
 
     def _promote(
         self, request: Request, found: Found, deeper: Found, capacity: int
@@ -366,7 +434,7 @@ class Engine:
         return caches, Found(match, deeper.position, None, tier="disk"), claim
 
     def _restorable(self, request: Request) -> int:
-        position = self.store.find(request.namespace, request.tokens).position
+        position = self._find(request).position
         deeper = self._on_disk(request, position)
         return position if deeper is None else deeper.position
 
@@ -431,13 +499,13 @@ class Engine:
             branch=found.match.matched,
             boundaries=request.boundaries,
         )
-        route = plan(self.layout, self.grid, reading, exact=self.exact)
+        route = plan(self.layout, self.grid, reading, exact=request.exact)
         parted = partings(reading, self.grid, is_inside=found.is_inside)
         request.on_progress(found.position, len(tokens))
         request.advance(found.position)
 
         def step() -> int:
-            whole = self.exact or not self.load.is_shared
+            whole = request.exact or not self.load.is_shared
             return self.grid.step if whole else self.grid.shared_step
 
         def afford(a: int, b: int, cuts: list[int]) -> list[int]:
@@ -562,12 +630,9 @@ class Engine:
         """A reply whose batch failed goes on alone: what is stored of it is restored, the rest read again."""
         report = request.report
         assert report is not None
-        again = Request(
-            np.array([*request.tokens, *writer.read, writer.coming], dtype=np.int32),
-            request.namespace,
-            writer.left,
-            job=request.job,
-        )
+        read = np.array([*request.tokens, *writer.read, writer.coming], dtype=np.int32)
+        again = self.request(read, request.namespace.salt, writer.left)
+        again.job = request.job
         if self.layout.lends_rows:
             again.lender = CacheLender(again.namespace, again.tokens, self.layout)
         self.decoder.revive(writer, (yield from self._prepare(again)))
@@ -585,7 +650,8 @@ class Engine:
         That is where its caches stand: behind tokens too that were made ahead and that nobody took.
         """
         reply = writer.read
-        keep = bool(reply) and not self.exact and not self.marks.strips(reply)
+        is_exact = self.is_exact(writer.position)
+        keep = bool(reply) and not is_exact and not self.marks.strips(reply)
         caches, lender = self.decoder.end(writer, keep=keep), request.lender
         if caches is None:
             return
@@ -601,7 +667,7 @@ class Engine:
         self, request: Request, history: Tokens, caches: Sequence[Any], claim: Claim
     ) -> None:
         """Caches that are about to go leave their state as a checkpoint, if they stand at `history`'s end."""
-        if self.exact or self.layout.mismatch(caches, len(history)) is not None:
+        if request.exact or self.layout.mismatch(caches, len(history)) is not None:
             return
         lender = request.lender
         if lender is not None:
@@ -630,7 +696,7 @@ class Engine:
         """What a request would find, without changing anything."""
         if self.layout.unsupported:
             return uncached_report(request, [], self.layout.unsupported)
-        found = self.store.find(request.namespace, request.tokens)
+        found = self._find(request)
         deeper = self._on_disk(request, found.position)
         if deeper is not None:
             found = replace(deeper, tier="disk")

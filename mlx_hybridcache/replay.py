@@ -109,10 +109,12 @@ def _read(
         with hook.at([cut - a for cut in inside]) as snapshots:
             model(mx.array(tokens[a:b])[None], cache=caches)
         captured = snapshots()
-    # One evaluation for the slice: the caches, and the states that the forward passed through.
+    # One evaluation for the slice: the caches, the states that the forward passed through, and what
+    # it left of the model itself.
     mx.eval(
         [cache.state for cache in caches],
         [s.arrays for taken in captured.values() for s in taken],
+        layout.lazy(),
     )
     return tuple(
         checkpoints.take(

@@ -24,6 +24,8 @@ class Request:
 
     `read` tokens are restored or read so far, and `stops` are the positions on the way at which
     others wait for a checkpoint. Its caches are the `lender`'s, if the store may leave rows in them.
+    An `exact` one is read in whole slices of the grid, and goes on only where one of those ended;
+    `detail` says why, if that is not what its cache was made for.
     """
 
     tokens: Tokens
@@ -41,6 +43,8 @@ class Request:
     job: Job = field(default_factory=lambda: Job(left=1))
     read: int = 0
     stops: set[int] = field(default_factory=set)
+    exact: bool = False
+    detail: str = ""
 
     def advance(self, read: int) -> None:
         """`read` tokens are read: say how many more until someone's first token."""

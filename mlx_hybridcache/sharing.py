@@ -21,7 +21,6 @@ class Readers:
 
     layout: Layout
     grid: Grid
-    exact: bool
     restorable: Callable[[Request], int]
     under_way: list[Request] = field(default_factory=list, init=False)
 
@@ -61,7 +60,7 @@ class Readers:
             shared = common_length(request.tokens, other.tokens)
             end = len(other.tokens) - 1
             stop = min(shared, len(request.tokens) - 1, end)
-            stop -= stop % (self.grid.step if self.exact else 1)
+            stop -= stop % (self.grid.step if request.exact else 1)
             # At its end a checkpoint is taken anyway; one that is taken for us must be worth it.
             worth = 1 if stop == end else self.grid.shared_step
             is_ahead = other.read < stop and stop - position >= worth

@@ -7,7 +7,7 @@ way back the bytes go straight into the buffers in which the caches will live.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
 from typing import Any
@@ -16,7 +16,7 @@ import mlx.core as mx
 
 from .checkpoint import Checkpoint, take, take_rows
 from .disk.segment import Segment, Tensor
-from .layers.adapt import Layout, fresh_caches, leaves
+from .layers.adapt import LEARNT_FROM, Layout, fresh_caches, leaves
 from .layers.kind import Arrays, Snapshot
 from .layers.rows import AXIS, RowBlock, compact, evaluate_to_keep
 
@@ -101,7 +101,8 @@ def _plain(arrays: Sequence[mx.array]) -> list[memoryview]:
     for index, view in enumerate(views):
         if not view.c_contiguous:
             views[index] = memoryview(mx.contiguous(arrays[index]))  # type: ignore[arg-type]
-    return [view.cast("B") for view in views]
+    # What has no bytes cannot be cast: some layers keep keys alone, with values of no width.
+    return [view.cast("B") if view.nbytes else memoryview(bytearray()) for view in views]
 
 
 @lru_cache(maxsize=4096)
@@ -112,48 +113,57 @@ def _tensor(name: str, dtype: mx.Dtype, shape: tuple[int, ...]) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Shapes:
-    """What the files of one model hold: the tensors of one token's rows, and of a checkpoint."""
+    """What the files of one model hold: the tensors of one token's rows, and of checkpoints.
+
+    `states` are those of two positions, one tensor beside the other: where these differ others may, too.
+    """
 
     rows: tuple[Tensor, ...]
-    state: tuple[Tensor, ...]
-    is_fixed: frozenset[int]
+    states: tuple[tuple[Tensor, Tensor], ...]
 
     @classmethod
     def of(cls, layout: Layout, model: Any) -> Shapes:
-        """Learn them by letting the model read one token. A window's state grows with what it read."""
+        """Learn them by letting the model read one token, and then a few more.
+
+        Windows grow with what they have read, and so do the states of some layers, up to their size.
+        """
         caches = fresh_caches(model)
-        mx.eval(model(mx.array([[0]]), cache=caches), [cache.state for cache in caches])
+
+        def state_behind(more: int, position: int) -> tuple[Tensor, ...]:
+            logits = model(mx.array([[0] * more]), cache=caches)
+            mx.eval(logits, [cache.state for cache in caches], layout.lazy())
+            return state_freight(take(layout, caches, position)).tensors
+
+        first = state_behind(1, 1)
         block = take_rows(layout, caches, 0, 1)
         assert block is not None
-        taken = take(layout, caches, 1)
-        is_fixed = frozenset(
-            leaf
-            for leaf, (kind, snapshot) in enumerate(zip(layout.kinds, taken.snapshots, strict=True))
-            if snapshot is not None and snapshot.nbytes == kind.snapshot_bytes
-        )
-        return cls(rows_freight([block], 0, 1).tensors, state_freight(taken).tensors, is_fixed)
+        later = state_behind(LEARNT_FROM - 1, LEARNT_FROM)
+        return cls(rows_freight([block], 0, 1).tensors, tuple(zip(first, later, strict=True)))
 
     def suit(self, segment: Segment) -> bool:
         """Whether the file is one of this model's, whatever its name says."""
-        expected = self.rows if segment.kind == "rows" else self.state
-        return len(expected) == len(segment.tensors) and all(
-            self._is_like(known, found, segment)
-            for known, found in zip(expected, segment.tensors, strict=True)
+        if segment.kind == "rows":
+            length = segment.end - segment.start
+            expected = [replace(known, shape=_longer(known.shape, length)) for known in self.rows]
+            return expected == [*segment.tensors]
+        return len(self.states) == len(segment.tensors) and all(
+            any(_is_like(found, known, other) for known, other in ((a, b), (b, a)))
+            for (a, b), found in zip(self.states, segment.tensors, strict=True)
         )
 
-    def _is_like(self, known: Tensor, found: Tensor, segment: Segment) -> bool:
-        if (found.name, found.dtype, len(found.shape)) != (
-            known.name,
-            known.dtype,
-            len(known.shape),
-        ):
-            return False
-        shape = known.shape
-        if segment.kind == "rows":
-            shape = (*shape[:AXIS], segment.end - segment.start, *shape[AXIS + 1 :])
-        elif int(known.name.partition(".")[0]) not in self.is_fixed:
-            shape = (*shape[:AXIS], *found.shape[AXIS : AXIS + 1], *shape[AXIS + 1 :])
-        return found.shape == shape
+
+def _longer(shape: tuple[int, ...], rows: int) -> tuple[int, ...]:
+    return (*shape[:AXIS], rows, *shape[AXIS + 1 :])
+
+
+def _is_like(found: Tensor, known: Tensor, other: Tensor) -> bool:
+    """Whether `found` is `known`, but for axes along which that differs from `other`."""
+    if (found.name, found.dtype, len(found.shape)) != (known.name, known.dtype, len(known.shape)):
+        return False
+    if len(known.shape) != len(other.shape):  # one of them is an empty slot
+        return found.shape == known.shape
+    axes = zip(found.shape, known.shape, other.shape, strict=True)
+    return all(length == own or own != its for length, own, its in axes)
 
 
 class Landing:

@@ -131,4 +131,4 @@ ODD: dict[str, Callable[[], nn.Module]] = {
 
 def build(name: str) -> nn.Module:
     """A new model of that kind; the same weights every time."""
-    return tiny.weighted(ODD[name]())
+    return tiny.made(ODD[name])

@@ -386,12 +386,13 @@ def fresh(name: str) -> nn.Module:
     Its parameters are evaluated. What a module keeps outside `parameters()` (the frequencies of a
     scaled RoPE) stays lazy, as `mlx_lm.load` leaves it.
     """
-    return weighted(ARCHITECTURES[name]())
+    return made(ARCHITECTURES[name])
 
 
-def weighted(model: nn.Module, seed: int = SEED) -> nn.Module:
-    """The same model with sensible random parameters, evaluated."""
-    mx.random.seed(seed)
+def made(make: Callable[[], nn.Module]) -> nn.Module:
+    """What `make` builds, with sensible weights; see `fresh`."""
+    mx.random.seed(SEED)
+    model = make()
     weights = [(path, _weight(path, array)) for path, array in tree_flatten(model.parameters())]
     model.update(tree_unflatten(weights))
     model.eval()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -11,9 +11,12 @@ from mlx_lm.models import cache as mlx_caches
 
 from . import counting
 from .capture import CaptureHook
+from .idle import IdleKind, is_idle
 from .kind import LayerKind
 from .recurrent import RecurrentKind
+from .rewritten import Rewritten
 from .rows import RowsKind
+from .slicing import MaskListener, rotation_limit
 from .window import ChunkedKind, FullWindowKind, WindowKind
 
 _KINDS: dict[type, Callable[[Any, int], LayerKind]] = {
@@ -34,6 +37,10 @@ _BLOCKS = {
     "bailing_moe_linear": 128,
 }
 """Families whose recurrent layers are computed in blocks of so many tokens (`ssm_attn` and kin)."""
+
+LEARNT_FROM = 8
+"""Tokens that a model reads so that its layout is learnt: states that begin with their tokens, such
+as the context of n-grams, have their full size by then."""
 
 
 def fresh_caches(model: Any) -> list[Any]:
@@ -69,6 +76,8 @@ def selects_rows(caches: Sequence[Any]) -> bool:
 
 
 def _kind(cache: Any, step: int, swa_full: bool) -> LayerKind:
+    if is_idle(cache):
+        return IdleKind()
     if swa_full and type(cache) is mlx_caches.RotatingKVCache and cache.keep == 0:
         return FullWindowKind.seen(cache, step)
     return _KINDS[type(cache)](cache, step)
@@ -79,7 +88,9 @@ class Layout:
     """How one model's caches come apart: one kind per leaf, in order, and the leaf's own class.
 
     `unsupported` names the cache classes that are in no table; a model that has any is served
-    without the cache. `vocabulary` is the width of the model's logits.
+    without the cache. `vocabulary` is the width of the model's logits. What its forward
+    replaces of its own arrays is `rewritten`. Beyond `slicing_limit` tokens, if not None, what the model
+    computes depends on the slices in which a prompt is read.
     """
 
     kinds: tuple[LayerKind, ...]
@@ -88,17 +99,22 @@ class Layout:
     hook: CaptureHook | None
     alignment: int
     vocabulary: int
+    rewritten: Rewritten | None = None
+    slicing_limit: int | None = None
 
     @classmethod
     def of(cls, model: Any, step: int = 2048, *, swa_full: bool = False) -> Layout:
-        """Learn the layout by letting the model read one token into fresh caches.
+        """Learn the layout by letting the model read a few tokens into fresh caches.
 
         `step` bounds a slice, in tokens; `swa_full` stores every row of sliding windows.
         """
-        caches = fresh_caches(model)
-        logits = model(mx.array([[0]]), cache=caches)
-        mx.eval(logits, [cache.state for cache in caches])
-        return cls._seen(model, caches, logits.shape[-1], step, swa_full)
+        caches, rewritten = fresh_caches(model), Rewritten(model)
+        listener = MaskListener(leaves(caches))
+        logits = model(mx.array([[0] * LEARNT_FROM]), cache=caches)
+        mx.eval(logits, [cache.state for cache in caches], rewritten.learn(model).arrays())
+        layout = cls._seen(model, caches, logits.shape[-1], step, swa_full)
+        limits = [each for each in (rotation_limit(model), listener.limit) if each is not None]
+        return replace(layout, rewritten=rewritten, slicing_limit=min(limits, default=None))
 
     @classmethod
     def traced(cls, model: Any, step: int = 2048, *, swa_full: bool = False) -> Layout:
@@ -115,14 +131,14 @@ class Layout:
             found.append(cls._seen(model, caches, logits.shape[-1], step, swa_full))
             return token
 
-        mx.compile(read)(mx.array([[0]]))
+        mx.compile(read)(mx.array([[0] * LEARNT_FROM]))
         return found[0]
 
     @classmethod
     def _seen(
         cls, model: Any, caches: Sequence[Any], vocabulary: int, step: int, swa_full: bool
     ) -> Layout:
-        """From caches that have read one token, by their classes, shapes and dtypes alone."""
+        """From caches that have read a few tokens, by their classes, shapes and dtypes alone."""
         classes = tuple(type(cache) for cache in leaves(caches))
         names = sorted({each.__name__ for each in classes if each not in _KINDS})
         if names:
@@ -137,6 +153,14 @@ class Layout:
         hook = CaptureHook.of(model, blind) if blind and len(kinds) == len(caches) else None
         family = type(model).__module__.rpartition(".")[2]
         return cls(kinds, classes, (), hook, _BLOCKS.get(family, 1), vocabulary)
+
+    def lazy(self) -> list[mx.array]:
+        """Arrays of the model that the last forward left: evaluated, another thread can use them too."""
+        return [] if self.rewritten is None else self.rewritten.arrays()
+
+    def depends_on_slices(self, tokens: int) -> bool:
+        """Whether reading so many tokens gives one thing or another, as they are cut into slices."""
+        return self.slicing_limit is not None and tokens > self.slicing_limit
 
     @property
     def needs_snapshots(self) -> bool:
@@ -171,9 +195,12 @@ class Layout:
         """Whether mlx-lm makes batches of such caches in which a reply can be the same as alone.
 
         Of rows and states it does. A window's ring is summed in another order there, and other caches
-        cannot be merged. What the attention makes of a batch is for `batching` to show.
+        cannot be merged; what depends on slices depends on batches too. What the attention makes of
+        a batch is for `batching` to show.
         """
-        return all(each in (mlx_caches.KVCache, mlx_caches.ArraysCache) for each in self.classes)
+        return self.slicing_limit is None and all(
+            each in (mlx_caches.KVCache, mlx_caches.ArraysCache) for each in self.classes
+        )
 
     @property
     def row_heads(self) -> frozenset[int]:
@@ -209,7 +236,7 @@ class Layout:
             expected = self.classes[index]
             if type(cache) is not expected:
                 return f"layer {index} has a {names[index]}, this model a {expected.__name__}"
-            if cache.empty():
+            if cache.empty() and not isinstance(kind, IdleKind):
                 return f"layer {index} has read nothing"
             stands = kind.position(cache)
             if stands is not None and stands != position:

@@ -26,7 +26,7 @@ class RecurrentKind(LayerKind):
 
     @classmethod
     def seen(cls, cache: Any) -> RecurrentKind:
-        """From a cache that has read one token."""
+        """From a cache that has read a few tokens."""
         return cls(sum(x.nbytes for x in _slots(cache) if x is not None))
 
     def counted(self) -> RecurrentKind:

@@ -64,7 +64,7 @@ def evaluate_to_keep(*arrays: Any) -> None:
 
 @dataclass(frozen=True, slots=True)
 class RowsKind(LayerKind):
-    """A growing buffer of keys and values. Shapes `(1, heads, 1, dim)` as one token leaves them."""
+    """A growing buffer of keys and values. Shapes `(1, heads, 1, dim)` as one token's are."""
 
     shapes: tuple[tuple[int, ...], ...]
     dtypes: tuple[mx.Dtype, ...]
@@ -74,7 +74,7 @@ class RowsKind(LayerKind):
 
     @classmethod
     def seen(cls, cache: Any, headroom: bool) -> RowsKind:
-        """From a cache that has read one token."""
+        """From a cache that has read a few tokens."""
         keys, values = cache.keys, cache.values
         shapes = tuple((1, x.shape[1], 1, x.shape[3]) for x in (keys, values))
         return cls(shapes, (keys.dtype, values.dtype), headroom)

@@ -42,7 +42,7 @@ class WindowKind(_Window):
 
     @classmethod
     def seen(cls, cache: Any, step: int) -> WindowKind:
-        """From a cache that has read one token, for slices of at most `step`."""
+        """From a cache that has read a few tokens, for slices of at most `step`."""
         return cls(cache.max_size, step, _row_nbytes(cache), cache.keep)
 
     @property
@@ -82,7 +82,7 @@ class FullWindowKind(_Window):
 
     @classmethod
     def seen(cls, cache: Any, step: int) -> FullWindowKind:
-        """From a cache that has read one token, for slices of at most `step`."""
+        """From a cache that has read a few tokens, for slices of at most `step`."""
         return cls(cache.max_size, step, _row_nbytes(cache))
 
     @property
@@ -157,7 +157,7 @@ class ChunkedKind(_Window):
 
     @classmethod
     def seen(cls, cache: Any, step: int) -> ChunkedKind:
-        """From a cache that has read one token, for slices of at most `step`."""
+        """From a cache that has read a few tokens, for slices of at most `step`."""
         return cls(cache.chunk_size, step, _row_nbytes(cache))
 
     @property
