@@ -27,6 +27,7 @@ ORDER = [
     {"request"},
     {"tiers"},
     {"worker"},
+    {"inbox"},
     {"generate"},
     {"replay"},
     {"transfer"},
@@ -61,6 +62,7 @@ ENTRY_POINTS = ORDER[0]
 WITHOUT_MLX = {
     "cache_command",
     "disk",
+    "inbox",
     "schedule",
     "turns",
     "budget",
