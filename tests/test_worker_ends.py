@@ -12,6 +12,7 @@ import random
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -165,7 +166,7 @@ def test_every_wait_ends_wherever_another_thread_comes_between(act: Any, other: 
     """`call` has looked that the worker lives; it is closed before the call is put into its inbox."""
     number, was_reached = 0, True
     while was_reached:
-        number += 1 + number // 50
+        number += 1 + number // 30
         on = Setting()
         interrupted = Interrupted(lambda: outcome(act, on), lambda: outcome(other, on), number)  # noqa: B023
         found = interrupted.run()
@@ -252,6 +253,7 @@ def test_closing_beside_a_reader_that_waits_ends_both(reading: Any) -> None:
     def steps() -> Iterator[Any]:
         while True:
             waits.set()
+            time.sleep(0.001)
             yield PAUSE
 
     on.stream = on.worker.stream(steps())
@@ -298,7 +300,7 @@ def test_what_is_asked_behind_the_end_is_refused() -> None:
     found: list[Outcome] = []
     closers = [begun(on.worker.close) for _ in range(2)]
     while on.worker._stop.alive:
-        pass
+        time.sleep(0.001)
     late = [begun(lambda act=act: found.append(outcome(act, on))) for act in (call, start)]  # type: ignore[misc]
     go.set()
     for thread in [first, *closers, *late]:
@@ -346,6 +348,7 @@ def test_a_reader_that_was_cancelled_on_its_loop_leaves_nothing_behind() -> None
 
     def steps() -> Iterator[Any]:
         while not go.is_set():
+            time.sleep(0.001)
             yield PAUSE
         yield 1
 
@@ -438,22 +441,24 @@ def test_a_prefill_that_a_close_cuts_short_says_so(prompt: list[int]) -> None:
 
     def on_progress(read: int, total: int) -> None:
         if 0 < read < total and not closers:
-            closers.append(begun(cache.close))
+            closers.append(begun(cache._worker.close))
             while cache._worker._stop.alive:
-                pass
+                time.sleep(0.001)
 
     with pytest.raises(ClosedError):
         cache.prefill(prompt, prompt_progress_callback=on_progress)
     ends(closers[0], "close")
+    cache.close()
 
 
 EXIT = """
-import threading
+import threading, time
 from mlx_hybridcache.worker import PAUSE, Worker
 
 worker = Worker()
 def endless():
     while True:
+        time.sleep(0.001)
         yield PAUSE
 stream = worker.stream(endless())
 threading.Thread(target=lambda: list(stream), daemon=True).start()
@@ -484,6 +489,7 @@ def test_a_reply_outlives_a_worker_that_was_dropped_by_its_end_only() -> None:
     def steps() -> Iterator[Any]:
         while True:
             waits.set()
+            time.sleep(0.001)
             yield PAUSE
 
     stream = on.worker.stream(steps())
