@@ -37,7 +37,7 @@ class Inbox(Generic[T]):
     def __init__(self) -> None:
         self._asked: queue.SimpleQueue[Asked[T]] = queue.SimpleQueue()
         self._is_closed = False
-        self._reader: int | None = None
+        self._reader: threading.Thread | None = None
 
     def put(self, asked: Asked[T]) -> bool:
         """Whether it will be done or refused. If not, it may have been, or nobody looks at it."""
@@ -46,7 +46,7 @@ class Inbox(Generic[T]):
 
     def open(self) -> None:
         """From here on the calling thread is the one that takes out."""
-        self._reader = threading.get_ident()
+        self._reader = threading.current_thread()  # not its number: the system gives that out again
 
     def get(self, *, block: bool, timeout: float) -> Asked[T]:
         """The next; raises `queue.Empty`."""
@@ -62,7 +62,7 @@ class Inbox(Generic[T]):
     @property
     def is_read_here(self) -> bool:
         """Whether the calling thread is the one that takes out."""
-        return threading.get_ident() == self._reader
+        return threading.current_thread() is self._reader
 
     def check_may_wait(self) -> None:
         """Raises `HybridCacheError` on the thread that takes out: it would wait for itself."""
