@@ -291,6 +291,21 @@ class HybridPromptCache:
         )
         return self._ready(request, read=True)
 
+    def warm(
+        self,
+        prompt: str | Iterable[int],
+        *,
+        prompt_progress_callback: Progress | None = None,
+        cache_salt: str | None = None,
+    ) -> Generation[CacheReport]:
+        """Read all of `prompt` but its last token, for requests to come; nothing is held of it.
+
+        Iterate to wait, on any thread or event loop: the one item is what `lookup` finds then.
+        Cancelled, it keeps what was read.
+        """
+        request = self._request(prompt, 1, (), prompt_progress_callback, cache_salt)
+        return Generation(request, self._worker.stream(self.engine.warm(request), request.job))
+
     def restore(
         self,
         prompt: str | Iterable[int],

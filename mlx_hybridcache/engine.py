@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Container, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -39,6 +40,9 @@ from .tree import Rows
 from .worker import PAUSE, Load, Pause
 
 log = logging.getLogger("mlx_hybridcache")
+
+MOST_TOKENS = 2**31
+"""More than any prompt has."""
 
 GIVEN_BACK = 32
 """What was freed goes back to the system when it is such a part of the budget: 8 ms of work then."""
@@ -195,6 +199,35 @@ class Engine:
         """
         yield (yield from self._prepare(request, read=read))
         self._close(request)
+
+    def warm(self, request: Request) -> Iterator[CacheReport | Pause]:
+        """The first half for requests to come: nothing but what is stored is left of it.
+
+        Its last item is what such a request would find.
+        """
+        if self.layout.unsupported:
+            request.report = uncached_report(request, [], self.layout.unsupported)
+        else:
+            if self.layout.lends_rows:
+                request.lender = CacheLender(request.namespace, request.tokens, self.layout)
+            ready = yield from self._prepare(request)
+            claim = ready.claim
+            del ready  # the lender is the last to hold its caches, and gives them to the store
+            self._give_up(request, claim)
+            mx.clear_cache()
+        self._close(request)
+        yield self.lookup(request)
+
+    def longest_prompt(self) -> int | None:
+        """The most tokens that a prompt may have for its caches to fit the budget; None: any number."""
+
+        def is_beyond(tokens: int) -> bool:
+            rows = request_rows(tokens, max_tokens=1)
+            return self.layout.running_bytes(rows) > self.store.budget_bytes
+
+        if not is_beyond(MOST_TOKENS):
+            return None
+        return bisect_left(range(MOST_TOKENS), True, key=is_beyond) - 1
 
     def _close(self, request: Request) -> None:
         """The account of a request is complete."""

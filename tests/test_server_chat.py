@@ -17,10 +17,29 @@ TOOLS = [
 ]
 
 
+class AtOnce:
+    """A renderer whose steps are all taken at once."""
+
+    def __init__(self, *args):
+        self._renderer = Renderer(*args)
+
+    def __getattr__(self, name):
+        return lambda *args, **kwargs: done(getattr(self._renderer, name)(*args, **kwargs))
+
+
 def renderer(**template_args):
     """A renderer of the bundled model."""
     _, tokenizer = load()
-    return Renderer(tokenizer, learn_turn_marks(tokenizer), 3072, template_args)
+    return AtOnce(tokenizer, learn_turn_marks(tokenizer), 3072, template_args)
+
+
+def done(steps):
+    """What comes of steps that are all taken here."""
+    try:
+        while True:
+            next(steps)
+    except StopIteration as end:
+        return end.value
 
 
 def text(rendered):
@@ -102,7 +121,7 @@ def test_a_template_that_fails_is_the_requests_error():
     """400 with the template's own words."""
     tokenizer = TokenizerWrapper(AutoTokenizer.from_pretrained(BUNDLED_MODEL))
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
-    failing = Renderer(tokenizer, learn_turn_marks(None), 3072, {})
+    failing = AtOnce(tokenizer, learn_turn_marks(None), 3072, {})
     with pytest.raises(ApiError, match="roles must alternate"):
         failing.chat(body(USER))
 
@@ -112,7 +131,7 @@ def test_without_a_template_roles_are_written_out():
     tokenizer = TokenizerWrapper(AutoTokenizer.from_pretrained(BUNDLED_MODEL))
     tokenizer.chat_template = None
     tokenizer.has_chat_template = False
-    plain = Renderer(tokenizer, learn_turn_marks(None), 3072, {})
+    plain = AtOnce(tokenizer, learn_turn_marks(None), 3072, {})
     assert text(plain.chat(body(USER))) == "USER: Hello\nASSISTANT:"
     roles = {"user": "Q: ", "assistant": "A: ", "stop": "|"}
     assert text(plain.chat(body(USER, role_mapping=roles))) == "Q: Hello|A:"

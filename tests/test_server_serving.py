@@ -69,7 +69,7 @@ async def served_beside_a_deaf_one(serving):
         for _ in range(3):
             messages = await call(app, {"prompt": "def", "max_tokens": 2})
             statuses.append(messages[0]["status"])
-        assert not serving.running_slots.locked()
+        assert not serving.admission.is_full
         cache = serving.loaded.cache
         while cache.load.writing or cache.summary.running_bytes:  # the worker's own last turn
             await asyncio.sleep(0.01)
@@ -97,7 +97,7 @@ async def readers_at_once(serving, prompts):
     reading, waiting = [], []
     while not all(each.done() for each in calls):
         reading.append(sum(one.report is None for one in serving.generations))
-        waiting.append(serving.waiting)
+        waiting.append(serving.admission.waiting)
         await asyncio.sleep(0.002)
     assert [(await each)[0]["status"] for each in calls] == [200] * len(calls)
     return max(reading), max(waiting)

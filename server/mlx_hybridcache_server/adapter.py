@@ -15,6 +15,7 @@ from mlx_lm.tokenizer_utils import (
     SPMStreamingDetokenizer,
     _byte_decoder,
 )
+from transformers import PreTrainedTokenizerBase
 
 NORMAL, REASONING, TOOL = "normal", "reasoning", "tool"
 """The states of mlx-lm's text state machine that a reply is made of. It has others, without text."""
@@ -162,6 +163,19 @@ def token_bytes(tokenizer: Any) -> Callable[[int], bytes]:
             return str(tokenizer.decode([token])).encode()
 
     return lambda token: added[token] if token in added else of(token)
+
+
+def renders_text(tokenizer: Any) -> bool:
+    """Whether a conversation becomes text first. Some tokenizers make tokens of it at once."""
+    own = type(tokenizer._tokenizer).apply_chat_template
+    return tokenizer._chat_template is not None or (
+        own is PreTrainedTokenizerBase.apply_chat_template
+    )
+
+
+def byte_letters() -> frozenset[str]:
+    """The 256 letters in which byte-level vocabularies spell their tokens, one for each byte."""
+    return frozenset(_byte_decoder())
 
 
 def _added_tokens(tokenizer: Any) -> dict[int, Any]:

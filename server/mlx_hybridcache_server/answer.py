@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncGenerator, Coroutine, Sequence
-from contextlib import aclosing, suppress
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
-from fastapi import Request
 from fastapi.sse import format_sse_event
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from .choices import Choice
@@ -24,9 +23,6 @@ from .serving import Run, Serving
 
 log = logging.getLogger("mlx_hybridcache.server")
 
-CLIENT_GONE = 499
-"""nginx's status for a client that closed the connection; nobody reads it but the log."""
-
 
 @dataclass(frozen=True, slots=True)
 class Answer:
@@ -36,13 +32,6 @@ class Answer:
     envelope: Envelope
     groups: Sequence[Sequence[Choice]]
     wants_usage: bool = False
-
-    async def respond(self, request: Request, *, stream: bool) -> Response:
-        """The response, begun or complete."""
-        if stream:
-            return EventStream(self.events())
-        body = await self._unless_gone(request, self.whole())
-        return JSONResponse(body) if body is not None else Response(status_code=CLIENT_GONE)
 
     async def whole(self) -> dict[str, Any]:
         """All choices, once the last has ended."""
@@ -112,45 +101,26 @@ class Answer:
         each = [choice.run.timings() for group in self.groups for choice in group]
         return {name: round(sum(one[name] for one in each), 3) for name in each[0]}
 
-    async def _unless_gone(
-        self, request: Request, work: Coroutine[Any, Any, dict[str, Any]]
-    ) -> dict[str, Any] | None:
-        """What `work` gives, or None, and `work` cancelled, when the client goes away first."""
-        working = asyncio.create_task(work)
-        leaving = asyncio.create_task(_client_leaves(request))
-        try:
-            await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
-            if working.done():
-                return working.result()
-            self.serving.metrics.cancelled.inc()
-            return None
-        finally:
-            for task in (working, leaving):
-                task.cancel()
-                with suppress(asyncio.CancelledError, Exception):
-                    await task
-
 
 class EventStream(StreamingResponse):
     """Server-sent events that end with their response. Starlette leaves a generator that waits in a
-    `yield` to the garbage collector, and with it the request and its place.
+    `yield` to the garbage collector, and with it the request and its place. `close` is called behind it.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes]):
+    def __init__(self, events: AsyncGenerator[bytes], close: Callable[[], object] = lambda: None):
         super().__init__(events, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        self._close = close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         events = self.body_iterator
         assert isinstance(events, AsyncGenerator)
-        async with aclosing(events):
-            await super().__call__(scope, receive, send)
-
-
-async def _client_leaves(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
+        try:
+            async with aclosing(events):
+                await super().__call__(scope, receive, send)
+        finally:
+            self._close()
 
 
 def _event(body: dict[str, Any]) -> bytes:

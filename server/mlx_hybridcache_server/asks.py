@@ -8,7 +8,7 @@ from typing import Any
 from .adapter import Sampling
 from .chat import Rendered
 from .constrain import Constraint
-from .errors import ApiError, refuse
+from .errors import refuse
 from .models import DEFAULT_NAME, Loaded
 from .schema import ChatBody, CompletionBody, GenerationBody
 from .serving import Ask
@@ -39,15 +39,6 @@ def asks(
     constraint: Constraint | None,
 ) -> list[Ask]:
     """The `n` replies that are wanted to one prompt."""
-    most = settings.max_prompt_tokens
-    if most is not None and len(rendered.tokens) > most:
-        raise ApiError(
-            400,
-            f"The prompt has {len(rendered.tokens):,} tokens; this server reads at most {most:,} "
-            "(--max-prompt-tokens).",
-            param="messages" if isinstance(body, ChatBody) else "prompt",
-            code="context_length_exceeded",
-        )
     sampling = _sampling(body, settings, loaded.renderer.vocabulary)
     seed = secrets.randbits(63) if body.seed is None else body.seed
     is_chat = isinstance(body, ChatBody)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -13,9 +13,10 @@ from transformers import PreTrainedTokenizerBase
 from mlx_hybridcache.errors import PromptError
 from mlx_hybridcache.tokens import TurnMarks, prompt_tokens
 
-from .adapter import NORMAL, initial_state, may_reason, without_template
-from .errors import refuse
+from .adapter import NORMAL, initial_state, may_reason, renders_text, without_template
+from .errors import ApiError, refuse
 from .schema import Conversation, NamedTool
+from .tokenizing import NO_LIMIT, Room, Steps, Tokenizing
 
 TAKEN = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) | {
     "messages"
@@ -36,17 +37,29 @@ class Rendered:
 
 @dataclass(frozen=True, slots=True)
 class Renderer:
-    """Renders conversations with one tokenizer. Slow for long ones: not for the event loop."""
+    """Renders conversations with one tokenizer, in steps that are not for the event loop.
+
+    Raises `ApiError` 400 for what has no `room`.
+    """
 
     tokenizer: Any
     marks: TurnMarks
     vocabulary: int
     template_args: dict[str, Any]
+    room: Room = NO_LIMIT
+    _tokenizing: Tokenizing = field(init=False)
 
-    def text(self, prompt: str | Sequence[int]) -> Rendered:
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_tokenizing", Tokenizing.learn(self.tokenizer, self.room))
+
+    def text(self, prompt: str | Sequence[int], param: str = "prompt") -> Steps[Rendered]:
         """A raw prompt, as `/v1/completions` takes it."""
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-        return Rendered(_checked(ids, self.vocabulary, "prompt"))
+        if isinstance(prompt, str):
+            prompt = yield from self._tokenizing.steps(prompt, param, special=True)
+        else:
+            self.room.check(len(prompt), param)
+        yield len(prompt)
+        return Rendered(_checked(prompt, self.vocabulary, param))
 
     def chat(
         self,
@@ -55,19 +68,19 @@ class Renderer:
         tool_choice: ToolChoice = None,
         continues: bool = False,
         opens_reply: bool = True,
-    ) -> Rendered:
+    ) -> Steps[Rendered]:
         """A conversation up to where its reply begins, or, if it `continues`, goes on."""
         messages = [_for_template(message) for message in body.messages]
         if not self.tokenizer.has_chat_template:
             roles = dict(body.role_mapping) if body.role_mapping else None
-            return self.text(without_template(messages, roles))
+            return (yield from self.text(without_template(messages, roles), "messages"))
         if continues and messages[-1]["role"] != "assistant":
             raise refuse(
                 "continue_final_message needs an assistant message at the end; the last one is "
                 f"{messages[-1]['role']}.",
                 "continue_final_message",
             )
-        tokens = self._apply(
+        tokens = yield from self._apply(
             messages,
             tools=offered(body.tools, tool_choice),
             add_generation_prompt=opens_reply and not continues,
@@ -79,33 +92,38 @@ class Renderer:
             tokens, initial_state(self.tokenizer, turn), may_reason(self.tokenizer, turn)
         )
 
-    def prefix(self, body: Conversation) -> list[int]:
+    def prefix(self, body: Conversation) -> Steps[list[int]]:
         """What every prompt begins with that begins with these messages.
 
         The tokens that two continuations have in common, and the first one behind: a template may
         need a user message to render at all, and the next turn's opener is shared as well.
         """
-        one, other = (
-            self.chat(
-                body.model_copy(
-                    update={"messages": [*body.messages, {"role": "user", "content": word}]}
-                ),
-                opens_reply=False,
-            ).tokens
-            for word in ("0", "a")
-        )
+        both: list[list[int]] = []
+        for word in ("0", "a"):
+            following = {"role": "user", "content": word}
+            longer = body.model_copy(update={"messages": [*body.messages, following]})
+            rendered = yield from self.chat(longer, opens_reply=False)
+            both.append(rendered.tokens)
+        one, other = both
         pairs = enumerate(zip(one, other, strict=False))
         shared = next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))
         return one[: shared + 1]
 
-    def _apply(self, messages: list[dict[str, Any]], **kwargs: Any) -> list[int]:
+    def _apply(self, messages: list[dict[str, Any]], **kwargs: Any) -> Steps[list[int]]:
+        is_text = renders_text(self.tokenizer)
         try:
-            tokens = self.tokenizer.apply_chat_template(messages, tokenize=True, **kwargs)
+            found = self.tokenizer.apply_chat_template(messages, tokenize=not is_text, **kwargs)
+            if is_text:
+                found = yield from self._tokenizing.steps(found, "messages", special=False)
+        except ApiError:
+            raise
         except Exception as error:  # templates raise jinja2's errors, their authors' and Python's
             raise refuse(
                 f"The model's chat template cannot render these messages: {error}", "messages"
             ) from error
-        return _checked(tokens, self.vocabulary, "messages")
+        self.room.check(len(found), "messages")
+        yield len(found)
+        return _checked(found, self.vocabulary, "messages")
 
     def _extra(self, body: Conversation) -> dict[str, Any]:
         extra = {**self.template_args, **(body.chat_template_kwargs or {})}

@@ -22,6 +22,7 @@ from .chat import Renderer
 from .constrain import Constraints
 from .replies import TokenNames, ToolFormat
 from .settings import Settings
+from .tokenizing import Room
 
 log = logging.getLogger("mlx_hybridcache.server")
 
@@ -111,7 +112,11 @@ def load(settings: Settings, name: str, adapter: str | None = None) -> Loaded:
         tokenizer=tokenizer,
         cache=cache,
         renderer=Renderer(
-            tokenizer, engine.marks, engine.layout.vocabulary, settings.chat_template_args
+            tokenizer,
+            engine.marks,
+            engine.layout.vocabulary,
+            settings.chat_template_args,
+            Room(settings.max_prompt_tokens, engine.longest_prompt()),
         ),
         constraints=Constraints(tokenizer),
         token_names=TokenNames(token_bytes(tokenizer)),

@@ -6,11 +6,12 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack, aclosing, contextmanager
+from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
 from mlx_hybridcache import CacheReport
 from mlx_hybridcache.cache import Through
@@ -18,6 +19,7 @@ from mlx_hybridcache.report import Divergence
 from mlx_hybridcache.request import Generation
 
 from .adapter import NORMAL, Sampling, Segmenter
+from .admission import Admission, Places, Reading
 from .changes import kind_of_change
 from .constrain import Constraint
 from .errors import ApiError, shutting_down
@@ -26,6 +28,7 @@ from .listen import Listener, Piece, Progress
 from .metrics import Metrics
 from .models import DEFAULT_NAME, Loaded, load, on_own_thread
 from .record import Recorder, Served
+from .rendering import Rendering
 from .replies import Count
 from .settings import Settings
 
@@ -33,8 +36,8 @@ log = logging.getLogger("mlx_hybridcache.server")
 
 SWITCH_POLL_SECONDS = 0.05
 
-RETRY_SECONDS = 5
-"""What a client that finds the queue full is told to wait."""
+BETWEEN = 4
+"""Calls that may wait for the end of a turn of the worker at once, each with a thread."""
 
 T = TypeVar("T")
 
@@ -59,17 +62,25 @@ class Ask:
     options: dict[str, Any] = field(default_factory=dict)
 
 
+class UnderWay(Protocol):
+    """What waits for the model, or is at it."""
+
+    def progress(self) -> dict[str, Any]:
+        """How far it is, as JSON."""
+        ...
+
+
 class Run:
     """One reply under way. Read `pieces` once; then `report`, `count` and `timings` are complete."""
 
-    def __init__(self, serving: Serving, loaded: Loaded, ask: Ask, reply_id: str):
+    def __init__(self, serving: Serving, loaded: Loaded, ask: Ask, reply_id: str, places: Places):
         self.ask = ask
         self.reply_id = reply_id
         self.count = Count(prompt=len(ask.tokens))
         self.report: CacheReport | None = None
         self._serving = serving
         self._loaded = loaded
-        self._arrived = time.perf_counter()
+        self._places = places
         self._arrived_at = time.time()
         self._progress: Progress | None = None
         self._began = self._first = self._last = 0.0
@@ -79,7 +90,7 @@ class Run:
     @property
     def seconds_to_first_token(self) -> float:
         """From its arrival, waiting included."""
-        return self._first - self._arrived
+        return self._first - self._places.arrived
 
     @property
     def endpoint(self) -> str:
@@ -89,7 +100,7 @@ class Run:
     @property
     def seconds_waited(self) -> float:
         """In the queue, until it was handed to the model's thread."""
-        return max(0.0, self._began - self._arrived)
+        return max(0.0, self._began - self._places.arrived)
 
     def progress(self) -> dict[str, Any]:
         """How far it is, as JSON."""
@@ -109,36 +120,25 @@ class Run:
         """Wait for a turn, then what comes. Closing this iterator cancels the request."""
         serving = self._serving
         async with AsyncExitStack() as held:
+            held.callback(self._places.leave)
             serving.runs[self] = None
             held.callback(serving.runs.pop, self)
-            generation = await self._start(held)
-            late = serving.settings.request_timeout
-            if late is not None:
-                left = self._arrived + late - time.perf_counter()
+            reading = await self._places.turn(held)
+            generation = self._start(held)
+            left = self._places.left_seconds
+            if left is not None:
                 timer = asyncio.get_running_loop().call_later(left, self._give_up, generation, held)
                 held.callback(timer.cancel)
-            async with aclosing(self._counted(generation)) as items:
+            async with aclosing(self._counted(generation, reading)) as items:
                 async for item in items:
                     yield item
 
-    async def _start(self, held: AsyncExitStack) -> Generation[Piece | Progress]:
-        """Wait in the queue, then hand it to the worker; `held` gives everything back."""
+    def _start(self, held: AsyncExitStack) -> Generation[Piece | Progress]:
+        """Hand it to the worker; `held` ends it."""
         serving = self._serving
-        reading = serving.reading_slots
-        with serving.queued():
-            try:
-                async with asyncio.timeout(serving.settings.request_timeout):
-                    await held.enter_async_context(serving.running_slots)
-                    await reading.acquire()
-            except TimeoutError as error:
-                raise self._too_late() from error
-        try:
-            serving.check_open()
-            self._began = time.perf_counter()
-            generation = self._generate()
-        except BaseException:
-            reading.release()
-            raise
+        serving.check_open()
+        self._began = time.perf_counter()
+        generation = self._generate()
         serving.generations.add(generation)
         held.callback(self._closed, generation)
         return generation
@@ -149,39 +149,26 @@ class Run:
         generation.cancel()
         self._giving_back = asyncio.ensure_future(held.aclose())
 
-    def _too_late(self) -> ApiError:
-        self._serving.metrics.refused.labels("timeout").inc()
-        return ApiError(
-            504,
-            f"The request took longer than {self._serving.settings.request_timeout:g} s "
-            "(--request-timeout). What was read of its prompt is kept.",
-            code="timeout",
-        )
-
     async def _counted(
-        self, generation: Generation[Piece | Progress]
+        self, generation: Generation[Piece | Progress], reading: Reading
     ) -> AsyncGenerator[Piece | Progress]:
-        serving, finished = self._serving, False
-        try:
-            async for item in generation:
-                if isinstance(item, Piece):
-                    if not self._first:
-                        self._read(generation)
-                        serving.reading_slots.release()
-                    self._last = time.perf_counter()
-                    self.count.completion += 1
-                    self.count.reasoning += item.is_reasoning
-                    finished = item.finish is not None
-                else:
-                    self._progress = item
-                yield item
-        finally:
-            if not self._first:
-                serving.reading_slots.release()
+        finished = False
+        async for item in generation:
+            if isinstance(item, Piece):
+                if not self._first:
+                    self._read(generation)
+                    reading.end()
+                self._last = time.perf_counter()
+                self.count.completion += 1
+                self.count.reasoning += item.is_reasoning
+                finished = item.finish is not None
+            else:
+                self._progress = item
+            yield item
         if not finished:
             if self._is_late:
-                raise self._too_late()
-            serving.check_open()
+                raise self._places.too_late()
+            self._serving.check_open()
 
     def timings(self) -> dict[str, float]:
         """What took how long, under llama.cpp's names."""
@@ -250,29 +237,28 @@ class Serving:
         self.settings = settings
         self.loaded = loaded
         self.recorder = recorder
-        self.waiting = 0
         self.metrics = Metrics(
             held=lambda: self.loaded.cache.summary,
             on_disk=lambda: self.loaded.cache.disk_summary,
             load=lambda: self.loaded.cache.load,
-            waiting=lambda: self.waiting,
+            waiting=lambda: self.admission.waiting,
         )
-        self.running_slots = asyncio.Semaphore(settings.decode_concurrency)
-        self.reading_slots = asyncio.Semaphore(settings.prompt_concurrency)
-        self.generations: set[Generation[Piece | Progress]] = set()
-        self.runs: dict[Run, None] = {}
+        self.admission = Admission(settings, self.metrics)
+        self.rendering = Rendering()
+        self.generations: set[Generation[Any]] = set()
+        self.runs: dict[UnderWay, None] = {}
         self.recent: deque[Record] = deque(maxlen=REMEMBERED)
         self.remembered = 0
         self.started = time.time()
         self.watching = 0
         self.closing = asyncio.Event()
         self._switching = asyncio.Lock()
-        # One thread renders and tokenizes: tokenizers keep state, and long prompts take a while.
-        self._renders = ThreadPoolExecutor(1, thread_name_prefix="render")
+        self._between = ThreadPoolExecutor(BETWEEN, thread_name_prefix="between-turns")
 
-    async def render(self, function: Callable[[], T]) -> T:
-        """Run a renderer's work beside the event loop."""
-        return await asyncio.get_running_loop().run_in_executor(self._renders, function)
+    async def between_turns(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        """Run what the worker does between two turns. No work without bound keeps it waiting."""
+        call = partial(function, *args, **kwargs)
+        return await asyncio.get_running_loop().run_in_executor(self._between, call)
 
     async def model(self, name: str | None, adapter: str | None = None) -> Loaded:
         """The model that a request names, loaded first if that is allowed.
@@ -313,26 +299,6 @@ class Serving:
     async def _load(self, name: str, adapter: str | None) -> Loaded:
         return await asyncio.wrap_future(on_own_thread(lambda: load(self.settings, name, adapter)))
 
-    @contextmanager
-    def queued(self) -> Iterator[None]:
-        """Count one that waits."""
-        self.waiting += 1
-        try:
-            yield
-        finally:
-            self.waiting -= 1
-
-    def check_room(self) -> None:
-        """Raises `ApiError` 429 when as many wait as may."""
-        if self.waiting >= self.settings.max_queue and self.running_slots.locked():
-            self.metrics.refused.labels("queue").inc()
-            raise ApiError(
-                429,
-                f"{self.waiting} requests are waiting already (--max-queue). Try again later.",
-                code="queue_full",
-                headers={"Retry-After": str(RETRY_SECONDS)},
-            )
-
     def check_open(self) -> None:
         """Raises `ApiError` 503 when the server is stopping."""
         if self.closing.is_set():
@@ -346,7 +312,8 @@ class Serving:
 
     def close(self) -> None:
         """Let go of the model. Waits for the worker."""
-        self._renders.shutdown()
+        self.rendering.close()
+        self._between.shutdown()
         self.loaded.cache.close()
 
     def remember(self, run: Run, divergence: Divergence | None) -> None:
