@@ -71,8 +71,7 @@ async def _answered(body: GenerationBody, request: Request, replies: int, begin:
 
 
 async def _chat(body: ChatBody, serving: Serving, places: Places, weight: int) -> Answer:
-    # Loading goes on without its client: what is half loaded serves nobody.
-    loaded = await asyncio.shield(serving.model(body.model, body.adapters))
+    loaded = await serving.model(places.held, body.model, body.adapters)
     steps = loaded.renderer.chat(
         body,
         tool_choice=body.tool_choice,
@@ -103,8 +102,7 @@ async def _chat(body: ChatBody, serving: Serving, places: Places, weight: int) -
 async def _completions(
     body: CompletionBody, serving: Serving, places: Places, weight: int
 ) -> Answer:
-    # Loading goes on without its client: what is half loaded serves nobody.
-    loaded = await asyncio.shield(serving.model(body.model, body.adapters))
+    loaded = await serving.model(places.held, body.model, body.adapters)
     envelope = Envelope.new("cmpl", "text_completion", body.model or loaded.id)
     groups: list[list[TextChoice]] = []
     for prompt in _prompts(body):
@@ -147,7 +145,7 @@ def _text_of(prompt: str | list[int], loaded: Loaded) -> str:
 @router.get("/health", responses={503: {"description": "The worker has ended"}})
 async def health(request: Request) -> Response:
     """Whether requests can be served."""
-    if serving_of(request).loaded.cache.is_alive:
+    if serving_of(request).is_alive:
         return JSONResponse({"status": "ok"})
     return JSONResponse({"status": "unavailable"}, 503)
 
