@@ -8,14 +8,11 @@ from collections.abc import Coroutine
 from contextlib import AsyncExitStack, ExitStack
 from typing import Any, TypeVar
 
-from .errors import ApiError
+from .errors import RETRY_SECONDS, ApiError
 from .metrics import Metrics
 from .settings import Settings
 
 T = TypeVar("T")
-
-RETRY_SECONDS = 5
-"""What a client that finds the queue full is told to wait."""
 
 
 class Admission:

@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from mlx_hybridcache import HybridCacheError
 
 from . import __doc__ as purpose
+from .bodies import Bodies
 from .errors import as_api_error, refuse
 from .gate import LOOPBACK_ORIGINS, Gate
 from .metrics import Metrics
@@ -81,6 +82,7 @@ def build_app(serving: Serving) -> FastAPI:
         allow_headers=["*"],
     )
     app.add_middleware(_AsJson)
+    app.add_middleware(Bodies, settings=serving.settings)
     app.add_middleware(Gate, settings=serving.settings)
     app.add_middleware(_Counted, metrics=serving.metrics)
     return app

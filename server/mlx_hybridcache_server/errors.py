@@ -15,6 +15,9 @@ from mlx_hybridcache.errors import (
     PinnedError,
 )
 
+RETRY_SECONDS = 5
+"""What a client is told to wait for whom there is no room."""
+
 
 class ApiError(HTTPException):
     """A request that is refused or failed: an HTTP status and OpenAI's error object."""

@@ -1,4 +1,4 @@
-"""Who may ask, from where, and how much: checked before anything is read or parsed."""
+"""Who may ask, and from where: checked before anything is read or parsed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from .errors import ApiError
 from .settings import Settings
@@ -25,7 +25,7 @@ PAGE_FILES = "/page/"
 
 
 class Gate:
-    """Refuses foreign hosts and origins, missing keys and bodies that are too large.
+    """Refuses foreign hosts and origins, and missing keys.
 
     A page on the web can send requests to this machine, and by rebinding its own name to 127.0.0.1
     even read the answers; so names that are not ours are refused. An address is nobody's name.
@@ -34,7 +34,6 @@ class Gate:
     def __init__(self, app: ASGIApp, settings: Settings):
         self._app = app
         self._key = settings.api_key
-        self._most = settings.max_body_bytes
         self._any_origin = "*" in settings.allowed_origins
         self._origins = frozenset(settings.allowed_origins)
         self._hosts = _own_names(settings.host, settings.allowed_origins)
@@ -49,7 +48,7 @@ class Gate:
             extra = {"WWW-Authenticate": "Bearer"} if refused.status_code == 401 else None
             await JSONResponse(refused.body(), refused.status_code, extra)(scope, receive, send)
             return
-        await self._app(scope, self._measured(receive), send)
+        await self._app(scope, receive, send)
 
     def _refusal(self, scope: Scope, headers: Headers) -> ApiError | None:
         if not self._knows_host(headers.get("host", "")):
@@ -71,9 +70,6 @@ class Gate:
                 "Missing or wrong API key: send Authorization: Bearer KEY.",
                 code="invalid_api_key",
             )
-        length = headers.get("content-length", "")
-        if length.isdigit() and int(length) > self._most:
-            return self._too_large()
         return None
 
     def _knows_host(self, host: str) -> bool:
@@ -103,27 +99,6 @@ class Gate:
         return kind.lower() == "bearer" and hmac.compare_digest(
             sent.strip().encode(), self._key.encode()
         )
-
-    def _too_large(self) -> ApiError:
-        return ApiError(
-            413,
-            f"The request's body is larger than {self._most:,} bytes (--max-body-bytes).",
-            code="body_too_large",
-        )
-
-    def _measured(self, receive: Receive) -> Receive:
-        """A body sent in pieces announces no length, so it is measured as it comes."""
-        seen = 0
-
-        async def measured() -> Message:
-            nonlocal seen
-            message = await receive()
-            seen += len(message.get("body", b""))
-            if seen > self._most:
-                raise self._too_large()
-            return message
-
-        return measured
 
 
 def _own_names(host: str, origins: Iterable[str]) -> frozenset[str]:

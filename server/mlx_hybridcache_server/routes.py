@@ -27,7 +27,7 @@ from .models import Loaded
 from .replies import ChatMessage, Envelope
 from .schema import ChatBody, CompletionBody, GenerationBody, WatchBody
 from .serving import Run, Serving
-from .watch import check_watchable, watch
+from .watch import admit_watcher, watch
 
 log = logging.getLogger("mlx_hybridcache.server")
 
@@ -200,5 +200,4 @@ async def page_file(name: str, request: Request) -> Response:
 async def watching(body: WatchBody, request: Request) -> Response:
     """The page's events."""
     serving = serving_of(request)
-    check_watchable(serving)
-    return EventStream(watch(serving, body))
+    return EventStream(watch(serving, body), admit_watcher(serving))

@@ -13,7 +13,7 @@ from itertools import islice
 from typing import Any, TypeVar
 
 from .errors import ApiError, refuse
-from .vocabulary import cuts_words, longest_token
+from .vocabulary import longest_token, seams
 
 T = TypeVar("T")
 
@@ -26,16 +26,13 @@ PIECE = 16 * 1024
 UNCUT = 4 * 2**20
 """Characters that are read at once at most: a million tokens of prose, and 1 GB on the way."""
 
-SEAM = re.compile(r"(?<=[^\W\d_])(?= [^\W\d_])|(?<=\n)(?=\S)")
-"""Where tokenizers cut anyway: between a word and the space before the next one, and behind a line."""
-
 AROUND = 128
 """Characters on each side of a seam by which it is tried."""
 
 TRIES = 8
 """Seams that are tried in a row before the next piece is looked at."""
 
-PROBE = "The lamp of Ada is red"
+PROBE = "The lamp of Ada is red.\nIt stands near the door."
 """A text with seams, by which a tokenizer is tried once."""
 
 
@@ -78,17 +75,16 @@ class Tokenizing:
     tokenizer: Any
     room: Room
     longest_token: int | None
-    can_cut: bool
+    seams: re.Pattern[str] | None
     frame: tuple[list[int], list[int]] | None
 
     @classmethod
     def learn(cls, tokenizer: Any, room: Room) -> Tokenizing:
         """Learn once what the vocabulary proves of every text, and what opens and closes one."""
-        made = cls(tokenizer, room, longest_token(tokenizer), cuts_words(tokenizer), None)
-        if not made.can_cut:
-            return made
-        tried = [made._holds(PROBE, seam.start()) for seam in SEAM.finditer(PROBE)]
-        return replace(made, can_cut=all(tried), frame=made._framed(PROBE))
+        made = cls(tokenizer, room, longest_token(tokenizer), seams(tokenizer), None)
+        if not any(made._holds(PROBE, seam) for seam in made._seams(PROBE, 0, len(PROBE))):
+            return replace(made, seams=None)
+        return replace(made, frame=made._framed(PROBE))
 
     def steps(self, text: str, param: str, *, special: bool) -> Steps[list[int]]:
         """The tokens of `text`, with those that open and close every text if `special`.
@@ -125,10 +121,10 @@ class Tokenizing:
         if len(text) - start <= 2 * PIECE:
             return len(text)
         furthest = min(start + UNCUT, len(text))
-        for near in range(start + PIECE, furthest, PIECE) if can_cut and self.can_cut else ():
-            for seam in islice(SEAM.finditer(text, near, min(near + PIECE, furthest)), TRIES):
-                if self._holds(text, seam.start()):
-                    return seam.start()
+        for near in range(start + PIECE, furthest, PIECE) if can_cut else ():
+            for seam in self._seams(text, near, min(near + PIECE, furthest)):
+                if self._holds(text, seam):
+                    return seam
         if furthest < len(text):
             raise refuse(
                 f"The prompt has {UNCUT:,} characters without a place where this model's tokenizer "
@@ -136,6 +132,12 @@ class Tokenizing:
                 param,
             )
         return len(text)
+
+    def _seams(self, text: str, start: int, end: int) -> list[int]:
+        """The first that may be one."""
+        if self.seams is None:
+            return []
+        return [seam.start() for seam in islice(self.seams.finditer(text, start, end), TRIES)]
 
     def _holds(self, text: str, seam: int) -> bool:
         """Whether what is around a seam reads the same when it is cut there."""

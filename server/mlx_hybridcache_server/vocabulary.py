@@ -12,10 +12,12 @@ from .adapter import byte_letters
 NFC_SHRINKS = 4
 """Canonical composition makes at most 7 bytes into 2 (U+1FBE U+0308 U+0301 is U+0390)."""
 
-WORDS_IN_ONE = re.compile(r"[^\W\d_] [^\W\d_]")
-"""Letters on both sides of a space."""
-
-LINES_IN_ONE = re.compile(r"\n\S")
+SEAMS = {
+    r"[^\W\d_] [^\W\d_]": r"(?<=[^\W\d_])(?= [^\W\d_])",
+    r"\n\S": r"(?<=\n)(?=\S)",
+}
+"""Where tokenizers cut anyway, between a word and the space before the next one and behind a line, by
+what a token looks like that goes on from one to the other."""
 
 BYTES = 256
 
@@ -42,14 +44,16 @@ def longest_token(tokenizer: Any) -> int | None:
     return max([1, *lengths]) * shrinks
 
 
-def cuts_words(tokenizer: Any) -> bool:
-    """Whether no token goes on from one word, or line, to the next, so that a text may be cut there."""
+def seams(tokenizer: Any) -> re.Pattern[str] | None:
+    """Where a text may be cut because no token goes on from there; None where that is not known."""
     backend = _backend(tokenizer)
     if backend is None or type(backend.model).__name__ != "BPE":
-        return False
-    return not any(
-        WORDS_IN_ONE.search(text) or LINES_IN_ONE.search(text) for text in _texts(backend)
-    )
+        return None
+    texts = list(_texts(backend))
+    found = [
+        seam for spanning, seam in SEAMS.items() if not any(map(re.compile(spanning).search, texts))
+    ]
+    return re.compile("|".join(found)) if found else None
 
 
 def _backend(tokenizer: Any) -> Any | None:

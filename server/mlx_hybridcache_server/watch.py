@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -49,31 +49,36 @@ OWN = "own"
 async def watch(serving: Serving, body: WatchBody) -> AsyncGenerator[bytes]:
     """Server-sent events for one page, until it goes away or the server stops."""
     watcher = Watcher(serving, body)
-    serving.watching += 1
     quiet_since = time.monotonic()
-    try:
-        while not serving.closing.is_set():
-            update = watcher.update()
-            if update:
-                quiet_since = time.monotonic()
-                yield _event({"time": time.time(), **update})
-            elif time.monotonic() - quiet_since >= KEEP_ALIVE_SECONDS:
-                quiet_since = time.monotonic()
-                yield format_sse_event(comment="keepalive")
-            with suppress(TimeoutError):
-                await asyncio.wait_for(serving.closing.wait(), INTERVAL_SECONDS)
-    finally:
-        serving.watching -= 1
+    while not serving.closing.is_set():
+        update = watcher.update()
+        if update:
+            quiet_since = time.monotonic()
+            yield _event({"time": time.time(), **update})
+        elif time.monotonic() - quiet_since >= KEEP_ALIVE_SECONDS:
+            quiet_since = time.monotonic()
+            yield format_sse_event(comment="keepalive")
+        with suppress(TimeoutError):
+            await asyncio.wait_for(serving.closing.wait(), INTERVAL_SECONDS)
 
 
-def check_watchable(serving: Serving) -> None:
-    """Raises `ApiError` 429 when as many pages watch as may."""
+def admit_watcher(serving: Serving) -> Callable[[], None]:
+    """Count one more page; what is returned counts it off again.
+
+    Raises `ApiError` 429 when as many watch as may.
+    """
     if serving.watching >= MOST_WATCHING:
         raise ApiError(
             429,
             f"{serving.watching} pages are watching already. Close one of them.",
             code="too_many_watchers",
         )
+    serving.watching += 1
+
+    def leave() -> None:
+        serving.watching -= 1
+
+    return leave
 
 
 class Watcher:
