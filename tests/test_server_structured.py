@@ -20,7 +20,7 @@ from mlx_hybridcache_server.adapter import NORMAL, REASONING
 from mlx_hybridcache_server.chat import Rendered
 from mlx_hybridcache_server.constrain import Constraints, masked
 from mlx_hybridcache_server.errors import ApiError
-from mlx_hybridcache_server.grammar import closed
+from mlx_hybridcache_server.narrowing import closed
 from mlx_hybridcache_server.replies import ToolFormat
 from mlx_hybridcache_server.schema import ChatBody, CompletionBody
 from mlx_lm.generate import GenerationResponse, stream_generate
