@@ -289,16 +289,7 @@ def test_the_schema_is_asked_for_where_it_is_missing():
         made(chat(response_format={"type": "json_schema"}))
 
 
-def test_grammars_are_compiled_once_and_the_oldest_forgotten(monkeypatch):
-    """The same request again costs nothing; three others push it out of a cache of two."""
-    monkeypatch.setattr(constrain, "KEPT", 2)
-    constraints = spoken("json_tools")
-    first, *others = (chat(response_format=by_schema({"const": each})) for each in range(4))
-    kept = made(first, constraints).matchers
-    assert made(first, constraints).matchers is kept
-    for other in others:
-        made(other, constraints)
-    assert made(first, constraints).matchers is not kept
+# What grammars cost is tested in test_server_grammars
 
 
 # Calls

@@ -178,13 +178,11 @@ class Constraints:
 
         Raises `ApiError` 400 for what no grammar can be made of.
         """
-        schema, tools, forced = _schema(body), [], False
-        if isinstance(body, ChatBody):
-            forced = body.tool_choice == "required" or isinstance(body.tool_choice, NamedTool)
-            if forced or schema is not None:
-                tools = offered(body.tools, body.tool_choice) or []
-        if schema is None and not forced:
+        if not is_constrained(body):
             return None
+        schema, tools, forced = _schema(body), [], _is_forced(body)
+        if isinstance(body, ChatBody):
+            tools = offered(body.tools, body.tool_choice) or []
         if isinstance(body, ChatBody) and body.continue_final_message:
             raise refuse(
                 "A message that goes on cannot be held to a form; leave out "
@@ -258,6 +256,17 @@ class Constraints:
             if matcher.is_error():
                 raise GrammarError(f"This schema cannot be used: {_brief(matcher.get_error())}.")
         return made
+
+
+def is_constrained(body: GenerationBody) -> bool:
+    """Whether `body` asks for a form. Raises `ApiError` 400 when it does not say which."""
+    return _schema(body) is not None or _is_forced(body)
+
+
+def _is_forced(body: GenerationBody) -> bool:
+    return isinstance(body, ChatBody) and (
+        body.tool_choice == "required" or isinstance(body.tool_choice, NamedTool)
+    )
 
 
 def _schema(body: GenerationBody) -> Schema | None:

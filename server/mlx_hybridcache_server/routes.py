@@ -20,7 +20,9 @@ from .answer import Answer, EventStream
 from .asks import asks, check
 from .assets import asset
 from .cache_routes import serving_of
+from .chat import Rendered
 from .choices import ChatChoice, TextChoice
+from .constrain import Constraint, is_constrained
 from .errors import ApiError
 from .leaving import unless_gone
 from .models import Loaded
@@ -79,9 +81,7 @@ async def _chat(body: ChatBody, serving: Serving, places: Places, weight: int) -
         opens_reply=body.add_generation_prompt is not False,
     )
     rendered = await serving.rendering.steps(steps, weight)
-    constraint = await serving.rendering.call(
-        partial(loaded.constraints.of, body, rendered), weight
-    )
+    constraint = await _constraint(body, rendered, serving, loaded)
     tools = (constraint and constraint.tools) or body.tools
     calls = loaded.tool_format(tools, calls=body.tool_choice != "none")
     wanted = asks(body, rendered, serving.settings, loaded, constraint)
@@ -107,9 +107,7 @@ async def _completions(
     groups: list[list[TextChoice]] = []
     for prompt in _prompts(body):
         rendered = await serving.rendering.steps(loaded.renderer.text(prompt), len(prompt))
-        constraint = await serving.rendering.call(
-            partial(loaded.constraints.of, body, rendered), weight
-        )
+        constraint = await _constraint(body, rendered, serving, loaded)
         wanted = asks(body, rendered, serving.settings, loaded, constraint)
         echo = ""
         if body.echo:
@@ -127,6 +125,14 @@ async def _completions(
             ]
         )
     return Answer(serving, envelope, groups, body.wants_usage())
+
+
+async def _constraint(
+    body: GenerationBody, rendered: Rendered, serving: Serving, loaded: Loaded
+) -> Constraint | None:
+    if not is_constrained(body):
+        return None
+    return await serving.rendering.compile(partial(loaded.constraints.of, body, rendered))
 
 
 def _prompts(body: CompletionBody) -> list[str | list[int]]:
