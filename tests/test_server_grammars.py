@@ -18,6 +18,7 @@ from mlx_hybridcache_server.compiled import KEPT_BYTES, MOST_BYTES, Compiled, we
 from mlx_hybridcache_server.constrain import Constraint, Constraints
 from mlx_hybridcache_server.errors import ApiError
 from mlx_hybridcache_server.narrowing import (
+    MOST_PATTERNS,
     MOST_PROPERTIES,
     MOST_REMAINDERS,
     remainders,
@@ -187,7 +188,7 @@ def named(count: int, schema: Any) -> dict[str, Any]:
 WEIGHED = {
     "little": {"type": "integer"},
     "open": named(1000, {}),
-    "most properties": named(MOST_PROPERTIES, {}),
+    "more": named(2000, {}),
     "arrays": named(300, {"type": "array", "minItems": 3, "maxItems": 200}),
     "enum": {"enum": [f"word {n}" for n in range(5000)]},
     "strings": named(300, {"type": "string", "maxLength": 9}),
@@ -225,7 +226,12 @@ def test_grammars_weigh_no_more_than_is_said(constraints: Constraints, kind: str
     ("schema", "why"),
     [
         ({"enum": ["x" * MOST_BYTES]}, "descriptions left out"),
-        (named(MOST_PROPERTIES + 1, {}), "properties"),
+        (named(MOST_PROPERTIES + 1, {}), "4,001 properties"),
+        (named(3, named(MOST_PROPERTIES // 3, {})), "4,002 properties"),
+        (
+            {"patternProperties": {f"^{n:x}x": {} for n in range(MOST_PATTERNS + 1)}},
+            "101 patternProperties",
+        ),
         ({"type": "integer", "multipleOf": MOST_REMAINDERS + 1}, "multipleOf"),
         ({"allOf": [{"type": "integer", "multipleOf": 997}, {"multipleOf": 991}]}, "multipleOf"),
         ({"type": "number", "multipleOf": 3.1415926}, "multipleOf"),

@@ -46,8 +46,11 @@ _WITHIN = frozenset(
     }
 )
 
-MOST_PROPERTIES = 2000
-"""Of one object. The time of a grammar grows with the square of those that may be left out."""
+MOST_PROPERTIES = 4000
+"""Of all objects. Compiling one object takes time by the square of those that may be left out."""
+
+MOST_PATTERNS = 100
+"""Of `patternProperties`, each of which is held against every other: 240 take seconds."""
 
 MOST_REMAINDERS = 20_000
 """A grammar has a state for each remainder of a `multipleOf`: about 500 bytes and 12 microseconds."""
@@ -82,14 +85,18 @@ def remainders(schema: Any) -> int:
     Raises `ValueError` for more than `MOST_REMAINDERS`, or too many properties.
     """
     found, is_combined = [], False
+    named = {"properties": 0, "patternProperties": 0}
     for each in _objects(schema):
         found.append(_numerator(each.get("multipleOf")))
         is_combined |= bool(each.keys() & {"allOf", "oneOf", "anyOf", "not", "$ref", "$dynamicRef"})
-        names = each.get("properties")
-        if isinstance(names, dict) and len(names) > MOST_PROPERTIES:
+        for key in named:
+            names = each.get(key)
+            named[key] += len(names) if isinstance(names, dict) else 0
+    for (key, count), most in zip(named.items(), (MOST_PROPERTIES, MOST_PATTERNS), strict=True):
+        if count > most:
             raise ValueError(
-                f"An object of this schema has {len(names):,} properties; at most "
-                f"{MOST_PROPERTIES:,} can be kept to. Name fewer, or use additionalProperties."
+                f"This has {count:,} {key}; at most {most:,} can be kept to in one reply. "
+                "Name fewer, or use additionalProperties."
             )
     least = math.lcm(*filter(None, found)) if is_combined and any(found) else 0
     count = max(sum(found), least)
