@@ -41,7 +41,7 @@ from .sizes import format_bytes, parse_bytes
 from .store import Store
 from .tiers import DiskStats, DiskTier, Lent
 from .tokens import Namespace, Tokens, learn_turn_marks, prompt_tokens, settings_digest
-from .worker import Load, Pause, Worker
+from .worker import Load, Pause, Worker, closed
 
 log = logging.getLogger("mlx_hybridcache")
 
@@ -331,7 +331,10 @@ class HybridPromptCache:
         if engine.layout.unsupported:
             ready = self._worker.call(engine.prepare_uncached, request)
         else:
-            (ready,) = self._worker.stream(engine.prepare(request, read=read), request.job)
+            found = list(self._worker.stream(engine.prepare(request, read=read), request.job))
+            if not found:  # what the worker's end cuts short ends without an error
+                raise closed()
+            (ready,) = found
         assert request.report is not None
         rest = request.tokens[ready.position :].tolist()
         held = HeldClaim(ready.claim, self._worker)
@@ -457,6 +460,7 @@ class HybridPromptCache:
         disk = self.engine.disk
         until = None if seconds is None else time.monotonic() + seconds
         while disk is not None and self._worker.call(disk.is_writing):
+            self._worker.check_may_wait()
             if until is not None and time.monotonic() >= until:
                 return False
             time.sleep(FLUSH_INTERVAL_SECONDS)
@@ -473,6 +477,8 @@ class HybridPromptCache:
             self._worker.call(self.engine.store.clear)
         self._worker.close()
         self._disk_end()
+        if self.engine.disk is not None:  # another thread that closes it may have come first
+            self.engine.disk.thread.close()
 
     def __enter__(self) -> Self:
         return self

@@ -133,11 +133,13 @@ def load(
     adapter_path: str | None = None,
     chat_template: str = "",
     trust_remote_code: bool = False,
+    lazy: bool = False,
 ) -> tuple[Any, Any]:
     """The model and tokenizer in a local directory, or of a repository on the hub, by `mlx_lm.load`.
 
     `chat_template` replaces the tokenizer's own. No code from the model's directory is run, unless
-    `trust_remote_code`. Raises `ModelError` for what cannot be loaded.
+    `trust_remote_code`. With `lazy` the weights take no memory until they are evaluated, on this
+    thread. Raises `ModelError` for what cannot be loaded.
     """
     path = local_directory(path_or_repo)
     if path is not None:
@@ -151,6 +153,7 @@ def load(
             | ({"chat_template": chat_template} if chat_template else {}),
             adapter_path=adapter_path,
             trust_remote_code=trust_remote_code,
+            lazy=lazy,
         )[:2]
     except Exception as error:  # the loader and the hub raise whatever they meet
         raise ModelError(f"{path_or_repo} could not be loaded: {error}") from error

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from .errors import ClosedError
+from .inbox import Asked, Inbox
 from .turns import next_reader
 
 log = logging.getLogger("mlx_hybridcache")
@@ -71,17 +72,23 @@ class Load:
 
 
 class _Task:
-    """One request under way. The worker writes `sent` and `parked`, its reader `taken`."""
+    """One request under way. Its end stays in the outbox, for every reader there is and will be.
+
+    `wakers` wake readers on event loops; each is called once, and comes back to wait again.
+    """
 
     def __init__(self, steps: Iterator[Any], job: Job):
         self.steps = steps
         self.job = job
         self.outbox: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
-        self.sent = 0
-        self.taken = 0
+        self.wakers: set[Callable[[], None]] = set()
         self.parked = False
         self.finished = False
-        self.wake: Callable[[], None] = lambda: None
+
+    @property
+    def is_ahead(self) -> bool:
+        """Whether enough waits for its readers."""
+        return self.outbox.qsize() >= AHEAD
 
     def advance(self) -> None:
         """One turn. What goes wrong in a request ends that request only."""
@@ -93,9 +100,7 @@ class _Task:
             self._finish("error", error)
         else:
             if item is not PAUSE:
-                self.sent += 1
-                self.outbox.put(("item", item))
-                self.wake()
+                self.put("item", item)
 
     def cancel(self) -> None:
         """Stop where it stands; its own clean-up runs here, on the worker."""
@@ -119,11 +124,14 @@ class _Task:
     def _finish(self, kind: str, value: Any) -> None:
         self.finished = True
         self.steps = iter(())
+        self.put(kind, value)
+
+    def put(self, kind: str, value: Any = None) -> None:
+        """Something to read: for one of its readers, but all look."""
         self.outbox.put((kind, value))
-        self.wake()
-
-
-_Inbox = queue.SimpleQueue[Callable[["_Turns"], None]]
+        while self.wakers:
+            with suppress(KeyError):  # the last one has just gone
+                self.wakers.pop()()
 
 
 class _Turns:
@@ -138,25 +146,33 @@ class _Turns:
     def ready(self) -> list[_Task]:
         """Requests that can go on, oldest first. A prompt is read whether its client listens or not."""
         for task in self.tasks:
-            task.parked = not task.job.left and task.sent - task.taken >= AHEAD
-            if task.parked and task.sent - task.taken < AHEAD:
+            task.parked = not task.job.left and task.is_ahead
+            if task.parked and not task.is_ahead:
                 task.parked = False  # its reader took one while the flag was being set
         return [task for task in self.tasks if not task.parked and not task.job.asleep]
 
-    def run(self, inbox: _Inbox, held: AbstractContextManager[Any]) -> None:
-        with held:
-            while not self.stopped:
-                try:
-                    self._drain(inbox)
-                    self._round(self.ready())
-                    self.between()
-                except BaseException as error:  # requests end with their own errors; this is ours
-                    log.exception("The worker failed; the requests under way end.")
-                    for task in self.tasks:
-                        task.fail(error)
-                self._settle()
-            for task in self.tasks:
-                task.cancel()
+    def run(self, inbox: _Inbox, held: Callable[[], AbstractContextManager[Any]]) -> None:
+        """The thread's life. However it ends, whoever waits for it hears of that."""
+        inbox.open()
+        try:
+            with held():
+                self._work(inbox)
+        finally:
+            inbox.close()
+
+    def _work(self, inbox: _Inbox) -> None:
+        while not self.stopped:
+            try:
+                self._drain(inbox)
+                self._round(self.ready())
+                self.between()
+            except BaseException as error:  # requests end with their own errors; this is ours
+                log.exception("The worker failed; the requests under way end.")
+                for task in self.tasks:
+                    task.fail(error)
+            self._settle()
+        for task in self.tasks:
+            task.cancel()
 
     def _round(self, ready: list[_Task]) -> None:
         """A token for each that writes, a slice for one that reads."""
@@ -192,43 +208,50 @@ class _Turns:
                 asked = inbox.get(block=not self.ready(), timeout=IDLE_SECONDS)
             except queue.Empty:
                 return
-            asked(self)
+            asked.do(self)
+            del asked  # a worker that waits holds nothing of what it did
             self._settle()  # before waiting again: it may have ended the last request
 
 
-class Stream(Generic[T]):
-    """A request's items, in order, for any thread or event loop.
+_Inbox = Inbox[_Turns]
 
-    Closing or dropping it cancels the request.
+
+class Stream(Generic[T]):
+    """A request's items, in order, for any threads and event loops.
+
+    Each item goes to one reader, and the end to all; an error to one. Closing or dropping it cancels
+    the request.
     """
 
     def __init__(self, task: _Task, inbox: _Inbox):
         self._task = task
         self._inbox = inbox
-        self._over = False
-        self._cancel = weakref.finalize(self, inbox.put, lambda turns: task.cancel())
+        cancel: Asked[_Turns] = Asked(lambda turns: task.cancel())
+        self._cancel = weakref.finalize(self, inbox.put, cancel)
         self._cancel.atexit = False
 
     def __iter__(self) -> Iterator[T]:
         return self
 
     def __next__(self) -> T:
-        if self._over:
-            raise StopIteration
+        if self._task.outbox.empty():
+            self._inbox.check_may_wait()
         return self._take(*self._task.outbox.get(), StopIteration)
 
     def __aiter__(self) -> AsyncIterator[T]:
         return self
 
     async def __anext__(self) -> T:
-        if self._over:
-            raise StopAsyncIteration
-        while self._task.outbox.empty():
-            await self._woken()
-        return self._take(*self._task.outbox.get(), StopAsyncIteration)
+        while True:
+            try:
+                found = self._task.outbox.get_nowait()
+            except queue.Empty:
+                await self._woken()
+            else:
+                return self._take(*found, StopAsyncIteration)
 
     async def _woken(self) -> None:
-        """Wait for the worker to put something into the outbox, without holding a thread."""
+        """Wait for something to be put into the outbox, without holding a thread."""
         loop = asyncio.get_running_loop()
         came = asyncio.Event()
 
@@ -236,17 +259,19 @@ class Stream(Generic[T]):
             with suppress(RuntimeError):  # the loop is closed: nobody waits any more
                 loop.call_soon_threadsafe(came.set)
 
-        self._task.wake = wake
-        if self._task.outbox.empty():  # else it came before the worker could know whom to wake
-            await came.wait()
+        self._task.wakers.add(wake)
+        try:
+            if self._task.outbox.empty():  # else it came before anyone could know whom to wake
+                await came.wait()
+        finally:
+            self._task.wakers.discard(wake)
 
     def _take(self, kind: str, value: Any, end: type[Exception]) -> T:
         if kind == "item":
-            self._task.taken += 1
             if self._task.parked:
-                self._inbox.put(lambda turns: None)
+                self._inbox.put(Asked(lambda turns: None))
             return value  # type: ignore[no-any-return]
-        self._over = True
+        self._task.put("end")  # for whoever else waits for it
         self._cancel.detach()
         if kind == "error":
             raise value
@@ -258,13 +283,9 @@ class Stream(Generic[T]):
 
     def close(self) -> None:
         """Cancel, and wait until the request has left behind what it is going to leave."""
-        if not self._over:
-            self._cancel()
-            while not self._over:
-                try:
-                    next(self)
-                except StopIteration:
-                    break
+        self._cancel()
+        for _ in self:
+            pass
 
 
 class Worker:
@@ -277,14 +298,11 @@ class Worker:
         load: Load | None = None,
         between: Callable[[], None] = lambda: None,
     ):
-        self._inbox: _Inbox = queue.SimpleQueue()
+        self._inbox = _Inbox()
         turns = _Turns(load or Load(), between)
         # The thread must not keep this object alive, so it gets the inbox only.
         self._thread = threading.Thread(
-            target=lambda inbox: turns.run(inbox, held()),
-            args=(self._inbox,),
-            name=name,
-            daemon=True,
+            target=turns.run, args=(self._inbox, held), name=name, daemon=True
         )
         self._thread.start()
         self._stop = weakref.finalize(self, _stop, self._inbox, self._thread)
@@ -295,11 +313,12 @@ class Worker:
         return self._thread.is_alive()
 
     def call(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
-        """Run `function` between two turns and wait for what it returns or raises."""
-        if threading.current_thread() is self._thread:
+        """Run `function` between two turns and wait for what it returns or raises.
+
+        Raises `ClosedError` when it came too late to be run.
+        """
+        if self._inbox.is_read_here:
             return function(*args, **kwargs)
-        if not self._stop.alive:
-            raise ClosedError("This cache was closed; make a new HybridPromptCache.")
         future: Future[T] = Future()
 
         def run(turns: _Turns) -> None:
@@ -308,30 +327,49 @@ class Worker:
             except BaseException as error:
                 future.set_exception(error)
 
-        self._inbox.put(run)
+        came = self._inbox.put(Asked(run, lambda: future.set_exception(closed())))
+        if not came and not future.done():
+            raise closed()
         return future.result()
 
     def post(self, function: Callable[[], None]) -> None:
         """Run `function` between two turns, without waiting. After the end it is never run."""
-        self._inbox.put(lambda turns: function())
+        self._inbox.put(Asked(lambda turns: function()))
 
     def stream(self, steps: Iterator[T | Pause], job: Job | None = None) -> Stream[T]:
-        """Give a request its turns; its items come out of the returned stream."""
-        if not self._stop.alive:
-            raise ClosedError("This cache was closed; make a new HybridPromptCache.")
+        """Give a request its turns; its items come out of the returned stream.
+
+        `ClosedError` is raised here, or by the stream, when it came too late to have a turn.
+        """
         task = _Task(steps, job or Job())
-        self._inbox.put(lambda turns: turns.tasks.append(task))
-        return Stream(task, self._inbox)
+        stream: Stream[T] = Stream(task, self._inbox)  # first, as it cancels what nobody reads
+        start: Asked[_Turns] = Asked(
+            lambda turns: turns.tasks.append(task), lambda: task.fail(closed())
+        )
+        if not self._inbox.put(start) and not task.finished:
+            raise closed()
+        return stream
+
+    def check_may_wait(self) -> None:
+        """Raises `HybridCacheError` on the worker thread itself, where nothing would come of it."""
+        self._inbox.check_may_wait()
 
     def close(self) -> None:
-        """End the requests under way, then the thread."""
+        """End the requests under way, then the thread. Returns when it has ended, whoever closes."""
         self._stop()
+        if not self._inbox.is_read_here:
+            self._thread.join()
+
+
+def closed() -> ClosedError:
+    """What everyone hears who asks for something too late."""
+    return ClosedError("This cache was closed; make a new HybridPromptCache.")
 
 
 def _stop(inbox: _Inbox, thread: threading.Thread) -> None:
     def stop(turns: _Turns) -> None:
         turns.stopped = True
 
-    inbox.put(stop)
+    inbox.put(Asked(stop))
     if threading.current_thread() is not thread:
         thread.join()

@@ -28,6 +28,7 @@ ORDER = [
     {"request"},
     {"tiers"},
     {"worker"},
+    {"inbox"},
     {"batching", "responses"},
     {"generate"},
     {"room"},
@@ -65,6 +66,7 @@ ENTRY_POINTS = ORDER[0]
 WITHOUT_MLX = {
     "cache_command",
     "disk",
+    "inbox",
     "schedule",
     "turns",
     "budget",

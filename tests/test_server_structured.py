@@ -20,7 +20,7 @@ from mlx_hybridcache_server.adapter import NORMAL, REASONING
 from mlx_hybridcache_server.chat import Rendered
 from mlx_hybridcache_server.constrain import Constraints, masked
 from mlx_hybridcache_server.errors import ApiError
-from mlx_hybridcache_server.grammar import closed
+from mlx_hybridcache_server.narrowing import closed
 from mlx_hybridcache_server.replies import ToolFormat
 from mlx_hybridcache_server.schema import ChatBody, CompletionBody
 from mlx_lm.generate import GenerationResponse, stream_generate
@@ -289,16 +289,7 @@ def test_the_schema_is_asked_for_where_it_is_missing():
         made(chat(response_format={"type": "json_schema"}))
 
 
-def test_grammars_are_compiled_once_and_the_oldest_forgotten(monkeypatch):
-    """The same request again costs nothing; three others push it out of a cache of two."""
-    monkeypatch.setattr(constrain, "KEPT", 2)
-    constraints = spoken("json_tools")
-    first, *others = (chat(response_format=by_schema({"const": each})) for each in range(4))
-    kept = made(first, constraints).matchers
-    assert made(first, constraints).matchers is kept
-    for other in others:
-        made(other, constraints)
-    assert made(first, constraints).matchers is not kept
+# What grammars cost is tested in test_server_grammars
 
 
 # Calls

@@ -112,10 +112,13 @@ class DiskThread:
         self._put(_CHANGE, lambda: change(self.directory))
 
     def close(self) -> None:
-        """End after what is to be changed, and let another process write."""
+        """End after what is to be changed, and let another process write.
+
+        Returns when that is done, whoever else closes it; on the thread itself, at once.
+        """
         self._put(_STOP, lambda: None)
-        self._thread.join()
-        self.directory.close()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
 
     def _do(self, priority: int, transfer: Transfer, work: Callable[[], None]) -> None:
         def job() -> None:
@@ -142,6 +145,7 @@ def _run(
         with suppress(queue.Empty):
             priority, _, work = jobs.get(timeout=max(0.0, look_at - time.monotonic()))
             if priority == _STOP:
+                _guarded(directory.close, directory)
                 return
             _guarded(work, directory)
             del work  # what it holds is the worker's to drop

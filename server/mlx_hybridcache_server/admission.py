@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Coroutine
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, ExitStack
 from typing import Any, TypeVar
 
 from .errors import RETRY_SECONDS, ApiError
@@ -71,11 +71,15 @@ class Admission:
 
 
 class Places:
-    """The places of one request. They are free again as its replies end, at the latest with it."""
+    """The places of one request. They are free again as its replies end, at the latest with it.
+
+    `held` is what else it keeps until then: the model that it uses.
+    """
 
     def __init__(self, admission: Admission, replies: int):
         self._admission = admission
         self._left = replies
+        self.held = ExitStack()
         self.arrived = time.perf_counter()
 
     def leave(self, replies: int = 1) -> None:
@@ -87,6 +91,7 @@ class Places:
     def close(self) -> None:
         """The request has ended."""
         self.leave(self._left)
+        self.held.close()
 
     @property
     def left_seconds(self) -> float | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -42,7 +43,13 @@ async def cache(request: Request) -> dict[str, Any]:
 async def clear(request: Request) -> dict[str, Any]:
     """Forget everything stored, pins included; running replies go on."""
     serving = serving_of(request)
-    await serving.between_turns(serving.loaded.cache.clear)
+
+    async def work() -> None:
+        with ExitStack() as held:
+            loaded = await serving.any_model(held)
+            await serving.between_turns(loaded.cache.clear)
+
+    await unless_gone(request, serving, work())
     return figures(serving)
 
 
@@ -105,20 +112,19 @@ async def _admitted(body: PrefixBody, request: Request, act: Act) -> dict[str, A
         weight = len(await request.body())
 
         async def work() -> dict[str, Any]:
-            return await act(await _prefix(body, serving, weight), serving, places)
+            return await act(await _prefix(body, serving, places, weight), serving, places)
 
         return await unless_gone(request, serving, places.in_time(work()))
     finally:
         places.close()
 
 
-async def _prefix(body: PrefixBody, serving: Serving, weight: int) -> _Prefix:
+async def _prefix(body: PrefixBody, serving: Serving, places: Places, weight: int) -> _Prefix:
     if [body.messages, body.prompt, body.key].count(None) != 2:
         raise refuse("Give either messages or a prompt, or the key of what is stored.", "messages")
     if not serving.settings.uses_cache:
         raise refuse("The cache is turned off (--prompt-cache-size 0).")
-    # Loading goes on without its client: what is half loaded serves nobody.
-    loaded = await asyncio.shield(serving.model(body.model))
+    loaded = await serving.model(places.held, body.model)
     if body.key is not None:
         return await asyncio.to_thread(_stored, body.key, loaded)
     if body.prompt is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,15 +20,14 @@ from mlx_hybridcache.worker import PAUSE, Pause
 
 from .adapter import REASONING
 from .chat import Rendered, offered
+from .compiled import MOST_BYTES, Compiled, weight
 from .errors import ApiError, refuse
-from .grammar import GrammarError, Reasoning, Schema, Speech, Tool, Wanted, for_parser, written
+from .grammar import GrammarError, Reasoning, Speech, Tool, Wanted, for_parser, written
+from .narrowing import Schema, remainders
 from .schema import ChatBody, GenerationBody, NamedTool
 
 T = TypeVar("T")
 Responses = Iterator[GenerationResponse | Pause]
-
-KEPT = 32
-"""Compiled grammars of one model; agents repeat few, with every request."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -173,20 +171,18 @@ class Constraints:
     """Compiles constraints for one model and keeps the last. Slow: not for the event loop."""
 
     tokenizer: Any
-    _kept: OrderedDict[tuple[str, ...], tuple[LLMatcher, ...]] = field(default_factory=OrderedDict)
+    compiled: Compiled[tuple[LLMatcher, ...]] = field(default_factory=Compiled)
 
     def of(self, body: GenerationBody, rendered: Rendered) -> Constraint | None:
         """What `body` asks of the reply to `rendered`, if it asks for anything.
 
         Raises `ApiError` 400 for what no grammar can be made of.
         """
-        schema, tools, forced = _schema(body), [], False
-        if isinstance(body, ChatBody):
-            forced = body.tool_choice == "required" or isinstance(body.tool_choice, NamedTool)
-            if forced or schema is not None:
-                tools = offered(body.tools, body.tool_choice) or []
-        if schema is None and not forced:
+        if not is_constrained(body):
             return None
+        schema, tools, forced = _schema(body), [], _is_forced(body)
+        if isinstance(body, ChatBody):
+            tools = offered(body.tools, body.tool_choice) or []
         if isinstance(body, ChatBody) and body.continue_final_message:
             raise refuse(
                 "A message that goes on cannot be held to a form; leave out "
@@ -201,10 +197,9 @@ class Constraints:
             is_plain=not isinstance(body, ChatBody),
         )
         try:
-            grammars = written(self.speech, wanted)
             return Constraint(
                 self.vocabulary,
-                self._compiled(grammars),
+                self._compiled(wanted),
                 for_parser(self.speech, tools) if tools else None,
             )
         except RecursionError as error:
@@ -244,21 +239,34 @@ class Constraints:
             return None
         return " ".join(f"<[{each}]>" for each in ids)
 
-    def _compiled(self, grammars: tuple[str, ...]) -> tuple[LLMatcher, ...]:
-        found = self._kept.pop(grammars, None)
-        if found is None:
-            for each in grammars:
-                each.encode()  # half a surrogate pair is valid JSON, but no text
-            found = tuple(LLMatcher(self.vocabulary, each, log_level=0) for each in grammars)
-            for matcher in found:
-                if matcher.is_error():
-                    raise GrammarError(
-                        f"This schema cannot be used: {_brief(matcher.get_error())}."
-                    )
-        self._kept[grammars] = found
-        while len(self._kept) > KEPT:
-            self._kept.popitem(last=False)
-        return found
+    def _compiled(self, wanted: Wanted) -> tuple[LLMatcher, ...]:
+        grammars = written(self.speech, wanted)
+        nbytes = sum(map(len, grammars))
+        if nbytes > MOST_BYTES:
+            raise GrammarError(
+                f"This takes a grammar of {nbytes:,} bytes, descriptions left out; at most "
+                f"{MOST_BYTES:,} are compiled. Ask for less in one reply: a smaller schema, or fewer tools."
+            )
+        count = remainders([wanted.schema, *(tool["function"] for tool in wanted.tools)])
+        return self.compiled.get(grammars, weight(grammars, count), lambda: self._made(grammars))
+
+    def _made(self, grammars: tuple[str, ...]) -> tuple[LLMatcher, ...]:
+        made = tuple(LLMatcher(self.vocabulary, each, log_level=0) for each in grammars)
+        for matcher in made:
+            if matcher.is_error():
+                raise GrammarError(f"This schema cannot be used: {_brief(matcher.get_error())}.")
+        return made
+
+
+def is_constrained(body: GenerationBody) -> bool:
+    """Whether `body` asks for a form. Raises `ApiError` 400 when it does not say which."""
+    return _schema(body) is not None or _is_forced(body)
+
+
+def _is_forced(body: GenerationBody) -> bool:
+    return isinstance(body, ChatBody) and (
+        body.tool_choice == "required" or isinstance(body.tool_choice, NamedTool)
+    )
 
 
 def _schema(body: GenerationBody) -> Schema | None:

@@ -10,6 +10,7 @@ from .serving import Serving
 
 def figures(serving: Serving) -> dict[str, Any]:
     """What the cache holds, as the last request left it, and what it gave since the start."""
+    grammars = serving.loaded.constraints.compiled
     found, disk = serving.loaded.cache.summary, serving.loaded.cache.disk_summary
     return {
         "object": "cache",
@@ -18,6 +19,12 @@ def figures(serving: Serving) -> dict[str, Any]:
         "held_bytes": found.held_bytes,
         **asdict(found),
         "disk": None if disk is None else asdict(disk),
+        # Beside the budget, and bounded by themselves.
+        "grammars": {
+            "count": len(grammars),
+            "bytes": grammars.nbytes,
+            "most_bytes": grammars.most_bytes,
+        },
         "requests": asdict(serving.metrics.totals),
     }
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from .narrowing import Schema, closed, without_notes
 
 WHITESPACE = r" |\n[ \t]{0,32}"
 """Between the parts of a JSON text, once: JSON allows any, and a weak model would never end it."""
 
 Reasoning = Literal["none", "possible", "open"]
-Schema = dict[str, Any]
 Tool = dict[str, Any]
 
 
@@ -218,7 +219,7 @@ class _Writer:
 
     def _json(self, schema: Schema) -> str:
         options = {"whitespace_pattern": WHITESPACE}
-        return self._rule(f"%json {json.dumps({**schema, 'x-guidance': options})}")
+        return self._rule(f"%json {json.dumps({**without_notes(schema), 'x-guidance': options})}")
 
     def _marker(self, text: str) -> str:
         return self._speech.token_of(text) or _literal(text)
@@ -302,45 +303,3 @@ def _pattern(text: str) -> str:
 def _escaped(char: str) -> str:
     # Not re.escape: what it does to < and a space means something else here.
     return f"\\{char}" if char in r"\.+*?()|[]{}^$#&-~/" else char
-
-
-def closed(schema: Schema) -> Schema:
-    """`schema` with objects that hold only what it names, unless it says `additionalProperties`.
-
-    By the letter any other key may follow, and a weak model would not stop inventing them. What the
-    result allows, `schema` allows; where schemas are combined, it stays as it is.
-    """
-    return schema if any(map(_combines, _objects(schema))) else _closed(schema)
-
-
-def _objects(value: Any) -> Iterator[Schema]:
-    if isinstance(value, dict):
-        yield value
-    if isinstance(value, dict | list):
-        for each in value.values() if isinstance(value, dict) else value:
-            yield from _objects(each)
-
-
-def _combines(schema: Schema) -> bool:
-    choices = schema.keys() & {"anyOf", "$ref", "$dynamicRef"}
-    own = schema.keys() & {"properties", "required", "minProperties", "patternProperties"}
-    return bool(schema.keys() & {"allOf", "oneOf"} or len(choices) > 1 or (choices and own))
-
-
-def _closed(schema: Any) -> Any:
-    if isinstance(schema, list):
-        return [_closed(each) for each in schema]
-    if not isinstance(schema, dict):
-        return schema
-    made = dict(schema)
-    for key in schema.keys() & {"properties", "$defs", "definitions"}:
-        if isinstance(schema[key], dict):
-            made[key] = {name: _closed(each) for name, each in schema[key].items()}
-    for key in schema.keys() & {"items", "prefixItems", "anyOf", "additionalProperties"}:
-        made[key] = _closed(schema[key])
-    names, required = schema.get("properties"), schema.get("required", [])
-    is_open = schema.keys() & {"additionalProperties", "patternProperties", "minProperties"}
-    if isinstance(names, dict) and isinstance(required, list) and not is_open:
-        has_all = all(isinstance(name, str) and name in names for name in required)
-        made.update({"additionalProperties": False} if has_all else {})
-    return made

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import mlx.core as mx
 from huggingface_hub import CacheNotFound, scan_cache_dir
@@ -33,6 +33,17 @@ DEFAULT_NAME = "default_model"
 T = TypeVar("T")
 
 
+class Named(NamedTuple):
+    """A model as a request names it, with the adapter that it asks for."""
+
+    name: str
+    adapter: str | None = None
+
+    def resolved(self, settings: Settings) -> Named:
+        """The same by the name from which it can be loaded."""
+        return self._replace(name=settings.model) if self.name == DEFAULT_NAME else self
+
+
 @dataclass(frozen=True, eq=False)
 class Loaded:
     """A model with what serves it.
@@ -52,9 +63,9 @@ class Loaded:
     token_names: TokenNames
     draft: Any | None
 
-    def serves(self, name: str, adapter: str | None) -> bool:
-        """Whether a request for `name` is a request for this one."""
-        return adapter == self.adapter and name in self.names
+    def serves(self, wanted: Named) -> bool:
+        """Whether a request for `wanted` is a request for this one."""
+        return wanted.adapter == self.adapter and wanted.name in self.names
 
     def tool_format(self, tools: list[dict[str, Any]] | None, *, calls: bool) -> ToolFormat | None:
         """How this model writes calls; None when it has no way to. Without `calls` they are text."""
@@ -65,10 +76,17 @@ class Loaded:
         return ToolFormat(tokenizer.tool_call_start, tokenizer.tool_call_end or "", parse, tools)
 
 
-def load(settings: Settings, name: str, adapter: str | None = None) -> Loaded:
+def load(
+    settings: Settings,
+    name: str,
+    adapter: str | None = None,
+    *,
+    make_room: Callable[[], None] | None = None,
+) -> Loaded:
     """Load the model that `name` means, a directory or a repository, and make its cache.
 
-    `adapter` replaces the adapter of the settings.
+    `adapter` replaces the adapter of the settings. `make_room` is called when the model is known to be
+    there, before its weights take memory.
 
     Raises `ModelError` for what cannot be loaded, `SettingError` and `BudgetError` for settings
     that do not suit it. The arrays are evaluated: any thread may have loaded them.
@@ -79,7 +97,10 @@ def load(settings: Settings, name: str, adapter: str | None = None) -> Loaded:
         adapter_path=settings.adapter_path if is_default else adapter,
         chat_template=settings.chat_template,
         trust_remote_code=settings.trust_remote_code,
+        lazy=make_room is not None,
     )
+    if make_room is not None:
+        make_room()
     if settings.use_default_chat_template and tokenizer.chat_template is None:
         tokenizer.chat_template = getattr(tokenizer, "default_chat_template", None)
         tokenizer.has_chat_template = tokenizer.chat_template is not None

@@ -17,6 +17,10 @@ LANES = (64 * 1024, 2**20)
 """Bytes up to which work belongs to the first lane, and to the second; the third has the rest."""
 
 
+COMPILING = 2
+"""Grammars that are compiled at once, which takes up to seconds; nobody's rendering waits for that."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Done(Generic[T]):
     result: T
@@ -34,6 +38,7 @@ class Rendering:
             ThreadPoolExecutor(1, thread_name_prefix=f"render-{lane}")
             for lane in range(len(LANES) + 1)
         ]
+        self._compiling = ThreadPoolExecutor(COMPILING, thread_name_prefix="compile")
 
     async def steps(self, steps: Steps[T], weight: int) -> T:
         """What `steps` return, of which the first weighs so many bytes. Cancelled between two."""
@@ -48,9 +53,13 @@ class Rendering:
         lane = self._lanes[bisect_left(LANES, weight)]
         return await asyncio.get_running_loop().run_in_executor(lane, function)
 
+    async def compile(self, function: Callable[[], T]) -> T:
+        """Run what compiles a grammar. It lets other threads of this process go on."""
+        return await asyncio.get_running_loop().run_in_executor(self._compiling, function)
+
     def close(self) -> None:
         """Finish the steps that are under way."""
-        for lane in self._lanes:
+        for lane in (*self._lanes, self._compiling):
             lane.shutdown(cancel_futures=True)
 
 

@@ -20,7 +20,9 @@ from .answer import Answer, EventStream
 from .asks import asks, check
 from .assets import asset
 from .cache_routes import serving_of
+from .chat import Rendered
 from .choices import ChatChoice, TextChoice
+from .constrain import Constraint, is_constrained
 from .errors import ApiError
 from .leaving import unless_gone
 from .models import Loaded
@@ -71,8 +73,7 @@ async def _answered(body: GenerationBody, request: Request, replies: int, begin:
 
 
 async def _chat(body: ChatBody, serving: Serving, places: Places, weight: int) -> Answer:
-    # Loading goes on without its client: what is half loaded serves nobody.
-    loaded = await asyncio.shield(serving.model(body.model, body.adapters))
+    loaded = await serving.model(places.held, body.model, body.adapters)
     steps = loaded.renderer.chat(
         body,
         tool_choice=body.tool_choice,
@@ -80,9 +81,7 @@ async def _chat(body: ChatBody, serving: Serving, places: Places, weight: int) -
         opens_reply=body.add_generation_prompt is not False,
     )
     rendered = await serving.rendering.steps(steps, weight)
-    constraint = await serving.rendering.call(
-        partial(loaded.constraints.of, body, rendered), weight
-    )
+    constraint = await _constraint(body, rendered, serving, loaded)
     tools = (constraint and constraint.tools) or body.tools
     calls = loaded.tool_format(tools, calls=body.tool_choice != "none")
     wanted = asks(body, rendered, serving.settings, loaded, constraint)
@@ -103,15 +102,12 @@ async def _chat(body: ChatBody, serving: Serving, places: Places, weight: int) -
 async def _completions(
     body: CompletionBody, serving: Serving, places: Places, weight: int
 ) -> Answer:
-    # Loading goes on without its client: what is half loaded serves nobody.
-    loaded = await asyncio.shield(serving.model(body.model, body.adapters))
+    loaded = await serving.model(places.held, body.model, body.adapters)
     envelope = Envelope.new("cmpl", "text_completion", body.model or loaded.id)
     groups: list[list[TextChoice]] = []
     for prompt in _prompts(body):
         rendered = await serving.rendering.steps(loaded.renderer.text(prompt), len(prompt))
-        constraint = await serving.rendering.call(
-            partial(loaded.constraints.of, body, rendered), weight
-        )
+        constraint = await _constraint(body, rendered, serving, loaded)
         wanted = asks(body, rendered, serving.settings, loaded, constraint)
         echo = ""
         if body.echo:
@@ -131,6 +127,14 @@ async def _completions(
     return Answer(serving, envelope, groups, body.wants_usage())
 
 
+async def _constraint(
+    body: GenerationBody, rendered: Rendered, serving: Serving, loaded: Loaded
+) -> Constraint | None:
+    if not is_constrained(body):
+        return None
+    return await serving.rendering.compile(partial(loaded.constraints.of, body, rendered))
+
+
 def _prompts(body: CompletionBody) -> list[str | list[int]]:
     prompt = body.prompt
     if isinstance(prompt, str):
@@ -147,7 +151,7 @@ def _text_of(prompt: str | list[int], loaded: Loaded) -> str:
 @router.get("/health", responses={503: {"description": "The worker has ended"}})
 async def health(request: Request) -> Response:
     """Whether requests can be served."""
-    if serving_of(request).loaded.cache.is_alive:
+    if serving_of(request).is_alive:
         return JSONResponse({"status": "ok"})
     return JSONResponse({"status": "unavailable"}, 503)
 

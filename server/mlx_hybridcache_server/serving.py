@@ -7,8 +7,8 @@ import logging
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack, aclosing
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AsyncExitStack, ExitStack, aclosing
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol, TypeVar
@@ -24,17 +24,16 @@ from .changes import kind_of_change
 from .constrain import Constraint
 from .errors import ApiError, shutting_down
 from .history import REMEMBERED, Record
+from .leases import Leases
 from .listen import Listener, Piece, Progress
 from .metrics import Metrics
-from .models import DEFAULT_NAME, Loaded, load, on_own_thread
+from .models import DEFAULT_NAME, Loaded, Named, load, on_own_thread
 from .record import Recorder, Served
 from .rendering import Rendering
 from .replies import Count
 from .settings import Settings
 
 log = logging.getLogger("mlx_hybridcache.server")
-
-SWITCH_POLL_SECONDS = 0.05
 
 BETWEEN = 4
 """Calls that may wait for the end of a turn of the worker at once, each with a thread."""
@@ -86,6 +85,11 @@ class Run:
         self._began = self._first = self._last = 0.0
         self._is_late = False
         self._giving_back: asyncio.Future[None] | None = None
+
+    @property
+    def tokenizer(self) -> Any:
+        """That of the model it runs on."""
+        return self._loaded.tokenizer
 
     @property
     def seconds_to_first_token(self) -> float:
@@ -252,7 +256,8 @@ class Serving:
         self.started = time.time()
         self.watching = 0
         self.closing = asyncio.Event()
-        self._switching = asyncio.Lock()
+        self._leases: Leases[Named | None] = Leases(self._is_loaded, self._switch)
+        self._loading: Future[Loaded] | None = None
         self._between = ThreadPoolExecutor(BETWEEN, thread_name_prefix="between-turns")
 
     async def between_turns(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
@@ -260,44 +265,74 @@ class Serving:
         call = partial(function, *args, **kwargs)
         return await asyncio.get_running_loop().run_in_executor(self._between, call)
 
-    async def model(self, name: str | None, adapter: str | None = None) -> Loaded:
-        """The model that a request names, loaded first if that is allowed.
+    async def model(self, held: ExitStack, name: str | None, adapter: str | None = None) -> Loaded:
+        """The model that a request names, which stays until `held` is closed; loaded first if need be.
 
-        Raises `ApiError` 404 for any other name. Loading another waits for running replies, and
-        lets go of the old model with its cache, as there is room for one.
+        Raises `ApiError` 404 for any other name where switching is not allowed. Loading another
+        waits for all who hold the one that is served, and lets go of that with its cache, as there is
+        room for one. What fails to load leaves it as it is.
         """
-        name = name or DEFAULT_NAME
-        async with self._switching:
-            if not self.loaded.serves(name, adapter):
-                self._check_may_switch(name, adapter)
-                await self._switch(self.settings.model if name == DEFAULT_NAME else name, adapter)
-            return self.loaded
+        wanted = Named(name or DEFAULT_NAME, adapter)
+        if not self.settings.allow_model_switching and not self.loaded.serves(wanted):
+            raise self._not_served(wanted)
+        return await self._lease(held, wanted.resolved(self.settings))
 
-    def _check_may_switch(self, name: str, adapter: str | None) -> None:
-        if not self.settings.allow_model_switching:
-            what = f"adapter {adapter!r}" if adapter is not None else f"model {name!r}"
-            raise ApiError(
-                404,
-                f"The {what} is not served here; {self.loaded.id!r} is. Start the server with "
-                "--allow-model-switching to let requests load others.",
-                param="model" if adapter is None else "adapters",
-                code="model_not_found",
-            )
+    async def any_model(self, held: ExitStack) -> Loaded:
+        """The model that is served, which stays until `held` is closed."""
+        return await self._lease(held, None)
 
-    async def _switch(self, name: str, adapter: str | None) -> None:
-        while self.generations:
-            await asyncio.sleep(SWITCH_POLL_SECONDS)
+    async def _lease(self, held: ExitStack, wanted: Named | None) -> Loaded:
+        self.check_open()
+        await self._leases.take(wanted, held)
+        self.check_open()
+        return self.loaded
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether requests can be served, by and by if a model is being loaded."""
+        return self.loaded.cache.is_alive or self._leases.is_switching
+
+    def _is_loaded(self, wanted: Named | None) -> bool:
+        return self.loaded.cache.is_alive and (wanted is None or self.loaded.serves(wanted))
+
+    def _not_served(self, wanted: Named) -> ApiError:
+        name, adapter = wanted
+        what = f"adapter {adapter!r}" if adapter is not None else f"model {name!r}"
+        return ApiError(
+            404,
+            f"The {what} is not served here; {self.loaded.id!r} is. Start the server with "
+            "--allow-model-switching to let requests load others.",
+            param="model" if adapter is None else "adapters",
+            code="model_not_found",
+        )
+
+    async def _switch(self, wanted: Named | None) -> None:
+        """Nobody holds the old model. Whoever waits for the new one hears why it cannot be loaded."""
+        self.check_open()
         old = self.loaded
-        log.warning("Loading %s; what is cached for %s is let go.", name, old.id)
-        await asyncio.to_thread(old.cache.close)
+        own = Named(old.source, old.adapter)
         try:
-            self.loaded = await self._load(name, adapter)
+            self.loaded = await self._load(wanted or own, partial(self._let_go, old))
         except Exception:
-            self.loaded = await self._load(old.source, old.adapter)
+            if not old.cache.is_alive:  # it had to go before that was known
+                await self._load_again(own)
             raise
 
-    async def _load(self, name: str, adapter: str | None) -> Loaded:
-        return await asyncio.wrap_future(on_own_thread(lambda: load(self.settings, name, adapter)))
+    async def _load_again(self, own: Named) -> None:
+        try:
+            self.loaded = await self._load(own, self.check_open)
+        except Exception:  # whoever comes next has it tried again, and is told
+            log.exception("%s, which was served, cannot be loaded again.", own.name)
+
+    def _let_go(self, old: Loaded) -> None:
+        self.check_open()
+        log.warning("Another model is loaded; what is cached for %s is let go.", old.id)
+        old.cache.close()
+
+    async def _load(self, wanted: Named, make_room: Callable[[], None]) -> Loaded:
+        self._loading = on_own_thread(lambda: load(self.settings, *wanted, make_room=make_room))
+        # A load cannot be stopped: it ends, and `close` lets go of what came of it.
+        return await asyncio.shield(asyncio.wrap_future(self._loading))
 
     def check_open(self) -> None:
         """Raises `ApiError` 503 when the server is stopping."""
@@ -309,12 +344,15 @@ class Serving:
         self.closing.set()
         for generation in list(self.generations):
             generation.cancel()
+        self._leases.refuse(shutting_down())
 
     def close(self) -> None:
         """Let go of the model. Waits for the worker."""
         self.rendering.close()
         self._between.shutdown()
         self.loaded.cache.close()
+        if self._loading is not None and self._loading.exception() is None:
+            self._loading.result().cache.close()
 
     def remember(self, run: Run, divergence: Divergence | None) -> None:
         """Keep what happened for `/v1/cache/recent`."""
@@ -322,7 +360,7 @@ class Serving:
         changed = text = None
         if divergence is not None:
             parts = {
-                name: self.loaded.tokenizer.decode(list(getattr(divergence, name)))
+                name: run.tokenizer.decode(list(getattr(divergence, name)))
                 for name in ("before", "asked", "stored")
             }
             changed = kind_of_change(**parts)
