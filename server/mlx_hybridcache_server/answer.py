@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 from collections.abc import AsyncGenerator, Coroutine, Sequence
 from contextlib import aclosing, suppress
@@ -12,7 +11,7 @@ from typing import Any
 
 from fastapi import Request
 from fastapi.sse import format_sse_event
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from .choices import Choice
@@ -21,6 +20,7 @@ from .listen import Piece, Progress
 from .merge import merged
 from .replies import Count, Envelope, usage
 from .serving import Run, Serving
+from .wire import JsonResponse, event
 
 log = logging.getLogger("mlx_hybridcache.server")
 
@@ -42,7 +42,7 @@ class Answer:
         if stream:
             return EventStream(self.events())
         body = await self._unless_gone(request, self.whole())
-        return JSONResponse(body) if body is not None else Response(status_code=CLIENT_GONE)
+        return JsonResponse(body) if body is not None else Response(status_code=CLIENT_GONE)
 
     async def whole(self) -> dict[str, Any]:
         """All choices, once the last has ended."""
@@ -72,7 +72,7 @@ class Answer:
             failure = as_api_error(error)
             if failure.status_code == 500:
                 log.exception("A stream failed.")
-            yield _event(failure.body())
+            yield event(failure.body())
         yield format_sse_event(data_str="[DONE]")
 
     async def _chunks(self) -> AsyncGenerator[bytes]:
@@ -88,9 +88,9 @@ class Answer:
                     continue
                 is_last = item.finish is not None and not self.wants_usage
                 timings = {"timings": run.timings()} if is_last else {}
-                yield _event(self.envelope.around([chunk], **more, **timings))
+                yield event(self.envelope.around([chunk], **more, **timings))
         if self.wants_usage:
-            yield _event(self.envelope.around([], usage=self._usage(), timings=self._timings()))
+            yield event(self.envelope.around([], usage=self._usage(), timings=self._timings()))
 
     def _pieces(self) -> AsyncGenerator[tuple[Run, Piece | Progress]]:
         return merged([choice.run for group in self.groups for choice in group])
@@ -151,7 +151,3 @@ class EventStream(StreamingResponse):
 async def _client_leaves(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-def _event(body: dict[str, Any]) -> bytes:
-    return format_sse_event(data_str=json.dumps(body, ensure_ascii=False, separators=(",", ":")))

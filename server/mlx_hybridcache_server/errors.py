@@ -15,6 +15,9 @@ from mlx_hybridcache.errors import (
     PinnedError,
 )
 
+MOST_SAID = 2000
+"""Characters of a message: it may quote what a client sent, which may be megabytes."""
+
 
 class ApiError(HTTPException):
     """A request that is refused or failed: an HTTP status and OpenAI's error object."""
@@ -28,7 +31,8 @@ class ApiError(HTTPException):
         code: str | None = None,
         headers: dict[str, str] | None = None,
     ):
-        super().__init__(status, message, headers)
+        shown = message if len(message) <= MOST_SAID else f"{message[:MOST_SAID]}..."
+        super().__init__(status, shown, headers)
         self.param, self.code = param, code
 
     def body(self) -> dict[str, Any]:

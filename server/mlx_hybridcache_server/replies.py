@@ -15,6 +15,7 @@ from typing import Any
 
 from .adapter import NORMAL, REASONING, TOOL
 from .listen import Piece, TokenLogprob
+from .wire import strict
 
 LEAST = -9999.0
 """OpenAI's number for a token that cannot come; JSON has no infinity."""
@@ -72,7 +73,7 @@ class ToolFormat:
     tools: list[dict[str, Any]] | None
 
     def calls(self, text: str, first_index: int) -> list[dict[str, Any]] | None:
-        """OpenAI's calls, or None when `text` is no call: then it is text."""
+        """OpenAI's calls, or None when `text` is no call, or none that JSON has: then it is text."""
         if self.parse is None:
             return None
         try:
@@ -87,14 +88,23 @@ def _call(parsed: dict[str, Any], index: int) -> dict[str, Any]:
     name, arguments = parsed["name"], parsed.get("arguments", {})
     if not isinstance(name, str):
         raise TypeError("a name is text")
-    if not isinstance(arguments, str):
-        arguments = json.dumps(arguments, ensure_ascii=False)
+    if arguments == "":
+        arguments = {}
+    if isinstance(arguments, str):
+        json.loads(arguments, parse_constant=_no_json)
+    else:
+        arguments = strict(arguments)
+    given = parsed.get("id")
     return {
         "index": index,
-        "id": parsed.get("id") or f"call_{secrets.token_hex(12)}",
+        "id": given if given and isinstance(given, str) else f"call_{secrets.token_hex(12)}",
         "type": "function",
         "function": {"name": name, "arguments": arguments},
     }
+
+
+def _no_json(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
 
 
 class ChatMessage:

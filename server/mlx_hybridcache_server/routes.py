@@ -11,7 +11,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import PlainTextResponse, Response
 
 from mlx_hybridcache import HybridPromptCache
 from mlx_hybridcache.tokens import Namespace
@@ -30,10 +30,11 @@ from .replies import ChatMessage, Envelope
 from .schema import ChatBody, CompletionBody, Conversation, PrefixBody, WatchBody
 from .serving import Run, Serving
 from .watch import check_watchable, watch
+from .wire import JsonResponse, JsonRoute
 
 log = logging.getLogger("mlx_hybridcache.server")
 
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
 STARTED = int(time.time())
 STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
 
@@ -122,8 +123,8 @@ def _text_of(prompt: str | list[int], loaded: Loaded) -> str:
 async def health(request: Request) -> Response:
     """Whether requests can be served."""
     if _serving(request).loaded.cache.is_alive:
-        return JSONResponse({"status": "ok"})
-    return JSONResponse({"status": "unavailable"}, 503)
+        return JsonResponse({"status": "ok"})
+    return JsonResponse({"status": "unavailable"}, 503)
 
 
 @router.get("/v1/models", response_model=None)
