@@ -18,11 +18,12 @@ from .choices import Choice
 from .errors import as_api_error
 from .listen import Piece, Progress
 from .merge import merged
+from .quiet import CLIENTS
 from .replies import Count, Envelope, usage
 from .serving import Run, Serving
 from .wire import JsonResponse, event
 
-log = logging.getLogger("mlx_hybridcache.server")
+log = logging.getLogger(CLIENTS)
 
 CLIENT_GONE = 499
 """nginx's status for a client that closed the connection; nobody reads it but the log."""

@@ -21,12 +21,13 @@ from . import __doc__ as purpose
 from .errors import as_api_error, refuse
 from .gate import LOOPBACK_ORIGINS, Gate
 from .metrics import Metrics
+from .quiet import CLIENTS
 from .routes import router
 from .schema import FIELDS
 from .serving import Serving
 from .wire import JsonResponse
 
-log = logging.getLogger("mlx_hybridcache.server")
+log = logging.getLogger(CLIENTS)
 
 STALLED_SECONDS = 60
 
