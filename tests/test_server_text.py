@@ -1,5 +1,6 @@
 """From tokens to what a client reads: stop texts, states, calls, log-probabilities, kinds of change."""
 
+import asyncio
 import json
 from itertools import pairwise
 
@@ -164,7 +165,11 @@ def message(texts, calls=True):
     parse = tokenizer.tool_parser if calls else None
     made = ChatMessage(ToolFormat("<tool_call>", "</tool_call>", parse, None))
     pieces = heard(texts)
-    deltas = [made.take(piece) for piece in pieces]
+
+    async def taken():
+        return [await made.take(piece) for piece in pieces]
+
+    deltas = asyncio.run(taken())
     return deltas, made.finish_reason(pieces[-1])
 
 

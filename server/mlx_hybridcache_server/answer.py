@@ -51,7 +51,7 @@ class Answer:
         async with aclosing(self._pieces()) as pieces:
             async for run, item in pieces:
                 if not isinstance(item, Progress):
-                    by_run[run].take(item)
+                    await by_run[run].take(item)
         choices = [choice.whole() for choice in by_run.values()]
         body = self.envelope.around(choices, usage=self._usage(), timings=self._timings())
         log.debug("Reply: %s", body)
@@ -84,7 +84,7 @@ class Answer:
                 if isinstance(item, Progress):
                     yield format_sse_event(comment=f"keepalive {item.read}/{item.total}")
                     continue
-                chunk = by_run[run].take(item)
+                chunk = await by_run[run].take(item)
                 if chunk is None:
                     continue
                 is_last = item.finish is not None and not self.wants_usage

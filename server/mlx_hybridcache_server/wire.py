@@ -14,12 +14,10 @@ from fastapi.sse import format_sse_event
 from starlette.responses import JSONResponse
 
 from .errors import refuse
+from .jsontext import COMPACT, strict
 
 HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")
 """What may be half a surrogate pair, or one of the two halves of a character."""
-
-
-COMPACT = (",", ":")
 
 
 def read(body: bytes) -> Any:
@@ -60,16 +58,6 @@ def written(value: Any) -> bytes:
     except ValueError:
         text = strict(_with_numbers(value), COMPACT)
     return text.encode()
-
-
-def strict(value: Any, separators: tuple[str, str] = (", ", ": ")) -> str:
-    """`value` as JSON. Raises `ValueError` for NaN and infinities."""
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=separators)
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # half a surrogate pair: as an escape it is JSON
-        text = json.dumps(value, allow_nan=False, separators=separators)
-    return text
 
 
 def _with_numbers(value: Any) -> Any:
