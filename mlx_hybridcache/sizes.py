@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 from .errors import SettingError
@@ -22,11 +23,12 @@ def parse_bytes(size: int | str) -> int:
     if isinstance(size, int) and not isinstance(size, bool) and size >= 0:
         return size
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", str(size).lower())
-    if found is None or found[2] not in _UNITS:
+    bytes_ = float(found[1]) * _UNITS.get(found[2], math.nan) if found is not None else math.nan
+    if not math.isfinite(bytes_):
         raise SettingError(
             f"{size!r} is not a size; write bytes or a unit, such as 16GB or 512MiB."
         )
-    return int(float(found[1]) * _UNITS[found[2]])
+    return int(bytes_)
 
 
 def format_bytes(size: int) -> str:

@@ -116,6 +116,17 @@ def test_a_bias_outside_the_vocabulary_is_refused(server, ids):
     assert assert_refused(server, COMPLETIONS, **body)["param"] == "logit_bias"
 
 
+ODD_IDS = ["9" * 5000, "0" * 5000 + "5", "²", "\u0665"]
+
+
+@pytest.mark.parametrize("id_", ODD_IDS, ids=["digits", "zeros", "squared", "arabic"])
+def test_a_bias_for_what_python_reads_as_a_number_is_refused(server, id_):
+    """`int()` refuses 5,000 digits and `²`, which `str.isdigit` takes; an id is neither."""
+    error = assert_refused(server, COMPLETIONS, prompt="a", logit_bias={id_: 1})
+    assert error["param"] == "logit_bias"
+    assert len(error["message"]) < 2100
+
+
 @pytest.mark.parametrize("seed", [-1, -(2**63), 2**63 - 1, 2**64 - 1, 0])
 def test_any_seed_of_64_bits_is_one(server, seed):
     """-1 drops the connection of mlx_lm.server."""
@@ -317,6 +328,63 @@ def test_bodies_that_are_no_json_object_are_refused(server, body):
     """Cut, nested a hundred thousand deep, not UTF-8, not an object."""
     for path in (CHAT, COMPLETIONS, "/v1/cache/warm", "/v1/cache/pin"):
         assert raw_status(raw_exchange(server, raw_post(path, body))) == 400
+
+
+@pytest.mark.parametrize(
+    "host", ["[", "[::1", "[]", "]", "[zz]", "[v1.x]", "\xbd", "a@[", "9" * 5000]
+)
+def test_a_host_or_origin_that_is_no_url_is_refused(server, host):
+    """`urlsplit` raises for `//[`, before any key is looked at: 403 with a sentence, no traceback."""
+    for name, value in (("Host", host), ("Origin", f"http://{host}")):
+        for method in ("GET", "OPTIONS"):
+            lines = [f"{method} /health HTTP/1.1", "Connection: close", f"{name}: {value}"]
+            lines += ["Host: 127.0.0.1"] * (name != "Host")
+            sent = "\r\n".join([*lines, "", ""]).encode("latin-1")
+            received = raw_exchange(server, sent)
+            assert raw_status(received) == 403, (name, host)
+            error = json.loads(received.partition(b"\r\n\r\n")[2])["error"]
+            assert error["type"] == "permission_error"
+
+
+def refusal(server: Server, path: str, body: bytes) -> str:
+    """The sentence with which these bytes are refused."""
+    received = raw_exchange(server, raw_post(path, body))
+    assert raw_status(received) == 400, received
+    return str(json.loads(received.partition(b"\r\n\r\n")[2])["error"]["message"])
+
+
+@pytest.mark.parametrize("field", ["temperature", "unheard_of", "seed"])
+def test_what_is_not_json_is_refused_in_any_field(server, field):
+    """NaN, and numbers of 5,000 digits: what Python's reader takes, or cannot take."""
+    for odd, said in (("NaN", "NaN"), ("-Infinity", "-Infinity"), ("9" * 5000, "more digits")):
+        body = f'{{"prompt": "a", "max_tokens": 1, "{field}": [{odd}]}}'.encode()
+        assert said in refusal(server, COMPLETIONS, body)
+    nested = b'{"prompt": "a", "unheard_of": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
+    assert "nested too deeply" in refusal(server, COMPLETIONS, nested)
+
+
+def test_half_a_character_is_refused_in_any_field(server):
+    """Under such a salt something was stored, and then no page could name a prefix by its key."""
+    for field in ('"cache_salt"', '"model"', '"reasoning_effort"', '"\\udfff"'):
+        body = f'{{"messages": [{{"role": "user", "content": "Hi"}}], {field}: "a\\ud800"}}'
+        assert "surrogate pair" in refusal(server, CHAT, body.encode())
+    named = '{"type": "function", "function": {"name": "\\ud800"}}'
+    body = f'{{"messages": [], "tools": [{named}], "tool_choice": {named}}}'
+    assert "surrogate pair" in refusal(server, CHAT, body.encode())
+    raw = b'{"prompt": "a", "max_tokens": 1, "cache_salt": "\xed\xa0\x80"}'
+    assert "UTF-8" in refusal(server, COMPLETIONS, raw)
+    whole = b'{"prompt": "a", "max_tokens": 1, "cache_salt": "\\ud83d\\ude00"}'
+    assert raw_status(raw_exchange(server, raw_post(COMPLETIONS, whole))) == 200
+    body = json.dumps({"key": "f" * 32}).encode()
+    assert raw_status(raw_exchange(server, raw_post("/v1/cache/drop", body))) == 404
+
+
+def test_arguments_of_a_past_call_that_are_nested_too_deeply_are_text(server):
+    """The JSON within the JSON: what cannot be read is rendered as it stands, or refused."""
+    calls = [{"function": {"name": "f", "arguments": "[" * 2000}}]
+    messages = [*user("Hi"), {"role": "assistant", "content": None, "tool_calls": calls}]
+    response = server.post(CHAT, messages=messages, max_tokens=1)
+    assert response.status_code in (200, 400), response.text
 
 
 def test_lone_surrogates_and_control_characters_are_text(server):

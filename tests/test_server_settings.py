@@ -131,3 +131,19 @@ def test_quantized_keys_and_values_become_options_of_generation():
     assert settings().generation_options() == {}
     found = settings("--kv-bits", "8", "--kv-group-size", "32").generation_options()
     assert (found["kv_bits"], found["kv_group_size"]) == (8, 32)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--allowed-origins", "http://["],
+        ["--temp", "inf"],
+        ["--request-timeout", "inf"],
+        ["--prompt-cache-bytes", "9" * 400],
+        ["--cache-ram", "²"],
+    ],
+    ids=lambda flags: flags[0],
+)
+def test_what_python_cannot_read_is_refused_in_one_line(flags, capsys):
+    """`urlsplit`, `float` and `int` raise, or answer, for what is no origin, no number and no size."""
+    assert flags[0] in refused(capsys, *flags)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
 from collections import Counter
@@ -332,7 +333,7 @@ def read_back(parser: str, text: str, tools: Any) -> list[tuple[str, Any]]:
     module = PARSERS[parser]
     inner = text.removeprefix(module.tool_call_start).removesuffix(module.tool_call_end)
     form = ToolFormat(module.tool_call_start, module.tool_call_end, module.parse_tool_call, tools)
-    calls = form.calls(inner, 0) or []
+    calls = asyncio.run(form.calls(inner, 0)) or []
     return [(c["function"]["name"], json.loads(c["function"]["arguments"])) for c in calls]
 
 

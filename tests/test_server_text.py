@@ -1,5 +1,6 @@
 """From tokens to what a client reads: stop texts, states, calls, log-probabilities, kinds of change."""
 
+import asyncio
 import json
 from itertools import pairwise
 
@@ -13,6 +14,7 @@ from mlx_hybridcache_server.adapter import Segmenter, initial_state, token_bytes
 from mlx_hybridcache_server.changes import kind_of_change
 from mlx_hybridcache_server.listen import Listener, Piece, Progress, StopText
 from mlx_hybridcache_server.replies import ChatMessage, Count, ToolFormat, usage
+from mlx_hybridcache_server.wire import JsonResponse, event, written
 from mlx_lm.generate import GenerationResponse
 from mlx_lm.tokenizer_utils import NaiveStreamingDetokenizer, TokenizerWrapper
 from transformers import AutoTokenizer
@@ -163,7 +165,11 @@ def message(texts, calls=True):
     parse = tokenizer.tool_parser if calls else None
     made = ChatMessage(ToolFormat("<tool_call>", "</tool_call>", parse, None))
     pieces = heard(texts)
-    deltas = [made.take(piece) for piece in pieces]
+
+    async def taken():
+        return [await made.take(piece) for piece in pieces]
+
+    deltas = asyncio.run(taken())
     return deltas, made.finish_reason(pieces[-1])
 
 
@@ -188,6 +194,65 @@ def test_a_call_that_cannot_be_read_is_text(bad):
     deltas, finish = message(["a", "<tool_call>", bad, "</tool_call>", ""])
     assert "".join(delta.content for delta in deltas) == f"a<tool_call>{bad}</tool_call>"
     assert finish == "stop"
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        '{"name": "f", "arguments": {"x": NaN}}',
+        '{"name": "f", "arguments": {"x": [-Infinity]}}',
+        '{"name": "f", "arguments": {"x": 1e999}}',
+        '{"name": "f", "arguments": "{"}',
+        '{"name": "f", "arguments": "[NaN]"}',
+        '{"name": "f", "arguments": {"x": %s}}' % ("[" * 3000 + "]" * 3000),
+    ],
+    ids=range(6),
+)
+def test_a_call_whose_arguments_are_no_json_is_text(bad):
+    """Python reads and writes NaN; no other reader does, so no client ever sees it as a call."""
+    deltas, finish = message(["<tool_call>", bad, "</tool_call>", ""])
+    assert not any(delta.tool_calls for delta in deltas)
+    assert "".join(delta.content for delta in deltas) == f"<tool_call>{bad}</tool_call>"
+    assert finish == "stop"
+
+
+@pytest.mark.parametrize("id_", ["NaN", "5", '""', "null", "{}"])
+def test_an_id_is_text(id_):
+    """One that the model gave and that is none is replaced."""
+    deltas, _ = message(["<tool_call>", f'{{"name": "f", "id": {id_}}}', "</tool_call>", ""])
+    (call,) = [call for delta in deltas for call in delta.tool_calls]
+    assert call["id"].startswith("call_")
+    assert call["function"]["arguments"] == "{}"
+
+
+def decoded(data):
+    """JSON as a strict reader takes it."""
+
+    def no_json(name):
+        raise AssertionError(f"{name} is not JSON")
+
+    return json.loads(data.decode("utf-8"), parse_constant=no_json)
+
+
+def test_what_is_sent_is_json_whatever_it_says():
+    """Numbers that JSON lacks are null, half a character is an escape; all of it is UTF-8."""
+    odd = {"a": [float("nan"), -float("inf"), 1.5], "b": "\ud800", "c": ("\u2028\r\n", "ü")}
+    told = {"a": [None, None, 1.5], "b": "\ud800", "c": ["\u2028\r\n", "ü"]}
+    assert decoded(written(odd)) == told
+    assert decoded(JsonResponse(odd).body) == told
+    data, _, rest = event(odd).partition(b"\n\n")
+    assert not rest
+    assert decoded(data.removeprefix(b"data: ")) == told
+    assert written({"a": "ü"}) == '{"a":"ü"}'.encode()
+
+
+def test_half_a_character_in_a_call_is_sent_as_an_escape():
+    """An escape within JSON within JSON; as a character it could not be sent at all."""
+    text = '{"name": "f", "arguments": {"x": "\\ud800"}}'
+    deltas, _ = message(["<tool_call>", text, "</tool_call>", ""])
+    (call,) = [call for delta in deltas for call in delta.tool_calls]
+    assert call["function"]["arguments"] == '{"x": "\\ud800"}'
+    assert decoded(written(call))["function"]["arguments"] == '{"x": "\\ud800"}'
 
 
 def test_a_call_that_is_cut_off_gets_no_marker_that_was_not_written():

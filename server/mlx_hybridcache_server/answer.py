@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
@@ -18,10 +17,12 @@ from .choices import Choice
 from .errors import as_api_error
 from .listen import Piece, Progress
 from .merge import merged
+from .quiet import CLIENTS
 from .replies import Count, Envelope, usage
 from .serving import Run, Serving
+from .wire import event
 
-log = logging.getLogger("mlx_hybridcache.server")
+log = logging.getLogger(CLIENTS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +40,7 @@ class Answer:
         async with aclosing(self._pieces()) as pieces:
             async for run, item in pieces:
                 if not isinstance(item, Progress):
-                    by_run[run].take(item)
+                    await by_run[run].take(item)
         choices = [choice.whole() for choice in by_run.values()]
         body = self.envelope.around(choices, usage=self._usage(), timings=self._timings())
         log.debug("Reply: %s", body)
@@ -61,7 +62,7 @@ class Answer:
             failure = as_api_error(error)
             if failure.status_code == 500:
                 log.exception("A stream failed.")
-            yield _event(failure.body())
+            yield event(failure.body())
         yield format_sse_event(data_str="[DONE]")
 
     async def _chunks(self) -> AsyncGenerator[bytes]:
@@ -72,14 +73,14 @@ class Answer:
                 if isinstance(item, Progress):
                     yield format_sse_event(comment=f"keepalive {item.read}/{item.total}")
                     continue
-                chunk = by_run[run].take(item)
+                chunk = await by_run[run].take(item)
                 if chunk is None:
                     continue
                 is_last = item.finish is not None and not self.wants_usage
                 timings = {"timings": run.timings()} if is_last else {}
-                yield _event(self.envelope.around([chunk], **more, **timings))
+                yield event(self.envelope.around([chunk], **more, **timings))
         if self.wants_usage:
-            yield _event(self.envelope.around([], usage=self._usage(), timings=self._timings()))
+            yield event(self.envelope.around([], usage=self._usage(), timings=self._timings()))
 
     def _pieces(self) -> AsyncGenerator[tuple[Run, Piece | Progress]]:
         return merged([choice.run for group in self.groups for choice in group])
@@ -121,7 +122,3 @@ class EventStream(StreamingResponse):
                 await super().__call__(scope, receive, send)
         finally:
             self._close()
-
-
-def _event(body: dict[str, Any]) -> bytes:
-    return format_sse_event(data_str=json.dumps(body, ensure_ascii=False, separators=(",", ":")))

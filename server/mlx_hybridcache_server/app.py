@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mlx_hybridcache import HybridCacheError
@@ -22,11 +22,13 @@ from .bodies import Bodies
 from .errors import as_api_error, refuse
 from .gate import LOOPBACK_ORIGINS, Gate
 from .metrics import Metrics
+from .quiet import CLIENTS
 from .routes import router
 from .schema import FIELDS
 from .serving import Serving
+from .wire import JsonResponse
 
-log = logging.getLogger("mlx_hybridcache.server")
+log = logging.getLogger(CLIENTS)
 
 STALLED_SECONDS = 60
 
@@ -65,6 +67,7 @@ def build_app(serving: Serving) -> FastAPI:
         description=purpose or "",
         docs_url=None,  # its page would fetch scripts from elsewhere; /openapi.json is served
         redoc_url=None,
+        default_response_class=JsonResponse,
     )
     app.state.serving = serving
     app.include_router(router, responses=ERRORS)
@@ -72,8 +75,10 @@ def build_app(serving: Serving) -> FastAPI:
     app.add_exception_handler(HybridCacheError, _failed)
     app.add_exception_handler(RequestValidationError, _invalid)
     origins = serving.settings.allowed_origins
-    # The last one added is the first one asked.
-    app.add_middleware(_Outermost)
+    # The last one added is the first one asked. An answer from within `_Cors` can be read by a page;
+    # what fails outside of it is answered too.
+    app.add_middleware(_Options)
+    app.add_middleware(_Answered)
     app.add_middleware(
         _Cors,
         allow_origins=list(origins),
@@ -84,6 +89,7 @@ def build_app(serving: Serving) -> FastAPI:
     app.add_middleware(_AsJson)
     app.add_middleware(Bodies, settings=serving.settings)
     app.add_middleware(Gate, settings=serving.settings)
+    app.add_middleware(_Answered)
     app.add_middleware(_Counted, metrics=serving.metrics)
     return app
 
@@ -91,7 +97,7 @@ def build_app(serving: Serving) -> FastAPI:
 async def _failed(request: Request, error: Exception) -> Response:
     failure = as_api_error(error)
     headers = getattr(error, "headers", None)
-    return JSONResponse(failure.body(), failure.status_code, headers=headers)
+    return JsonResponse(failure.body(), failure.status_code, headers=headers)
 
 
 async def _invalid(request: Request, error: Exception) -> Response:
@@ -100,7 +106,7 @@ async def _invalid(request: Request, error: Exception) -> Response:
     shown = list(dict.fromkeys(f"{where}: {what}" if where else what for where, what in mistakes))
     more = f"; and {len(shown) - MOST_MISTAKES} more" if len(shown) > MOST_MISTAKES else ""
     failure = refuse("; ".join(shown[:MOST_MISTAKES]) + more + ".", mistakes[0][0] or None)
-    return JSONResponse(failure.body(), failure.status_code)
+    return JsonResponse(failure.body(), failure.status_code)
 
 
 def _mistake(found: dict[str, object]) -> tuple[str, str]:
@@ -111,10 +117,6 @@ def _mistake(found: dict[str, object]) -> tuple[str, str]:
         for part in (place[1:] if isinstance(place, tuple) else ())
         if isinstance(part, int) or part in FIELDS
     ]
-    if found.get("type") == "json_invalid":
-        context = found.get("ctx")
-        why = context.get("error", "") if isinstance(context, dict) else ""
-        return "", f"The body is not valid JSON: {why}"
     if not parts and found.get("type") in ("model_attributes_type", "dict_type"):
         return "", "The body must be a JSON object"
     if found.get("type") == "missing" and not parts:
@@ -122,8 +124,21 @@ def _mistake(found: dict[str, object]) -> tuple[str, str]:
     return ".".join(parts), str(found.get("msg", "")).removeprefix("Value error, ")
 
 
-class _Outermost:
-    """Answers OPTIONS for every path, and what nobody expected with an error a client can read.
+class _Options:
+    """Answers OPTIONS for every path."""
+
+    def __init__(self, app: ASGIApp):
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] == "OPTIONS":
+            await Response(status_code=204, headers={"Allow": METHODS})(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+
+class _Answered:
+    """Answers what nobody expected with an error a client can read.
 
     A client that takes nothing for a minute loses its reply, and its place with it.
     Starlette's own last resort raises again behind its answer, which costs the client its connection.
@@ -133,9 +148,6 @@ class _Outermost:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["method"] == "OPTIONS":
-            await Response(status_code=204, headers={"Allow": METHODS})(scope, receive, send)
-            return
         has_begun = False
 
         async def noted(message: Message) -> None:
@@ -153,7 +165,7 @@ class _Outermost:
                 raise
             log.exception("A request failed.")
             failure = as_api_error(error)
-            response = JSONResponse(failure.body(), failure.status_code)
+            response = JsonResponse(failure.body(), failure.status_code)
             await response(scope, receive, send)
 
 

@@ -14,6 +14,9 @@ from .schema import ChatBody, CompletionBody, GenerationBody
 from .serving import Ask
 from .settings import Settings
 
+MOST_DIGITS = 19
+"""Of a token id, leading zeros included."""
+
 
 def check(body: GenerationBody, settings: Settings) -> None:
     """Refuse, before any work, what this server cannot do. Raises `ApiError` 400."""
@@ -97,13 +100,18 @@ def _sampling(body: GenerationBody, settings: Settings, vocabulary: int) -> Samp
 def _bias(bias: dict[str, float], vocabulary: int) -> tuple[tuple[int, float], ...]:
     found = []
     for key, value in bias.items():
-        if not (key.isascii() and key.isdigit() and int(key) < vocabulary):
+        if not (_is_number(key) and int(key) < vocabulary):
             raise refuse(
                 f"logit_bias names {key!r}; this model's token ids are 0 to {vocabulary - 1}.",
                 "logit_bias",
             )
         found.append((int(key), value))
     return tuple(found)
+
+
+def _is_number(key: str) -> bool:
+    """Whether `key` is an id at all. Python reads `²` as a digit, and no number of 5,000 of them."""
+    return key.isascii() and key.isdigit() and len(key) <= MOST_DIGITS
 
 
 def _drafting(body: GenerationBody, settings: Settings, loaded: Loaded) -> dict[str, Any]:

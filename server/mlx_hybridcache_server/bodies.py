@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 
 from starlette.datastructures import Headers
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mlx_hybridcache.pressure import give_back
 
 from .errors import RETRY_SECONDS, ApiError
 from .settings import Settings
+from .wire import JsonResponse
 
 TOGETHER = 4
 """Bodies of the largest size that are held at once, however many smaller ones that makes."""
@@ -44,7 +44,7 @@ class Bodies:
         announced = _announced(Headers(scope=scope))
         refused = self._refusal(announced, announced)
         if refused is not None:
-            response = JSONResponse(refused.body(), refused.status_code, refused.headers)
+            response = JsonResponse(refused.body(), refused.status_code, refused.headers)
             await response(scope, receive, send)
             return
         seen = 0

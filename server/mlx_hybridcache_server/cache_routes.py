@@ -23,8 +23,9 @@ from .record import Served
 from .schema import Conversation, PrefixBody
 from .serving import Serving
 from .warming import Warming
+from .wire import JsonRoute
 
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
 
 
 def serving_of(request: Request) -> Serving:

@@ -14,7 +14,7 @@ class Choice(Protocol):
 
     run: Run
 
-    def take(self, piece: Piece) -> dict[str, Any] | None:
+    async def take(self, piece: Piece) -> dict[str, Any] | None:
         """The chunk that `piece` completes, if any."""
         ...
 
@@ -37,8 +37,8 @@ class ChatChoice:
         self._sent_role = False
         self._finish: str | None = None
 
-    def take(self, piece: Piece) -> dict[str, Any] | None:
-        delta = self._message.take(piece)
+    async def take(self, piece: Piece) -> dict[str, Any] | None:
+        delta = await self._message.take(piece)
         self._said.add(delta)
         if piece.logprob is not None:
             self._entries.append(self._names.entry(piece.logprob))
@@ -83,7 +83,7 @@ class TextChoice:
         self._offset = 0
         self._finish: str | None = None
 
-    def take(self, piece: Piece) -> dict[str, Any] | None:
+    async def take(self, piece: Piece) -> dict[str, Any] | None:
         said = "".join(text for _, text in piece.spans)
         self._text += said
         self._pending += said

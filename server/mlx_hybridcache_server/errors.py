@@ -18,6 +18,9 @@ from mlx_hybridcache.errors import (
 RETRY_SECONDS = 5
 """What a client is told to wait for whom there is no room."""
 
+MOST_SAID = 2000
+"""Characters of a message: it may quote what a client sent, which may be megabytes."""
+
 
 class ApiError(HTTPException):
     """A request that is refused or failed: an HTTP status and OpenAI's error object."""
@@ -31,7 +34,8 @@ class ApiError(HTTPException):
         code: str | None = None,
         headers: dict[str, str] | None = None,
     ):
-        super().__init__(status, message, headers)
+        shown = message if len(message) <= MOST_SAID else f"{message[:MOST_SAID]}..."
+        super().__init__(status, shown, headers)
         self.param, self.code = param, code
 
     def body(self) -> dict[str, Any]:

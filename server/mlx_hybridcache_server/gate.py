@@ -7,14 +7,14 @@ import ipaddress
 import re
 import socket
 from collections.abc import Iterable
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from starlette.datastructures import Headers
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from .errors import ApiError
 from .settings import Settings
+from .wire import JsonResponse
 
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 LOOPBACK_ORIGINS = r"https?://(localhost|127(\.\d+){3}|\[::1\])(:\d+)?"
@@ -46,7 +46,7 @@ class Gate:
         refused = self._refusal(scope, headers)
         if refused is not None:
             extra = {"WWW-Authenticate": "Bearer"} if refused.status_code == 401 else None
-            await JSONResponse(refused.body(), refused.status_code, extra)(scope, receive, send)
+            await JsonResponse(refused.body(), refused.status_code, extra)(scope, receive, send)
             return
         await self._app(scope, receive, send)
 
@@ -75,13 +75,13 @@ class Gate:
     def _knows_host(self, host: str) -> bool:
         if self._any_origin:
             return True
-        name = (urlsplit(f"//{host}").hostname or "").lower()
+        name = _parts(f"//{host}").hostname or ""
         return name in self._hosts or ("*" in self._hosts and _is_address(name))
 
     def _knows_origin(self, origin: str, host: str) -> bool:
         if self._any_origin or origin in self._origins:
             return True
-        if urlsplit(origin).netloc.lower() == host.lower():  # our own page, by a name that is ours
+        if _parts(origin).netloc.lower() == host.lower():  # our own page, by a name that is ours
             return True
         return not self._origins and re.fullmatch(LOOPBACK_ORIGINS, origin) is not None
 
@@ -103,12 +103,20 @@ class Gate:
 
 def _own_names(host: str, origins: Iterable[str]) -> frozenset[str]:
     """The names under which this server is asked for; `*` stands for any address."""
-    names = set(LOOPBACK_NAMES) | {urlsplit(origin).hostname or "" for origin in origins}
+    names = set(LOOPBACK_NAMES) | {name for o in origins if (name := _parts(o).hostname)}
     names.add(host.lower())
     if not (_is_address(host) and ipaddress.ip_address(host).is_loopback) and host != "localhost":
         own = socket.gethostname().lower()
         names |= {"*", own, own.split(".")[0], f"{own.split('.')[0]}.local"}
     return frozenset(names)
+
+
+def _parts(url: str) -> SplitResult:
+    """The parts of `url`, all empty for what is none, as `http://[`: no name of ours, and no error."""
+    try:
+        return urlsplit(url)
+    except ValueError:
+        return urlsplit("")
 
 
 def _is_address(name: str) -> bool:

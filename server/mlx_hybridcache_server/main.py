@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import signal
 import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import FrameType
+from typing import cast
 
 import mlx.core as mx
 import uvicorn
@@ -17,7 +20,9 @@ from mlx_hybridcache import HybridCacheError
 from mlx_hybridcache.errors import SettingError
 
 from .app import build_app
+from .connections import Connection, Crowd, room
 from .models import load
+from .quiet import say_once
 from .record import Recorder
 from .serving import Serving
 from .settings import Settings, build_parser, read_settings
@@ -30,6 +35,13 @@ SHUTDOWN_SECONDS = 10
 KEEP_ALIVE_SECONDS = 75
 """An agent thinks, or its user does, between two requests on one connection."""
 
+ACCEPTED_AT_ONCE = 128
+"""Connections that asyncio opens before it looks at the first of them; uvicorn's 2,048 are more files
+than a process may have."""
+
+WAITING_TO_BE_ACCEPTED = 2048
+"""Connections that the system keeps for the next turn."""
+
 
 def main(argv: list[str] | None, prog: str) -> int:
     """Serve until a signal comes. 0: stopped; 2: could not start, with one line that says why."""
@@ -41,6 +53,7 @@ def main(argv: list[str] | None, prog: str) -> int:
         )
         for chatty in ("httpx", "httpx2", "httpcore", "asyncio", "urllib3", "filelock"):
             logging.getLogger(chatty).setLevel(logging.WARNING)
+        say_once()
         _say_what_differs(settings, argv or sys.argv[1:])
         # Both before minutes of loading, not after.
         with _bound(settings) as listening, _recording(settings) as recorder:
@@ -61,8 +74,13 @@ class _Server(uvicorn.Server):
     """uvicorn, which on a signal also ends the replies that it would wait for."""
 
     def __init__(self, serving: Serving, settings: Settings):
+        crowd = Crowd(room(settings.decode_concurrency + settings.max_queue))
         config = uvicorn.Config(
             build_app(serving),
+            http=cast("type[asyncio.Protocol]", partial(Connection, crowd=crowd)),
+            ws="none",
+            loop="asyncio",
+            backlog=ACCEPTED_AT_ONCE,
             log_config=None,
             access_log=False,
             lifespan="off",
@@ -84,6 +102,7 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         for each in sockets or ():
+            each.listen(WAITING_TO_BE_ACCEPTED)
             log.info("Listening on %s:%d", self._where, each.getsockname()[1])
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import platform
 import secrets
@@ -14,6 +13,7 @@ from itertools import accumulate
 from typing import Any
 
 from .adapter import NORMAL, REASONING, TOOL
+from .calls import read
 from .listen import Piece, TokenLogprob
 
 LEAST = -9999.0
@@ -71,30 +71,20 @@ class ToolFormat:
     parse: Callable[[str, Any], Any] | None
     tools: list[dict[str, Any]] | None
 
-    def calls(self, text: str, first_index: int) -> list[dict[str, Any]] | None:
-        """OpenAI's calls, or None when `text` is no call: then it is text."""
-        if self.parse is None:
+    async def calls(self, text: str, first_index: int) -> list[dict[str, Any]] | None:
+        """OpenAI's calls, or None when `text` is no call, or none that JSON has: then it is text."""
+        found = await read(self.parse, text, self.tools) if self.parse is not None else None
+        if found is None:
             return None
-        try:
-            parsed = self.parse(text, self.tools)
-            parsed = parsed if isinstance(parsed, list) else [parsed]
-            return [_call(one, first_index + i) for i, one in enumerate(parsed)] or None
-        except Exception:  # parsers raise whatever they trip over
-            return None
-
-
-def _call(parsed: dict[str, Any], index: int) -> dict[str, Any]:
-    name, arguments = parsed["name"], parsed.get("arguments", {})
-    if not isinstance(name, str):
-        raise TypeError("a name is text")
-    if not isinstance(arguments, str):
-        arguments = json.dumps(arguments, ensure_ascii=False)
-    return {
-        "index": index,
-        "id": parsed.get("id") or f"call_{secrets.token_hex(12)}",
-        "type": "function",
-        "function": {"name": name, "arguments": arguments},
-    }
+        return [
+            {
+                "index": first_index + at,
+                "id": call["id"] or f"call_{secrets.token_hex(12)}",
+                "type": "function",
+                "function": {"name": call["name"], "arguments": call["arguments"]},
+            }
+            for at, call in enumerate(found)
+        ]
 
 
 class ChatMessage:
@@ -103,24 +93,25 @@ class ChatMessage:
     def __init__(self, tools: ToolFormat | None):
         self._tools = tools
         self._blank = ""  # white space that is content only if more than a call follows
-        self._call: str | None = None
+        self._call: list[str] | None = None
         self._calls = 0
         self._has_content = False
 
-    def take(self, piece: Piece) -> Delta:
+    async def take(self, piece: Piece) -> Delta:
         """What `piece` adds."""
         delta = Delta()
         for state, text in piece.spans:
             if state == TOOL:
-                self._call = (self._call or "") + text
+                self._call = self._call if self._call is not None else []
+                self._call.append(text)
                 continue
-            self._close_call(delta, is_whole=True)
+            await self._close_call(delta, is_whole=True)
             if state == REASONING:
                 delta.reasoning += text
             elif state == NORMAL:
                 self._write(delta, text)
         if piece.finish is not None:
-            self._close_call(delta, is_whole=False)
+            await self._close_call(delta, is_whole=False)
             if self._blank and not self._calls:
                 delta.content += self._blank
         return delta
@@ -135,12 +126,12 @@ class ChatMessage:
             self._has_content = True
             delta.content, self._blank = delta.content + self._blank, ""
 
-    def _close_call(self, delta: Delta, *, is_whole: bool) -> None:
+    async def _close_call(self, delta: Delta, *, is_whole: bool) -> None:
         if self._call is None:
             return
-        text, self._call = self._call, None
+        text, self._call = "".join(self._call), None
         assert self._tools is not None, "without a format for calls there is no state for them"
-        calls = self._tools.calls(text, self._calls)
+        calls = await self._tools.calls(text, self._calls)
         if calls is None:  # nothing that a model wrote may vanish
             self._write(delta, f"{self._tools.start}{text}{self._tools.end * is_whole}")
             return

@@ -12,7 +12,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import PlainTextResponse, Response
 
 from . import cache_routes, models
 from .admission import Places
@@ -30,10 +30,11 @@ from .replies import ChatMessage, Envelope
 from .schema import ChatBody, CompletionBody, GenerationBody, WatchBody
 from .serving import Run, Serving
 from .watch import admit_watcher, watch
+from .wire import JsonResponse, JsonRoute
 
 log = logging.getLogger("mlx_hybridcache.server")
 
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
 router.include_router(cache_routes.router)
 STARTED = int(time.time())
 STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
@@ -69,7 +70,7 @@ async def _answered(body: GenerationBody, request: Request, replies: int, begin:
         answer = await unless_gone(request, serving, beginning)
         if body.stream:
             return EventStream(answer.events(), held.pop_all().close)
-        return JSONResponse(await unless_gone(request, serving, answer.whole()))
+        return JsonResponse(await unless_gone(request, serving, answer.whole()))
 
 
 async def _chat(body: ChatBody, serving: Serving, places: Places, weight: int) -> Answer:
@@ -152,8 +153,8 @@ def _text_of(prompt: str | list[int], loaded: Loaded) -> str:
 async def health(request: Request) -> Response:
     """Whether requests can be served."""
     if serving_of(request).is_alive:
-        return JSONResponse({"status": "ok"})
-    return JSONResponse({"status": "unavailable"}, 503)
+        return JsonResponse({"status": "ok"})
+    return JsonResponse({"status": "unavailable"}, 503)
 
 
 @router.get("/v1/models", response_model=None)

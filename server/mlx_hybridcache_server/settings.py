@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from mlx_lm.generate import DEFAULT_QUANTIZED_KV_START
 
@@ -106,7 +107,7 @@ def _add_mlx_lm_flags(parser: argparse.ArgumentParser) -> None:
     add("--port", type=_number(int, 0, 65535), default=8080, help="port (%(default)s)")
     add(
         "--allowed-origins",
-        type=lambda text: text.split(","),
+        type=_origins,
         help="origins, separated by commas, whose pages may call; * for all (default: this machine's)",
     )
     add("--draft-model", help="model for speculative decoding; requests are served uncached")
@@ -226,10 +227,22 @@ def read_settings(parser: argparse.ArgumentParser, argv: list[str] | None) -> Se
     return Settings(**own_names, **{name: getattr(args, name) for name in same_names})
 
 
+def _origins(text: str) -> list[str]:
+    origins = text.split(",")
+    for origin in origins:
+        try:
+            urlsplit(origin)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(
+                f"{origin!r} is no origin, such as https://example.org: {error}."
+            ) from error
+    return origins
+
+
 def _number(kind: Callable[[str], Any], low: float, high: float | None = None) -> Any:
     def number(text: str) -> Any:
         value = kind(text)
-        if not low <= value or (high is not None and value > high):
+        if not low <= value < float("inf") or (high is not None and value > high):
             bounds = f"at least {low}" if high is None else f"from {low} to {high}"
             raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {bounds}.")
         return value
@@ -249,7 +262,8 @@ def _mebibytes(text: str) -> int | None:
     """llama.cpp's own reading: a bare number is MiB, and -1 sets no limit of its own."""
     if text == "-1":
         return None
-    return int(text) * 2**20 if text.isdigit() else _size(text)
+    is_bare = text.isascii() and text.isdigit()
+    return int(text) * 2**20 if is_bare else _size(text)
 
 
 def _template_args(text: str) -> dict[str, Any]:

@@ -6,7 +6,6 @@ All of it comes from what the worker has published; nothing here asks the worker
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
@@ -23,6 +22,7 @@ from .figures import figures, running
 from .forest import Forest, Place, Run, Shelf, Start
 from .schema import WatchBody
 from .serving import Serving
+from .wire import event
 
 INTERVAL_SECONDS = 1.0
 """Between two events at least."""
@@ -54,7 +54,7 @@ async def watch(serving: Serving, body: WatchBody) -> AsyncGenerator[bytes]:
         update = watcher.update()
         if update:
             quiet_since = time.monotonic()
-            yield _event({"time": time.time(), **update})
+            yield event({"time": time.time(), **update})
         elif time.monotonic() - quiet_since >= KEEP_ALIVE_SECONDS:
             quiet_since = time.monotonic()
             yield format_sse_event(comment="keepalive")
@@ -236,7 +236,3 @@ def _told_place(place: Place) -> list[Any]:
         place.is_pinned,
         place.used_at,
     ]
-
-
-def _event(body: dict[str, Any]) -> bytes:
-    return format_sse_event(data_str=json.dumps(body, ensure_ascii=False, separators=(",", ":")))
