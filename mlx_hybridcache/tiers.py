@@ -26,10 +26,10 @@ from .borrowing import is_borrowing
 from .budget import Holders
 from .checkpoint import Checkpoint
 from .disk.catalogue import Catalogue, Lacking, parts_of, state_of
+from .disk.chains import Chains, Difference
 from .disk.directory import Directory
-from .disk.index import Entry
 from .disk.segment import NameTakenError, Segment
-from .disk.thread import DiskThread, Transfer
+from .disk.thread import Change, DiskThread, Transfer
 from .errors import BudgetError, SettingError
 from .found import Found
 from .layers.adapt import Layout
@@ -55,6 +55,9 @@ MOST_BYTES = 100 * 10**9
 
 MOST_UNWRITTEN = 4096
 """Checkpoints on a waiting list that is then rid of those that memory has let go of."""
+
+PIECE = 32
+"""Files or positions that are taken over in one go when another process changed the directory."""
 
 FULL = {errno.ENOSPC, errno.EDQUOT}
 """Errors that say that the directory holds all that it can."""
@@ -145,6 +148,8 @@ class DiskTier:
     )
     _cleared: set[tuple[str, str]] = field(default_factory=set, init=False)
     _taken: set[tuple[str, str]] = field(default_factory=set, init=False)
+    _coming: deque[Difference] = field(default_factory=deque, init=False)
+    _is_behind: bool = field(default=False, init=False)
     _newer_bytes: int = field(default=0, init=False)
     _rest_until: float = field(default=0.0, init=False)
     _written_bytes: int = field(default=0, init=False)
@@ -199,8 +204,12 @@ class DiskTier:
         shapes = Shapes.of(layout, model)
         tier = cls(thread, catalogue, store, lent, layout, shapes, step, name)
         catalogue.on_unneeded(tier.delete)
-        thread.watch(tier.changed)
-        tier.load(entries)
+        chains = Chains()
+        difference = chains.change(entries)
+        thread.watch(chains, tier.changed)
+        tier._leave_room()
+        for useless in [*catalogue.take(difference), *chains.orphans()]:
+            tier.delete(useless)
         tier.publish(None)
         log.info(
             "%s holds %d checkpoints in %s (%s).",
@@ -491,27 +500,48 @@ class DiskTier:
         """One request has come."""
         self.catalogue.store.tick()
 
-    def changed(self, entries: list[Entry]) -> None:
-        """Another process changed the directory, or left it to this one."""
-        names = {entry.segment.name for entry in entries}
-        gone = [one for one in self.catalogue.segments() if one.name not in names]
-        for segment in gone:
-            self.catalogue.forget(segment)
-        self.load(entries)
-        if gone or self._taken:  # what memory has is due again, perhaps to a directory made anew
+    def changed(self, change: Change) -> None:
+        """Another process changed the directory, or left it to this one.
+
+        What is to be done about it was put together by the disk thread, and is done a piece at a time.
+        """
+        difference = change.difference
+        if change.names is not None:  # of all that is there, what is not known yet
+            catalogue = self.catalogue
+            gone = [one for one in catalogue.segments() if one.name not in change.names]
+            come = [each for each in difference.come if catalogue.lacks(each)]
+            difference = replace(difference, gone=tuple(gone), come=tuple(come))
+        self._is_behind |= bool(difference.gone) or self.thread.directory.is_writer
+        is_idle = not self._coming
+        self._coming += difference.pieces(PIECE)
+        if is_idle:
+            self._take_some()
+
+    def _take_some(self) -> None:
+        """The next piece of what came and went; between two of them requests have their turns."""
+        if self._coming:
+            for useless in self.catalogue.take(self._coming.popleft()):
+                self.delete(useless)
+        if self._coming:
+            self.thread.later(self._take_some)
+            return
+        self._leave_room()
+        if self._is_behind and self.thread.directory.is_writer or self._taken:
+            # What memory has is due again, perhaps to a directory made anew.
+            self._is_behind = False
             self._taken.clear()
             self._unwritten |= dict(self.store.restoring())
         self.write()
         self.publish(wall_clock())
 
-    def load(self, entries: list[Entry]) -> None:
-        """Know what the directory holds. What a newer version has there leaves less room."""
-        store = self.catalogue.store
-        store.budget_bytes += self._newer_bytes
-        self._newer_bytes = min(self.thread.directory.newer_bytes, store.budget_bytes)
-        store.budget_bytes -= self._newer_bytes
-        for segment in self.catalogue.load(entries):
-            self.delete(segment)
+    def _leave_room(self) -> None:
+        """What a newer version has in the directory leaves less room."""
+        store, newer = self.catalogue.store, self.thread.directory.newer_bytes
+        if newer != self._newer_bytes:
+            store.budget_bytes += self._newer_bytes
+            self._newer_bytes = min(newer, store.budget_bytes)
+            store.budget_bytes -= self._newer_bytes
+            self.catalogue.keep_budget()
 
     def pin(self, namespace: Namespace, tokens: Tokens, *, is_pinned: bool) -> None:
         """Keep the files of a checkpoint that is pinned in memory, or no longer."""
@@ -545,6 +575,8 @@ class DiskTier:
         What is being written is deleted right behind its writing: nothing of this process need be
         left by then to ask for it.
         """
+        while self._coming:  # it is there, so it is to be deleted too
+            self._take_some()
         self._unwritten.clear()
         self._borrowing.clear()
         self._taken.clear()

@@ -114,9 +114,7 @@ class Catalogue:
             return rows
         return [*rows, Lacking("state", end, end, keys[-1], keys[-1])]
 
-    def _keys(
-        self, found: Found, namespace: str, tokens: Tokens, ends: Sequence[int]
-    ) -> list[str]:
+    def _keys(self, found: Found, namespace: str, tokens: Tokens, ends: Sequence[int]) -> list[str]:
         """The keys of `[0, end)` for ascending ends. What was found is not read again for them."""
         digest, at = PrefixDigest(namespace), min(found.match.matched, ends[0])
         if (link := self._link_at(found.nodes(), at)) is not None:
@@ -182,8 +180,7 @@ class Catalogue:
         for entry, link in difference.noted:
             self._remember(self._at(link), entry)
         self.store.budget_bytes = budget
-        if not self.store.has_room(0):
-            self._keep_budget()
+        self.keep_budget()
         return [*useless, *difference.orphans]
 
     def _take(self, stretch: Stretch, standing: dict[Place, Node]) -> list[Segment]:
@@ -255,7 +252,7 @@ class Catalogue:
         """The node that ends where a link does."""
         return self._node(link.segment.namespace, link.tokens())
 
-    def _keep_budget(self) -> None:
+    def keep_budget(self) -> None:
         """Let go what is over the budget; pins too where they alone are, the oldest first."""
         pinned: list[Node] | None = None
         while True:

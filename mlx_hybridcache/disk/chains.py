@@ -184,11 +184,14 @@ class Chains:
         waiting = sorted(
             self._unlinked.items(), key=lambda item: (item[1].segment.kind, item[1].segment.start)
         )  # rows before what goes on from them, and before states
-        known = {(entry.segment.namespace, entry.segment.key) for _, entry in waiting if _has_rows(entry)}
+        known = {
+            (entry.segment.namespace, entry.segment.key) for _, entry in waiting if _has_rows(entry)
+        }
         inside = {
             name: (place, at)
             for name, entry in waiting
-            if (place := _begins(entry)[0]) not in known and place not in self._known
+            if (place := _begins(entry)[0]) not in known
+            and place not in self._known
             and (at := _begins(entry)[1])
         }
         if fresh := {name: inside[name] for name in new if name in inside}:
