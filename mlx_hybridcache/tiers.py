@@ -40,6 +40,7 @@ from .store import Store
 from .tokens import Namespace, Tokens
 from .transfer import Freight, Landing, Shapes, rows_freight, state_freight
 from .tree import Held, Node, common_length
+from .waiting import Waiting
 from .worker import PAUSE, Job, Pause
 
 log = logging.getLogger("mlx_hybridcache")
@@ -55,6 +56,9 @@ MOST_BYTES = 100 * 10**9
 
 MOST_UNWRITTEN = 4096
 """Checkpoints on a waiting list that is then rid of those that memory has let go of."""
+
+LOOKS = 16
+"""Checkpoints that are looked at in one go to find what they lack."""
 
 PIECE = 32
 """Files or positions that are taken over in one go when another process changed the directory."""
@@ -140,8 +144,10 @@ class DiskTier:
     shapes: Shapes
     step: int
     model: str = ""
-    _unwritten: dict[Node, Namespace] = field(default_factory=dict, init=False)
+    _unwritten: Waiting = field(init=False)
     _borrowing: dict[Node, Namespace] = field(default_factory=dict, init=False)
+    _clearing: dict[Node, Namespace] = field(default_factory=dict, init=False)
+    _is_looking: bool = field(default=False, init=False)
     _current: _Writing | None = field(default=None, init=False)
     _in_flight: dict[tuple[str, str], tuple[Segment, _Writing]] = field(
         default_factory=dict, init=False
@@ -162,6 +168,7 @@ class DiskTier:
     """The directory's trees, by what files call a namespace: any thread may look at them."""
 
     def __post_init__(self) -> None:
+        self._unwritten = Waiting(self._is_there, MOST_UNWRITTEN)
         self.publish(None)
 
     def publish(self, now: float | None) -> None:
@@ -231,14 +238,12 @@ class DiskTier:
 
     def offer(self, namespace: Namespace, node: Node) -> None:
         """A checkpoint, or the rows of a model that needs none, is in memory; write it in time."""
-        if len(self._unwritten) > MOST_UNWRITTEN:
-            self._unwritten = {n: name for n, name in self._unwritten.items() if self._is_there(n)}
-        self._unwritten[node] = namespace
+        self._unwritten.add(node, namespace)
         self._write_behind()
 
     def owned(self) -> None:
         """Rows that lay in a running request's caches are the store's: what waited for them is due."""
-        self._unwritten |= self._borrowing
+        self._unwritten.update(self._borrowing.items())
         self._borrowing.clear()
         self._write_behind()
 
@@ -252,12 +257,28 @@ class DiskTier:
     def write(self) -> None:
         """Hand over what the queue has room for, the most useful first."""
         most = self.store.budget_bytes // QUEUE_SHARE
+        looks = 0
         while self.may_write and (self._queued == 0 or self._queued < most):
             if self._current is None:
+                if not self._unwritten:
+                    return None
+                if looks == LOOKS:
+                    return self._look_later()
+                looks += 1
                 self._current = self._next()
-            if self._current is None:
-                return
-            self._hand_over(self._current)
+            if self._current is not None:
+                self._hand_over(self._current)
+
+    def _look_later(self) -> None:
+        """Much of what is due is there already: others have their turns before more is looked at."""
+
+        def look() -> None:
+            self._is_looking = False
+            self._write_behind()
+
+        if not self._is_looking:
+            self._is_looking = True
+            self.thread.later(look)
 
     @property
     def may_write(self) -> bool:
@@ -267,12 +288,14 @@ class DiskTier:
     def is_writing(self) -> bool:
         """Whether something is being written, or will be without waiting for anything."""
         self.write()
-        return bool(self._in_flight)
+        return bool(self._in_flight) or self._is_looking
 
     @property
     def is_written(self) -> bool:
         """Whether everything in memory is on disk too, as far as this process writes."""
-        left = self._in_flight or self._unwritten or self._borrowing or self._taken
+        left = (
+            self._in_flight or self._unwritten or self._borrowing or self._clearing or self._taken
+        )
         return not left and self._current is None
 
     @property
@@ -280,42 +303,34 @@ class DiskTier:
         return sum(segment.file_nbytes for segment, _ in self._in_flight.values())
 
     def _next(self) -> _Writing | None:
-        found, cleared = None, {}
-        while self._unwritten and found is None:
-            node = self._most_useful()
-            name = self._unwritten.pop(node)
-            namespace = digest(name)
-            if not self._is_there(node):
-                continue
-            if is_borrowing(node.path()):
-                self._borrowing[node] = name
-                continue
-            tokens = np.concatenate([part.tokens for part in node.path()])
-            lacking = self.catalogue.lacking(
-                namespace,
-                tokens,
-                state=self.store.needs_checkpoints,
-                step=self.step,
-                coming=[
-                    (segment, writing.tokens[: segment.end])
-                    for key, (segment, writing) in self._in_flight.items()
-                    if key not in self._cleared
-                ],
-            )
-            names = {one.name for one in lacking}
-            if names & self._taken:
-                continue  # it could not be restored without what cannot be written
-            if names & self._cleared:
-                cleared[node] = name
-                continue
-            left = deque(one for one in lacking if one.name not in self._in_flight)
-            if left:
-                found = _Writing(node, name, namespace, tokens, left)
-        self._unwritten |= cleared  # due again when what was cleared is gone
-        return found
-
-    def _most_useful(self) -> Node:
-        return max(self._unwritten, key=lambda node: (node.is_end, node.last_used, node.end))
+        """What the next checkpoint lacks; None if it lacks nothing, or must wait."""
+        if (due := self._unwritten.pop()) is None:
+            return None
+        node, name = due
+        path = node.path()
+        if is_borrowing(path):
+            self._borrowing[node] = name
+            return None
+        namespace, tokens = digest(name), np.concatenate([part.tokens for part in path])
+        lacking = self.catalogue.lacking(
+            namespace,
+            tokens,
+            state=self.store.needs_checkpoints,
+            step=self.step,
+            coming=[
+                (segment, writing.tokens[: segment.end])
+                for key, (segment, writing) in self._in_flight.items()
+                if key not in self._cleared
+            ],
+        )
+        names = {one.name for one in lacking}
+        if names & self._taken:
+            return None  # it could not be restored without what cannot be written
+        if names & self._cleared:
+            self._clearing[node] = name
+            return None
+        left = deque(one for one in lacking if one.name not in self._in_flight)
+        return _Writing(node, name, namespace, tokens, left) if left else None
 
     def _is_there(self, node: Node) -> bool:
         has_state = node.checkpoint is not None or not self.store.needs_checkpoints
@@ -361,6 +376,8 @@ class DiskTier:
             claim.release()
             if lacking.name in self._cleared:
                 self._cleared.discard(lacking.name)  # the disk thread deletes it now
+                self._unwritten.update(self._clearing.items())
+                self._clearing.clear()
             elif transfer.error is None:
                 stands = self._wrote(segment, writing, tokens)
                 if stands and (node.pinned or was_pinned):  # it may have changed since
@@ -370,10 +387,10 @@ class DiskTier:
                     log.warning("Passed over %s", transfer.error)
                 self._taken.add(lacking.name)
                 if self._current is not None:  # it may go on from there
-                    self._unwritten.setdefault(self._current.node, self._current.name)
+                    self._unwritten.add(self._current.node, self._current.name)
                     self._current = None
             else:
-                self._unwritten.setdefault(node, writing.name)
+                self._unwritten.add(node, writing.name)
                 self._failed(transfer.error, is_told=transfer.is_told)
             self.write()
             self.publish(wall_clock())
@@ -397,7 +414,7 @@ class DiskTier:
             ):
                 return True
             # What leads to it went meanwhile and is written again, or all of it is there.
-            self._unwritten.setdefault(writing.node, writing.name)
+            self._unwritten.add(writing.node, writing.name)
         except BudgetError:  # nor is there room for it at once; not due until it is used again
             self._current = None if self._current is writing else self._current
         self.delete(segment)
@@ -408,7 +425,7 @@ class DiskTier:
         # What builds on the file that failed will not be found: all of it is due again.
         for writing in [self._current, *(each for _, each in self._in_flight.values())]:
             if writing is not None:
-                self._unwritten.setdefault(writing.node, writing.name)
+                self._unwritten.add(writing.node, writing.name)
         self._current = None
         self._rest_until = time.monotonic() + REST_SECONDS
         store = self.catalogue.store
@@ -493,6 +510,8 @@ class DiskTier:
         if not is_told:
             log.warning("Passed over %s: %s", segment.name, why)
         self.catalogue.forget(segment)
+        if not self.thread.directory.is_writer:  # it may be whole the next time
+            self.thread.change(Directory.look_at_all)
 
     # Keeping
 
@@ -526,11 +545,11 @@ class DiskTier:
             self.thread.later(self._take_some)
             return
         self._leave_room()
-        if self._is_behind and self.thread.directory.is_writer or self._taken:
+        if (self._is_behind and self.thread.directory.is_writer) or self._taken:
             # What memory has is due again, perhaps to a directory made anew.
             self._is_behind = False
             self._taken.clear()
-            self._unwritten |= dict(self.store.restoring())
+            self._unwritten.update(self.store.restoring())
         self.write()
         self.publish(wall_clock())
 
@@ -579,6 +598,7 @@ class DiskTier:
             self._take_some()
         self._unwritten.clear()
         self._borrowing.clear()
+        self._clearing.clear()
         self._taken.clear()
         self._current = None
         for key, (segment, _) in self._in_flight.items():
@@ -599,7 +619,7 @@ class DiskTier:
             files=self.catalogue.files,
             is_writer=self.thread.directory.is_writer,
             queued_bytes=self._queued,
-            unwritten=len(self._unwritten) + len(self._borrowing),
+            unwritten=len(self._unwritten) + len(self._borrowing) + len(self._clearing),
             written_bytes=self._written_bytes,
             read_bytes=self._read_bytes,
             rejected=self._rejected,

@@ -30,6 +30,7 @@ ORDER = [
     {"generate"},
     {"replay"},
     {"transfer"},
+    {"waiting"},
     {"disk"},
     {"loans"},
     {"store"},
@@ -61,6 +62,7 @@ ENTRY_POINTS = ORDER[0]
 WITHOUT_MLX = {
     "cache_command",
     "disk",
+    "waiting",
     "schedule",
     "turns",
     "budget",

@@ -358,7 +358,7 @@ class Catalogue:
     def forget(self, segment: Segment) -> None:
         """A file is damaged or gone: it goes, and what cannot be restored without it."""
         if segment not in self:
-            return
+            return None
         lead = self._files.leads[segment.name]
         runs = [lead.tokens()] if lead is not None else []
         path = self.store.find(

@@ -130,6 +130,10 @@ class Directory:
         self._seen = signature
         return noted
 
+    def look_at_all(self) -> None:
+        """The next news are to be of all files."""
+        self._number = None
+
     def _noted(self) -> News | None:
         """What the index was told since the last look, with a look at those files only."""
         index = Index.read_only(self.root / "index.sqlite")
