@@ -261,9 +261,10 @@ class DiskTier:
         while self.may_write and (self._queued == 0 or self._queued < most):
             if self._current is None:
                 if not self._unwritten:
-                    return None
+                    return
                 if looks == LOOKS:
-                    return self._look_later()
+                    self._look_later()
+                    return
                 looks += 1
                 self._current = self._next()
             if self._current is not None:

@@ -103,7 +103,8 @@ class Catalogue:
         start, end = _reach(found.match.matched, namespace, tokens, coming), len(tokens)
         ends = [*range(start - start % step + step, end, step), end] if start < end else []
         keys = self._keys(found, namespace, tokens, [start, *ends])
-        if any([self._take_back(key, tokens[:at]) for at, key in zip(ends, keys[1:], strict=True)]):
+        taken = [self._take_back(key, tokens[:at]) for at, key in zip(ends, keys[1:], strict=True)]
+        if any(taken):
             return self.lacking(namespace, tokens, state=state, step=step, coming=coming)
         bounds = list(zip([start, *ends], keys, strict=True))
         rows = [
@@ -270,10 +271,11 @@ class Catalogue:
 
     def _remember(self, node: Node | None, entry: Entry) -> None:
         """Its recency and its pin, from the index."""
-        if node is not None and node.checkpoint is not None:
-            if entry.segment.kind == "state" or isinstance(node.checkpoint, FileEnd):
-                node.last_used, node.pinned = entry.used, entry.pinned
-                node.touch()
+        stands = node.checkpoint if node is not None else None
+        is_its_own = isinstance(stands, FileState) == (entry.segment.kind == "state")
+        if node is not None and stands is not None and is_its_own:
+            node.last_used, node.pinned = entry.used, entry.pinned
+            node.touch()
         self.store.clock = max(self.store.clock, entry.used)
 
     def add(
@@ -358,7 +360,7 @@ class Catalogue:
     def forget(self, segment: Segment) -> None:
         """A file is damaged or gone: it goes, and what cannot be restored without it."""
         if segment not in self:
-            return None
+            return
         lead = self._files.leads[segment.name]
         runs = [lead.tokens()] if lead is not None else []
         path = self.store.find(
@@ -366,7 +368,8 @@ class Catalogue:
         ).nodes()
         for node in path:
             if any(payload.segment.name == segment.name for payload in payloads([node])):
-                return self.store.forget(node, rows=segment.kind == "rows")
+                self.store.forget(node, rows=segment.kind == "rows")
+                return
 
     def pin(self, namespace: str, tokens: Tokens, *, is_pinned: bool) -> list[str]:
         """Keep what restores `tokens` at their end whatever comes, or no longer; returns its files."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import bisect
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -236,54 +236,78 @@ class Chains:
 
     def _stretches(self, linked: Sequence[str]) -> tuple[Stretch, ...]:
         """What was linked just now, parents first, depth first."""
-        states: dict[Place, Entry] = {}
-        rows: dict[str, Link] = {}
-        for name in linked:
-            if _has_rows(self._entries[name]):
-                rows[name] = self._links[name]
-            else:
-                states[self._links[name].place] = self._entries[name]
-        going_on: dict[Place, list[Link]] = defaultdict(list)
-        for link in rows.values():
-            if link.above is not None:
-                going_on[link.above.place].append(link)
-        ends = {name: [link] for name, link in rows.items()}
-        for place in states.keys() | going_on.keys():
-            cut = self._known[place]
-            if cut.segment.name in rows and cut.end < cut.segment.end:
-                ends[cut.segment.name].append(cut)
-        tops = [x for x in rows.values() if x.above is None or x.above.segment.name not in rows]
+        comes = _Coming(self._entries, self._links, self._known, linked)
         found: list[Stretch] = []
-        for links in ends.values():
-            links.sort(key=lambda link: link.end, reverse=True)
-        waiting = [(x.above, ends[x.segment.name]) for x in reversed(tops)]
+        waiting = comes.tops()
         while waiting:
             lead, left = waiting.pop()
             parts: list[Link] = []
-            while True:
+            restores, stands, onward = False, None, [(lead, left)]
+            while stands is None and len(onward) == 1:
+                ((_, left),) = onward
                 link = left.pop()
                 parts.append(link)
-                # Taken out: another file may end here too, and what goes on from here comes once.
-                onward = [(link, ends[x.segment.name]) for x in going_on.pop(link.place, ())]
-                onward += [(link, left)] if left else []
-                stands = states.pop(link.place, None)
                 restores = not self._states[link.segment.namespace] and not left
-                if stands is None and not restores and len(onward) == 1:
-                    ((_, left),) = onward
-                    continue
-                break
-            if restores:
-                stands = self._entries[link.segment.name]
+                stands, onward = comes.at(link, left)
+                if restores:
+                    stands = self._entries[link.segment.name]
             used = [self._entries[part.segment.name].used for part in parts]
             used += [stands.used] if stands is not None else []
-            found.append(
-                Stretch(lead, link, tuple(parts), stands, restores, len(onward) > 1, max(used))
-            )
+            is_parting = len(onward) > 1
+            found.append(Stretch(lead, link, tuple(parts), stands, restores, is_parting, max(used)))
             waiting += reversed(onward)
-        for place, entry in states.items():  # their rows were there before
+        for place, entry in comes.states.items():  # their rows were there before
             link = self._known[place]
             found.append(Stretch(link, link, (), entry, False, False, entry.used))
         return _with_passed(found)
+
+
+class _Coming:
+    """What was linked just now, by where it begins: rows, each with where parts of it end, and states."""
+
+    def __init__(
+        self,
+        entries: Mapping[str, Entry],
+        links: Mapping[str, Link],
+        known: Mapping[Place, Link],
+        linked: Sequence[str],
+    ):
+        rows = {name: links[name] for name in linked if _has_rows(entries[name])}
+        self.states = {links[name].place: entries[name] for name in linked if name not in rows}
+        self._rows = rows
+        self._going_on: dict[Place, list[Link]] = defaultdict(list)
+        for link in rows.values():
+            if link.above is not None:
+                self._going_on[link.above.place].append(link)
+        self._ends = {name: [link] for name, link in rows.items()}
+        for place in self.states.keys() | self._going_on.keys():
+            cut = known[place]
+            if cut.segment.name in rows and cut.end < cut.segment.end:
+                self._ends[cut.segment.name].append(cut)
+        for ends in self._ends.values():
+            ends.sort(key=lambda link: link.end, reverse=True)
+
+    def tops(self) -> list[tuple[Link | None, list[Link]]]:
+        """Rows that begin behind nothing that comes, the first last; each with where its parts end, the last first."""
+        tops = [
+            link
+            for link in self._rows.values()
+            if link.above is None or link.above.segment.name not in self._rows
+        ]
+        return [(link.above, self._ends[link.segment.name]) for link in reversed(tops)]
+
+    def at(
+        self, link: Link, left: list[Link]
+    ) -> tuple[Entry | None, list[tuple[Link | None, list[Link]]]]:
+        """What stands there, and what goes on, `left` of the same file included.
+
+        Both are taken out: another file may end at the same place.
+        """
+        onward: list[tuple[Link | None, list[Link]]] = [
+            (link, self._ends[each.segment.name]) for each in self._going_on.pop(link.place, ())
+        ]
+        onward += [(link, left)] if left else []
+        return self.states.pop(link.place, None), onward
 
 
 class _Cuts:
