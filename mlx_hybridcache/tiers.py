@@ -545,6 +545,9 @@ class DiskTier:
         if self._coming:
             self.thread.later(self._take_some)
             return
+        if self.catalogue.is_behind:
+            self.catalogue.is_behind = False
+            self.thread.change(Directory.look_at_all)
         self._leave_room()
         if (self._is_behind and self.thread.directory.is_writer) or self._taken:
             # What memory has is due again, perhaps to a directory made anew.

@@ -46,6 +46,7 @@ class Catalogue:
 
     `on_unneeded` names who deletes what nothing needs any more. `needs_checkpoints` and `stride` are
     those of the model that looks things up; the files of others weigh and go by the same policy.
+    `is_behind`: with files that went others were let go that hold some of the same, and are still there.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class Catalogue:
     ):
         self._files = Files()
         self._needs_checkpoints = needs_checkpoints
+        self.is_behind = False
         self._stride = stride
         self.store = FileStore(budget_bytes, needs_checkpoints=True, holders=self._files)
 
@@ -173,8 +175,11 @@ class Catalogue:
         Takes as long as the change, and for each run that comes as long as what leads to it. What is over
         the budget afterwards goes, least useful first.
         """
+        self._files.went.clear()
         for segment in difference.gone:
             self.forget(segment)
+        self.is_behind |= not self._files.went <= difference.behind
+        self._files.went.clear()
         budget, self.store.budget_bytes = self.store.budget_bytes, sys.maxsize
         standing: dict[Place, Node] = {}
         useless = [one for come in difference.come for one in self._take(come, standing)]
@@ -236,14 +241,21 @@ class Catalogue:
     def _add_each(self, stretch: Stretch) -> list[Segment]:
         """Some of a stretch is there, or nothing leads to it: file by file; those of no use."""
         segments = list(stretch.segments())
-        for part in stretch.parts:
-            above = [part.above.tokens()] if part.above is not None else []
-            tokens = np.concatenate([*above, part.segment.tokens])
-            self.add(part.segment, tokens, restores=stretch.restores)
+        if stretch.lead is not None:  # of which some may have been let go here, though it is there
+            self._add_rows(stretch.lead.chain(), restores=stretch.restores)
+        self._add_rows(stretch.parts, restores=stretch.restores)
         if stretch.stands is not None and not stretch.restores:
             tokens = stretch.link.tokens()
             self.add(stretch.stands.segment, tokens, is_parting=stretch.is_parting)
         return [segment for segment in segments if segment not in self]
+
+    def _add_rows(self, links: Sequence[Link], *, restores: bool) -> None:
+        """The files of these links, each behind the one before it, where they are not needed in whole yet."""
+        for link in links:
+            segment = link.segment
+            if self._files.used.get(segment.name) != segment.file_nbytes:
+                above = [link.above.tokens()] if link.above is not None else []
+                self.add(segment, np.concatenate([*above, segment.tokens]), restores=restores)
 
     def lacks(self, stretch: Stretch) -> bool:
         """Whether some of its files are not here."""

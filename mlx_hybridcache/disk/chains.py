@@ -43,13 +43,17 @@ class Link:
         """The tokens of its own segment up to here."""
         return self.segment.tokens[: self.end - self.segment.start]
 
+    def chain(self) -> list[Link]:
+        """This one behind all that lead here."""
+        links, link = [self], self.above
+        while link is not None:
+            links.append(link)
+            link = link.above
+        return links[::-1]
+
     def tokens(self) -> Tokens:
         """All tokens that lead here."""
-        runs, link = [self.run()], self.above
-        while link is not None:
-            runs.append(link.run())
-            link = link.above
-        return as_tokens(np.concatenate(runs[::-1]))
+        return as_tokens(np.concatenate([link.run() for link in self.chain()]))
 
 
 def link_at(position: int, segment: Segment, above: Link | None) -> Link:
@@ -87,18 +91,20 @@ class Stretch:
 class Difference:
     """What a change of the directory comes to, in the order in which it is to be done.
 
-    `gone` files lead nowhere any more; what they led to and is still there is in `come` again.
+    `gone` files lead nowhere any more, and nor do those `behind` them; what is linked otherwise is in
+    `come` again.
     `noted` are known files whose recency or pin changed. Nothing leads to `orphans`.
     """
 
     gone: tuple[Segment, ...] = ()
+    behind: frozenset[str] = frozenset()
     come: tuple[Stretch, ...] = ()
     noted: tuple[tuple[Entry, Link], ...] = ()
     orphans: tuple[Segment, ...] = ()
 
     def pieces(self, most: int) -> Iterator[Difference]:
         """The same in steps of at most so many."""
-        yield from (Difference(gone=each) for each in _batched(self.gone, most))
+        yield from (Difference(gone=each, behind=self.behind) for each in _batched(self.gone, most))
         yield from (Difference(come=each) for each in _batched(self.come, most))
         yield from (Difference(noted=each) for each in _batched(self.noted, most))
         yield from (Difference(orphans=each) for each in _batched(self.orphans, most))
@@ -143,9 +149,11 @@ class Chains:
                 noted.append((entry, self._links[name]))
             self._entries[name] = entry
         lost = tuple(old.segment for name, old in leaving.items() if name in self._links)
+        behind: set[str] = set()
         if leaving:
-            new += self._unlink(set(leaving))
-        return Difference(lost, self._stretches(self._link(new)), tuple(noted))
+            behind = self._unlink(set(leaving))
+            new += [name for name in behind if name in self._unlinked]
+        return Difference(lost, frozenset(behind), self._stretches(self._link(new)), tuple(noted))
 
     def orphans(self) -> tuple[Segment, ...]:
         """What nothing leads to."""
@@ -158,8 +166,8 @@ class Chains:
             self._states[entry.segment.namespace] -= 1
         return entry
 
-    def _unlink(self, dead: set[str]) -> list[str]:
-        """Let go of these links and of those behind them; returns the files of the latter."""
+    def _unlink(self, dead: set[str]) -> set[str]:
+        """Let go of these links and of those behind them; returns all of their files."""
         in_order = sorted(
             self._links.items(), key=lambda item: (item[1].segment.start, _is_state(*item))
         )
@@ -175,9 +183,8 @@ class Chains:
         for name, link in self._links.items():
             if not _is_state(name, link):
                 self._known.setdefault(link.place, link)
-        behind = [name for name in dead if name in self._entries and name not in self._unlinked]
-        self._unlinked |= {name: self._entries[name] for name in behind}
-        return behind
+        self._unlinked |= {name: self._entries[name] for name in dead if name in self._entries}
+        return dead
 
     def _link(self, new: Collection[str]) -> list[str]:
         """Link what can be linked; returns the files that were. `new` are those that never were tried."""

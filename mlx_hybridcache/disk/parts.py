@@ -76,6 +76,7 @@ class Files(Holders):
     """Which files the trees still need, in bytes of each that they use.
 
     `leads` are what leads to where rows begin, None at the beginning, or to where a state stands.
+    `went` are files that were let go of since whoever wants to know has cleared it.
     """
 
     def __init__(self) -> None:
@@ -84,6 +85,7 @@ class Files(Holders):
         self.segments: dict[str, Segment] = {}
         self.leads: dict[str, Link | None] = {}
         self.states = 0
+        self.went: set[str] = set()
 
     def add(self, segment: Segment, nbytes: int, lead: Link | None) -> int:
         """So many bytes more of a file are needed; by how much what lingers changes."""
@@ -109,6 +111,7 @@ class Files(Holders):
             return part.nbytes
         del self.used[name], self.segments[name], self.leads[name]
         self.states -= part.segment.kind == "state"
+        self.went.add(name)
         self.delete(part.segment)
         return part.nbytes - part.segment.file_nbytes
 
