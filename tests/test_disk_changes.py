@@ -238,7 +238,8 @@ def noted(files, used):
 def test_a_conversation_that_went_takes_no_others_with_it():
     """One of two that part ways inside a file, deleted as its writer lets it go: no look at all is due."""
     base = list(range(20))
-    entries, chains, shelf = files_of(base, [*base[:12], *range(50, 58)]), Chains(), Shelf()
+    prompts = as_tokens(base), as_tokens([*base[:12], *range(50, 58)])
+    entries, chains, shelf = files_of(*prompts), Chains(), Shelf()
     shelf.catalogue.take(chains.change(entries))
     branch = [entry.segment.name for entry in entries if entry.segment.start >= 12][-3:]
     shelf.catalogue.take(chains.change([], branch))
