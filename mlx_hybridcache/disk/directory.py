@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
+import re
 import stat
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -24,6 +26,10 @@ from .segment import SEGMENTS, NewerSegmentError, Segment, taken_by, write
 
 log = logging.getLogger("mlx_hybridcache")
 
+_OURS = re.compile(rf"{SEGMENTS}|writer\.lock|index\.sqlite(-wal|-shm|-journal)?")
+_FOLDER = re.compile(r"[0-9a-f]{2}")
+"""What lies in a directory that is the cache's own, and in its folder of segments."""
+
 
 @dataclass(frozen=True, slots=True)
 class News:
@@ -36,7 +42,7 @@ class News:
 
 @dataclass(eq=False)
 class Directory:
-    """The directory `root`, which only its owner may look into. Used on one thread at a time.
+    """The directory `root`, whose files only their owner may read. Used on one thread at a time.
 
     `newer_bytes` are those of files that a later version of this library wrote. They are left alone.
     """
@@ -62,9 +68,32 @@ class Directory:
     def open(self) -> list[Entry]:
         """Become the writer if nobody is, and find what is there."""
         make_directory(self.root)
-        self.root.chmod(0o700)
+        self._make_private(self.root, _OURS)
+        if self.segments.is_dir():
+            self._make_private(self.segments, _FOLDER)
         self._try_to_write()
         return self.entries()
+
+    def _make_private(self, folder: Path, ours: re.Pattern[str]) -> None:
+        """Let its owner alone look into a folder of the cache's own. One with other things in it stays as it is."""
+        status = folder.stat()
+        mode = stat.S_IMODE(status.st_mode)
+        if mode == 0o700:
+            return
+        with os.scandir(folder) as found:
+            other = next((each.name for each in found if not ours.fullmatch(each.name)), None)
+        if other is None and status.st_uid == os.geteuid():
+            folder.chmod(0o700)
+        elif mode & 0o077:
+            why = f"holds {other!r}, which is not this cache's" if other else "is another user's"
+            log.warning(
+                "%s %s, so its mode stays %04o. What the cache keeps there is for you alone to read, but "
+                "others may see that it is there%s. Name an empty directory, or one that is not there yet.",
+                folder,
+                why,
+                mode,
+                ", or remove it" if mode & 0o022 else "",
+            )
 
     def complain(self, about: Literal["files", "index"], sentence: str) -> None:
         """One line about what is wrong with the directory, and no other until that went well again.
