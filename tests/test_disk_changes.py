@@ -247,6 +247,18 @@ def test_a_conversation_that_went_takes_no_others_with_it():
     assert shelf.kept() == {entry.segment.name for entry in entries} - set(branch)
 
 
+def test_what_was_let_go_of_here_comes_back_with_what_goes_on_from_it():
+    """A reader with a smaller budget dropped files 3 and 4 of 4, which are still there; then comes the fifth."""
+    entries, chains, shelf = path_of_files(5), Chains(), Shelf()
+    shelf.catalogue.take(chains.change(entries[:-2]))
+    (third,) = (node for node in shelf.catalogue.store.nodes() if node.end == 3 * STEP)
+    shelf.catalogue.store.forget(third, rows=True)
+    assert len(shelf.kept()) == 4
+    assert shelf.catalogue.take(chains.change(entries[-2:])) == []
+    tokens = np.concatenate([e.segment.tokens for e in entries if e.segment.kind == "rows"])
+    assert shelf.catalogue.find("ab", as_tokens([*tokens, 1])).position == 5 * STEP
+
+
 def test_recency_and_pins_that_were_noted_are_taken_over():
     """A checkpoint used at 99 and pinned elsewhere, then no longer: so it is here."""
     entries, chains, shelf = path_of_files(5), Chains(), Shelf()
