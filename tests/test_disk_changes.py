@@ -197,11 +197,11 @@ def test_linking_reads_every_token_once():
 
 
 def test_what_changed_gives_the_same_trees_as_a_look_at_all():
-    """200 random steps: prompts that branch anywhere come, files go, are noted, and come back."""
+    """70 random steps: prompts that branch anywhere come, files go, are noted, and come back."""
     chance = np.random.default_rng(1)
     base = chance.integers(0, 4, size=60)
     there, chains, shelf = {}, Chains(), Shelf()
-    for at in range(200):
+    for at in range(70):
         came, went = [], []
         if chance.random() < 0.6:
             tokens = as_tokens([*base[: chance.integers(60)], *chance.integers(0, 4, size=20)])

@@ -20,7 +20,7 @@ from ..errors import BudgetError
 from ..found import Found
 from ..tokens import Namespace, Tokens, as_tokens
 from ..tree import Node, common_length
-from .chains import Chains, Difference, Link, Place, Stretch, link_at
+from .chains import Chains, Difference, Link, Stretch, link_at
 from .index import Entry
 from .parts import FileEnd, FileRows, Files, FileState, FileStore, payloads
 from .segment import PrefixDigest, Segment
@@ -181,36 +181,31 @@ class Catalogue:
         self.is_behind |= not self._files.went <= difference.behind
         self._files.went.clear()
         budget, self.store.budget_bytes = self.store.budget_bytes, sys.maxsize
-        standing: dict[Place, Node] = {}
-        useless = [one for come in difference.come for one in self._take(come, standing)]
+        useless = [one for come in difference.come for one in self._take(come)]
         for entry, link in difference.noted:
             self._remember(self._at(link), entry)
         self.store.budget_bytes = budget
         self.keep_budget()
         return [*useless, *difference.orphans]
 
-    def _take(self, stretch: Stretch, standing: dict[Place, Node]) -> list[Segment]:
-        """One stretch, behind what stands at its beginning. `standing` are nodes that came just now."""
-        above = self._standing(stretch, standing)
+    def _take(self, stretch: Stretch) -> list[Segment]:
+        """One stretch, behind what stands at its beginning."""
+        if stretch.lead is None:
+            above: Node | None = self.store.root(Namespace(stretch.link.segment.namespace))
+        else:
+            above = self._at(stretch.lead)
         node = self._graft(stretch, above) if above is not None else None
         useless = [] if node is not None else self._add_each(stretch)
         node = node or self._at(stretch.link)
         if node is not None:
-            standing[stretch.link.place] = node
+            if stretch.link.end == stretch.link.segment.end and stretch.link.segment in self:
+                self._files.ends[stretch.link.segment.name] = node
             if stretch.stands is not None:
                 self._remember(node, stretch.stands)
             while node is not None and node.last_passed < stretch.passed:
                 node.last_passed, node = stretch.passed, node.parent
         self.store.clock = max(self.store.clock, stretch.passed)
         return useless
-
-    def _standing(self, stretch: Stretch, standing: dict[Place, Node]) -> Node | None:
-        """The node at whose end a stretch begins, if one ends there."""
-        if stretch.lead is None:
-            return self.store.root(Namespace(stretch.link.segment.namespace))
-        node = standing.get(stretch.lead.place)
-        is_there = node is not None and node.parent is not None and node.end == stretch.lead.end
-        return node if is_there else self._at(stretch.lead)
 
     def _graft(self, stretch: Stretch, above: Node) -> Node | None:
         """The end of a stretch that is all new. None, and nothing done, where some of it is there."""
@@ -263,7 +258,8 @@ class Catalogue:
 
     def _at(self, link: Link) -> Node | None:
         """The node that ends where a link does."""
-        return self._node(link.segment.namespace, link.tokens())
+        node = self._files.standing(link)
+        return node or self._node(link.segment.namespace, link.tokens())
 
     def keep_budget(self) -> None:
         """Let go what is over the budget; pins too where they alone are, the oldest first."""
@@ -371,17 +367,24 @@ class Catalogue:
 
     def forget(self, segment: Segment) -> None:
         """A file is damaged or gone: it goes, and what cannot be restored without it."""
-        if segment not in self:
-            return
+        node = self._first_with(segment) if segment in self else None
+        if node is not None:
+            self.store.forget(node, rows=segment.kind == "rows")
+
+    def _first_with(self, segment: Segment) -> Node | None:
+        """The first node with a part of a file. They lie one below the other."""
         lead = self._files.leads[segment.name]
-        runs = [lead.tokens()] if lead is not None else []
-        path = self.store.find(
-            Namespace(segment.namespace), np.concatenate([*runs, segment.tokens])
-        ).nodes()
-        for node in path:
-            if any(payload.segment.name == segment.name for payload in payloads([node])):
-                self.store.forget(node, rows=segment.kind == "rows")
-                return
+        end = Link(segment, segment.end, lead, PrefixDigest("")) if segment.kind == "rows" else lead
+        assert end is not None
+        node = self._files.standing(end)
+        path: Sequence[Node] = ()
+        while node is not None and node.end > segment.start - (segment.kind == "state"):
+            path, node = [node, *path], node.parent
+        parts = [node for node in path if _is_part(segment, node)]
+        if not parts:
+            path = self.store.find(Namespace(segment.namespace), end.tokens()).nodes()
+            parts = [node for node in path if _is_part(segment, node)]
+        return parts[0] if parts else None
 
     def pin(self, namespace: str, tokens: Tokens, *, is_pinned: bool) -> list[str]:
         """Keep what restores `tokens` at their end whatever comes, or no longer; returns its files."""
@@ -428,3 +431,7 @@ def _reach(
 def _has_state(found: Found, end: int) -> bool:
     path = found.match.path
     return bool(path) and path[-1].end == end and isinstance(path[-1].checkpoint, FileState)
+
+
+def _is_part(segment: Segment, node: Node) -> bool:
+    return any(payload.segment.name == segment.name for payload in payloads([node]))

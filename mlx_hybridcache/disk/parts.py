@@ -76,7 +76,7 @@ class Files(Holders):
     """Which files the trees still need, in bytes of each that they use.
 
     `leads` are what leads to where rows begin, None at the beginning, or to where a state stands.
-    `went` are files that were let go of since whoever wants to know has cleared it.
+    `ends` are nodes at whose end a file of rows ended when it came; see `standing`. `went` are files that were let go of since whoever wants to know has cleared it.
     """
 
     def __init__(self) -> None:
@@ -84,6 +84,7 @@ class Files(Holders):
         self.used: dict[str, int] = {}
         self.segments: dict[str, Segment] = {}
         self.leads: dict[str, Link | None] = {}
+        self.ends: dict[str, Node] = {}
         self.states = 0
         self.went: set[str] = set()
 
@@ -98,6 +99,13 @@ class Files(Holders):
         self.states += segment.kind == "state"
         return segment.file_nbytes - nbytes
 
+    def standing(self, link: Link) -> Node | None:
+        """The node that ends where a link does, if that was noted and is so still."""
+        node = self.ends.get(link.segment.name) if link.end == link.segment.end else None
+        return (
+            node if node is not None and node.parent is not None and node.end == link.end else None
+        )
+
     def split_nbytes(self, rows: Held) -> int:
         return 0  # a file is shared out, not copied
 
@@ -110,6 +118,7 @@ class Files(Holders):
         if self.used[name] > 0:
             return part.nbytes
         del self.used[name], self.segments[name], self.leads[name]
+        self.ends.pop(name, None)
         self.states -= part.segment.kind == "state"
         self.went.add(name)
         self.delete(part.segment)
