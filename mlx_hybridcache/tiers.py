@@ -26,10 +26,10 @@ from .borrowing import is_borrowing
 from .budget import Holders
 from .checkpoint import Checkpoint
 from .disk.catalogue import Catalogue, Lacking, parts_of, state_of
+from .disk.chains import Chains, Difference
 from .disk.directory import Directory
-from .disk.index import Entry
 from .disk.segment import NameTakenError, Segment
-from .disk.thread import DiskThread, Transfer
+from .disk.thread import Change, DiskThread, Transfer
 from .errors import BudgetError, SettingError
 from .found import Found
 from .layers.adapt import Layout
@@ -40,6 +40,7 @@ from .store import Store
 from .tokens import Namespace, Tokens
 from .transfer import Freight, Landing, Shapes, rows_freight, state_freight
 from .tree import Held, Node, common_length
+from .waiting import Waiting
 from .worker import PAUSE, Job, Pause
 
 log = logging.getLogger("mlx_hybridcache")
@@ -55,6 +56,12 @@ MOST_BYTES = 100 * 10**9
 
 MOST_UNWRITTEN = 4096
 """Checkpoints on a waiting list that is then rid of those that memory has let go of."""
+
+LOOKS = 16
+"""Checkpoints that are looked at in one go to find what they lack."""
+
+PIECE = 32
+"""Files or positions that are taken over in one go when another process changed the directory."""
 
 FULL = {errno.ENOSPC, errno.EDQUOT}
 """Errors that say that the directory holds all that it can."""
@@ -137,14 +144,18 @@ class DiskTier:
     shapes: Shapes
     step: int
     model: str = ""
-    _unwritten: dict[Node, Namespace] = field(default_factory=dict, init=False)
+    _unwritten: Waiting = field(init=False)
     _borrowing: dict[Node, Namespace] = field(default_factory=dict, init=False)
+    _clearing: dict[Node, Namespace] = field(default_factory=dict, init=False)
+    _is_looking: bool = field(default=False, init=False)
     _current: _Writing | None = field(default=None, init=False)
     _in_flight: dict[tuple[str, str], tuple[Segment, _Writing]] = field(
         default_factory=dict, init=False
     )
     _cleared: set[tuple[str, str]] = field(default_factory=set, init=False)
     _taken: set[tuple[str, str]] = field(default_factory=set, init=False)
+    _coming: deque[Difference] = field(default_factory=deque, init=False)
+    _is_behind: bool = field(default=False, init=False)
     _newer_bytes: int = field(default=0, init=False)
     _rest_until: float = field(default=0.0, init=False)
     _written_bytes: int = field(default=0, init=False)
@@ -157,6 +168,7 @@ class DiskTier:
     """The directory's trees, by what files call a namespace: any thread may look at them."""
 
     def __post_init__(self) -> None:
+        self._unwritten = Waiting(self._is_there, MOST_UNWRITTEN)
         self.publish(None)
 
     def publish(self, now: float | None) -> None:
@@ -199,8 +211,12 @@ class DiskTier:
         shapes = Shapes.of(layout, model)
         tier = cls(thread, catalogue, store, lent, layout, shapes, step, name)
         catalogue.on_unneeded(tier.delete)
-        thread.watch(tier.changed)
-        tier.load(entries)
+        chains = Chains()
+        difference = chains.change(entries)
+        thread.watch(chains, tier.changed)
+        tier._leave_room()
+        for useless in [*catalogue.take(difference), *chains.orphans()]:
+            tier.delete(useless)
         tier.publish(None)
         log.info(
             "%s holds %d checkpoints in %s (%s).",
@@ -222,14 +238,12 @@ class DiskTier:
 
     def offer(self, namespace: Namespace, node: Node) -> None:
         """A checkpoint, or the rows of a model that needs none, is in memory; write it in time."""
-        if len(self._unwritten) > MOST_UNWRITTEN:
-            self._unwritten = {n: name for n, name in self._unwritten.items() if self._is_there(n)}
-        self._unwritten[node] = namespace
+        self._unwritten.add(node, namespace)
         self._write_behind()
 
     def owned(self) -> None:
         """Rows that lay in a running request's caches are the store's: what waited for them is due."""
-        self._unwritten |= self._borrowing
+        self._unwritten.update(self._borrowing.items())
         self._borrowing.clear()
         self._write_behind()
 
@@ -243,12 +257,29 @@ class DiskTier:
     def write(self) -> None:
         """Hand over what the queue has room for, the most useful first."""
         most = self.store.budget_bytes // QUEUE_SHARE
+        looks = 0
         while self.may_write and (self._queued == 0 or self._queued < most):
             if self._current is None:
+                if not self._unwritten:
+                    return
+                if looks == LOOKS:
+                    self._look_later()
+                    return
+                looks += 1
                 self._current = self._next()
-            if self._current is None:
-                return
-            self._hand_over(self._current)
+            if self._current is not None:
+                self._hand_over(self._current)
+
+    def _look_later(self) -> None:
+        """Much of what is due is there already: others have their turns before more is looked at."""
+
+        def look() -> None:
+            self._is_looking = False
+            self._write_behind()
+
+        if not self._is_looking:
+            self._is_looking = True
+            self.thread.later(look)
 
     @property
     def may_write(self) -> bool:
@@ -258,12 +289,14 @@ class DiskTier:
     def is_writing(self) -> bool:
         """Whether something is being written, or will be without waiting for anything."""
         self.write()
-        return bool(self._in_flight)
+        return bool(self._in_flight) or self._is_looking
 
     @property
     def is_written(self) -> bool:
         """Whether everything in memory is on disk too, as far as this process writes."""
-        left = self._in_flight or self._unwritten or self._borrowing or self._taken
+        left = (
+            self._in_flight or self._unwritten or self._borrowing or self._clearing or self._taken
+        )
         return not left and self._current is None
 
     @property
@@ -271,42 +304,34 @@ class DiskTier:
         return sum(segment.file_nbytes for segment, _ in self._in_flight.values())
 
     def _next(self) -> _Writing | None:
-        found, cleared = None, {}
-        while self._unwritten and found is None:
-            node = self._most_useful()
-            name = self._unwritten.pop(node)
-            namespace = digest(name)
-            if not self._is_there(node):
-                continue
-            if is_borrowing(node.path()):
-                self._borrowing[node] = name
-                continue
-            tokens = np.concatenate([part.tokens for part in node.path()])
-            lacking = self.catalogue.lacking(
-                namespace,
-                tokens,
-                state=self.store.needs_checkpoints,
-                step=self.step,
-                coming=[
-                    (segment, writing.tokens[: segment.end])
-                    for key, (segment, writing) in self._in_flight.items()
-                    if key not in self._cleared
-                ],
-            )
-            names = {one.name for one in lacking}
-            if names & self._taken:
-                continue  # it could not be restored without what cannot be written
-            if names & self._cleared:
-                cleared[node] = name
-                continue
-            left = deque(one for one in lacking if one.name not in self._in_flight)
-            if left:
-                found = _Writing(node, name, namespace, tokens, left)
-        self._unwritten |= cleared  # due again when what was cleared is gone
-        return found
-
-    def _most_useful(self) -> Node:
-        return max(self._unwritten, key=lambda node: (node.is_end, node.last_used, node.end))
+        """What the next checkpoint lacks; None if it lacks nothing, or must wait."""
+        if (due := self._unwritten.pop()) is None:
+            return None
+        node, name = due
+        path = node.path()
+        if is_borrowing(path):
+            self._borrowing[node] = name
+            return None
+        namespace, tokens = digest(name), np.concatenate([part.tokens for part in path])
+        lacking = self.catalogue.lacking(
+            namespace,
+            tokens,
+            state=self.store.needs_checkpoints,
+            step=self.step,
+            coming=[
+                (segment, writing.tokens[: segment.end])
+                for key, (segment, writing) in self._in_flight.items()
+                if key not in self._cleared
+            ],
+        )
+        names = {one.name for one in lacking}
+        if names & self._taken:
+            return None  # it could not be restored without what cannot be written
+        if names & self._cleared:
+            self._clearing[node] = name
+            return None
+        left = deque(one for one in lacking if one.name not in self._in_flight)
+        return _Writing(node, name, namespace, tokens, left) if left else None
 
     def _is_there(self, node: Node) -> bool:
         has_state = node.checkpoint is not None or not self.store.needs_checkpoints
@@ -352,6 +377,8 @@ class DiskTier:
             claim.release()
             if lacking.name in self._cleared:
                 self._cleared.discard(lacking.name)  # the disk thread deletes it now
+                self._unwritten.update(self._clearing.items())
+                self._clearing.clear()
             elif transfer.error is None:
                 stands = self._wrote(segment, writing, tokens)
                 if stands and (node.pinned or was_pinned):  # it may have changed since
@@ -361,10 +388,10 @@ class DiskTier:
                     log.warning("Passed over %s", transfer.error)
                 self._taken.add(lacking.name)
                 if self._current is not None:  # it may go on from there
-                    self._unwritten.setdefault(self._current.node, self._current.name)
+                    self._unwritten.add(self._current.node, self._current.name)
                     self._current = None
             else:
-                self._unwritten.setdefault(node, writing.name)
+                self._unwritten.add(node, writing.name)
                 self._failed(transfer.error, is_told=transfer.is_told)
             self.write()
             self.publish(wall_clock())
@@ -388,7 +415,7 @@ class DiskTier:
             ):
                 return True
             # What leads to it went meanwhile and is written again, or all of it is there.
-            self._unwritten.setdefault(writing.node, writing.name)
+            self._unwritten.add(writing.node, writing.name)
         except BudgetError:  # nor is there room for it at once; not due until it is used again
             self._current = None if self._current is writing else self._current
         self.delete(segment)
@@ -399,7 +426,7 @@ class DiskTier:
         # What builds on the file that failed will not be found: all of it is due again.
         for writing in [self._current, *(each for _, each in self._in_flight.values())]:
             if writing is not None:
-                self._unwritten.setdefault(writing.node, writing.name)
+                self._unwritten.add(writing.node, writing.name)
         self._current = None
         self._rest_until = time.monotonic() + REST_SECONDS
         store = self.catalogue.store
@@ -484,6 +511,8 @@ class DiskTier:
         if not is_told:
             log.warning("Passed over %s: %s", segment.name, why)
         self.catalogue.forget(segment)
+        if not self.thread.directory.is_writer:  # it may be whole the next time
+            self.thread.change(Directory.look_at_all)
 
     # Keeping
 
@@ -491,27 +520,51 @@ class DiskTier:
         """One request has come."""
         self.catalogue.store.tick()
 
-    def changed(self, entries: list[Entry]) -> None:
-        """Another process changed the directory, or left it to this one."""
-        names = {entry.segment.name for entry in entries}
-        gone = [one for one in self.catalogue.segments() if one.name not in names]
-        for segment in gone:
-            self.catalogue.forget(segment)
-        self.load(entries)
-        if gone or self._taken:  # what memory has is due again, perhaps to a directory made anew
+    def changed(self, change: Change) -> None:
+        """Another process changed the directory, or left it to this one.
+
+        What is to be done about it was put together by the disk thread, and is done a piece at a time.
+        """
+        difference = change.difference
+        if change.names is not None:  # of all that is there, what is not known yet
+            catalogue = self.catalogue
+            gone = [one for one in catalogue.segments() if one.name not in change.names]
+            come = [each for each in difference.come if catalogue.lacks(each)]
+            difference = replace(difference, gone=tuple(gone), come=tuple(come))
+        self._is_behind |= bool(difference.gone) or self.thread.directory.is_writer
+        is_idle = not self._coming
+        self._coming += difference.pieces(PIECE)
+        if is_idle:
+            self._take_some()
+
+    def _take_some(self) -> None:
+        """The next piece of what came and went; between two of them requests have their turns."""
+        if self._coming:
+            for useless in self.catalogue.take(self._coming.popleft()):
+                self.delete(useless)
+        if self._coming:
+            self.thread.later(self._take_some)
+            return
+        if self.catalogue.is_behind:
+            self.catalogue.is_behind = False
+            self.thread.change(Directory.look_at_all)
+        self._leave_room()
+        if (self._is_behind and self.thread.directory.is_writer) or self._taken:
+            # What memory has is due again, perhaps to a directory made anew.
+            self._is_behind = False
             self._taken.clear()
-            self._unwritten |= dict(self.store.restoring())
+            self._unwritten.update(self.store.restoring())
         self.write()
         self.publish(wall_clock())
 
-    def load(self, entries: list[Entry]) -> None:
-        """Know what the directory holds. What a newer version has there leaves less room."""
-        store = self.catalogue.store
-        store.budget_bytes += self._newer_bytes
-        self._newer_bytes = min(self.thread.directory.newer_bytes, store.budget_bytes)
-        store.budget_bytes -= self._newer_bytes
-        for segment in self.catalogue.load(entries):
-            self.delete(segment)
+    def _leave_room(self) -> None:
+        """What a newer version has in the directory leaves less room."""
+        store, newer = self.catalogue.store, self.thread.directory.newer_bytes
+        if newer != self._newer_bytes:
+            store.budget_bytes += self._newer_bytes
+            self._newer_bytes = min(newer, store.budget_bytes)
+            store.budget_bytes -= self._newer_bytes
+            self.catalogue.keep_budget()
 
     def pin(self, namespace: Namespace, tokens: Tokens, *, is_pinned: bool) -> None:
         """Keep the files of a checkpoint that is pinned in memory, or no longer."""
@@ -545,8 +598,11 @@ class DiskTier:
         What is being written is deleted right behind its writing: nothing of this process need be
         left by then to ask for it.
         """
+        while self._coming:  # it is there, so it is to be deleted too
+            self._take_some()
         self._unwritten.clear()
         self._borrowing.clear()
+        self._clearing.clear()
         self._taken.clear()
         self._current = None
         for key, (segment, _) in self._in_flight.items():
@@ -567,7 +623,7 @@ class DiskTier:
             files=self.catalogue.files,
             is_writer=self.thread.directory.is_writer,
             queued_bytes=self._queued,
-            unwritten=len(self._unwritten) + len(self._borrowing),
+            unwritten=len(self._unwritten) + len(self._borrowing) + len(self._clearing),
             written_bytes=self._written_bytes,
             read_bytes=self._read_bytes,
             rejected=self._rejected,

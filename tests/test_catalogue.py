@@ -159,6 +159,32 @@ def test_a_budget_lets_the_least_useful_go_first():
     assert len(shelf.deleted) == 16
 
 
+@pytest.mark.parametrize("under_way", [1, 2])
+def test_what_leads_to_what_is_written_stays_and_others_go(under_way):
+    """Rows of which no state is there yet would go first of all: where they are claimed for, another
+    conversation goes instead; with nothing else to let go the claim fails, and they stay.
+    """
+    prompts = [as_tokens(np.arange(20) + 100 * at) for at in range(under_way)]
+    shelf = Shelf()
+    for tokens in prompts:
+        shelf.write(tokens, state=False)
+    rows = shelf.kept()
+    other = {one.name for one in shelf.write(as_tokens(range(900, 920)))}
+    (lacking,) = shelf.catalogue.lacking("ab", prompts[0], state=True, step=STEP)
+    state = segment(lacking, prompts[0], "ab")
+    store, paths = shelf.catalogue.store, [("ab", tokens) for tokens in prompts]
+    store.budget_bytes = store.used_bytes() + state.file_nbytes - 1
+    claim = shelf.catalogue.claim(state.file_nbytes, paths)
+    assert (set(shelf.deleted), shelf.kept()) == (other, rows)
+    claim.release()
+    assert shelf.catalogue.add(state, prompts[0])
+    assert shelf.catalogue.find("ab", as_tokens([*prompts[0], 1])).position == 20
+    store.budget_bytes = store.used_bytes()
+    with pytest.raises(BudgetError):
+        shelf.catalogue.claim(state.file_nbytes + 1, paths)
+    assert rows <= shelf.kept()
+
+
 def test_a_state_inside_a_run_needs_no_room_but_its_own(shelf):
     """Sharing a file out copies nothing: what fits the budget to the byte is added."""
     shelf.write(ONE)

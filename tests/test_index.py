@@ -223,7 +223,7 @@ def test_an_error_says_whether_the_index_is_damaged(tmp_path):
     index.put([entry(rows(at, at + 4)) for at in range(100)])
     index.close()
     raw = (tmp_path / PATH).read_bytes()
-    (tmp_path / PATH).write_bytes(raw[:4096] + b"\xff" * 40_000)
+    (tmp_path / PATH).write_bytes(raw[:4096] + b"\xff" * 40_000 + raw[44_096:])
     reader = Index.read_only(tmp_path / PATH)
     with pytest.raises(IndexUnavailableError) as told:
         reader.load()

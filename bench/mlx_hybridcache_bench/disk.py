@@ -9,6 +9,7 @@ from rich.console import Console
 
 from mlx_hybridcache import models
 
+from .disk_changes import measure_changes
 from .disk_handoff import measure_handoff
 from .disk_paired import measure_on_and_off
 from .disk_promotion import Promotions, measure_bundled, measure_stand_in
@@ -21,6 +22,7 @@ from .tables import show_figures, write_json
 SIZES, QUICK_SIZES = (3_000, 12_000), (600, 1_500)
 RESTART_TOKENS, QUICK_RESTART_TOKENS = 12_000, 3_000
 PROMOTION_SIZES, QUICK_PROMOTION_SIZES = (12_000, 60_000), (3_000,)
+CHANGES, QUICK_CHANGES = ((40, 58), (4, 580), (160, 58)), ((4, 10), (4, 40))
 STAND_IN_TOKENS, QUICK_STAND_IN_TOKENS = 12_000, 2_500
 
 
@@ -130,9 +132,14 @@ def _on_off(args: argparse.Namespace) -> Part:
     )
 
 
+def _changes(args: argparse.Namespace) -> Part:
+    return measure_changes(QUICK_CHANGES if args.quick else CHANGES)
+
+
 PARTS: dict[str, Callable[[argparse.Namespace], Part]] = {
     "restart": _restart,
     "promotion": _promotion,
     "hand-off": _hand_off,
     "on-off": _on_off,
+    "changes": _changes,
 }

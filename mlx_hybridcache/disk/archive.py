@@ -25,10 +25,10 @@ import numpy as np
 from ..errors import HybridCacheError
 from ..tokens import Tokens, as_tokens
 from ..tree import Node
-from .catalogue import FileRows, FileState
 from .contents import Collection, loaded, path_of, payloads, tokens_of, writing
 from .files import pieces, reading, replacing, scrap, write_all
 from .index import Entry
+from .parts import FileRows, FileState
 from .segment import (
     SEGMENTS,
     Segment,

@@ -7,67 +7,23 @@ part of it. Used on the worker thread only, and touches no file itself.
 
 from __future__ import annotations
 
-import bisect
 import sys
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import ClassVar, Literal, cast
+from typing import Literal, cast
 
 import numpy as np
 
-from ..budget import Claim, Holders
+from ..budget import Claim
 from ..errors import BudgetError
 from ..found import Found
-from ..store import Store
 from ..tokens import Namespace, Tokens, as_tokens
-from ..tree import Held, Node, common_length
+from ..tree import Node, common_length
+from .chains import Chains, Difference, Link, Stretch, link_at
 from .index import Entry
-from .segment import Segment, prefix_keys
-
-
-@dataclass(frozen=True, slots=True)
-class FileRows:
-    """The rows of `[start, end)`, which lie in a segment."""
-
-    segment: Segment
-    start: int
-    end: int
-
-    @property
-    def nbytes(self) -> int:
-        """The part's share of the file. Shares add up to the file, however it is split."""
-        return self._up_to(self.end) - self._up_to(self.start)
-
-    def _up_to(self, position: int) -> int:
-        segment = self.segment
-        length = segment.end - segment.start
-        return segment.file_nbytes * (position - segment.start) // length
-
-    def split(self, position: int) -> tuple[FileRows, FileRows]:
-        """Two parts of the same file."""
-        return replace(self, end=position), replace(self, start=position)
-
-
-@dataclass(frozen=True, slots=True)
-class FileState:
-    """A checkpoint, which is a segment of its own."""
-
-    segment: Segment
-
-    @property
-    def nbytes(self) -> int:
-        return self.segment.file_nbytes
-
-
-@dataclass(frozen=True, slots=True)
-class FileEnd:
-    """Where rows of a model without states end: they restore by themselves."""
-
-    segment: Segment
-
-    nbytes: ClassVar[int] = 0
+from .parts import FileEnd, FileRows, Files, FileState, FileStore, payloads
+from .segment import PrefixDigest, Segment
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,47 +41,12 @@ class Lacking:
         return self.key, self.kind
 
 
-class _Files(Holders):
-    """Which files the trees still need, in bytes of each that they use."""
-
-    def __init__(self) -> None:
-        self.delete: Callable[[Segment], None] = lambda segment: None
-        self.used: dict[str, int] = {}
-        self.segments: dict[str, Segment] = {}
-        self.states = 0
-
-    def add(self, segment: Segment, nbytes: int) -> int:
-        """So many bytes more of a file are needed; by how much what lingers changes."""
-        if segment.name in self.used:
-            self.used[segment.name] += nbytes
-            return -nbytes
-        self.used[segment.name] = nbytes
-        self.segments[segment.name] = segment
-        self.states += segment.kind == "state"
-        return segment.file_nbytes - nbytes
-
-    def split_nbytes(self, rows: Held) -> int:
-        return 0  # a file is shared out, not copied
-
-    def dropped(self, payload: Held) -> int:
-        if isinstance(payload, FileEnd):
-            return 0
-        part = cast("FileRows | FileState", payload)
-        name = part.segment.name
-        self.used[name] -= part.nbytes
-        if self.used[name] > 0:
-            return part.nbytes
-        del self.used[name], self.segments[name]
-        self.states -= part.segment.kind == "state"
-        self.delete(part.segment)
-        return part.nbytes - part.segment.file_nbytes
-
-
 class Catalogue:
     """The segments of one directory, inside `budget_bytes`.
 
     `on_unneeded` names who deletes what nothing needs any more. `needs_checkpoints` and `stride` are
     those of the model that looks things up; the files of others weigh and go by the same policy.
+    `is_behind`: with files that went others were let go that hold some of the same, and are still there.
     """
 
     def __init__(
@@ -135,10 +56,11 @@ class Catalogue:
         needs_checkpoints: bool,
         stride: int = 1,
     ):
-        self._files = _Files()
+        self._files = Files()
         self._needs_checkpoints = needs_checkpoints
+        self.is_behind = False
         self._stride = stride
-        self.store = Store(budget_bytes, needs_checkpoints=True, holders=self._files)
+        self.store = FileStore(budget_bytes, needs_checkpoints=True, holders=self._files)
 
     def on_unneeded(self, delete: Callable[[Segment], None]) -> None:
         """Tell `delete` of each file that nothing needs any more."""
@@ -182,10 +104,10 @@ class Catalogue:
         found = self.find(namespace, tokens)
         start, end = _reach(found.match.matched, namespace, tokens, coming), len(tokens)
         ends = [*range(start - start % step + step, end, step), end] if start < end else []
-        keys = prefix_keys(namespace, tokens, [start, *ends])
-        for each, key in zip(ends, keys[1:], strict=True):
-            if self._take_back(key, tokens[:each]):
-                return self.lacking(namespace, tokens, state=state, step=step, coming=coming)
+        keys = self._keys(found, namespace, tokens, [start, *ends])
+        taken = [self._take_back(key, tokens[:at]) for at, key in zip(ends, keys[1:], strict=True)]
+        if any(taken):
+            return self.lacking(namespace, tokens, state=state, step=step, coming=coming)
         bounds = list(zip([start, *ends], keys, strict=True))
         rows = [
             Lacking("rows", a, b, key, parent if a else "")
@@ -194,6 +116,26 @@ class Catalogue:
         if not state or _has_state(found, end):
             return rows
         return [*rows, Lacking("state", end, end, keys[-1], keys[-1])]
+
+    def _keys(self, found: Found, namespace: str, tokens: Tokens, ends: Sequence[int]) -> list[str]:
+        """The keys of `[0, end)` for ascending ends. What was found is not read again for them."""
+        digest, at = PrefixDigest(namespace), min(found.match.matched, ends[0])
+        if (link := self._link_at(found.nodes(), at)) is not None:
+            digest = link.digest
+        keys = []
+        for end in ends:
+            digest = digest.read(tokens[at:end])
+            keys.append(digest.key)
+            at = end
+        return keys
+
+    def _link_at(self, path: Sequence[Node], position: int) -> Link | None:
+        """How files lead to a position on a path; None at the beginning."""
+        for node in reversed(path):
+            for rows in reversed(cast("tuple[FileRows, ...]", node.rows)):
+                if rows.start < position <= rows.end:
+                    return link_at(position, rows.segment, self._files.leads[rows.segment.name])
+        return None
 
     def _take_back(self, key: str, tokens: Tokens) -> bool:
         """Need all of a file again of which only the beginning was needed any more.
@@ -223,58 +165,124 @@ class Catalogue:
     # Changing
 
     def load(self, entries: Sequence[Entry]) -> list[Segment]:
-        """Take over what the directory holds; returns what nothing leads to.
+        """Take over what a directory holds; returns what nothing leads to."""
+        chains = Chains()
+        return [*self.take(chains.change(entries)), *chains.orphans()]
 
-        A key covers all tokens before it, so a file is believed only behind those that hold them.
-        What is over the budget goes, least useful first.
+    def take(self, difference: Difference) -> list[Segment]:
+        """Do what a change of the directory comes to; returns files that turn out to be of no use.
+
+        Takes as long as the change, and for each run that comes as long as what leads to it. What is over
+        the budget afterwards goes, least useful first.
         """
-        chains = _Chains([entry.segment for entry in entries])
-        with_states = {e.segment.namespace for e in entries if e.segment.kind == "state"}
+        self._files.went.clear()
+        for segment in difference.gone:
+            self.forget(segment)
+        self.is_behind |= not self._files.went <= difference.behind
+        self._files.went.clear()
         budget, self.store.budget_bytes = self.store.budget_bytes, sys.maxsize
-        in_order = sorted(
-            entries,
-            key=lambda entry: (
-                entry.segment.kind == "state",
-                entry.used if entry.segment.kind == "state" else entry.segment.start,
-            ),
-        )
-        orphans: list[Segment] = []
-        for entry in in_order:
-            tokens = chains.tokens(entry.segment)
-            restores = entry.segment.namespace not in with_states
-            if tokens is None or not (
-                entry.segment in self or self.add(entry.segment, tokens, restores=restores)
-            ):
-                orphans.append(entry.segment)
-            else:
-                self._remember(entry, tokens)
+        useless = [one for come in difference.come for one in self._take(come)]
+        for entry, link in difference.noted:
+            self._remember(self._at(link), entry)
         self.store.budget_bytes = budget
-        self._keep_budget()
-        return orphans
+        self.keep_budget()
+        return [*useless, *difference.orphans]
 
-    def _keep_budget(self) -> None:
+    def _take(self, stretch: Stretch) -> list[Segment]:
+        """One stretch, behind what stands at its beginning."""
+        if stretch.lead is None:
+            above: Node | None = self.store.root(Namespace(stretch.link.segment.namespace))
+        else:
+            above = self._at(stretch.lead)
+        node = self._graft(stretch, above) if above is not None else None
+        useless = [] if node is not None else self._add_each(stretch)
+        node = node or self._at(stretch.link)
+        if node is not None:
+            if stretch.link.end == stretch.link.segment.end and stretch.link.segment in self:
+                self._files.ends[stretch.link.segment.name] = node
+            if stretch.stands is not None:
+                self._remember(node, stretch.stands)
+            while node is not None and node.last_passed < stretch.passed:
+                node.last_passed, node = stretch.passed, node.parent
+        self.store.clock = max(self.store.clock, stretch.passed)
+        return useless
+
+    def _graft(self, stretch: Stretch, above: Node) -> Node | None:
+        """The end of a stretch that is all new. None, and nothing done, where some of it is there."""
+        stands, node, start = stretch.stands, above, above.end
+        rows: list[FileRows] = []
+        for part in stretch.parts:
+            rows.append(FileRows(part.segment, start, part.end))
+            start = part.end
+        if rows:
+            tokens = np.concatenate([each.tokens() for each in rows])
+            if above.child(int(tokens[0])) is not None:
+                return None
+            for each, part in zip(rows, stretch.parts, strict=True):
+                self.store.linger(self._files.add(each.segment, each.nbytes, part.above))
+            node = self.store.graft(above, as_tokens(tokens), tuple(rows))
+        if stands is not None and stretch.restores:
+            self.store.stand(node, FileEnd(stands.segment), is_parting=stretch.is_parting)
+        elif stands is not None:
+            if isinstance(node.checkpoint, FileState):
+                return None
+            is_parting = stretch.is_parting or len(node.children or ()) > 1
+            self.store.linger(
+                self._files.add(stands.segment, stands.segment.file_nbytes, stretch.link)
+            )
+            self.store.stand(node, FileState(stands.segment), is_parting=is_parting)
+        return node
+
+    def _add_each(self, stretch: Stretch) -> list[Segment]:
+        """Some of a stretch is there, or nothing leads to it: file by file; those of no use."""
+        segments = list(stretch.segments())
+        if stretch.lead is not None:  # of which some may have been let go here, though it is there
+            self._add_rows(stretch.lead.chain(), restores=stretch.restores)
+        self._add_rows(stretch.parts, restores=stretch.restores)
+        if stretch.stands is not None and not stretch.restores:
+            tokens = stretch.link.tokens()
+            self.add(stretch.stands.segment, tokens, is_parting=stretch.is_parting)
+        return [segment for segment in segments if segment not in self]
+
+    def _add_rows(self, links: Sequence[Link], *, restores: bool) -> None:
+        """The files of these links, each behind the one before it, where they are not needed in whole yet."""
+        for link in links:
+            segment = link.segment
+            if self._files.used.get(segment.name) != segment.file_nbytes:
+                above = [link.above.tokens()] if link.above is not None else []
+                self.add(segment, np.concatenate([*above, segment.tokens]), restores=restores)
+
+    def lacks(self, stretch: Stretch) -> bool:
+        """Whether some of its files are not here."""
+        return any(segment not in self for segment in stretch.segments())
+
+    def _at(self, link: Link) -> Node | None:
+        """The node that ends where a link does."""
+        node = self._files.standing(link)
+        return node or self._node(link.segment.namespace, link.tokens())
+
+    def keep_budget(self) -> None:
         """Let go what is over the budget; pins too where they alone are, the oldest first."""
-        pinned = sorted(
-            (node for node in self.store.nodes() if node.pinned),
-            key=lambda node: node.last_used,
-            reverse=True,
-        )
+        pinned: list[Node] | None = None
         while True:
             try:
                 return self.make_room(0)
             except BudgetError:
+                if pinned is None:
+                    pinned = [node for node in self.store.nodes() if node.pinned]
+                    pinned.sort(key=lambda node: node.last_used, reverse=True)
                 if not pinned:
                     raise
                 unpinned = pinned.pop()
                 unpinned.pinned = False
                 unpinned.touch()
 
-    def _remember(self, entry: Entry, tokens: Tokens) -> None:
+    def _remember(self, node: Node | None, entry: Entry) -> None:
         """Its recency and its pin, from the index."""
-        node = self._node(entry.segment.namespace, tokens)
-        if node is not None and node.checkpoint is not None:
-            node.last_used = entry.used
-            node.pinned = entry.pinned
+        stands = node.checkpoint if node is not None else None
+        is_its_own = isinstance(stands, FileState) == (entry.segment.kind == "state")
+        if node is not None and stands is not None and is_its_own:
+            node.last_used, node.pinned = entry.used, entry.pinned
             node.touch()
         self.store.clock = max(self.store.clock, entry.used)
 
@@ -304,9 +312,11 @@ class Catalogue:
         if segment not in self:
             self.make_room(segment.file_nbytes, found.match.nodes())
 
+        lead = self._link_at(found.nodes(), segment.start)
+
         def rows_of(start: int) -> FileRows:
             rows = FileRows(segment, start, segment.end)
-            self.store.linger(self._files.add(segment, rows.nbytes))
+            self.store.linger(self._files.add(segment, rows.nbytes, lead))
             return rows
 
         stands: FileState | FileEnd | None = None
@@ -329,7 +339,7 @@ class Catalogue:
         ):
             raise BudgetError(f"{segment.name} does not fit the disk budget beside what is kept.")
         if segment.kind == "state":
-            self._files.add(segment, segment.file_nbytes)
+            self._files.add(segment, segment.file_nbytes, lead)
         return True
 
     def make_room(self, nbytes: int, keep: Iterable[Node] = ()) -> None:
@@ -353,13 +363,28 @@ class Catalogue:
         """Refresh what was restored; returns the files whose recency that is."""
         self.store.use(found)
         used = [found.node] if found.node is not None else found.match.path[-1:]
-        return [payload.segment.name for payload in _payloads(used)]
+        return [payload.segment.name for payload in payloads(used)]
 
     def forget(self, segment: Segment) -> None:
         """A file is damaged or gone: it goes, and what cannot be restored without it."""
-        for tree_node in list(self.store.nodes()):
-            if any(payload.segment.name == segment.name for payload in _payloads([tree_node])):
-                self.store.forget(tree_node, rows=segment.kind == "rows")
+        node = self._first_with(segment) if segment in self else None
+        if node is not None:
+            self.store.forget(node, rows=segment.kind == "rows")
+
+    def _first_with(self, segment: Segment) -> Node | None:
+        """The first node with a part of a file. They lie one below the other."""
+        lead = self._files.leads[segment.name]
+        end = Link(segment, segment.end, lead, PrefixDigest("")) if segment.kind == "rows" else lead
+        assert end is not None
+        node = self._files.standing(end)
+        path: Sequence[Node] = ()
+        while node is not None and node.end > segment.start - (segment.kind == "state"):
+            path, node = [node, *path], node.parent
+        parts = [node for node in path if _is_part(segment, node)]
+        if not parts:
+            path = self.store.find(Namespace(segment.namespace), end.tokens()).nodes()
+            parts = [node for node in path if _is_part(segment, node)]
+        return parts[0] if parts else None
 
     def pin(self, namespace: str, tokens: Tokens, *, is_pinned: bool) -> list[str]:
         """Keep what restores `tokens` at their end whatever comes, or no longer; returns its files."""
@@ -368,7 +393,7 @@ class Catalogue:
             return []
         node.pinned = is_pinned
         node.touch()
-        return [payload.segment.name for payload in _payloads([node])]
+        return [payload.segment.name for payload in payloads([node])]
 
     def _node(self, namespace: str, tokens: Tokens) -> Node | None:
         path = self.store.find(Namespace(namespace), tokens).match.path
@@ -408,51 +433,5 @@ def _has_state(found: Found, end: int) -> bool:
     return bool(path) and path[-1].end == end and isinstance(path[-1].checkpoint, FileState)
 
 
-def _payloads(nodes: Iterable[Node]) -> Iterator[FileRows | FileState]:
-    for node in nodes:
-        yield from cast("tuple[FileRows, ...]", node.rows)
-        if isinstance(node.checkpoint, FileState):
-            yield node.checkpoint
-
-
-class _Chains:
-    """All tokens that lead to each segment, from the runs that the segments before it hold."""
-
-    def __init__(self, segments: Sequence[Segment]):
-        self._starts: dict[str, list[int]] = defaultdict(list)
-        for segment in segments:
-            self._starts[segment.namespace].append(segment.start)
-        for starts in self._starts.values():
-            starts.sort()
-        self._known: dict[tuple[str, str], tuple[Segment, int]] = {}
-        rows = [segment for segment in segments if segment.kind == "rows"]
-        for segment in sorted(rows, key=lambda segment: segment.start):
-            self._link(segment)
-
-    def tokens(self, segment: Segment) -> Tokens | None:
-        """Those of `[0, segment.end)`; None where some are missing or are not what they were."""
-        return self._before(segment.namespace, segment.key)
-
-    def _link(self, segment: Segment) -> None:
-        """Know the keys of every position in this run at which another segment begins."""
-        before = self._before(segment.namespace, segment.parent)
-        if before is None or len(before) != segment.start:
-            return
-        tokens = as_tokens(np.concatenate([before, segment.tokens]))
-        starts = self._starts[segment.namespace]
-        first, last = (bisect.bisect_right(starts, x) for x in (segment.start, segment.end))
-        ends = sorted({*starts[first:last], segment.end})
-        keys = prefix_keys(segment.namespace, tokens, ends)
-        if keys[-1] == segment.key:
-            for end, key in zip(ends, keys, strict=True):
-                self._known.setdefault((segment.namespace, key), (segment, end))
-
-    def _before(self, namespace: str, key: str) -> Tokens | None:
-        runs: list[Tokens] = []
-        while key:
-            if (namespace, key) not in self._known:
-                return None
-            segment, end = self._known[(namespace, key)]
-            runs.append(segment.tokens[: end - segment.start])
-            key = segment.parent
-        return as_tokens(np.concatenate(runs[::-1])) if runs else as_tokens([])
+def _is_part(segment: Segment, node: Node) -> bool:
+    return any(payload.segment.name == segment.name for payload in payloads([node]))

@@ -20,9 +20,10 @@ from filelock import FileLock, Timeout
 from ..errors import HybridCacheError, NotStoredError, SettingError
 from ..tokens import Tokens
 from ..tree import Node
-from .catalogue import Catalogue, FileRows, FileState
+from .catalogue import Catalogue
 from .directory import Directory
 from .index import Entry, scan
+from .parts import FileRows, FileState
 from .segment import SEGMENTS, NewerSegmentError, Segment, SegmentError, prefix_key, verify
 
 LOCK = "writer.lock"

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
+import re
+import stat
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -23,10 +26,23 @@ from .segment import SEGMENTS, NewerSegmentError, Segment, taken_by, write
 
 log = logging.getLogger("mlx_hybridcache")
 
+_OURS = re.compile(rf"{SEGMENTS}|writer\.lock|index\.sqlite(-wal|-shm|-journal)?")
+_FOLDER = re.compile(r"[0-9a-f]{2}")
+"""What lies in a directory that is the cache's own, and in its folder of segments."""
+
+
+@dataclass(frozen=True, slots=True)
+class News:
+    """Files that came or were noted otherwise, and names of those that went. `is_whole`: no others are there."""
+
+    entries: list[Entry]
+    gone: list[str] = field(default_factory=list)
+    is_whole: bool = False
+
 
 @dataclass(eq=False)
 class Directory:
-    """The directory `root`, which only its owner may look into. Used on one thread at a time.
+    """The directory `root`, whose files only their owner may read. Used on one thread at a time.
 
     `newer_bytes` are those of files that a later version of this library wrote. They are left alone.
     """
@@ -37,6 +53,7 @@ class Directory:
     _index: Index | None = field(default=None, init=False)
     _lock: FileLock = field(init=False)
     _seen: object = field(default=None, init=False)
+    _number: int | None = field(default=None, init=False)
     _lock_seen: object = field(default=None, init=False)
     _wrong: set[str] = field(default_factory=set, init=False)
 
@@ -51,9 +68,32 @@ class Directory:
     def open(self) -> list[Entry]:
         """Become the writer if nobody is, and find what is there."""
         make_directory(self.root)
-        self.root.chmod(0o700)
+        self._make_private(self.root, _OURS)
+        if self.segments.is_dir():
+            self._make_private(self.segments, _FOLDER)
         self._try_to_write()
         return self.entries()
+
+    def _make_private(self, folder: Path, ours: re.Pattern[str]) -> None:
+        """Let its owner alone look into a folder of the cache's own. One with other things in it stays as it is."""
+        status = folder.stat()
+        mode = stat.S_IMODE(status.st_mode)
+        if mode == 0o700:
+            return
+        with os.scandir(folder) as found:
+            other = next((each.name for each in found if not ours.fullmatch(each.name)), None)
+        if other is None and status.st_uid == os.geteuid():
+            folder.chmod(0o700)
+        elif mode & 0o077:
+            why = f"holds {other!r}, which is not this cache's" if other else "is another user's"
+            log.warning(
+                "%s %s, so its mode stays %04o. What the cache keeps there is for you alone to read, but "
+                "others may see that it is there%s. Name an empty directory, or one that is not there yet.",
+                folder,
+                why,
+                mode,
+                ", or remove it" if mode & 0o022 else "",
+            )
 
     def complain(self, about: Literal["files", "index"], sentence: str) -> None:
         """One line about what is wrong with the directory, and no other until that went well again.
@@ -78,6 +118,7 @@ class Directory:
                 log.warning("Passed over %s: %s", path.name, str(error))
 
         index = self._index or Index.read_only(self.root / "index.sqlite")
+        self._number = index.number() if index is not None else None
         try:
             found = scan(self.root, index, adopt=self.is_writer, on_rejected=rejected)
         finally:
@@ -97,18 +138,56 @@ class Directory:
         self.newer_bytes = sum(newer)
         return found
 
-    def changed(self) -> bool:
-        """Whether this process became the writer, or the writer changed something.
+    def news(self) -> News | None:
+        """What came and went since the last look; None where nothing did.
 
-        A directory that was removed is made anew: its lock went with it, so another process may
-        have become the writer of a new one.
+        All of it where this process became the writer, or where the index no longer tells. A
+        directory that was removed is made anew: its lock went with it, so another process may have
+        become the writer of a new one.
         """
         if self.is_writer and not self.is_lost():
-            return False
+            return None
         if self.is_writer:
             self.complain("files", "it was removed while it was in use, and is made anew.")
             self.close()
-        return self._try_to_write() or self._signature() != self._seen
+        is_writer, signature = self._try_to_write(), self._signature()
+        if not is_writer and signature == self._seen:
+            return None
+        noted = None if is_writer else self._noted()
+        if noted is None:
+            return News(self.entries(), is_whole=True)
+        self._seen = signature
+        return noted
+
+    def look_at_all(self) -> None:
+        """The next news are to be of all files."""
+        self._number = None
+
+    def _noted(self) -> News | None:
+        """What the index was told since the last look, with a look at those files only."""
+        index = Index.read_only(self.root / "index.sqlite")
+        if index is None or self._number is None:
+            return None
+        try:
+            changes = index.since(self._number)
+        except IndexUnavailableError:
+            return None
+        finally:
+            index.close()
+        if changes is None:
+            return None
+        self._number = changes.number
+        entries, gone = [], [*changes.gone]
+        for entry in changes.entries:
+            try:
+                status = (self.segments / entry.segment.name).stat(follow_symlinks=False)
+            except OSError:
+                gone.append(entry.segment.name)
+                continue
+            if not stat.S_ISREG(status.st_mode) or status.st_size != entry.file_nbytes:
+                return None  # another file than was noted: its own header tells
+            entries.append(entry)
+        return News(entries, gone)
 
     def is_lost(self) -> bool:
         """Whether the directory that this process writes is no longer there, or is another one."""

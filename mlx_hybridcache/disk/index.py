@@ -34,6 +34,32 @@ _CREATE = f"CREATE TABLE segments ({', '.join(_COLUMNS)}, PRIMARY KEY (name))"
 _SELECT = f"SELECT {', '.join(_COLUMNS)} FROM segments"
 _INSERT = f"INSERT OR REPLACE INTO segments VALUES ({', '.join('?' * len(_COLUMNS))})"
 
+MOST_CHANGES = 10_000
+"""Changes that are remembered: who looks again before there were more reads those only."""
+
+_LOG = f"""
+BEGIN;
+CREATE TABLE changes (number INTEGER PRIMARY KEY, name);
+INSERT INTO changes VALUES (random() >> 2 & {(1 << 60) - 1}, '');
+CREATE TRIGGER added AFTER INSERT ON segments
+    BEGIN INSERT INTO changes (name) VALUES (NEW.name); END;
+CREATE TRIGGER noted AFTER UPDATE ON segments
+    BEGIN INSERT INTO changes (name) VALUES (NEW.name); END;
+CREATE TRIGGER dropped AFTER DELETE ON segments
+    BEGIN INSERT INTO changes (name) VALUES (OLD.name); END;
+CREATE TRIGGER remembered AFTER INSERT ON changes
+    BEGIN DELETE FROM changes WHERE number <= NEW.number - {MOST_CHANGES}; END;
+COMMIT;
+"""
+"""Kept by triggers, so that a release that knows nothing of it keeps it too. Numbers begin anywhere, so
+that those of an index made anew are not taken for the old one's."""
+
+_SINCE = f"""
+SELECT changes.number, changes.name, {", ".join(f"segments.{column}" for column in _COLUMNS)}
+FROM changes LEFT JOIN segments ON segments.name = changes.name
+WHERE changes.number >= ? ORDER BY changes.number
+"""
+
 _PATIENCE_SECONDS = 10.0
 """How long one process waits for another's transaction."""
 
@@ -67,6 +93,18 @@ class Entry:
     used: int  # a logical counter: higher is more recent
     pinned: bool
     file_nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """What the index was told meanwhile: rows as they are now, names that have none any more.
+
+    `number` is that of the last change.
+    """
+
+    number: int
+    entries: list[Entry]
+    gone: list[str]
 
 
 class Index:
@@ -110,6 +148,36 @@ class Index:
         layouts: dict[str, tuple[Tensor, ...]] = {}
         with _translated(), closing(self._db.execute(_SELECT)) as rows:
             return [entry for row in rows if (entry := _entry(row, layouts)) is not None]
+
+    def number(self) -> int | None:
+        """That of the last change; None where an older release made the index and alone has written to it."""
+        try:
+            with closing(self._db.execute("SELECT max(number) FROM changes")) as rows:
+                (number,) = rows.fetchone()
+        except sqlite3.Error:
+            return None
+        return number if isinstance(number, int) else None
+
+    def since(self, number: int) -> Changes | None:
+        """What changed behind change `number`, in as many rows. None where it is no longer remembered."""
+        layouts: dict[str, tuple[Tensor, ...]] = {}
+        last, found = None, dict[str, Entry | None]()
+        with _translated(), closing(self._db.execute(_SINCE, (number,))) as rows:
+            for at, name, *row in rows:
+                if last is None and at != number:
+                    return None
+                if last is not None:
+                    found[name] = _entry(tuple(row), layouts) if row[0] is not None else None
+                    if found[name] is None and row[0] is not None:
+                        return None  # a damaged row: its file tells
+                last = at
+        if last is None:
+            return None
+        return Changes(
+            last,
+            [entry for entry in found.values() if entry is not None],
+            [name for name, entry in found.items() if entry is None],
+        )
 
     def put(self, entries: Iterable[Entry]) -> None:
         """Add entries. One of the same name is replaced."""
@@ -286,6 +354,9 @@ def _opened(path: Path) -> sqlite3.Connection:
         if found != "ok":
             raise sqlite3.DatabaseError(f"it is damaged: {found}")
         db.execute("PRAGMA synchronous = NORMAL")
+        if not db.execute("SELECT 1 FROM sqlite_master WHERE name = 'changes'").fetchall():
+            with suppress(sqlite3.OperationalError):  # a full disk: readers read it all each time
+                db.executescript(_LOG)
     return db
 
 

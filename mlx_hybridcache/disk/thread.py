@@ -13,10 +13,11 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
-from .directory import Directory
+from .chains import Chains, Difference
+from .directory import Directory, News
 from .index import Entry
 from .segment import Segment, SegmentError, read_data
 
@@ -45,11 +46,36 @@ class Transfer:
     is_told: bool = False  # the directory itself has said, or will, what is wrong
 
 
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What became of the directory. `names` are those of all files, where it was looked at as a whole."""
+
+    difference: Difference
+    names: frozenset[str] | None = None
+
+
+@dataclass(eq=False)
+class _Watcher:
+    """Who hears of changes, and how the files were linked when it last did."""
+
+    chains: Chains
+    changed: Callable[[Change], None]
+
+    def put_together(self, news: News) -> Change:
+        """What the news come to. Takes its time here rather than on the worker."""
+        if not news.is_whole:
+            return Change(self.chains.change(news.entries, news.gone))
+        self.chains = Chains()
+        difference = self.chains.change(news.entries)
+        names = frozenset(entry.segment.name for entry in news.entries)
+        return Change(replace(difference, orphans=self.chains.orphans()), names)
+
+
 class DiskThread:
     """Does what it is asked in its own time and hands the outcome to `post`, in any thread's stead.
 
-    `watch` names who gets the new list of files when the directory was changed by another process, or
-    when this one has become the writer. Closing it, or dropping it, ends the thread after the job at hand.
+    `watch` names who hears when the directory was changed by another process, or when this one has become
+    the writer. Closing it, or dropping it, ends the thread after the job at hand.
     """
 
     def __init__(
@@ -61,7 +87,7 @@ class DiskThread:
         self._jobs: queue.PriorityQueue[_Job] = queue.PriorityQueue()
         self._count = itertools.count()
         self._post = post
-        self._watchers: list[Callable[[list[Entry]], None]] = []
+        self._watchers: list[_Watcher] = []
         self._thread = threading.Thread(
             target=_run,
             args=(self._jobs, directory, post, self._watchers),
@@ -75,9 +101,9 @@ class DiskThread:
         """The thread's own number."""
         return self._thread.ident
 
-    def watch(self, changed: Callable[[list[Entry]], None]) -> None:
-        """Post the new list of files to `changed` whenever there is one."""
-        self._watchers.append(changed)
+    def watch(self, chains: Chains, changed: Callable[[Change], None]) -> None:
+        """Post to `changed` what came and went, whenever something did. `chains` are this thread's from now on."""
+        self._watchers.append(_Watcher(chains, changed))
 
     def read(self, transfer: Transfer) -> None:
         """Fill the views of `transfer`; the first segment that is not what it was ends it."""
@@ -111,6 +137,10 @@ class DiskThread:
         """Delete files or note something, in its turn."""
         self._put(_CHANGE, lambda: change(self.directory))
 
+    def later(self, function: Callable[[], None]) -> None:
+        """Post `function` once everything that was asked for is done, so that others have their turns."""
+        self._put(_CHANGE, lambda: self._post(function))
+
     def close(self) -> None:
         """End after what is to be changed, and let another process write.
 
@@ -138,7 +168,7 @@ def _run(
     jobs: queue.PriorityQueue[_Job],
     directory: Directory,
     post: Callable[[Callable[[], None]], None],
-    watchers: list[Callable[[list[Entry]], None]],
+    watchers: list[_Watcher],
 ) -> None:
     look_at = time.monotonic() + TICK_SECONDS
     while True:
@@ -168,9 +198,9 @@ def _guarded(work: Callable[[], object], directory: Directory) -> None:
 def _look(
     directory: Directory,
     post: Callable[[Callable[[], None]], None],
-    watchers: list[Callable[[list[Entry]], None]],
+    watchers: list[_Watcher],
 ) -> None:
-    if directory.changed():
-        found = directory.entries()
-        for changed in watchers:
-            post(partial(changed, found))
+    news = directory.news()
+    for watcher in watchers if news is not None else ():
+        assert news is not None
+        post(partial(watcher.changed, watcher.put_together(news)))
