@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Container, Generator, Iterator, Sequence
+from collections.abc import Callable, Container, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -64,7 +64,7 @@ class Engine:
     readers: Readers = field(init=False)
     last_report: CacheReport | None = field(default=None, init=False)
     summary: StoreStats = field(init=False)
-    outlines: dict[Namespace, Outline] = field(init=False)
+    outlines: Mapping[Namespace, Outline] = field(init=False)
 
     def __post_init__(self) -> None:
         self.loans = Loans(self.store)
