@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import inf
 
 from .census import Census, leaf_below
@@ -23,6 +23,8 @@ class Eviction:
     spare: Node | None
     clock: int
     interior: float
+    _counted: dict[Node, float] | None = field(default=None, init=False)
+    """What nodes that are worth something else in this look counted for last; None before the first."""
 
     def fixed_bytes(self) -> int:
         """Bytes that would be left if everything went that may."""
@@ -55,19 +57,35 @@ class Eviction:
 
     def _least(self) -> tuple[float, Node] | None:
         """Rows that nothing restores go first of all; then what is worth least, and was made first."""
-        self.census.settle()
-        dead = self.census.first_dead(self._may_go)
+        census, now = self.census, (self.clock, self.interior)
+        census.settle()
+        if self._counted is None:
+            census.ranking.begin(*now)
+        else:
+            census.ranking.settle(*now)
+        otherwise = dict.fromkeys(self._worth_otherwise())
+        own = self._count(node for node in otherwise if census.may_rank(node))
+        dead = census.first_dead(self._may_go)
         if dead is not None:
             return -inf, dead
-        otherwise = dict.fromkeys(self._worth_otherwise())
-        found = self.census.least(self.clock, self.interior, [*otherwise, *self._spared()])
-        own = [
-            (self._worth(node), node)
-            for node in otherwise
-            if self.census.may_rank(node) and self._may_go(node)
-        ]
-        ranked = [*own] if found is None else [found, *own]
-        return min(ranked, key=lambda each: (each[0], each[1].serial), default=None)
+        found = census.least(*now, [*otherwise, *self._spared()])
+        ranked = [(worth, node) for node, worth in own.items() if self._may_go(node)]
+        ranked += [found] if found is not None else []
+        least = min(ranked, key=lambda each: (each[0], each[1].serial), default=None)
+        if least is not None:
+            census.ranking.gone(least[0], *now)
+        return least
+
+    def _count(self, nodes: Iterable[Node]) -> dict[Node, float]:
+        """What these count for: in one look never less than before (`ranking`)."""
+        before, found = self._counted or {}, {}
+        for node in nodes:
+            worth = self._worth(node)
+            if node not in before and self._counted is not None:
+                before[node] = self.census.ranking.held(node.standing.rank)
+            found[node] = max(worth, before.get(node, -inf))
+        self._counted = before | found
+        return found
 
     def _spared(self) -> Iterator[Node]:
         if self.spare is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from mlx_hybridcache.policy import Candidate, utility
@@ -18,19 +18,27 @@ class FullScan:
     store: Store
     kept: frozenset[Node] = frozenset()
     spare: Node | None = None
+    counted: dict[Node, float] = field(default_factory=dict)
+    """What each counted for when it was looked at last: in one look never less than before."""
 
     def first(self) -> tuple[float, Node] | None:
-        """What goes first with what it is worth; of several alike the one made first."""
-        found = [
-            (self.worth(node, *around), node.serial, node)
-            for tree in self.store._trees.values()
-            for node, around in surroundings(tree.root).items()
-            if self.may_go(node)
-        ]
-        if not found:
-            return None
-        worth, _, node = min(found)
-        return worth, node
+        """What goes first with what it counts for; of several alike the one made first.
+
+        What comes first by what it counted for is looked at, until one is worth no more than that.
+        """
+        trees = self.store._trees.values()
+        around = {node: at for tree in trees for node, at in surroundings(tree.root).items()}
+        may_go = [node for node in around if self.may_go(node)]
+        for node in may_go:
+            if node not in self.counted:
+                self.counted[node] = self.worth(node, *around[node])
+        while may_go:
+            first = min(may_go, key=lambda node: (self.counted[node], node.serial))
+            worth = self.worth(first, *around[first])
+            if worth <= self.counted[first]:
+                return self.counted[first], first
+            self.counted[first] = worth
+        return None
 
     def may_go(self, node: Node) -> bool:
         if node.pinned or node is self.spare:

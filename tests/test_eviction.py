@@ -24,7 +24,7 @@ class Checked(Eviction):
 
     def _least(self):
         found = super()._least()
-        scan = FullScan(self.store, self.kept, self.spare)
+        scan = self.scan
         assert found == scan.first()
         assert self.fixed_bytes() == scan.fixed_bytes()
         self.store.seen["choices"] += 1
@@ -43,6 +43,7 @@ class CheckedStore(Store):
     def _eviction(self, keep=(), spare=None):
         eviction = Checked(self._census, frozenset(keep), spare, self.clock, self.partings.interior)
         eviction.store = self
+        eviction.scan = FullScan(self, eviction.kept, spare)
         return eviction
 
     def _surplus(self, written):
