@@ -60,6 +60,7 @@ class Census:
     noted: Noted = field(default_factory=Noted, init=False)
     ranking: Ranking = field(default_factory=Ranking, init=False)
     pins: Pins = field(default_factory=Pins, init=False)
+    settlings: int = field(default=0, init=False)
     nodes: int = field(default=0, init=False)
     tokens: int = field(default=0, init=False)
     checkpoints: int = field(default=0, init=False)
@@ -75,6 +76,7 @@ class Census:
         if not changed and not passed:
             return
         self.noted.changed, self.noted.passed = {}, {}
+        self.settlings += 1
         moved = dict.fromkeys(passed)
         if changed:
             self._settle(changed, moved)

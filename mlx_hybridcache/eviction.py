@@ -26,6 +26,9 @@ class Eviction:
     _counted: dict[Node, float] | None = field(default=None, init=False)
     """What nodes that are worth something else in this look counted for last; None before the first."""
 
+    _found: tuple[int, tuple[float, Node] | None] = field(default=(-1, None), init=False)
+    """What was found last, and as of which settling."""
+
     def fixed_bytes(self) -> int:
         """Bytes that would be left if everything went that may."""
         self.census.settle()
@@ -56,9 +59,17 @@ class Eviction:
         return min(nodes, key=self._worth)
 
     def _least(self) -> tuple[float, Node] | None:
+        """What goes first with what it counts for, looked for again only where something changed."""
+        self.census.settle()
+        settlings, found = self._found
+        if settlings != self.census.settlings:
+            found = self._look()
+            self._found = self.census.settlings, found
+        return found
+
+    def _look(self) -> tuple[float, Node] | None:
         """Rows that nothing restores go first of all; then what is worth least, and was made first."""
         census, now = self.census, (self.clock, self.interior)
-        census.settle()
         if self._counted is None:
             census.ranking.begin(*now)
         else:

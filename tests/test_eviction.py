@@ -22,8 +22,8 @@ SPACES = [N, N, N, Namespace("n", "salt"), Namespace("m")]
 class Checked(Eviction):
     """Every choice beside the full scan's."""
 
-    def _least(self):
-        found = super()._least()
+    def _look(self):
+        found = super()._look()
         scan = self.scan
         assert found == scan.first()
         assert self.fixed_bytes() == scan.fixed_bytes()

@@ -17,6 +17,7 @@ from .matching import measure_matching
 from .selection import measure_selection
 from .slices import measure_slices
 from .standin import SHAPES
+from .stored import measure_stored
 from .tables import Figure, show_figures, write_json
 from .text import prompt_of
 
@@ -101,10 +102,15 @@ def _selection(args: argparse.Namespace) -> Part:
     return measure_selection(args.model, pairs=50 * args.pairs)
 
 
+def _stored(args: argparse.Namespace) -> Part:
+    return measure_stored(rounds=5 * args.pairs)
+
+
 PARTS: dict[str, Callable[[argparse.Namespace], Part]] = {
     "cold": _cold,
     "matching": _matching,
     "full-size": _full_size,
     "slices": _slices,
     "router": _selection,
+    "store": _stored,
 }
