@@ -68,7 +68,7 @@ class Census:
     barren: dict[Node, None] = field(default_factory=dict, init=False)
     """Leaves at which nothing stands though something must."""
     _ranked: dict[int, Node] = field(default_factory=dict, init=False)
-    _dead: list[tuple[int, Node]] = field(default_factory=list, init=False)
+    _dead: list[tuple[float, Node]] = field(default_factory=list, init=False)
 
     def settle(self) -> None:
         """Put right what has changed since the last time."""
@@ -255,7 +255,7 @@ class Census:
 
     def first_dead(self, may_go: Callable[[Node], bool]) -> Node | None:
         """Of the leaves whose rows restore nothing the one made first that may go."""
-        passed_over: list[tuple[int, Node]] = []
+        passed_over: list[tuple[float, Node]] = []
         found = None
         while self._dead and found is None:
             _, node = self._dead[0]

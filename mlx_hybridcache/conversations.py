@@ -20,7 +20,7 @@ class Conversations:
 
     def __init__(self, needs_checkpoints: bool) -> None:
         self._needs_checkpoints = needs_checkpoints
-        self._queue: list[tuple[int, int, Node]] = []
+        self._queue: list[tuple[int, float, Node]] = []
         self._waiting: dict[Node, int] = {}  # since when at least, by leaf
         self._pinned: dict[Node, None] = {}
 

@@ -64,7 +64,7 @@ class Ranking:
         self._new.add(item)
         return item
 
-    def put(self, item: int, weights: Weights, used: int, passed: int, serial: int) -> None:
+    def put(self, item: int, weights: Weights, used: int, passed: int, serial: float) -> None:
         """What is known of an item now."""
         self._put[item] = (*weights, used, passed, serial, -math.inf)
 

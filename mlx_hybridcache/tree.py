@@ -66,6 +66,9 @@ class Noted:
 
 _serials = itertools.count()
 
+JUST_BEFORE = 1e-6
+"""What is split off above a node counts as made before it, and behind whatever was."""
+
 
 class Node:
     """A run of tokens at positions `[start, end)`, reached through its parents."""
@@ -98,7 +101,7 @@ class Node:
         rows: tuple[Rows, ...],
         noted: Noted,
     ):
-        self.serial = next(_serials)  # the earlier made, the less
+        self.serial: float = next(_serials)  # the earlier made, the less
         self.parent = parent  # None for the root, and for what was taken out
         self.start = start
         self.tokens = tokens
@@ -353,6 +356,7 @@ class PrefixTree:
         upper_node = Node(node.parent, node.start, run, tuple(upper_rows), node.noted)
         upper_node.last_used, upper_node.last_passed = node.last_used, node.last_passed
         upper_node.deepest = node.deepest
+        upper_node.serial = node.serial - JUST_BEFORE
         upper_node.outline = node.outline  # from which it takes when that was
         node.parent.children[int(node.tokens[0])] = upper_node
         node.parent, node.start = upper_node, position

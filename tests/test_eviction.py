@@ -11,10 +11,15 @@ from mlx_hybridcache_bench.simulate import SHAPES, Simulation
 from mlx_hybridcache_bench.workloads import WORKLOADS, workload
 from test_store import ROW, STATE, N, save
 
+from mlx_hybridcache import census
+from mlx_hybridcache.census import Census
 from mlx_hybridcache.errors import BudgetError, NotStoredError
 from mlx_hybridcache.eviction import Eviction
+from mlx_hybridcache.outline import Outline
+from mlx_hybridcache.ranking import Ranking
 from mlx_hybridcache.store import Store
 from mlx_hybridcache.tokens import Namespace, as_tokens
+from mlx_hybridcache.tree import Node
 
 SPACES = [N, N, N, Namespace("n", "salt"), Namespace("m")]
 
@@ -128,3 +133,51 @@ def test_each_choice_on_a_trace_is_that_of_a_full_scan(name):
         simulation.serve(index)
         full_scan.check_census(store)
     assert store.seen["choices"] > 50
+
+
+def weighed(monkeypatch, size):
+    """How many nodes are weighed, outlined and looked at by the ranking for a request to a full store."""
+    seen = Counter()
+
+    def counted(watching, owner, name, count):
+        plain = getattr(owner, name)
+
+        def watched(*args, **options):
+            seen[name] += count(*args)
+            return plain(*args, **options)
+
+        watching.setattr(owner, name, watched)
+
+    store = Store(10**9, needs_checkpoints=True, max_conversations=size)
+    shared = list(range(30))
+    save(store, shared)
+    for first in range(100, 100 + size):
+        store.tick()
+        save(store, [*shared, first, *range(20)], space=N, is_end=True)
+    store.stats()
+    store.outlines(0.0)
+    store.budget_bytes = store.used_bytes()
+    with monkeypatch.context() as watching:
+        counted(watching, Census, "weights", lambda *_: 1)
+        counted(watching, Census, "_look_up", lambda *_: 1)
+        counted(watching, census, "_farthest", lambda node, *_: 1)
+        counted(watching, Ranking, "_least_of", lambda _, blocks, *__: len(blocks))
+        counted(watching, Outline, "__init__", lambda *_: 1)
+        counted(watching, Node, "unshared", lambda *_: 1)
+        for first in range(5):
+            store.tick()
+            save(store, [*shared, 90 + first, *range(20)], is_end=True)
+            store.stats()
+            store.outlines(1.0)
+    assert store.evictions == 5
+    return seen
+
+
+def test_what_a_request_costs_does_not_grow_with_what_is_stored(monkeypatch):
+    """Five requests to a full store of 100 or of 3,000 conversations behind one system prompt: as many
+    nodes are weighed and outlined, and no more than twice as many blocks of the ranking are looked at.
+    """
+    few, many = (weighed(monkeypatch, size) for size in (100, 3_000))
+    blocks = few.pop("_least_of"), many.pop("_least_of")
+    assert few == many
+    assert blocks[1] <= 2 * blocks[0]

@@ -10,7 +10,7 @@ import gc
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
@@ -114,13 +114,13 @@ class Stored:
         )
 
 
-def measure_stored(*, rounds: int, seed: int = 1162) -> Stored:
-    """Fill stores of every shape and size, and measure `rounds` requests to each."""
+def measure_stored(sizes: Sequence[int], *, rounds: int, seed: int = 1162) -> Stored:
+    """Fill stores of every shape with so many nodes, and measure `rounds` requests to each."""
     return Stored(
         tuple(
             _measured(shape, size, rounds, seed)
             for shape in SHAPES
-            for size in SIZES
+            for size in sizes
             if shape != "one path" or size <= LONGEST
         )
     )
