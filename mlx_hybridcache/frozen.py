@@ -27,12 +27,16 @@ class FrozenMap(Mapping[K, V]):
     def __init__(self, items: Mapping[K, V] | None = None):
         self._parts: list[dict[K, V]] = [dict(items or {})]
         self._size = len(self._parts[0])
-        self._keep_even()
+        if self._size > FEW:
+            self._keep_even()
 
     def differing(self, changes: Mapping[K, V | None]) -> FrozenMap[K, V]:
         """A version with these items put in; those with None are left out."""
         if not changes:
             return self
+        if len(self._parts) == 1:
+            items = {**self._parts[0], **changes}
+            return FrozenMap({key: value for key, value in items.items() if value is not None})
         new: FrozenMap[K, V] = FrozenMap.__new__(FrozenMap)
         new._parts, new._size = self._parts.copy(), self._size
         own: set[int] = set()
@@ -52,7 +56,7 @@ class FrozenMap(Mapping[K, V]):
         return new
 
     def _keep_even(self) -> None:
-        """As many parts as each has items, within a factor of four; this comes seldom."""
+        """As many parts as each has items, within a factor of sixteen; this comes seldom."""
         most = len(self._parts) ** 2
         if self._size <= max(FEW, 4 * most) and (len(self._parts) == 1 or 16 * self._size > most):
             return

@@ -28,7 +28,7 @@ SIZES = (100, 1_000, 10_000, 50_000)
 ROW_BYTES, STATE_BYTES = 1_000, 100_000
 RUN_TOKENS = 32
 SYSTEM_TOKENS = 100
-DEEP = 100
+DEEP = 25
 LONGEST = 2_000
 TARGET_SIZE, TARGET_RATIO, TARGET_SAVE_MS = 10_000, 1.5, 3.8
 SPACE = Namespace("bench")
@@ -167,7 +167,7 @@ def _flat(generator: np.random.Generator, size: int) -> Iterator[Tokens]:
 
 
 def _deep(generator: np.random.Generator, size: int) -> Iterator[Tokens]:
-    """Conversations of a hundred checkpoints each."""
+    """Conversations of twenty-five checkpoints each."""
     for _ in range(size // DEEP):
         yield from _one_path(generator, DEEP)
 
