@@ -138,6 +138,7 @@ class Debt:
         """Put rows in their place that the store owns. Debts of one node are paid from the last."""
         rows = self.node.rows
         self.node.rows = (*rows[: self.first], *owned, *rows[self.last :])
+        self.node.note()  # it weighs more now
 
 
 def debts(path: Sequence[Node], lender: Lender) -> list[Debt]:

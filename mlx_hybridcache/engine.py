@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Container, Generator, Iterator, Sequence
+from collections.abc import Callable, Container, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -73,7 +73,7 @@ class Engine:
     readers: Readers = field(init=False)
     last_report: CacheReport | None = field(default=None, init=False)
     summary: StoreStats = field(init=False)
-    outlines: dict[Namespace, Outline] = field(init=False)
+    outlines: Mapping[Namespace, Outline] = field(init=False)
 
     def __post_init__(self) -> None:
         self.loans = Loans(self.store)

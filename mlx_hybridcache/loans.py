@@ -182,6 +182,7 @@ class Loans:
     def _let_go_for(self, node: Node, rows: Rows, lender: Lender) -> None:
         borrowed = BorrowedRows(rows.start, rows.end, lender)
         node.rows = tuple(borrowed if each is rows else each for each in node.rows)
+        node.note()  # it weighs less now
         self.store.rows_bytes -= rows.nbytes
         self.store.freed_bytes += rows.nbytes
         self.store.lingering_bytes += self.store.holders.dropped(rows)

@@ -10,6 +10,7 @@ import time
 from dataclasses import dataclass
 
 from .borrowing import full_nbytes
+from .frozen import FrozenMap
 from .tree import Node
 
 
@@ -51,9 +52,7 @@ class Outline:
         self.used_at: float | None = (
             old.used_at if old is not None and old.last_used == node.last_used else now
         )
-        self.children: dict[int, Outline] = {
-            token: child.outline for token, child in (node.children or {}).items()
-        }
+        self.children = _children(node, old)
         self._below: Below | None = None
 
     @property
@@ -63,6 +62,22 @@ class Outline:
             _add_up(self)
         assert self._below is not None
         return self._below
+
+
+NONE: FrozenMap[int, Outline] = FrozenMap()
+
+
+def _children(node: Node, old: Outline | None) -> FrozenMap[int, Outline]:
+    """The outlines below a node, from the last one's; what was split off has its own end's no more."""
+    children = node.children or {}
+    if old is None or old.end != node.end or node.fresh is None:
+        if not children:
+            return NONE
+        return FrozenMap({token: child.outline for token, child in children.items()})
+    fresh = {token: children.get(token) for token in node.fresh}
+    return old.children.differing(
+        {token: None if child is None else child.outline for token, child in fresh.items()}
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,14 +118,16 @@ def outlined(root: Node, now: float | None) -> Outline:
     waiting = [root]
     while waiting:
         node = waiting[-1]
-        if not node.is_changed:
+        if node.fresh is None:
             waiting.pop()
             continue
-        first = [child for child in (node.children or {}).values() if child.is_changed]
+        children = node.children or {}
+        below = [children[token] for token in node.fresh if token in children]
+        first = [child for child in below if child.fresh is not None]
         if first:
             waiting += first
             continue
-        node.outline, node.is_changed = Outline(node, now), False
+        node.outline, node.fresh = Outline(node, now), None
         waiting.pop()
     outline: Outline = root.outline
     return outline

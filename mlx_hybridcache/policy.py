@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 NEAR_TOKENS = 64
 """Distances from the end up to this count as the end: what a changed ending or a stripped `<think>`
@@ -86,23 +87,59 @@ class Candidate:
     interior: float = INTERIOR
 
 
+class Weights(NamedTuple):
+    """What a checkpoint is worth, as far as that does not change while time passes.
+
+    `at_once` falls with the time since it was taken or restored, `in_passing`, times the likelihood of
+    resuming further back and `at_most` so much, with the time since a request last read or wrote behind it.
+    """
+
+    at_once: float
+    in_passing: float
+    at_most: float
+
+    def worth(self, age_ticks: int, idle_ticks: int, interior: float) -> float:
+        """What it is worth now: the less, the sooner it goes."""
+        passing = min(self.at_most, self.in_passing * interior)
+        return self.at_once / (1 + age_ticks) + passing / (1 + idle_ticks)
+
+
+def weights(
+    gap_tokens: int,
+    below_tokens: int,
+    to_end_tokens: int,
+    freed_bytes: int,
+    returns: int,
+    goes_on: bool,
+) -> Weights:
+    """Tokens of replay that a byte of a checkpoint can be expected to save (`Candidate`)."""
+    share = gap_tokens / max(freed_bytes, 1)
+    seen = math.log2(1 + returns)
+    if to_end_tokens <= NEAR_TOKENS and not goes_on:
+        return Weights(share * (seen + 1), 0.0, 0.0)
+    if goes_on:  # the next one will stand about as far away as the last one
+        below_tokens = to_end_tokens = gap_tokens
+    # The integral of 1 / distance from the end, over the stretch that this checkpoint serves.
+    far = to_end_tokens + NEAR_TOKENS
+    return Weights(share * seen, share * math.log(far / (far - below_tokens)), share)
+
+
 def likelihood(candidate: Candidate) -> float:
     """How likely the next request is to resume here, in the likelihood of resuming at an end just made."""
-    seen = math.log2(1 + candidate.returns) / (1 + candidate.age_ticks)
-    if candidate.to_end_tokens <= NEAR_TOKENS and not candidate.goes_on:
-        return seen + 1 / (1 + candidate.age_ticks)
-    below, to_end = candidate.below_tokens, candidate.to_end_tokens
-    if candidate.goes_on:  # the next one will stand about as far away as the last one
-        below = to_end = candidate.gap_tokens
-    # The integral of 1 / distance from the end, over the stretch that this checkpoint serves.
-    far = to_end + NEAR_TOKENS
-    share = min(1.0, candidate.interior * math.log(far / (far - below)))
-    return seen + share / (1 + candidate.idle_ticks)
+    return utility(candidate) * max(candidate.freed_bytes, 1) / candidate.gap_tokens
 
 
 def utility(candidate: Candidate) -> float:
     """Tokens of replay that a byte of this checkpoint can be expected to save."""
-    return candidate.gap_tokens * likelihood(candidate) / max(candidate.freed_bytes, 1)
+    found = weights(
+        candidate.gap_tokens,
+        candidate.below_tokens,
+        candidate.to_end_tokens,
+        candidate.freed_bytes,
+        candidate.returns,
+        candidate.goes_on,
+    )
+    return found.worth(candidate.age_ticks, candidate.idle_ticks, candidate.interior)
 
 
 def least_useful(candidates: Sequence[Candidate]) -> int:

@@ -16,14 +16,18 @@ import numpy as np
 
 from .borrowing import full_nbytes
 from .budget import Budget, Claim, Holders, StoreStats
+from .census import Census, Weigh
 from .checkpoint import Checkpoint
+from .conversations import Conversations
 from .errors import BudgetError, NotStoredError, SettingError
-from .eviction import Eviction, Utility, crowded, pinned_nodes
+from .eviction import Eviction, crowded
 from .found import Found
-from .outline import Outline, outlined
-from .policy import NEAR_TOKENS, Candidate, Partings, utility
+from .frozen import FrozenMap
+from .outline import Outline
+from .policy import NEAR_TOKENS, Partings, weights
 from .tokens import Namespace, Tokens
 from .tree import Match, Node, PrefixTree, Rows
+from .trees import Trees
 
 log = logging.getLogger("mlx_hybridcache")
 
@@ -48,7 +52,7 @@ class Store(Budget):
         max_conversations: int | None = None,
         max_checkpoints: int | None = None,
         holders: Holders | None = None,
-        utility: Utility = utility,
+        weigh: Weigh = weights,
     ):
         for name, most in (
             ("max_conversations", max_conversations),
@@ -62,8 +66,9 @@ class Store(Budget):
         self.max_conversations = max_conversations
         self.max_checkpoints = max_checkpoints
         self.holders = holders or Holders()
-        self._utility = utility
-        self._trees: dict[Namespace, PrefixTree] = {}
+        conversations = Conversations(needs_checkpoints) if max_conversations is not None else None
+        self._census = Census(needs_checkpoints, weigh, conversations)
+        self._trees = Trees(self._census.noted)
         self.before_evicting: Callable[[], None] = lambda: (
             None
         )  # what costs nobody anything goes first
@@ -87,11 +92,7 @@ class Store(Budget):
 
     def known_elsewhere(self, namespace: Namespace, tokens: Tokens) -> int:
         """The longest match under other settings. Other salts are none of this request's business."""
-        others = (
-            tree
-            for name, tree in self._trees.items()
-            if name.salt == namespace.salt and name != namespace
-        )
+        others = self._trees.others(namespace)
         return max((tree.match(tokens).matched for tree in others), default=0)
 
     def was_evicted(self, namespace: Namespace, tokens: Tokens) -> bool:
@@ -109,18 +110,19 @@ class Store(Budget):
 
     def stats(self) -> StoreStats:
         """Counts and bytes at this moment."""
-        nodes = list(self.nodes())
+        census = self._census
+        census.settle()
         return StoreStats(
             budget_bytes=self.budget_bytes,
             rows_bytes=self.rows_bytes,
             snapshot_bytes=self.snapshot_bytes,
             running_bytes=self.running_bytes,
             lingering_bytes=self.lingering_bytes,
-            checkpoints=sum(node.checkpoint is not None for node in nodes),
-            conversations=len(self._eviction().conversations()),
-            nodes=len(nodes),
-            pinned=sum(node.pinned for node in nodes),
-            tokens=sum(len(node.tokens) for node in nodes),
+            checkpoints=census.checkpoints,
+            conversations=census.conversations_stored(),
+            nodes=census.nodes,
+            pinned=len(census.pins.pinned),
+            tokens=census.tokens,
             evictions=self.evictions,
             refusals=self._refusals,
         )
@@ -224,18 +226,14 @@ class Store(Budget):
         wanted = list(cuts)
         while not self.has_room(rows + len(wanted) * snapshot_bytes):
             worths = [
-                self._utility(
-                    Candidate(
-                        gap_tokens=cut - up,
-                        below_tokens=down - cut,
-                        to_end_tokens=len(tokens) - cut,
-                        freed_bytes=snapshot_bytes,
-                        age_ticks=0,
-                        idle_ticks=0,
-                        returns=int(cut in partings),
-                        interior=self.partings.interior,
-                    )
-                )
+                self._census.weigh(
+                    cut - up,
+                    down - cut,
+                    len(tokens) - cut,
+                    snapshot_bytes,
+                    int(cut in partings),
+                    False,
+                ).worth(0, 0, self.partings.interior)
                 for up, cut, down in zip(
                     [above, *wanted[:-1]], wanted, [*wanted[1:], len(tokens)], strict=True
                 )
@@ -294,8 +292,7 @@ class Store(Budget):
         longer has the rows, or when pins and ends fill a path to `max_checkpoints`, and nothing was
         added then.
         """
-        tree = self._trees.setdefault(namespace, PrefixTree())
-        match = tree.match(tokens)
+        match = self._match(namespace, tokens)
         at_end = match.path[-1] if match.path and match.matched == len(tokens) else None
         if at_end is not None and not match.inside and at_end.checkpoint is not None:
             at_end.last_used, at_end.is_end = self.clock, at_end.is_end or is_end
@@ -320,6 +317,7 @@ class Store(Budget):
                 self._refusals += 1
                 return False
         cut = match.inside.rows if match.inside is not None else ()
+        tree = self._trees.planted(namespace)
         node = tree.extend(tokens, (block,) if block is not None else ())
         if match.inside is not None:
             self._settle_split(cut, match.inside)
@@ -330,10 +328,9 @@ class Store(Budget):
             node.returns = int(is_parting)
             self.snapshot_bytes += checkpoint.nbytes
         node.touch()
-        eviction = self._eviction()
         for above in node.path():
-            above.last_passed = self.clock
-            if above is not node and eviction.only_joins(above):  # kept while this was written
+            above.pass_by(self.clock)
+            if above is not node and self._census.only_joins(above):  # kept while this was written
                 tree.merge(above)
         self._keep_limits(node)
         return True
@@ -348,7 +345,8 @@ class Store(Budget):
         match = self._match(namespace, tokens)
         position = self._restorable(match, tokens)
         node = match.deepest_checkpoint(position) or self._cut(namespace, tokens, match)
-        path = {*pinned_nodes(self._trees.values()), *node.path()}
+        self._census.settle()
+        path = {*self._census.pins.nodes, *node.path()}
         weight = sum(full_nbytes(x) for x in path) + sum(
             x.checkpoint.nbytes for x in path if x.checkpoint and (x.pinned or x is node)
         )
@@ -380,8 +378,7 @@ class Store(Budget):
 
         Something else is a run that parts ways with them before their end.
         """
-        tree = self._trees.get(namespace)
-        match = tree.match(tokens) if tree else Match(0, (), None, contradicted=False)
+        match = self._match(namespace, tokens)
         shared = match.matched if match.inside and match.matched < len(tokens) else 0
         for node in match.path:
             others = len(node.children or ()) - (match.matched > node.end)
@@ -419,26 +416,20 @@ class Store(Budget):
         return sum(node.pinned for node in first.descendants()) if first else 0
 
     def _first_beyond(self, namespace: Namespace, tokens: Tokens, start: int) -> Node | None:
-        tree = self._trees.get(namespace)
-        match = tree.match(tokens) if tree else Match(0, (), None, contradicted=False)
+        match = self._match(namespace, tokens)
         if match.matched <= start:
             return None
         return next(node for node in match.nodes() if node.end > start)
 
-    def outlines(self, now: float | None) -> dict[Namespace, Outline]:
+    def outlines(self, now: float | None) -> FrozenMap[Namespace, Outline]:
         """What any thread may look at, by namespace. `now` is the wall clock's seconds."""
-        return {
-            name: outlined(tree.root, now)
-            for name, tree in self._trees.items()
-            if tree.root.children
-        }
+        return self._trees.outlines(now)
 
     def clear(self) -> None:
         """Forget everything that is stored."""
-        for tree in self._trees.values():
+        for tree in [*self._trees.values()]:
             for node in reversed(list(tree.nodes())):
                 self._remove(tree, node)
-        self._trees.clear()
         self._ghosts.clear()
 
     def nodes(self) -> Iterator[Node]:
@@ -453,7 +444,7 @@ class Store(Budget):
         """
         if node.parent is None:
             return
-        _, tree = self._tree_of(node)
+        _, tree = self._trees.tree_of(node)
         self.let_checkpoint_go(node)
         if rows:
             for below in reversed(list(node.descendants())):
@@ -482,12 +473,7 @@ class Store(Budget):
         return node
 
     def _eviction(self, keep: Iterable[Node] = (), spare: Node | None = None) -> Eviction:
-        trees = self._trees.values()
-        keep = frozenset(keep)
-        interior = self.partings.interior
-        return Eviction(
-            trees, keep, spare, self.needs_checkpoints, self.clock, self._utility, interior
-        )
+        return Eviction(self._census, frozenset(keep), spare, self.clock, self.partings.interior)
 
     def _is_full(self, match: Match, position: int) -> bool:
         """Whether some path has no room for a checkpoint at `position`, and none that may go."""
@@ -501,13 +487,24 @@ class Store(Budget):
             for may_go in crowded(paths, written.end, self.max_checkpoints):
                 eviction = self._eviction()
                 self._drop(eviction.first_of(may_go), eviction)
-        if self.max_conversations is not None:
-            eviction = self._eviction()
-            while leaf := eviction.surplus(self.max_conversations, written):
-                self._drop(leaf, eviction)  # what is left of its conversation is next
+        while (leaf := self._surplus(written)) is not None:
+            self._drop(leaf, self._eviction())  # what is left of its conversation is next
+
+    def _surplus(self, written: Node) -> Node | None:
+        """The leaf of the least recently used conversation, where there are more than may be.
+
+        The conversation of `written` stays, and so do those that a pin would keep in part.
+        """
+        most, conversations = self.max_conversations, self._census.conversations
+        if most is None or conversations is None:
+            return None
+        self._census.settle()
+        if self._census.conversations_stored() <= most:
+            return None
+        return conversations.oldest(written)
 
     def _drop(self, node: Node, eviction: Eviction) -> None:
-        name, tree = self._tree_of(node)
+        name, tree = self._trees.tree_of(node)
         dead = list(eviction.dead_with(node))
         if node.checkpoint is not None or not self.needs_checkpoints:
             self._remember(name, node)
@@ -517,8 +514,6 @@ class Store(Budget):
             self._remove(tree, gone)
         if last is not None and eviction.only_joins(last):
             tree.merge(last)
-        elif last is not None and not self.needs_checkpoints and not last.children:
-            eviction.is_leaf_now(last)
         self.evictions += 1
 
     def let_checkpoint_go(self, node: Node) -> None:
@@ -536,6 +531,7 @@ class Store(Budget):
         self.freed_bytes += leaf.rows_nbytes
         self.lingering_bytes += sum(self.holders.dropped(rows) for rows in leaf.rows)
         tree.remove(leaf)
+        self._trees.clear_away(tree)
 
     def _split_nbytes(self, match: Match, cuts: Sequence[int]) -> int:
         """Room that cutting what matches at each of `cuts`, one after another, takes for a moment."""
@@ -556,12 +552,6 @@ class Store(Budget):
         self.lingering_bytes += sum(
             self.holders.split(rows) for rows in before if id(rows) not in after
         )
-
-    def _tree_of(self, node: Node) -> tuple[Namespace, PrefixTree]:
-        root = node
-        while root.parent is not None:
-            root = root.parent
-        return next((name, tree) for name, tree in self._trees.items() if tree.root is root)
 
     def _remember(self, name: Namespace, node: Node) -> None:
         tokens = _tokens_of(node)

@@ -15,7 +15,7 @@ import shutil
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -164,7 +164,7 @@ class DiskTier:
     _failures: int = field(default=0, init=False)
     summary: DiskStats = field(init=False)
     """What `stats` said last: any thread may read it."""
-    outlines: dict[Namespace, Outline] = field(init=False)
+    outlines: Mapping[Namespace, Outline] = field(init=False)
     """The directory's trees, by what files call a namespace: any thread may look at them."""
 
     def __post_init__(self) -> None:

@@ -11,6 +11,7 @@ knows MLX: rows and checkpoints are opaque, and matching compares token arrays o
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -18,6 +19,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from .tokens import Tokens, as_tokens
+
+SHOWN = 64
+"""Branches that are looked at to show how a tree goes on."""
 
 
 class Rows(Protocol):
@@ -44,26 +48,60 @@ class Held(Protocol):
     def nbytes(self) -> int: ...
 
 
+class Noted:
+    """Nodes that changed since somebody last looked, in the order in which they did.
+
+    `changed` ones did in themselves or in what is next to them, `passed` ones in what lies far below them
+    only: where that ends, and when something was stored there. `roots` are those of trees in which
+    something changed that outlines show.
+    """
+
+    __slots__ = ("changed", "passed", "roots")
+
+    def __init__(self) -> None:
+        self.changed: dict[Node, None] = {}
+        self.passed: dict[Node, None] = {}
+        self.roots: dict[Node, None] = {}
+
+
+_serials = itertools.count()
+
+JUST_BEFORE = 1e-6
+"""What is split off above a node counts as made before it, and behind whatever was."""
+
+
 class Node:
     """A run of tokens at positions `[start, end)`, reached through its parents."""
 
     __slots__ = (
         "checkpoint",
         "children",
-        "is_changed",
+        "deepest",
+        "fresh",
         "is_end",
         "last_passed",
         "last_used",
+        "noted",
         "outline",
         "parent",
         "pinned",
         "returns",
         "rows",
+        "serial",
+        "standing",
         "start",
         "tokens",
     )
 
-    def __init__(self, parent: Node | None, start: int, tokens: Tokens, rows: tuple[Rows, ...]):
+    def __init__(
+        self,
+        parent: Node | None,
+        start: int,
+        tokens: Tokens,
+        rows: tuple[Rows, ...],
+        noted: Noted,
+    ):
+        self.serial: float = next(_serials)  # the earlier made, the less
         self.parent = parent  # None for the root, and for what was taken out
         self.start = start
         self.tokens = tokens
@@ -75,8 +113,12 @@ class Node:
         self.last_used = 0  # the store's logical clock
         self.last_passed = 0  # the same: a request stored something here or below
         self.returns = 0  # prompts that parted ways here with what is stored below
+        self.deepest = start + len(tokens)  # the last position of anything here or below
+        self.noted = noted
+        self.standing: Any = None  # what is known of it to let things go (`census`)
         self.outline: Any = None  # what other threads know of it (`outline`)
-        self.is_changed = True  # since that was made, here or below
+        # Since that was made it has changed, or what begins with these tokens below it; None: neither.
+        self.fresh: set[int] | None = set()
 
     @property
     def end(self) -> int:
@@ -92,11 +134,67 @@ class Node:
         """The run that goes on with `token`."""
         return self.children.get(token) if self.children else None
 
+    def note(self) -> None:
+        """Say that something changed here that decides what is let go."""
+        self.noted.changed[self] = None
+
     def touch(self) -> None:
-        """Say that something changed here, so that the next outline shows it."""
-        node: Node | None = self
-        while node is not None and not node.is_changed:
-            node.is_changed = True
+        """Say that something changed here, so that the next outline shows it too."""
+        self.note()
+        if self.fresh is None:
+            self.fresh = set()
+            self.tell()
+
+    def tell(self) -> None:
+        """Let the nodes above know that this one, or what is in its place now, has changed."""
+        node = self
+        while (parent := node.parent) is not None:
+            knew = parent.fresh is not None
+            if parent.fresh is None:
+                parent.fresh = set()
+            parent.fresh.add(int(node.tokens[0]))
+            if knew:
+                return
+            node = parent
+        self.noted.roots[node] = None
+
+    def add(self, run: Tokens, rows: tuple[Rows, ...]) -> Node:
+        """A new leaf behind this node, where nothing begins like it yet."""
+        child = Node(self, self.end, run, rows, self.noted)
+        if self.children is None:
+            self.children = {}
+        assert int(run[0]) not in self.children
+        self.children[int(run[0])] = child
+        child.note()
+        child.tell()
+        child.reach()
+        self.note()
+        return child
+
+    def pass_by(self, clock: int) -> None:
+        """A request stored something here or below at this time of the store's clock."""
+        self.last_passed = clock
+        self.noted.passed[self] = None
+
+    def reach(self) -> None:
+        """Something that ends at `deepest` is new here: so far reach the nodes above too."""
+        node = self.parent
+        while node is not None and node.deepest < self.deepest:
+            node.deepest = self.deepest
+            self.noted.passed[node] = None
+            node = node.parent
+
+    def reach_less(self, gone: int) -> None:
+        """What ended at `gone` is no longer below: look how far this node and those above reach now."""
+        node = self
+        while node.parent is not None and node.deepest == gone:
+            deepest = node.end
+            for child in (node.children or {}).values():
+                deepest = max(deepest, child.deepest)
+                if deepest == gone:
+                    return
+            node.deepest = deepest
+            self.noted.passed[node] = None
             node = node.parent
 
     def path(self) -> list[Node]:
@@ -123,7 +221,7 @@ class Node:
 
     def goes_beyond(self, position: int) -> bool:
         """Whether something below this node ends behind `position`."""
-        return any(node.end > position for node in self.descendants())
+        return self.deepest > position
 
     def descendants(self) -> Iterator[Node]:
         """This node and all below it, parents before children, older children before younger."""
@@ -158,13 +256,17 @@ class Match:
         return self.nodes()[-1].paths() if self.matched == position else (self.path,)
 
     def continuation(self) -> Tokens:
-        """How the tree goes on where the prompt contradicts it; of several branches, the last used."""
+        """How the tree goes on where the prompt contradicts it; of several branches, the last used.
+
+        Of very many, it is the last used of the youngest: it is only shown.
+        """
         if self.inside is not None:
             return self.inside.tokens[self.matched - self.inside.start :]
         children = self.path[-1].children if self.path else None
         if not children:
             return as_tokens([])
-        return max(children.values(), key=lambda child: child.last_used).tokens
+        youngest = itertools.islice(reversed(children.values()), SHOWN)
+        return max(youngest, key=lambda child: (child.last_used, -child.serial)).tokens
 
     def deepest_checkpoint(self, limit: int) -> Node | None:
         """The deepest node on the path with a checkpoint at a position of at most `limit`."""
@@ -177,8 +279,9 @@ class Match:
 class PrefixTree:
     """One namespace's tree. Looking up changes nothing; `extend` and `remove` do."""
 
-    def __init__(self) -> None:
-        self.root = Node(None, 0, as_tokens([]), ())
+    def __init__(self, noted: Noted | None = None) -> None:
+        self.root = Node(None, 0, as_tokens([]), (), noted or Noted())
+        self.root.fresh = None  # its first child tells that there is something
 
     def match(self, tokens: Tokens) -> Match:
         """The longest stored prefix of `tokens` (int32, shape `(n,)`), linear in `n`."""
@@ -210,12 +313,7 @@ class PrefixTree:
             return node
         assert not rows or (rows[0].start == match.matched and rows[-1].end == len(tokens))
         run = as_tokens(tokens[match.matched :])
-        child = Node(node, match.matched, run, rows)
-        if node.children is None:
-            node.children = {}
-        node.children[int(run[0])] = child
-        node.touch()
-        return child
+        return node.add(run, rows)
 
     def remove(self, node: Node) -> None:
         """Take a leaf out. Its rows go with it."""
@@ -223,7 +321,10 @@ class PrefixTree:
         del node.parent.children[int(node.tokens[0])]
         if not node.parent.children:
             node.parent.children = None
-        node.parent.touch()
+        node.parent.note()
+        node.tell()
+        node.parent.reach_less(node.end)
+        node.note()
         node.parent, node.rows = None, ()  # whoever still knows the node must not hold its bytes
 
     def merge(self, node: Node) -> None:
@@ -235,6 +336,8 @@ class PrefixTree:
         child.rows = node.rows + child.rows
         node.parent.children[int(node.tokens[0])] = child
         child.touch()
+        child.tell()
+        node.note()
         node.parent, node.rows = None, ()
 
     def nodes(self) -> Iterator[Node]:
@@ -259,13 +362,18 @@ class PrefixTree:
                 lower_rows.append(lower)
         node.touch()
         at = position - node.start
-        upper_node = Node(node.parent, node.start, as_tokens(node.tokens[:at]), tuple(upper_rows))
+        run = as_tokens(node.tokens[:at])
+        upper_node = Node(node.parent, node.start, run, tuple(upper_rows), node.noted)
         upper_node.last_used, upper_node.last_passed = node.last_used, node.last_passed
+        upper_node.deepest = node.deepest
+        upper_node.serial = node.serial - JUST_BEFORE
         upper_node.outline = node.outline  # from which it takes when that was
         node.parent.children[int(node.tokens[0])] = upper_node
         node.parent, node.start = upper_node, position
         node.tokens, node.rows = as_tokens(node.tokens[at:]), tuple(lower_rows)
         upper_node.children = {int(node.tokens[0]): node}
+        upper_node.fresh = {int(node.tokens[0])}
+        upper_node.note()
         return upper_node
 
 

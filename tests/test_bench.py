@@ -17,6 +17,7 @@ SMALL_OVERHEAD = [
     *("--conversations", "20", "--match-tokens", "6000"),
     *("--shapes", "tiny", "--tokens", "1200"),
     *("--slice-tokens", "1500", "--step", "512"),
+    *("--nodes", "100", "--nodes", "200"),
 ]
 
 
@@ -31,7 +32,9 @@ def overhead(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_overhead_writes_the_documented_keys(overhead: dict[str, Any]) -> None:
     """bench/README.md lists them; programs that read the file rely on them."""
     assert set(overhead) == {"command", "machine", "figures", "parts"}
-    assert set(overhead["parts"]) == {"cold", "matching", "full-size", "slices", "router"}
+    assert set(overhead["parts"]) == {
+        *("cold", "matching", "full-size", "slices", "router", "store"),
+    }
     assert {"date", "cores", "memory_bytes", "device", "mlx", "mlx_lm"} <= set(overhead["machine"])
     assert {"name", "value", "unit", "target", "counted", "kept"} == set(overhead["figures"][0])
     assert {"ratio", "ratio_min", "ratio_max", "cpu_ratio"} <= set(
@@ -57,6 +60,17 @@ def test_a_long_prompt_matches_as_far_as_it_is_stored(overhead: dict[str, Any]) 
     """6,000 tokens of which all but the last, half, a system prompt, and none are stored."""
     lookups = overhead["parts"]["matching"]["lookups"]
     assert [each["matched_tokens"] for each in lookups] == [5999, 3000, 1500, 0]
+
+
+def test_a_full_store_is_measured_in_every_shape(overhead: dict[str, Any]) -> None:
+    """100 and 200 nodes: each save pushes something out."""
+    stores = overhead["parts"]["store"]["stores"]
+    shapes = [(each["shape"], each["nodes"]) for each in stores]
+    assert shapes == [
+        (shape, size) for shape in ("flat", "deep", "one path") for size in (100, 200)
+    ]
+    assert all(each["evictions_per_round"] > 0 for each in stores)
+    assert all(set(each["ms"]) == {"publish", "evicting save", "afford"} for each in stores)
 
 
 def test_one_part_can_be_measured_alone(capsys: pytest.CaptureFixture[str]) -> None:

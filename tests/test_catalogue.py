@@ -265,3 +265,18 @@ def test_a_file_that_is_gone_takes_with_it_what_needs_it(shelf):
     assert shelf.catalogue.find("ab", as_tokens([*OTHER, 1])).position == 0
     assert shelf.catalogue.find("ab", as_tokens([*ONE, 1])).position == 20
     assert {one.name for one in other} <= set(shelf.deleted)
+
+
+def test_nothing_is_left_of_a_namespace_whose_files_went(shelf):
+    """200 salts, each with what the last one had to go for: one tree and one outline, and none in the end."""
+    shelf.write(ONE, namespace="fe")
+    shelf.catalogue.store.budget_bytes = shelf.catalogue.store.used_bytes()
+    for salt in range(200):
+        shelf.catalogue.store.tick()
+        shelf.write(ONE, namespace=f"{salt:02x}")
+        assert len(shelf.catalogue.store._trees) == 1
+    assert [name.settings for name in shelf.catalogue.store.outlines(0.0)] == ["c7"]
+    for segment_ in shelf.catalogue.segments():
+        shelf.catalogue.forget(segment_)
+    assert not shelf.catalogue.store._trees
+    assert not shelf.catalogue.store.outlines(0.0)

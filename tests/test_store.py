@@ -5,6 +5,7 @@ from contextlib import suppress
 
 import mlx.core as mx
 import pytest
+from full_scan import conversations
 
 from mlx_hybridcache.checkpoint import Checkpoint
 from mlx_hybridcache.errors import BudgetError, NotStoredError
@@ -271,6 +272,30 @@ def test_namespaces_share_nothing_and_know_of_each_other():
     assert store.known_elsewhere(Namespace("b"), asked) == 10
     assert store.known_elsewhere(Namespace("b", "salt"), asked) == 0
     assert store.known_elsewhere(Namespace("a", "salt"), asked) == 0
+
+
+def test_nothing_is_left_of_a_salt_whose_prompts_went():
+    """2,000 salts of which three fit: three trees and three outlines, also after a save that is refused;
+    and none once all is let go.
+    """
+    store = Store(3 * (STATE + 10 * ROW), needs_checkpoints=True)
+    for salt in range(2_000):
+        store.tick()
+        save(store, range(10), space=Namespace("n", str(salt)))
+        if salt % 500 == 0:
+            store.outlines(0.0)
+    assert not save(store, range(1_000), space=Namespace("n", "too long"))
+    left = {Namespace("n", str(salt)) for salt in (1997, 1998, 1999)}
+    assert set(store._trees) == set(store.outlines(0.0)) == left
+    assert set(store._trees._of_salt) == {name.salt for name in left}
+    assert len(store._trees._names) == 3
+    store.shrink(10**6)
+    assert not store._trees
+    assert not store.outlines(0.0)
+    assert not store._trees._of_salt
+    assert not store._trees._names
+    assert save(store, range(10), space=Namespace("n", "7"))
+    assert [*store.outlines(0.0)] == [Namespace("n", "7")]
 
 
 def test_an_evicted_beginning_is_remembered_by_its_digest():
@@ -566,7 +591,7 @@ def test_limits_hold_whatever_comes(needs_checkpoints):
         for cut in sorted(chance.sample(range(1, len(whole)), 4)):
             save(store, whole[:cut])
             stats = store.stats()
-            own = store._eviction().conversations()
+            own = conversations(store)
             pinned = sum(any(node.pinned for node in nodes) for nodes in own)
             assert stats.conversations <= max(5, pinned + 1)
             assert most_on_a_path(store) <= 3

@@ -17,6 +17,7 @@ from .matching import measure_matching
 from .selection import measure_selection
 from .slices import measure_slices
 from .standin import SHAPES
+from .stored import SIZES, measure_stored
 from .tables import Figure, show_figures, write_json
 from .text import prompt_of
 
@@ -49,6 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--shapes", choices=list(SHAPES), default="qwen3-next-80b", help="full-size: whose caches"
     )
     parser.add_argument("--slice-tokens", type=int, default=9000, help="slices: prompts (9000)")
+    parser.add_argument(
+        "--nodes", type=int, action="append", help="store: how much is stored (100 to 50000)"
+    )
     parser.add_argument("--step", type=int, default=2048, help="slices: prefill step (2048)")
 
 
@@ -101,10 +105,15 @@ def _selection(args: argparse.Namespace) -> Part:
     return measure_selection(args.model, pairs=50 * args.pairs)
 
 
+def _stored(args: argparse.Namespace) -> Part:
+    return measure_stored(args.nodes or SIZES, rounds=5 * args.pairs)
+
+
 PARTS: dict[str, Callable[[argparse.Namespace], Part]] = {
     "cold": _cold,
     "matching": _matching,
     "full-size": _full_size,
     "slices": _slices,
     "router": _selection,
+    "store": _stored,
 }

@@ -47,9 +47,9 @@ Policy = Callable[[Sequence[Asked], Overlaps, Shape, int], Server]
 
 POLICIES: dict[str, Policy] = {
     OURS: lambda trace, _, shape, budget: Simulation(trace, shape, budget),
-    LRU: lambda trace, _, shape, budget: Simulation(trace, shape, budget, utility=recency),
+    LRU: lambda trace, _, shape, budget: Simulation(trace, shape, budget, weigh=recency),
     GRID: lambda trace, _, shape, budget: Simulation(
-        trace, shape, budget, utility=recency, cuts=coarse_cuts
+        trace, shape, budget, weigh=recency, cuts=coarse_cuts
     ),
     MLX_LM: MlxLm,
     LLAMA_CPP: LlamaCpp,

@@ -14,11 +14,11 @@ from typing import Any, cast
 
 from mlx_hybridcache.borrowing import BorrowedRows, Column, Lender, Ranges
 from mlx_hybridcache.budget import Claim
+from mlx_hybridcache.census import Weigh
 from mlx_hybridcache.errors import BudgetError
-from mlx_hybridcache.eviction import Utility
 from mlx_hybridcache.found import Found
 from mlx_hybridcache.loans import Loans
-from mlx_hybridcache.policy import Candidate, utility
+from mlx_hybridcache.policy import Weights, weights
 from mlx_hybridcache.replay import Plan
 from mlx_hybridcache.room import rounded
 from mlx_hybridcache.schedule import Grid, Reading, cuts_for, partings
@@ -136,9 +136,9 @@ class SizedCheckpoint:
     nbytes: int
 
 
-def recency(candidate: Candidate) -> float:
+def recency(*_: int) -> Weights:
     """Least recently used goes first, and nothing else counts."""
-    return -candidate.age_ticks
+    return Weights(1.0, 0.0, 0.0)
 
 
 Cuts = Callable[[Reading], Sequence[int]]
@@ -164,12 +164,12 @@ class Simulation:
         shape: Shape,
         budget_bytes: int,
         *,
-        utility: Utility = utility,
+        weigh: Weigh = weights,
         cuts: Cuts = our_cuts,
     ) -> None:
         self.trace = trace
         self.shape = shape
-        self.store = Store(budget_bytes, needs_checkpoints=True, utility=utility)
+        self.store = Store(budget_bytes, needs_checkpoints=True, weigh=weigh)
         self.loans = Loans(self.store)
         self._cuts = cuts
 

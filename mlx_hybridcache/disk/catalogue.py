@@ -190,8 +190,9 @@ class Catalogue:
 
     def _take(self, stretch: Stretch) -> list[Segment]:
         """One stretch, behind what stands at its beginning."""
+        namespace = Namespace(stretch.link.segment.namespace)
         if stretch.lead is None:
-            above: Node | None = self.store.root(Namespace(stretch.link.segment.namespace))
+            above: Node | None = self.store.root(namespace)
         else:
             above = self._at(stretch.lead)
         node = self._graft(stretch, above) if above is not None else None
@@ -202,8 +203,11 @@ class Catalogue:
                 self._files.ends[stretch.link.segment.name] = node
             if stretch.stands is not None:
                 self._remember(node, stretch.stands)
-            while node is not None and node.last_passed < stretch.passed:
-                node.last_passed, node = stretch.passed, node.parent
+            while node.parent is not None and node.last_passed < stretch.passed:
+                node.pass_by(stretch.passed)
+                node = node.parent
+        else:
+            self.store.tidy(namespace)
         self.store.clock = max(self.store.clock, stretch.passed)
         return useless
 

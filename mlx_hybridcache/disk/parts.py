@@ -12,7 +12,7 @@ from typing import ClassVar, cast
 from ..budget import Holders
 from ..store import Store
 from ..tokens import Namespace, Tokens
-from ..tree import Held, Node, PrefixTree
+from ..tree import Held, Node
 from .chains import Link
 from .segment import Segment
 
@@ -130,16 +130,17 @@ class FileStore(Store):
 
     def root(self, namespace: Namespace) -> Node:
         """Where a namespace's tree begins."""
-        return self._trees.setdefault(namespace, PrefixTree()).root
+        return self._trees.planted(namespace).root
+
+    def tidy(self, namespace: Namespace) -> None:
+        """Nothing grew behind that root: then there is no such tree."""
+        tree = self._trees.get(namespace)
+        if tree is not None:
+            self._trees.clear_away(tree)
 
     def graft(self, above: Node, tokens: Tokens, rows: tuple[FileRows, ...]) -> Node:
         """A new leaf behind `above`, where nothing begins like it yet."""
-        node = Node(above, above.end, tokens, rows)
-        if above.children is None:
-            above.children = {}
-        assert int(tokens[0]) not in above.children
-        above.children[int(tokens[0])] = node
-        above.touch()
+        node = above.add(tokens, rows)
         self.rows_bytes += node.rows_nbytes
         return node
 

@@ -6,7 +6,7 @@ there the other. Works on outlines, on any thread, and changes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from heapq import nlargest
 from operator import attrgetter
@@ -68,8 +68,8 @@ class Branches:
         if order == "size":
             return nlargest(most, self, key=_NBYTES)
         if not self._memory or not self._disk:
-            # The newest are the last ones, and a heap that meets the greatest first is done soonest.
-            newest_first = reversed((self._memory or self._disk).values())
+            # The newest are mostly the last ones, and a heap that meets the greatest first is done soonest.
+            newest_first = reversed([*(self._memory or self._disk).values()])
             tokens = [
                 int(each.tokens[self._at - each.start])
                 for each in nlargest(most, newest_first, key=_USED)
@@ -213,7 +213,7 @@ def _grown(start: Start, above: PrefixDigest) -> Run:
         ((memory, disk, at),) = branches
 
 
-def _ways(outline: Outline | None, at: int) -> dict[int, Outline]:
+def _ways(outline: Outline | None, at: int) -> Mapping[int, Outline]:
     if outline is None:
         return {}
     if outline.end == at:
