@@ -6,7 +6,9 @@ its end every checkpoint of every namespace, and every reply, is held against a 
 
 from __future__ import annotations
 
+import copy
 import random
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -143,7 +145,11 @@ class Round:
         """The events, then the comparison; what happened, counted."""
         pick = self.chance.choice
         ahead = {"AHEAD": pick((1, 2, 4)), "UNTAKEN": pick((1, 3, 8))}
-        with _short(**ahead), self.new_cache() as cache:
+        with (
+            _short(**ahead),
+            oracle.batch_sizes(self.family.model) as sizes,
+            self.new_cache() as cache,
+        ):
             self.cache = cache
             self.perform()
             if self.chance.random() < 0.3:
@@ -159,6 +165,7 @@ class Round:
             assert stats.held_bytes <= stats.budget_bytes
             self.compare_stored()
             self.compare_replies()
+        self.seen["batched"] += sum(size > 1 for size in sizes)
         return self.seen
 
     def new_cache(self) -> HybridPromptCache:
@@ -183,10 +190,8 @@ class Round:
             **options,
         )
         layout, store = cache.engine.layout, cache.engine.store
-        least = (
-            layout.running_bytes(ROW_STEP) + layout.snapshot_bytes + ROW_STEP * layout.row_bytes
-        )
-        store.budget_bytes = int(least * pick((1.0, 1.5, 2.5, 4, 40)))
+        least = layout.running_bytes(ROW_STEP) + layout.snapshot_bytes + ROW_STEP * layout.row_bytes
+        store.budget_bytes = int(least * pick((1.0, 2.2, 3, 4, 6, 40)))
         return cache
 
     # What happens
@@ -212,7 +217,7 @@ class Round:
             wait -= 1
             if self.to_come and wait < 0:
                 self.event()
-                wait = self.chance.choice((0, 0, 1, 3, 8, 20))
+                wait = self.chance.choice((0, 0, 0, 1, 4, 12))
             yield PAUSE
 
     def stirs(self) -> bool:
@@ -220,14 +225,16 @@ class Round:
         waits = self.cache.load
         busy = waits.reading + waits.waiting > 0 or bool(self.leaving)
         return busy or any(
-            reader.pace or len(reader.log.tokens) - reader.taken < worker.AHEAD and not reader.log.over
+            reader.pace
+            or (len(reader.log.tokens) - reader.taken < worker.AHEAD and not reader.log.over)
             for reader in self.readers
         )
 
     def event(self) -> None:
+        """One of what can happen."""
         what: list[tuple[int, Callable[[], object]]] = [
-            (8, self.start),
-            (3, self.start_several),
+            (4, self.start),
+            (6, self.start_several),
             (3, self.change_pace),
             (3, self.leave),
             (1, self.drop),
@@ -244,7 +251,7 @@ class Round:
 
     def start(self) -> None:
         tokens, salt = self.prompt(), self.chance.choice((*SALTS, ""))
-        count, log = self.chance.choice((1, 3, 6, 12, 20)), Log()
+        count, log = self.chance.choice((1, 4, 8, 14, 20)), Log()
         draws, is_broken = self.sampler(count)
         stream = self.cache.stream_generate(
             tokens, count, sampler=draws, seed=len(self.asked), cache_salt=salt, through=log.through
@@ -303,6 +310,8 @@ class Round:
         if self.chance.random() < 0.5:
             reader.stream.cancel()
             self.leaving.append(reader)
+        else:  # an error's traceback may still know the reader
+            reader.stream = None
 
     def drop(self) -> None:
         if self.asked:
@@ -321,8 +330,8 @@ class Round:
 
     def press(self) -> None:
         """The system lacks memory."""
-        store = self.cache.engine.store
-        store.shrink(store.stored_bytes // self.chance.choice((1, 2, 4)))
+        store, part = self.cache.engine.store, self.chance.choice((1, 2, 4))
+        self.cache._worker.call(lambda: store.shrink(store.stored_bytes // part))
 
     def save_own(self) -> None:
         """A framework brings caches that it read itself."""
@@ -351,13 +360,16 @@ class Round:
             count += 1
         self.seen["compared"] += count
         if store.needs_checkpoints:
-            assert count == self.cache.stats().checkpoints, "one in a namespace that nobody asked in"
+            assert count == self.cache.stats().checkpoints, (
+                "one in a namespace that nobody asked in"
+            )
         store.budget_bytes = budget
 
     def stored(self) -> list[tuple[str, list[int]]]:
         """The tokens of every checkpoint, longest first, with their salts.
 
-        Where rows alone restore, those of every run's end and of a place inside it.
+        Where rows alone restore, those of every path's end, of every place where paths part, and of some
+        place in every run.
         """
         store = self.cache.engine.store
         if store.needs_checkpoints:
@@ -371,7 +383,9 @@ class Round:
         for namespace, tree in self.cache.engine.store._trees.items():
             for node in tree.nodes():
                 tokens = [token for part in node.path() for token in part.tokens.tolist()]
-                cuts = {node.end, self.chance.randint(node.start + 1, node.end)}
+                cuts = {self.chance.randint(node.start + 1, node.end)}
+                if len(node.children or ()) != 1:
+                    cuts.add(node.end)
                 stride = self.cache.engine.store.stride
                 ends = {cut - cut % stride for cut in cuts} - {0}
                 found += [(namespace.salt, tokens[:end]) for end in sorted(ends)]
@@ -404,6 +418,63 @@ class Round:
             off = oracle.distance(found, expected)
             assert off <= self.bound, f"a reply to {first + 1} tokens is off by {off:.3g}"
             self.seen["replies"] += 1
+
+
+class ThreadedRound(Round):
+    """The same by clients on threads of their own, whose turns nobody decides."""
+
+    def perform(self) -> None:
+        """Each client does one thing after another, and waits for it."""
+        self.errors: list[BaseException] = []
+        clients = [
+            threading.Thread(target=self.client, args=(random.Random(self.chance.random()),))
+            for _ in range(self.chance.randint(3, 4))
+        ]
+        for client in clients:
+            client.start()
+        for client in clients:
+            client.join()
+        for error in self.errors:
+            raise error
+
+    def client(self, chance: random.Random) -> None:
+        """A view of this round with chances of its own."""
+        view = copy.copy(self)
+        view.chance, view.readers, view.leaving = chance, [], []
+        try:
+            for _ in range(chance.randint(2, 3)):
+                view.act()
+        except BaseException as error:
+            self.errors.append(error)
+
+    def act(self) -> None:
+        """Ask, and take some of the reply; or something between two questions."""
+        how = self.chance.random()
+        if how < 0.15:
+            with suppress(BudgetError):
+                tokens, salt = self.prompt(), self.chance.choice(SALTS)
+                fetch = self.chance.choice((self.cache.prefill, self.cache.restore))
+                fetch(tokens, max_tokens=3, cache_salt=salt).release()
+        elif how < 0.3:
+            self.chance.choice((self.drop, self.pin, self.press, self.look_up))()
+        self.start()
+        reader = self.readers.pop()
+        try:
+            for _ in range(reader.patience):
+                if next(reader.stream, None) is None:
+                    break
+            how = self.chance.random()
+            if reader.patience < 0 or how < 0.3:
+                reader.hear_the_end()
+            elif how < 0.6:
+                reader.stream.close()
+            else:
+                reader.stream.cancel()
+                reader.hear_the_end()
+        except BudgetError:
+            self.seen["refused"] += 1
+        except BrokenSamplerError:
+            assert reader.is_broken
 
 
 @contextmanager
@@ -441,13 +512,16 @@ def _breaks(at: int) -> Callable[[mx.array], mx.array]:
     return draw
 
 
-def run(name: str, seeds: Sequence[int]) -> Counter[str]:
+def run(kind: type[Round], name: str, seeds: Sequence[int]) -> Counter[str]:
     """Several rounds of one family; the first that goes wrong says how to run it alone."""
     seen: Counter[str] = Counter()
     for seed in seeds:
         try:
-            seen += Round(name, seed).run()
+            seen += kind(name, seed).run()
         except BaseException as error:
-            error.add_note(f"HOSTILE_ROUND={seed} pytest tests/test_hostile.py -k '{name}'")
+            again = (
+                f"HOSTILE_ROUND={seed} pytest -n0 tests/test_hostile.py -k 'any_order and {name}'"
+            )
+            error.add_note(f"Round {seed} of {name}; alone: {again}")
             raise
     return seen

@@ -204,7 +204,7 @@ def _internlm2() -> nn.Module:
     )
 
 
-COLD_STEP = 16
+COLD_STEP = 32
 """Cold runs are read in slices of so many tokens."""
 
 
@@ -212,10 +212,12 @@ COLD_STEP = 16
 class Family:
     """One model with its cold runs, which rounds share. `bound` is how far a log-probability may be off where a state or a row was made, or is
     read on, by single tokens, or in other blocks than cold; 0.0 promises equal bits.
+    `batches` says that its replies decode together.
     """
 
     make: Callable[[], nn.Module]
     bound: float = 0.0
+    batches: bool = True
     runs: list[tuple[list[int], oracle.Array]] = field(default_factory=list)
 
     @functools.cached_property
@@ -251,13 +253,17 @@ FAMILIES: dict[str, Family] = {
     "mamba2": Family(_mamba2, ROUNDING),  # computed in blocks of 256
     "mamba": Family(_mamba),
     "rwkv7": Family(_rwkv7),
-    "gemma3_text": Family(_gemma3_text, ROUNDING),  # past its window the ring is summed in its own order
-    "deepseek_v3": Family(_deepseek_v3, ROUNDING),  # a single token folds the projection into its query
-    "gemma2": Family(functools.partial(_gemma2, 2)),
-    "gemma2_wide": Family(functools.partial(_gemma2, 4)),
+    "gemma3_text": Family(
+        _gemma3_text, ROUNDING, batches=False
+    ),  # past its window the ring is summed in its own order
+    "deepseek_v3": Family(
+        _deepseek_v3, ROUNDING
+    ),  # a single token folds the projection into its query
+    "gemma2": Family(functools.partial(_gemma2, 2), batches=False),
+    "gemma2_wide": Family(functools.partial(_gemma2, 4), batches=False),
     "qwen3_next": Family(_qwen3_next),
     "qwen3_moe": Family(_qwen3_moe),
-    "internlm2": Family(_internlm2),
+    "internlm2": Family(_internlm2, batches=False),
     "llama": Family(_llama),
 }
 """Recurrent layers alone (three), a window, latent attention, soft caps (two), experts (two), a RoPE that

@@ -1,0 +1,42 @@
+"""Hostile concurrency: whoever lags, leaves or is refused, everything stored is what a cold run would leave.
+
+Two hundred rounds, the same every time. `HOSTILE_ROUNDS=5000` runs more, `HOSTILE_ROUND=17` one of them.
+"""
+
+import os
+
+import hostile
+import pytest
+from hostile_families import FAMILIES
+
+ROUNDS = int(os.environ.get("HOSTILE_ROUNDS", "200"))
+ALONE = os.environ.get("HOSTILE_ROUND")
+
+PER_FAMILY = -(-ROUNDS // len(FAMILIES))
+THREADED = -(-PER_FAMILY // 16)
+
+FLOORS = {"asked": 60, "replies": 50, "compared": 90, "left behind": 4, "evicted": 20}
+"""What happens at least in the rounds of one family."""
+
+
+def seeds(count: int) -> list[int]:
+    return list(range(count)) if ALONE is None else [int(ALONE)]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_whatever_is_stored_in_any_order_of_events_equals_cold(name: str) -> None:
+    """Replies that lag, end, break, are cancelled or dropped, in batches and budgets for one or for forty,
+    under two salts: no checkpoint of any namespace and no reply differs from a cold run of its tokens.
+    """
+    seen = hostile.run(hostile.Round, name, seeds(PER_FAMILY))
+    floors = FLOORS | {"batched": 20 if FAMILIES[name].batches else 0}
+    rare = {what: seen[what] for what, floor in floors.items() if seen[what] < floor}
+    assert ALONE is not None or not rare, f"{rare} in {PER_FAMILY} rounds"
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_whatever_threads_leave_behind_equals_cold(name: str) -> None:
+    """Three or four clients on threads of their own, each with two or three questions."""
+    seen = hostile.run(hostile.ThreadedRound, name, seeds(THREADED))
+    assert seen["asked"] >= 6 * len(seeds(THREADED))
+    assert seen["compared"]
