@@ -11,7 +11,7 @@ import pytest
 import tiny
 
 from mlx_hybridcache import HybridPromptCache
-from mlx_hybridcache.worker import PAUSE
+from mlx_hybridcache.worker import AHEAD, PAUSE
 
 STEP = 64
 QUARTER = STEP // 4
@@ -47,6 +47,19 @@ def said(log, name):
             yield response
 
     return through
+
+
+class Told:
+    """A view that keeps the tokens, on the worker thread, as they are made."""
+
+    def __init__(self):
+        self.tokens = []
+
+    def __call__(self, responses):
+        for response in responses:
+            if response is not PAUSE:
+                self.tokens.append(response.token)
+            yield response
 
 
 def ask(cache, prompt, log, name, count=4, **options):
@@ -246,12 +259,26 @@ def test_a_cancelled_request_reads_at_most_one_more_slice(cache):
     assert not cache.engine.readers.under_way
 
 
-def test_a_client_that_does_not_listen_holds_nobody_up(cache):
-    """One reply is never taken: another one behind it is, and a third prompt is read."""
-    stalled = ask(cache, oracle.prompt(30, seed=1), [], "stalled", 500)
-    replies = list(ask(cache, oracle.prompt(300, seed=2), [], "x", 20))
-    same(replies, alone("qwen3_next", oracle.prompt(300, seed=2), 20))
-    stalled.close()
+@pytest.mark.parametrize("name", ["qwen3_next", "qwen3", "gemma3_text", "mamba2"])
+def test_a_client_that_does_not_listen_holds_nobody_up(name):
+    """One reply is never taken, another one behind it is. When it is closed, what it leaves behind is
+    its prompt and no more than was said, each state where it belongs.
+    """
+    stalled_prompt, prompt = oracle.prompt(60, seed=1), oracle.prompt(80, seed=2)
+    with new_cache(name) as cache, oracle.batch_sizes(cache.engine.model) as sizes:
+        told, heard = Told(), Told()
+        options = {"sampler": oracle.never_ending, "seed": 0}
+        stalled = cache.stream_generate(stalled_prompt, 500, through=told, **options)
+        replies = list(cache.stream_generate(prompt, 40, through=heard, **options))
+        stalled.close()
+        assert len(told.tokens) == AHEAD
+        assert (max(sizes) > 1) is cache.engine.decoder._batches
+        histories = [[*stalled_prompt, *told.tokens], [*prompt, *heard.tokens]]
+        for history in histories:
+            assert cache.lookup(history).restored_tokens >= 59
+        oracle.assert_same_reading(oracle.check(cache, histories))
+        assert cache.stats().running_bytes == 0
+    same(replies, alone(name, prompt, 40))
 
 
 def test_a_prompt_is_read_whether_its_client_listens_or_not(cache):
@@ -264,7 +291,48 @@ def test_a_prompt_is_read_whether_its_client_listens_or_not(cache):
     leader = cache.stream_generate([*system, 1, 2], 500, through=reports)
     follower = ask(cache, [*system, 3, 4], [], "x")
     same(list(follower), alone("qwen3_next", [*system, 3, 4]))
+    assert cache.lookup([*system, 5]).restored_tokens == len(system)
     leader.close()
+    assert cache.stats().running_bytes == 0
+
+
+def test_requests_under_different_salts_know_nothing_of_each_other(cache):
+    """Two of 160 tokens with 90 in common, at once: neither waits for what the other reads, and neither
+    leaves a checkpoint where the other's prompt parts from it.
+    """
+    system = oracle.prompt(90, seed=3)
+    prompts = [[*system, *oracle.prompt(70, seed=seed)] for seed in (4, 5)]
+    log, started = [], []
+
+    def reads(name):
+        return lambda read, total: log.append(name)
+
+    def begin():
+        started.append(
+            ask(
+                cache,
+                prompts[1],
+                [],
+                "b",
+                cache_salt="b",
+                prompt_progress_callback=reads("b"),
+            )
+        )
+
+    def progress(read, total, begins=at(0, begin)):
+        begins(read, total)
+        log.append("a")
+        assert cache.load.waiting == 0
+
+    first = ask(cache, prompts[0], [], "a", cache_salt="a", prompt_progress_callback=progress)
+    replies = [list(first), list(started[0])]
+    assert log.index("b") < len(log) - 1 - log[::-1].index("a"), "they read in turns"
+    for prompt, reply, salt in zip(prompts, replies, "ab", strict=True):
+        same(reply, alone("qwen3_next", prompt))
+        cuts = [len(tokens) for tokens in cache.checkpoints(cache_salt=salt)]
+        assert len(system) not in cuts
+        assert max(cuts) == len(prompt) + 4
+    assert cache.checkpoints() == []
 
 
 def failing_once(model, at, message):
