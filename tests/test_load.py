@@ -319,7 +319,9 @@ def test_requests_under_different_salts_know_nothing_of_each_other(cache):
             )
         )
 
-    def progress(read, total, begins=at(0, begin)):
+    begins = at(0, begin)
+
+    def progress(read, total):
         begins(read, total)
         log.append("a")
         assert cache.load.waiting == 0
