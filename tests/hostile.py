@@ -24,7 +24,7 @@ from hostile_families import FAMILIES, Family
 from mlx_lm.sample_utils import make_sampler
 
 from mlx_hybridcache import BudgetError, HybridPromptCache, generate, worker
-from mlx_hybridcache.errors import NotStoredError, PinnedError
+from mlx_hybridcache.errors import CacheMismatchError, NotStoredError, PinnedError
 from mlx_hybridcache.generate import ROW_STEP
 from mlx_hybridcache.worker import PAUSE, Load, Pause
 
@@ -147,8 +147,8 @@ class Round:
         ahead = {"AHEAD": pick((1, 2, 4)), "UNTAKEN": pick((1, 3, 8))}
         with (
             _short(**ahead),
-            oracle.batch_sizes(self.family.model) as sizes,
             self.new_cache() as cache,
+            oracle.batch_sizes(self.family.model) as sizes,
         ):
             self.cache = cache
             self.perform()
@@ -334,13 +334,20 @@ class Round:
         self.cache._worker.call(lambda: store.shrink(store.stored_bytes // part))
 
     def save_own(self) -> None:
-        """A framework brings caches that it read itself."""
+        """A framework brings caches that it read itself, first with tokens that are not theirs."""
         if self.cache.engine.exact:
             return
         tokens = self.prompt()
+        salt, lie = self.chance.choice(SALTS), self.chance.choice((-5, -1, 1, 4))
         caches = tiny.cold_caches(self.family.model, tokens, hostile_families.COLD_STEP)
+        try:
+            self.cache.save([*tokens, *THEN][: len(tokens) + lie], caches, cache_salt=salt)
+        except CacheMismatchError:
+            self.seen["lies"] += 1
+        else:
+            raise AssertionError(f"{len(tokens)} tokens' caches were taken with {lie:+} tokens")
         with suppress(BudgetError):
-            self.cache.save(tokens, caches, cache_salt=self.chance.choice(SALTS))
+            self.cache.save(tokens, caches, cache_salt=salt)
             self.seen["saved"] += 1
 
     def look_up(self) -> None:
