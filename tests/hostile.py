@@ -23,7 +23,7 @@ import tiny
 from hostile_families import FAMILIES, Family
 from mlx_lm.sample_utils import make_sampler
 
-from mlx_hybridcache import BudgetError, HybridPromptCache, generate, worker
+from mlx_hybridcache import BudgetError, HybridPromptCache, batching, generate, worker
 from mlx_hybridcache.errors import CacheMismatchError, NotStoredError, PinnedError
 from mlx_hybridcache.generate import ROW_STEP
 from mlx_hybridcache.worker import PAUSE, Load, Pause
@@ -40,6 +40,9 @@ THEN = oracle.prompt(4, seed=77)
 
 FED = 3
 """Tokens read behind each restored position."""
+
+BETWEEN = 4
+"""Places that are looked at in a store that restores anywhere, beside its runs' ends."""
 
 TURNS = 3000
 """No round takes so many turns of the worker, unless something waits for ever."""
@@ -144,9 +147,8 @@ class Round:
     def run(self) -> Counter[str]:
         """The events, then the comparison; what happened, counted."""
         pick = self.chance.choice
-        ahead = {"AHEAD": pick((1, 2, 4)), "UNTAKEN": pick((1, 3, 8))}
         with (
-            _short(**ahead),
+            _short(ahead=pick((1, 2, 4)), untaken=pick((1, 3, 8))),
             self.new_cache() as cache,
             oracle.batch_sizes(self.family.model) as sizes,
         ):
@@ -191,7 +193,7 @@ class Round:
         )
         layout, store = cache.engine.layout, cache.engine.store
         least = layout.running_bytes(ROW_STEP) + layout.snapshot_bytes + ROW_STEP * layout.row_bytes
-        store.budget_bytes = int(least * pick((1.0, 2.2, 3, 4, 6, 40)))
+        store.budget_bytes = int(least * pick((1.0, 2.2, 4, 12, 60, 400)))
         return cache
 
     # What happens
@@ -363,8 +365,9 @@ class Round:
         budget, store.budget_bytes = store.budget_bytes, 1 << 30  # looking evicts nothing
         count = 0
         for salt, tokens in self.stored():
-            self.compare(salt, tokens)
-            count += 1
+            if tokens:
+                self.compare(salt, tokens)
+                count += 1
         self.seen["compared"] += count
         if store.needs_checkpoints:
             assert count == self.cache.stats().checkpoints, (
@@ -375,28 +378,29 @@ class Round:
     def stored(self) -> list[tuple[str, list[int]]]:
         """The tokens of every checkpoint, longest first, with their salts.
 
-        Where rows alone restore, those of every path's end, of every place where paths part, and of some
-        place in every run.
+        Where rows alone restore, those of every path's end, of every place where paths part, and of a few
+        places in between.
         """
         store = self.cache.engine.store
         if store.needs_checkpoints:
             found = [(s, each) for s in SALTS for each in self.cache.checkpoints(cache_salt=s)]
         else:
-            found = self.cache._worker.call(self.runs)
+            found = self.cache._worker.call(self.places)
         return sorted(found, key=lambda each: -len(each[1]))
 
-    def runs(self) -> list[tuple[str, list[int]]]:
-        found = []
-        for namespace, tree in self.cache.engine.store._trees.items():
+    def places(self) -> list[tuple[str, list[int]]]:
+        """Those of a store without checkpoints."""
+        store = self.cache.engine.store
+        ends, between = [], []
+        for namespace, tree in store._trees.items():
             for node in tree.nodes():
                 tokens = [token for part in node.path() for token in part.tokens.tolist()]
-                cuts = {self.chance.randint(node.start + 1, node.end)}
-                if len(node.children or ()) != 1:
-                    cuts.add(node.end)
-                stride = self.cache.engine.store.stride
-                ends = {cut - cut % stride for cut in cuts} - {0}
-                found += [(namespace.salt, tokens[:end]) for end in sorted(ends)]
-        return found
+                for at in (node.end, self.chance.randint(node.start + 1, node.end)):
+                    is_end = at == node.end and len(node.children or ()) != 1
+                    (ends if is_end else between).append((namespace.salt, tokens[:at]))
+        chosen = [*ends, *self.chance.sample(between, min(BETWEEN, len(between)))]
+        stride = store.stride
+        return [(salt, each[: len(each) - len(each) % stride]) for salt, each in chosen]
 
     def compare(self, salt: str, tokens: list[int]) -> None:
         whole, cold = self.family.cold(tokens, THEN)
@@ -485,14 +489,23 @@ class ThreadedRound(Round):
 
 
 @contextmanager
-def _short(**limits: int) -> Iterator[None]:
-    """So many tokens are made ahead of a reader, and of one in a batch."""
-    before = worker.AHEAD, generate.UNTAKEN
-    worker.AHEAD, generate.UNTAKEN = limits["AHEAD"], limits["UNTAKEN"]
+def _short(ahead: int, untaken: int) -> Iterator[None]:
+    """So many tokens are made ahead of a reader, and of one in a batch; a model is tried only once."""
+    before = worker.AHEAD, generate.UNTAKEN, batching.shown
+    worker.AHEAD, generate.UNTAKEN, batching.shown = ahead, untaken, _shown
     try:
         yield
     finally:
-        worker.AHEAD, generate.UNTAKEN = before
+        worker.AHEAD, generate.UNTAKEN, batching.shown = before
+
+
+def _shown(model: Any, layout: Any, shown: Callable[..., bool] = batching.shown) -> bool:
+    if id(model) not in _known:
+        _known[id(model)] = shown(model, layout)
+    return _known[id(model)]
+
+
+_known: dict[int, bool] = {}
 
 
 def _ends(at: int) -> Callable[[mx.array], mx.array]:

@@ -12,10 +12,14 @@ from hostile_families import FAMILIES
 ROUNDS = int(os.environ.get("HOSTILE_ROUNDS", "200"))
 ALONE = os.environ.get("HOSTILE_ROUND")
 
-PER_FAMILY = -(-ROUNDS // len(FAMILIES))
-THREADED = -(-PER_FAMILY // 16)
+PER_FAMILY = {
+    name: ROUNDS // len(FAMILIES) + (place < ROUNDS % len(FAMILIES))
+    for place, name in enumerate(FAMILIES)
+}
+THREADED = -(-ROUNDS // 200)
+"""Rounds of each family whose clients have threads of their own."""
 
-FLOORS = {"asked": 60, "replies": 50, "compared": 90, "left behind": 2, "evicted": 10}
+FLOORS = {"asked": 60, "replies": 50, "compared": 90, "left behind": 1, "evicted": 15}
 """What happens at least in the rounds of one family."""
 
 
@@ -28,15 +32,16 @@ def test_whatever_is_stored_in_any_order_of_events_equals_cold(name: str) -> Non
     """Replies that lag, end, break, are cancelled or dropped, in batches and budgets for one or for forty,
     under two salts: no checkpoint of any namespace and no reply differs from a cold run of its tokens.
     """
-    seen = hostile.run(hostile.Round, name, seeds(PER_FAMILY))
-    floors = FLOORS | {"batched": 10 if FAMILIES[name].batches else 0}
+    seen = hostile.run(hostile.Round, name, seeds(PER_FAMILY[name]))
+    floors = FLOORS | {"batched": 20 * FAMILIES[name].batches}
     rare = {what: seen[what] for what, floor in floors.items() if seen[what] < floor}
-    assert ALONE is not None or not rare, f"{rare} in {PER_FAMILY} rounds"
+    assert ALONE is not None or not rare, f"{rare} in {PER_FAMILY[name]} rounds"
+    assert FAMILIES[name].batches or not seen["batched"], "this model is not exact in batches"
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_whatever_threads_leave_behind_equals_cold(name: str) -> None:
     """Three or four clients on threads of their own, each with two or three questions."""
     seen = hostile.run(hostile.ThreadedRound, name, seeds(THREADED))
-    assert seen["asked"] >= 6 * len(seeds(THREADED))
+    assert seen["asked"] >= 6
     assert seen["compared"]

@@ -286,6 +286,47 @@ def test_a_prompt_is_read_whether_its_client_listens_or_not(cache):
     assert cache.stats().running_bytes == 0
 
 
+def arriving(cache, first, second, position):
+    """Two replies, where the second request comes when so many tokens of the first are read.
+
+    And the order of the first one's reports of progress and the second one's tokens; nobody ever waits.
+    """
+    log, started = [], []
+    begins = at(position, lambda: started.append(ask(cache, second, log, "second")))
+
+    def progress(read, total):
+        begins(read, total)
+        log.append(read)
+        assert cache.load.waiting == 0
+
+    replies = list(ask(cache, first, [], "first", prompt_progress_callback=progress))
+    same(replies, alone("qwen3_next", first))
+    same(list(started[0]), alone("qwen3_next", second))
+    return log
+
+
+def test_nobody_waits_for_who_has_passed_what_they_share(cache):
+    """100 tokens in common, of which 64 are stored, when the other one has read 256 of 640: it left no
+    checkpoint at 100, nor will it.
+    """
+    first = oracle.prompt(640, seed=3)
+    log = arriving(cache, first, [*first[:100], *oracle.prompt(20, seed=4)], 256)
+    assert log.index("second") < log.index(640)
+
+
+def test_nobody_waits_for_less_than_a_slice(cache):
+    """70 tokens in common, of which 64 are read: the other six are read again, and no checkpoint is
+    taken at 70 for their sake.
+    """
+    first = oracle.prompt(640, seed=5)
+    second = [*first[:70], *oracle.prompt(20, seed=6)]
+    log = arriving(cache, first, second, 64)
+    assert log.index("second") < log.index(640)
+    cuts = [tokens for tokens in cache.checkpoints() if tokens == first[: len(tokens)]]
+    assert len(cuts) >= 10
+    assert first[:70] not in cuts
+
+
 def test_requests_under_different_salts_know_nothing_of_each_other(cache):
     """Two of 160 tokens with 90 in common, at once: neither waits for what the other reads, and neither
     leaves a checkpoint where the other's prompt parts from it.
