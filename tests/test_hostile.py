@@ -4,10 +4,14 @@ Two hundred rounds, the same every time. `HOSTILE_ROUNDS=5000` runs more, `HOSTI
 """
 
 import os
+from typing import Any
 
 import hostile
 import pytest
 from hostile_families import FAMILIES
+
+from mlx_hybridcache.engine import Engine
+from mlx_hybridcache.layers.adapt import Layout
 
 ROUNDS = int(os.environ.get("HOSTILE_ROUNDS", "200"))
 ALONE = os.environ.get("HOSTILE_ROUND")
@@ -45,3 +49,19 @@ def test_whatever_threads_leave_behind_equals_cold(name: str) -> None:
     seen = hostile.run(hostile.ThreadedRound, name, seeds(THREADED))
     assert seen["asked"] >= 6
     assert seen["compared"]
+
+
+@pytest.mark.parametrize("name", ["mamba2", "qwen3_next"])
+def test_rounds_see_states_under_other_tokens(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the guard, and with histories that lack the last token: within six rounds one is off."""
+    save = Engine._save_last
+
+    def short(self: Engine, request: Any, history: Any, *caches: Any) -> None:
+        save(self, request, history[: max(1, len(history) - 1)], *caches)
+
+    monkeypatch.setattr(Engine, "_save_last", short)
+    hostile.run(hostile.Round, name, range(2))  # the guard refuses all of them
+    monkeypatch.setattr(Layout, "mismatch", lambda *what: None)
+    monkeypatch.setattr(hostile.Round, "save_own", lambda self: None)
+    with pytest.raises(AssertionError, match="is off by"):
+        hostile.run(hostile.Round, name, range(6))
