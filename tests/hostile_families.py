@@ -223,7 +223,7 @@ class Family:
     @functools.cached_property
     def model(self) -> nn.Module:
         """The one that this process shares."""
-        return tiny.weighted(self.make())
+        return tiny.made(self.make)
 
     def cold(self, tokens: Sequence[int], then: Sequence[int]) -> tuple[list[int], oracle.Array]:
         """Some tokens that begin with `tokens`, and the logits `(n, VOCAB)` of a cold run at each of them.
