@@ -205,17 +205,18 @@ def _read_on(model: nn.Module, caches: list[Any], rest: Sequence[int], step: int
 def forwards(model: nn.Module) -> Iterator[list[int]]:
     """The lengths of the slices that the model's own `__call__` is given meanwhile."""
     lengths: list[int] = []
-    original = type(model).__call__
+    kind = type(model)  # which a cache may change meanwhile
+    original = kind.__call__
 
     def counted(self: nn.Module, inputs: mx.array, *args: Any, **options: Any) -> mx.array:
         lengths.append(inputs.shape[1])
         return original(self, inputs, *args, **options)
 
-    type(model).__call__ = counted
+    kind.__call__ = counted
     try:
         yield lengths
     finally:
-        type(model).__call__ = original
+        kind.__call__ = original
 
 
 def read(cache: HybridPromptCache, tokens: Sequence[int]) -> list[int]:
@@ -268,15 +269,16 @@ def word_tokenizer() -> TokenizerWrapper:
 def batch_sizes(model: nn.Module) -> Iterator[list[int]]:
     """How many rows each one-token forward of the model's own `__call__` has meanwhile."""
     sizes: list[int] = []
-    original = type(model).__call__
+    kind = type(model)  # which a cache may change meanwhile
+    original = kind.__call__
 
     def counted(self: nn.Module, inputs: mx.array, *args: Any, **options: Any) -> mx.array:
         if inputs.shape[1] == 1:
             sizes.append(inputs.shape[0])
         return original(self, inputs, *args, **options)
 
-    type(model).__call__ = counted
+    kind.__call__ = counted
     try:
         yield sizes
     finally:
-        type(model).__call__ = original
+        kind.__call__ = original

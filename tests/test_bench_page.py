@@ -18,6 +18,7 @@ def test_it_counts_and_writes(tmp_path: Path) -> None:
     assert found["conversations"] == 20
     assert found["nodes"] > 60
     assert found["costs"]["events"] >= 2
+    assert found["costs"]["told_runs"]
     assert all(0 < each <= 3 for each in found["costs"]["told_runs"])
     counted = [figure for figure in found["figures"] if figure["counted"]]
     assert len(counted) == 2

@@ -61,6 +61,31 @@ def test_a_reply_that_was_made_ahead_is_stored_where_its_caches_stand(name):
             ready.release()
 
 
+@pytest.mark.parametrize("name", ["mamba2", "qwen3_next", "llama", "gemma3_text"])
+def test_a_reply_whose_caches_read_more_than_was_seen_leaves_none_of_it(name, monkeypatch):
+    """At the third of twelve tokens the model reads its token twice, as a speculating one may: what is
+    stored ends where the prompt does.
+    """
+    prompt, singles = oracle.prompt(60, seed=1), []
+    with new_cache(name) as cache:
+        kind = type(cache.engine.model)
+        original = kind.__call__
+
+        def twice(self, inputs, *args, **options):
+            if inputs.shape[1] == 1:
+                singles.append(inputs)
+            if inputs.shape[1] == 1 and len(singles) == 3:
+                original(self, inputs, *args, **options)
+            return original(self, inputs, *args, **options)
+
+        monkeypatch.setattr(kind, "__call__", twice)
+        reply = [r.token for r in cache.stream_generate(prompt, 12, **GREEDY)]
+        monkeypatch.undo()
+        assert len(singles) >= len(reply) == 12
+        assert cache.lookup([*prompt, *reply, 1]).restored_tokens <= 60
+        oracle.assert_same_reading(oracle.check(cache, [prompt]))
+
+
 @pytest.mark.parametrize("name", ["mamba2", "qwen3_next", "llama", "gemma3_text", "deepseek_v3"])
 def test_caches_of_other_tokens_are_refused(name):
     """Sixty tokens' state under 40 or 61 of them; under the 60 it is taken."""

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import mlx.core as mx
 import mlx_lm
@@ -225,6 +226,31 @@ def test_a_reply_that_fails_midway_leaves_no_wrong_state(name: str) -> None:
         with pytest.raises(RuntimeError, match="own"):
             reply.extend(piece.token for piece in pieces)
         oracle.assert_same_reading(oracle.check(cache, [[*tokens, *reply, 3, 4]]))
+
+
+def test_a_forward_that_fails_between_two_layers_leaves_no_state(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """At the fifth token the attention raises, when the three recurrent layers below have read it already:
+    what is stored ends where the prompt does.
+    """
+    model, tokens, singles = tiny.build("qwen3_next"), oracle.prompt(70, seed=12), [0]
+    attention = type(model.layers[3].self_attn)
+    original = attention.__call__
+
+    def failing(self: Any, x: mx.array, *args: Any, **options: Any) -> mx.array:
+        singles[0] += x.shape[1] == 1
+        if singles[0] == 5:
+            raise RuntimeError("the attention's own")
+        return original(self, x, *args, **options)
+
+    with oracle.new_cache(model, tokenizer=oracle.word_tokenizer()) as cache:
+        monkeypatch.setattr(attention, "__call__", failing)
+        with pytest.raises(RuntimeError, match="own"):
+            list(cache.stream_generate(tokens, 9, sampler=oracle.never_ending, seed=0))
+        monkeypatch.undo()
+        oracle.assert_equal_bits(oracle.check(cache, [tokens]))
+        assert cache.stats().running_bytes == 0
 
 
 @pytest.mark.parametrize("name", BLOCKED)

@@ -11,7 +11,8 @@ import pytest
 import tiny
 
 from mlx_hybridcache import HybridPromptCache
-from mlx_hybridcache.worker import PAUSE
+from mlx_hybridcache.generate import UNTAKEN
+from mlx_hybridcache.worker import AHEAD, PAUSE
 
 STEP = 64
 QUARTER = STEP // 4
@@ -246,12 +247,28 @@ def test_a_cancelled_request_reads_at_most_one_more_slice(cache):
     assert not cache.engine.readers.under_way
 
 
-def test_a_client_that_does_not_listen_holds_nobody_up(cache):
-    """One reply is never taken: another one behind it is, and a third prompt is read."""
-    stalled = ask(cache, oracle.prompt(30, seed=1), [], "stalled", 500)
-    replies = list(ask(cache, oracle.prompt(300, seed=2), [], "x", 20))
-    same(replies, alone("qwen3_next", oracle.prompt(300, seed=2), 20))
-    stalled.close()
+@pytest.mark.parametrize("name", ["qwen3_next", "qwen3", "gemma3_text", "mamba2"])
+def test_a_client_that_does_not_listen_holds_nobody_up(name):
+    """One reply is never taken, another one behind it is. When it is closed, what it leaves behind
+    continues its prompt by what was made of it, each state where it belongs.
+    """
+    stalled_prompt, prompt = oracle.prompt(60, seed=1), oracle.prompt(80, seed=2)
+    with new_cache(name) as cache, oracle.batch_sizes(cache.engine.model) as sizes:
+        log = []
+        stalled = ask(cache, stalled_prompt, log, "stalled", 500)
+        replies = list(ask(cache, prompt, log, "x", 40))
+        stalled.close()
+        assert log.count("stalled") == AHEAD
+        assert (max(sizes) > 1) is (name != "gemma3_text")
+        assert cache.stats().running_bytes == 0
+        expected = alone(name, stalled_prompt, AHEAD + 2 * UNTAKEN), alone(name, prompt, 40)
+        histories = [
+            [*asked, *(token for token, _ in reply)]
+            for asked, reply in zip((stalled_prompt, prompt), expected, strict=True)
+        ]
+        assert cache.lookup(histories[0]).restored_tokens >= len(stalled_prompt) + AHEAD
+        oracle.assert_same_reading(oracle.check(cache, histories))
+    same(replies, expected[1])
 
 
 def test_a_prompt_is_read_whether_its_client_listens_or_not(cache):
@@ -264,7 +281,91 @@ def test_a_prompt_is_read_whether_its_client_listens_or_not(cache):
     leader = cache.stream_generate([*system, 1, 2], 500, through=reports)
     follower = ask(cache, [*system, 3, 4], [], "x")
     same(list(follower), alone("qwen3_next", [*system, 3, 4]))
+    assert cache.lookup([*system, 5]).restored_tokens == len(system)
     leader.close()
+    assert cache.stats().running_bytes == 0
+
+
+def arriving(cache, first, second, position):
+    """Two replies, where the second request comes when so many tokens of the first are read.
+
+    And the order of the first one's reports of progress and the second one's tokens; nobody ever waits.
+    """
+    log, started = [], []
+    begins = at(position, lambda: started.append(ask(cache, second, log, "second")))
+
+    def progress(read, total):
+        begins(read, total)
+        log.append(read)
+        assert cache.load.waiting == 0
+
+    replies = list(ask(cache, first, [], "first", prompt_progress_callback=progress))
+    same(replies, alone("qwen3_next", first))
+    same(list(started[0]), alone("qwen3_next", second))
+    return log
+
+
+def test_nobody_waits_for_who_has_passed_what_they_share(cache):
+    """100 tokens in common, of which 64 are stored, when the other one has read 256 of 640: it left no
+    checkpoint at 100, nor will it.
+    """
+    first = oracle.prompt(640, seed=3)
+    log = arriving(cache, first, [*first[:100], *oracle.prompt(20, seed=4)], 256)
+    assert log.index("second") < log.index(640)
+
+
+def test_nobody_waits_for_less_than_a_slice(cache):
+    """70 tokens in common, of which 64 are read: the other six are read again, and no checkpoint is
+    taken at 70 for their sake.
+    """
+    first = oracle.prompt(640, seed=5)
+    second = [*first[:70], *oracle.prompt(20, seed=6)]
+    log = arriving(cache, first, second, 64)
+    assert log.index("second") < log.index(640)
+    cuts = [tokens for tokens in cache.checkpoints() if tokens == first[: len(tokens)]]
+    assert len(cuts) >= 10
+    assert first[:70] not in cuts
+
+
+def test_requests_under_different_salts_know_nothing_of_each_other(cache):
+    """Two of 160 tokens with 90 in common, at once: neither waits for what the other reads, and neither
+    leaves a checkpoint where the other's prompt parts from it.
+    """
+    system = oracle.prompt(90, seed=3)
+    prompts = [[*system, *oracle.prompt(70, seed=seed)] for seed in (4, 5)]
+    log, started = [], []
+
+    def reads(name):
+        return lambda read, total: log.append(name)
+
+    def begin():
+        started.append(
+            ask(
+                cache,
+                prompts[1],
+                [],
+                "b",
+                cache_salt="b",
+                prompt_progress_callback=reads("b"),
+            )
+        )
+
+    begins = at(0, begin)
+
+    def progress(read, total):
+        begins(read, total)
+        log.append("a")
+        assert cache.load.waiting == 0
+
+    first = ask(cache, prompts[0], [], "a", cache_salt="a", prompt_progress_callback=progress)
+    replies = [list(first), list(started[0])]
+    assert log.index("b") < len(log) - 1 - log[::-1].index("a"), "they read in turns"
+    for prompt, reply, salt in zip(prompts, replies, "ab", strict=True):
+        same(reply, alone("qwen3_next", prompt))
+        cuts = [len(tokens) for tokens in cache.checkpoints(cache_salt=salt)]
+        assert len(system) not in cuts
+        assert max(cuts) == len(prompt) + 4
+    assert cache.checkpoints() == []
 
 
 def failing_once(model, at, message):

@@ -127,7 +127,9 @@ def test_nodes_keep_no_larger_array_alive():
     long = np.arange(10_000, dtype=np.int32)
     tree.extend(long, ())
     tree.extend(np.concatenate([long[:5_000], long[:10]]), ())
-    for node in tree.nodes():
+    nodes = list(tree.nodes())
+    assert len(nodes) == 3
+    for node in nodes:
         assert node.tokens.base is None
         assert node.tokens.nbytes == 4 * len(node.tokens)
         with pytest.raises(ValueError, match="read-only"):
