@@ -68,7 +68,7 @@ class Census:
     barren: dict[Node, None] = field(default_factory=dict, init=False)
     """Leaves at which nothing stands though something must."""
     _ranked: dict[int, Node] = field(default_factory=dict, init=False)
-    _dead: list[tuple[float, Node]] = field(default_factory=list, init=False)
+    _dead: list[tuple[float, int, Node]] = field(default_factory=list, init=False)
 
     def settle(self) -> None:
         """Put right what has changed since the last time."""
@@ -132,7 +132,7 @@ class Census:
             self.barren.pop(node, None)
         elif node not in self.barren:
             self.barren[node] = None
-            heapq.heappush(self._dead, (node.serial, node))
+            heapq.heappush(self._dead, (node.serial, id(node), node))
         if len(children) <= 1:
             yield node
         elif was <= 1:
@@ -255,10 +255,10 @@ class Census:
 
     def first_dead(self, may_go: Callable[[Node], bool]) -> Node | None:
         """Of the leaves whose rows restore nothing the one made first that may go."""
-        passed_over: list[tuple[float, Node]] = []
+        passed_over: list[tuple[float, int, Node]] = []
         found = None
         while self._dead and found is None:
-            _, node = self._dead[0]
+            *_, node = self._dead[0]
             if node in self.barren and may_go(node):
                 found = node
             elif node in self.barren:

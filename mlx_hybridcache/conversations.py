@@ -8,6 +8,7 @@ order of when they were used at least: whoever comes first is looked at, and wai
 from __future__ import annotations
 
 import heapq
+import itertools
 
 from .tree import Node
 
@@ -20,7 +21,8 @@ class Conversations:
 
     def __init__(self, needs_checkpoints: bool) -> None:
         self._needs_checkpoints = needs_checkpoints
-        self._queue: list[tuple[int, float, Node]] = []
+        self._queue: list[tuple[int, float, int, Node]] = []
+        self._entries = itertools.count()  # of entries alike in all else none is compared further
         self._waiting: dict[Node, int] = {}  # since when at least, by leaf
         self._pinned: dict[Node, None] = {}
 
@@ -39,7 +41,7 @@ class Conversations:
         """The leaf of the one used longest ago, except that of `written` and those with a pin."""
         found, passed_over = None, []
         while self._queue and found is None:
-            used, _, leaf = self._queue[0]
+            used, _, _, leaf = self._queue[0]
             own = leaf.unshared()
             latest = max(node.last_used for node in own)
             if self._waiting.get(leaf) != used:
@@ -69,12 +71,12 @@ class Conversations:
 
     def _wait(self, leaf: Node, used: int) -> None:
         self._waiting[leaf] = used
-        heapq.heappush(self._queue, (used, leaf.serial, leaf))
+        heapq.heappush(self._queue, (used, leaf.serial, next(self._entries), leaf))
         if len(self._queue) > 2 * len(self._waiting) + SPARE:
             self._tidy()
 
     def _leave(self) -> None:
-        _, _, leaf = heapq.heappop(self._queue)
+        *_, leaf = heapq.heappop(self._queue)
         del self._waiting[leaf]
 
     def _tidy(self) -> None:
@@ -84,5 +86,7 @@ class Conversations:
             for leaf, used in self._waiting.items()
             if leaf.parent is not None and not leaf.children
         }
-        self._queue = [(used, leaf.serial, leaf) for leaf, used in self._waiting.items()]
+        self._queue = [
+            (used, leaf.serial, next(self._entries), leaf) for leaf, used in self._waiting.items()
+        ]
         heapq.heapify(self._queue)

@@ -66,8 +66,8 @@ class Noted:
 
 _serials = itertools.count()
 
-JUST_BEFORE = 1e-6
-"""What is split off above a node counts as made before it, and behind whatever was."""
+JUST_BEFORE = 1e-3
+"""What is split off above a node counts as made before it, the nearer the shorter, and behind what was."""
 
 
 class Node:
@@ -366,7 +366,7 @@ class PrefixTree:
         upper_node = Node(node.parent, node.start, run, tuple(upper_rows), node.noted)
         upper_node.last_used, upper_node.last_passed = node.last_used, node.last_passed
         upper_node.deepest = node.deepest
-        upper_node.serial = node.serial - JUST_BEFORE
+        upper_node.serial = node.serial - JUST_BEFORE / position
         upper_node.outline = node.outline  # from which it takes when that was
         node.parent.children[int(node.tokens[0])] = upper_node
         node.parent, node.start = upper_node, position

@@ -7,7 +7,13 @@ from contextlib import suppress
 import full_scan
 import pytest
 from full_scan import FullScan
-from mlx_hybridcache_bench.simulate import SHAPES, Simulation
+from mlx_hybridcache_bench.simulate import (
+    SHAPES,
+    Simulation,
+    SizedCheckpoint,
+    SizedLender,
+    SizedRows,
+)
 from mlx_hybridcache_bench.workloads import WORKLOADS, workload
 from test_store import ROW, STATE, N, save
 
@@ -15,6 +21,7 @@ from mlx_hybridcache import census
 from mlx_hybridcache.census import Census
 from mlx_hybridcache.errors import BudgetError, NotStoredError
 from mlx_hybridcache.eviction import Eviction
+from mlx_hybridcache.loans import Loans
 from mlx_hybridcache.outline import Outline
 from mlx_hybridcache.ranking import Ranking
 from mlx_hybridcache.store import Store
@@ -135,6 +142,11 @@ def test_each_choice_on_a_trace_is_that_of_a_full_scan(name):
     assert store.seen["choices"] > 50
 
 
+def looked_at(node, *_, is_less):
+    """Of its children at most so many are looked at."""
+    return len(node.children or ()) if is_less else 0
+
+
 def weighed(monkeypatch, size):
     """How many nodes are weighed, outlined and looked at by the ranking for a request to a full store."""
     seen = Counter()
@@ -143,7 +155,7 @@ def weighed(monkeypatch, size):
         plain = getattr(owner, name)
 
         def watched(*args, **options):
-            seen[name] += count(*args)
+            seen[name] += count(*args, **options)
             return plain(*args, **options)
 
         watching.setattr(owner, name, watched)
@@ -153,14 +165,14 @@ def weighed(monkeypatch, size):
     save(store, shared)
     for first in range(100, 100 + size):
         store.tick()
-        save(store, [*shared, first, *range(20)], space=N, is_end=True)
+        save(store, [*shared, first, *range(20 + 3 * (first % 7))], is_end=True)
     store.stats()
     store.outlines(0.0)
     store.budget_bytes = store.used_bytes()
     with monkeypatch.context() as watching:
         counted(watching, Census, "weights", lambda *_: 1)
         counted(watching, Census, "_look_up", lambda *_: 1)
-        counted(watching, census, "_farthest", lambda node, *_: 1)
+        counted(watching, census, "_farthest", looked_at)
         counted(watching, Ranking, "_least_of", lambda _, blocks, *__: len(blocks))
         counted(watching, Outline, "__init__", lambda *_: 1)
         counted(watching, Node, "unshared", lambda *_: 1)
@@ -181,3 +193,22 @@ def test_what_a_request_costs_does_not_grow_with_what_is_stored(monkeypatch):
     blocks = few.pop("_least_of"), many.pop("_least_of")
     assert few == many
     assert blocks[1] <= 2 * blocks[0]
+
+
+def test_rows_that_running_caches_hold_weigh_nothing_until_they_are_the_stores_again():
+    """A leaf's 40 rows are let go for those of a request that has them too, and copied back."""
+    shape = SHAPES["qwen3-next-80b"]
+    store = Store(10**9, needs_checkpoints=True)
+    tokens = as_tokens(range(40))
+    checkpoint = SizedCheckpoint(40, STATE)
+    store.save(N, tokens, lambda start: SizedRows(start, 40, ROW), checkpoint, row_bytes=ROW)
+    full_scan.check_census(store)
+    loans, lender = Loans(store), SizedLender(N, tokens, ROW, shape=shape, capacity=64)
+    lender.alike = [(0, 40)]
+    loans.lend(lender)
+    loans.lean()
+    assert store.rows_bytes == 0
+    full_scan.check_census(store)
+    assert loans.own(lender, may_evict=False)
+    assert store.rows_bytes == 40 * ROW
+    full_scan.check_census(store)

@@ -30,6 +30,7 @@ RUN_TOKENS = 32
 SYSTEM_TOKENS = 100
 DEEP = 25
 LONGEST = 2_000
+TURNED_OVER = 20
 TARGET_SIZE, TARGET_RATIO, TARGET_SAVE_MS = 10_000, 1.5, 3.8
 SPACE = Namespace("bench")
 
@@ -127,35 +128,48 @@ def measure_stored(sizes: Sequence[int], *, rounds: int, seed: int = 1162) -> St
 
 
 def _measured(shape: str, size: int, rounds: int, seed: int) -> Filled:
+    """A small store is filled anew before what comes has taken the place of what was there."""
     draw, generator = random.Random(seed), np.random.default_rng(seed)
-    prompts = SHAPES[shape](generator, size)
+    filled = Filled(shape, size)
+    while left := rounds - len(filled.save_ms):
+        store, last = _full(shape, size, generator)
+        for _ in range(min(left, max(1, size // TURNED_OVER))):
+            goes_on = last[0] if shape == "flat" else draw.choice(last)
+            begins = SYSTEM_TOKENS if shape == "flat" else len(goes_on)
+            prompt, other = (_on(generator, goes_on[:begins]) for _ in range(2))
+            _measure(store, prompt, other, filled)
+    return filled
+
+
+def _full(shape: str, size: int, generator: np.random.Generator) -> tuple[Store, list[Tokens]]:
+    """A store that is full, and the ends of its conversations; the first is the system prompt if flat."""
     store = Store(1 << 50, needs_checkpoints=True)
     last: list[Tokens] = []
-    for prompt in prompts:
+    for prompt in SHAPES[shape](generator, size):
         store.tick()
         _save(store, prompt)
         if last and len(last[-1]) < len(prompt) and shape != "flat":
             last[-1] = prompt
         else:
             last.append(prompt)
-    _publish(store, 0)
+    store.shrink(1)
+    _publish(store)
     store.budget_bytes = store.used_bytes()
     gc.collect()
-    filled = Filled(shape, size)
-    for at in range(rounds):
-        goes_on = last[0] if shape == "flat" else draw.choice(last)
-        begins = SYSTEM_TOKENS if shape == "flat" else len(goes_on)
-        prompt, other = (_on(generator, goes_on[:begins]) for _ in range(2))
-        before = store.evictions
-        store.tick()
-        filled.save_ms.append(_spent(partial(_save, store, prompt)))
-        filled.evictions.append(store.evictions - before)
-        filled.publish_ms.append(_spent(partial(_publish, store, at)))
-        cuts: list[int] = []
-        filled.afford_ms.append(_spent(partial(_afford, store, other, cuts)))
-        for cut in cuts:  # it is full again
-            _save(store, other[:cut])
-    return filled
+    return store, last
+
+
+def _measure(store: Store, prompt: Tokens, other: Tokens, filled: Filled) -> None:
+    before = store.evictions
+    store.tick()
+    filled.save_ms.append(_spent(partial(_save, store, prompt)))
+    filled.evictions.append(store.evictions - before)
+    filled.publish_ms.append(_spent(partial(_publish, store)))
+    cuts: list[int] = []
+    filled.afford_ms.append(_spent(partial(_afford, store, other, cuts)))
+    for cut in cuts:  # it is full again
+        _save(store, other[:cut])
+    _publish(store)
 
 
 def _flat(generator: np.random.Generator, size: int) -> Iterator[Tokens]:
@@ -211,9 +225,9 @@ def _afford(store: Store, prompt: Tokens, kept: list[int]) -> None:
     )
 
 
-def _publish(store: Store, at: int) -> None:
+def _publish(store: Store) -> None:
     store.stats()
-    store.outlines(float(at))
+    store.outlines(0.0)
 
 
 def _spent(call: Callable[[], object]) -> float:
