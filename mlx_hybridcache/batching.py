@@ -35,6 +35,13 @@ def shown(model: Any, layout: Layout) -> bool:
     if not layout.merges:
         log.info("Replies are decoded one by one: batches of this model's caches are not exact.")
         return False
+    if layout.slicing_limit is not None:
+        log.warning(
+            "Replies are decoded one by one: beyond %d tokens what this model computes depends on how "
+            "they are put together.",
+            layout.slicing_limit,
+        )
+        return False
     try:
         known, off = _in_unequal_batches(model, layout)
         if selects_rows(

@@ -46,7 +46,10 @@ def test_a_reply_that_was_made_ahead_is_stored_where_its_caches_stand(name):
             next(fast)
         slow.close()
         fast.close()
-        model, bound = cache.engine.model, 1e-4 if name == "mamba2" else 0.0  # what its blocks promise
+        model, bound = (
+            cache.engine.model,
+            1e-4 if name == "mamba2" else 0.0,
+        )  # what its blocks promise
         whole = [r.token for r in cache.stream_generate(slow_prompt, 60, cache_salt="s", **GREEDY)]
         history = [*slow_prompt, *whole]
         end = cache.lookup([*history, 1]).restored_tokens

@@ -195,12 +195,9 @@ class Layout:
         """Whether mlx-lm makes batches of such caches in which a reply can be the same as alone.
 
         Of rows and states it does. A window's ring is summed in another order there, and other caches
-        cannot be merged; what depends on slices depends on batches too. What the attention makes of
-        a batch is for `batching` to show.
+        cannot be merged. What the attention makes of a batch is for `batching` to show.
         """
-        return self.slicing_limit is None and all(
-            each in (mlx_caches.KVCache, mlx_caches.ArraysCache) for each in self.classes
-        )
+        return all(each in (mlx_caches.KVCache, mlx_caches.ArraysCache) for each in self.classes)
 
     @property
     def row_heads(self) -> frozenset[int]:
