@@ -353,7 +353,7 @@ class Engine:
     def _own(self, request: Request) -> None:
         """What was read so far outlives the request from now on, where that costs nobody anything."""
         if request.lender is not None:
-            self.loans.own(request.lender, may_evict=False)
+            self.loans.own(request.lender)
 
     def _resume(
         self, request: Request, capacity: int

@@ -283,7 +283,7 @@ class Decoder:
         if writer.lender is None:
             return True
         # A batch is a speed-up: nothing that is stored goes for it.
-        if not self._loans.own(writer.lender, may_evict=False):
+        if not self._loans.own(writer.lender):
             return False
         self._loans.lends_no_more(writer.lender)  # at once: what makes room next would borrow again
         return True

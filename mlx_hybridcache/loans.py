@@ -74,26 +74,17 @@ class Loans:
         """Nothing is borrowed from its caches, nor will be."""
         self._lenders.remove(lender)
 
-    def own(self, lender: Lender, *, may_evict: bool) -> bool:
+    def own(self, lender: Lender) -> bool:
         """Copy what is borrowed from `lender`, whose caches keep theirs.
 
-        False where there is no room for all of it, or not without evicting others.
+        False where there is no room for all of it. Nothing goes for this: it is not needed yet.
         """
         owed = self._debts(lender)
         need = _tokens_in(owed) * lender.row_bytes
         if not owed:
             return True
         if not self.store.has_room(need):
-            if not may_evict:
-                return False
-            self._lenders.remove(lender)  # it cannot make room for itself
-            try:
-                self.store.make_room(need, [debt.node for debt in owed])
-            except BudgetError:
-                return False
-            finally:
-                self._lenders.append(lender)
-            owed = self._debts(lender)  # nodes may have been joined
+            return False
         ranges = _pieces(owed)
         self._pay(owed, lender.copies(ranges))
         lender.alike += ranges

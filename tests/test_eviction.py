@@ -209,6 +209,6 @@ def test_rows_that_running_caches_hold_weigh_nothing_until_they_are_the_stores_a
     loans.lean()
     assert store.rows_bytes == 0
     full_scan.check_census(store)
-    assert loans.own(lender, may_evict=False)
+    assert loans.own(lender)
     assert store.rows_bytes == 40 * ROW
     full_scan.check_census(store)
