@@ -223,7 +223,7 @@ class Simulation:
             for cut in self._afford(tokens, b, plan.cuts_in(a, b), parted):
                 is_end, is_parting = cut == reading.end, cut in parted
                 self._save(tokens[:cut], lender, is_end=is_end, is_parting=is_parting)
-            self.loans.own(lender, may_evict=False)
+            self.loans.own(lender)
             a = b
 
     def _afford(self, tokens: Tokens, b: int, cuts: list[int], parted: Container[int]) -> list[int]:
