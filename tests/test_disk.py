@@ -183,9 +183,9 @@ def test_a_branch_inside_a_file_and_what_follows_equal_cold(name: str, tmp_path:
         assert leaves - WORTH < cache.last_report.restored_tokens <= leaves
         assert cache.flush(30)
     with opened(tmp_path, name) as cache:
-        for tokens in (branch, base):
-            found = cache.lookup(tokens)
-            assert found.tier == "disk"
+        both = (branch, base)
+        for tokens, found in zip(both, [cache.lookup(tokens) for tokens in both], strict=True):
+            assert found.tier == "disk"  # before anything is in memory
             least = 256 if cache.engine.exact else len(tokens) - 1
             assert found.restored_tokens >= least
             assert_as_cold(cache, tokens)

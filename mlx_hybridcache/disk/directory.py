@@ -68,6 +68,10 @@ class Directory:
     def open(self) -> list[Entry]:
         """Become the writer if nobody is, and find what is there."""
         make_directory(self.root)
+        if not os.access(self.root, os.W_OK):  # there is nothing that could be kept there
+            is_read_only = os.statvfs(self.root).f_flag & os.ST_RDONLY
+            code = errno.EROFS if is_read_only else errno.EACCES
+            raise OSError(code, os.strerror(code), str(self.root))
         self._make_private(self.root, _OURS)
         if self.segments.is_dir():
             self._make_private(self.segments, _FOLDER)
