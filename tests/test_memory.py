@@ -13,7 +13,7 @@ import pytest
 import tiny
 from mlx_lm.models import qwen3_next
 
-from mlx_hybridcache import BudgetError, HybridPromptCache, generate
+from mlx_hybridcache import BudgetError, HybridPromptCache, generate, room
 
 CONVERSATIONS = 50
 BUDGET = 12_000_000
@@ -298,7 +298,8 @@ def test_a_reply_that_outgrows_the_budget_ends_with_an_error(
 
     The reader's thread, which gets the error with its traceback, can go on using MLX.
     """
-    monkeypatch.setattr(generate, "REPLY_ROOM", 16)
+    for module in (room, generate):
+        monkeypatch.setattr(module, "REPLY_ROOM", 16)
     reply: list[int] = []
     with new_cache(smallest_budget()) as cache:
         held = cache.prefill(oracle.prompt(100, seed=5), max_tokens=16)
