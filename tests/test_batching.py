@@ -10,7 +10,7 @@ import pytest
 import tiny
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
-from mlx_hybridcache import HybridPromptCache, batching
+from mlx_hybridcache import HybridPromptCache, batching, generate
 from mlx_hybridcache.layers.adapt import Layout
 
 GREEDY = {"sampler": oracle.never_ending, "seed": 0}
@@ -27,6 +27,12 @@ def together(cache, asks):
     """Start every ask, then take a token of each in turn until all have ended."""
     running = [cache.stream_generate(prompt, count, **options) for prompt, count, options in asks]
     replies = [[] for _ in running]
+    take_in_turn(running, replies)
+    return replies, [one.report for one in running]
+
+
+def take_in_turn(running, replies):
+    """To the end of each, a token of each in turn."""
     waiting = list(zip(replies, running, strict=True))
     while waiting:
         for pair in list(waiting):
@@ -35,7 +41,6 @@ def together(cache, asks):
                 waiting.remove(pair)
             else:
                 pair[0].append(response)
-    return replies, [one.report for one in running]
 
 
 def asks_of(lengths, count, options=GREEDY):
@@ -179,6 +184,59 @@ def test_an_error_inside_a_batch_ends_nobody(name, after, monkeypatch, caplog):
         else:
             same(replies, expected)
             same(other, expected)
+
+
+class FaultyJoin:
+    """Makes the merging of caches raise once, at the layer after so many were merged."""
+
+    def __init__(self, monkeypatch, after):
+        self.left, self.raised = after, 0
+        original = generate.merged
+
+        def faulty(every):
+            self.left -= 1
+            if self.left == -1:
+                self.raised += 1
+                raise ValueError("[concatenate] no")
+            return original(every)
+
+        monkeypatch.setattr(generate, "merged", faulty)
+
+
+@pytest.mark.parametrize("after", [0, 2])
+def test_an_error_while_replies_join_ends_nobody(after, monkeypatch, caplog):
+    """Two replies that become a batch, and a third that joins it, fail at any layer: each goes on alone."""
+    model = tiny.fresh("qwen3_next")
+    layers = len(Layout.of(model).kinds)
+    asks = asks_of((60, 70, 80), 14)
+    alone = []
+    for prompt, count, options in asks:
+        with new_cache(model) as cache:
+            alone.append(list(cache.stream_generate(prompt, count, **options)))
+    for formed_before in (0, layers):  # the batch's own layers are merged first
+        with new_cache(model) as cache, caplog.at_level(logging.WARNING):
+            caplog.clear()
+            with monkeypatch.context() as patch:
+                fault = FaultyJoin(patch, formed_before + after % layers)
+                first = [cache.stream_generate(p, n, **o) for p, n, o in asks[:2]]
+                found = [[next(one), next(one), next(one)] for one in first]
+                third = cache.stream_generate(asks[2][0], asks[2][1], **asks[2][2])
+                found.append([next(third)])
+                running = [*first, third]
+                take_in_turn(running, found)
+            assert fault.raised == 1
+            assert caplog.text.count("decoded one by one from now on") == 1
+            for (prompt, _, _), replies in zip(asks, found, strict=True):
+                history = [*prompt, *(reply.token for reply in replies)]
+                assert cache.lookup([*history, 1]).restored_tokens == len(history), (
+                    "its end is kept"
+                )
+            with oracle.batch_sizes(model) as sizes:
+                together(cache, asks_of((30, 31), 3))
+            assert set(sizes) == {1}, "nobody is put into a batch again"
+            assert cache.stats().running_bytes == 0
+            for replies, expected in zip(found, alone, strict=True):
+                same(replies, expected)
 
 
 def test_a_reader_who_leaves_after_its_batch_failed_frees_everything(monkeypatch):
