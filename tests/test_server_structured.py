@@ -697,6 +697,8 @@ def test_every_forced_call_that_ends_by_itself_obeys_its_schema(server):
         )
         ended[choice["finish_reason"]] += 1
         calls = choice["message"].get("tool_calls") or []
+        if choice["finish_reason"] == "length":  # the last one may be cut
+            calls = calls[:-1]
         for call in calls:
             name, arguments = call["function"]["name"], json.loads(call["function"]["arguments"])
             jsonschema.validate(arguments, PARAMETERS[name])

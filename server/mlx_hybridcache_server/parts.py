@@ -66,10 +66,12 @@ class Parts:
 
     def feed(self, text: str) -> list[Part]:
         """What `text` completes."""
-        return list(self._split(self._segmenter.feed(text)))
+        return [] if self.is_done else list(self._split(self._segmenter.feed(text)))
 
     def end(self, *, is_whole: bool) -> list[Part]:
         """What was held back. `is_whole`: the model ended its reply, and not a limit."""
+        if self.is_done:
+            return []
         parts = list(self._split(self._segmenter.end()))
         parts += self._leave(has_end=False, is_whole=is_whole)
         if self._waiting:
