@@ -64,7 +64,7 @@ def in_cdata(value):
 
 
 WRITERS = {
-    "json_tools": lambda name, values: "\n%s\n" % json.dumps({"name": name, "arguments": values}),
+    "json_tools": lambda name, values: f"\n{json.dumps({'name': name, 'arguments': values})}\n",
     "mistral": lambda name, values: f"{name}[ARGS]{json.dumps(values)}",
     "kimi_k2": lambda name, values: (
         f"<|tool_call_begin|>functions.{name}:0<|tool_call_argument_begin|>"
@@ -223,8 +223,10 @@ def test_a_call_that_was_cut_off_is_never_closed_as_if_it_were_whole(name):
         ("mistral", 'f[CALL_ID]abc[ARGS]{"count": 5}', {"count": 5}),
         (
             "kimi_k3",
-            '<|open|>call tool="f"<|sep|><|open|>json type="object"<|sep|>{"count": 5}'
-            "<|close|>json<|sep|><|close|>call<|sep|>",
+            (
+                '<|open|>call tool="f"<|sep|><|open|>json type="object"<|sep|>{"count": 5}'
+                "<|close|>json<|sep|><|close|>call<|sep|>"
+            ),
             {"count": 5},
         ),
     ],
@@ -514,7 +516,7 @@ def stopped(stops, sections):
 
 
 def test_white_space_that_parts_content_from_reasoning_is_no_stop_text():
-    """`\\n\\n` ends a paragraph of the content, not the reply in front of its first word."""
+    """Two line breaks end a paragraph of the content, not the reply in front of its first word."""
     assert stopped(["\n\n"], ["", "\n\nOne.\n\nTwo."]) == "|\n\nOne."
     assert stopped(["\n"], ["", "\n\n", "\n\n"]) == "|\n\n|\n\n"
     assert stopped(["\n\nEnd"], ["", "\n\nEnd of it"]) == "|"

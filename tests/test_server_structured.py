@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import random
 from collections import Counter
@@ -21,8 +20,8 @@ from mlx_hybridcache_server.adapter import NORMAL, REASONING
 from mlx_hybridcache_server.chat import Rendered
 from mlx_hybridcache_server.constrain import Constraints, masked
 from mlx_hybridcache_server.errors import ApiError
-from mlx_hybridcache_server.narrowing import closed
 from mlx_hybridcache_server.incoming import Arguments, Begin
+from mlx_hybridcache_server.narrowing import closed
 from mlx_hybridcache_server.parts import Parts
 from mlx_hybridcache_server.schema import ChatBody, CompletionBody
 from mlx_hybridcache_server.tool_formats import ToolFormat
