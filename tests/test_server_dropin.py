@@ -22,6 +22,11 @@ import mlx_lm.server
 import pytest
 from bundled import load
 from mlx.utils import tree_flatten
+from mlx_hybridcache_server.argument_types import offered
+from mlx_hybridcache_server.incoming import Arguments
+from mlx_hybridcache_server.section import Section
+from mlx_hybridcache_server.tool_formats import FORMATS
+from mlx_lm.tool_parsers import qwen3_coder
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from servers import (
     CHAT,
@@ -892,7 +897,7 @@ def response_formats(theirs: Server, ours: Server) -> None:
 @difference(
     "Stop texts",
     theirs="Matched token by token; one that the model spells with other tokens is cut out and the reply goes on",
-    ours="Matched as text, however it is tokenized; the reply ends there",
+    ours="Matched as text in the content, however it is tokenized; the reply ends there, and reasoning and calls are not cut",
 )
 def stop_texts(theirs: Server, ours: Server) -> None:
     body = {"prompt": "The for statement is used to", "max_tokens": 30}
@@ -903,6 +908,10 @@ def stop_texts(theirs: Server, ours: Server) -> None:
     )
     assert (expected["finish_reason"], expected["text"]) == ("length", whole.replace("ult", ""))
     assert (reply["finish_reason"], reply["text"]) == ("stop", whole.partition("ult")[0])
+    body = {"messages": user("What is 3 + 4?"), "max_tokens": 60, "stop": "plus"}
+    message = ours.answer(CHAT, **body)["choices"][0]["message"]
+    assert "plus" in message["reasoning"]
+    assert message["content"]
 
 
 @difference(
@@ -1050,7 +1059,7 @@ def call_ids(theirs: Server, ours: Server) -> None:
 @difference(
     "A tool call that cannot be parsed",
     theirs="Vanishes",
-    ours="Comes back as content",
+    ours="Comes back as content; one that breaks off within its arguments keeps them as they were written",
 )
 def failed_calls(theirs: Server, ours: Server) -> None:
     body = {"messages": user("Where is Tariq?"), **_tools("find_person"), **INSTANT}
@@ -1062,6 +1071,68 @@ def failed_calls(theirs: Server, ours: Server) -> None:
     assert not expected["message"].get("tool_calls")
     assert reply["message"]["content"].startswith("<tool_call>")
     assert not reply["message"].get("tool_calls")
+    (call,) = ours.answer(CHAT, **body, max_tokens=17)["choices"][0]["message"]["tool_calls"]
+    assert call["function"]["arguments"] == '{"person": "T'
+
+
+@difference(
+    "Calls of what was not offered",
+    theirs="Are calls: in requests without `tools` too, and in blocks of code",
+    ours="Are text",
+)
+def calls_not_offered(theirs: Server, ours: Server) -> None:
+    for body in (
+        {"messages": user("What is the weather in Oslo?"), "max_tokens": 80},
+        {"messages": user("Where is Zoe?"), **_tools("get_price"), **INSTANT},
+    ):
+        expected, reply = (server.answer(CHAT, **body)["choices"][0] for server in (theirs, ours))
+        assert expected["finish_reason"] == "tool_calls"
+        assert reply["finish_reason"] == "stop"
+        assert not reply["message"].get("tool_calls")
+        assert reply["message"]["content"].strip().startswith("<tool_call>")
+
+
+@difference(
+    "Tool calls in streams",
+    theirs="One chunk when a call is complete",
+    ours="Name and id at once, then the arguments as they are written",
+)
+def streamed_calls(theirs: Server, ours: Server) -> None:
+    body = {"messages": user("Where is Ivan?"), **_tools("find_person"), **INSTANT}
+    told = [
+        [
+            call
+            for choice in server.stream(CHAT, **body).choices
+            for call in choice["delta"].get("tool_calls") or ()
+        ]
+        for server in (theirs, ours)
+    ]
+    assert len(told[0]) == 1
+    assert len(told[1]) > 3
+    assert told[1][0].keys() == {"index", "id", "type", "function"}
+    assert all(call.keys() == {"index", "function"} for call in told[1][1:])
+    assert len({"".join(c["function"]["arguments"] for c in each) for each in told}) == 1
+
+
+@difference(
+    "Types of arguments",
+    theirs="Guessed by parsers of formats like XML: `null` in a text is null, whole numbers beyond 2^53 lose digits, a value without its end vanishes",
+    ours="By the whole schema of the parameter, exactly as written",
+)
+def types_of_arguments(theirs: Server, ours: Server) -> None:
+    """Of parsers, as the bundled model writes JSON."""
+    properties = {"a": {"type": "string"}, "b": {"type": "integer"}, "c": {"type": "string"}}
+    tools = [{"function": {"name": "f", "parameters": {"properties": properties}}}]
+    text = (
+        "<function=f>\n<parameter=a>\nnull\n</parameter>\n<parameter=b>\n9007199254740993\n"
+        "</parameter>\n<parameter=c>\nx\n</function>"
+    )
+    lossy = {"a": None, "b": 2**53}
+    assert qwen3_coder.parse_tool_call(text, tools)["arguments"] == lossy
+    section = Section(FORMATS["qwen3_coder"], offered(tools))
+    events = section.feed(text) + section.end(is_whole=True)
+    found = "".join(event.text for event in events if isinstance(event, Arguments))
+    assert json.loads(found) == {"a": "null", "b": 2**53 + 1, "c": "x"}
 
 
 @difference(

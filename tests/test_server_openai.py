@@ -680,6 +680,50 @@ def test_streamed_calls_have_an_index_an_id_and_arguments(server):
         assert "tool_call" not in joined["message"].get("content", "")
 
 
+def test_a_call_is_streamed_as_it_is_written(server):
+    """Its name, id and type at once; then pieces of the arguments, which add up to the unstreamed ones."""
+    body = {"messages": user("Order 3 pieces of the lamp."), "tools": tools("order_item")}
+    (call,) = server.answer(CHAT, **body, **INSTANT)["choices"][0]["message"]["tool_calls"]
+    stream = server.stream(CHAT, **body, **INSTANT)
+    deltas = [c for choice in stream.choices for c in choice["delta"].get("tool_calls") or ()]
+    assert deltas[0]["function"]["name"] == "order_item"
+    assert all("id" not in delta and "name" not in delta["function"] for delta in deltas[1:])
+    assert len(deltas) >= 5
+    written = "".join(delta["function"]["arguments"] for delta in deltas)
+    assert written == call["function"]["arguments"]
+
+
+def test_nothing_is_a_call_that_was_not_offered(server):
+    """The first request of the README, an empty list, another function: the text, and never null."""
+    for offered in ({}, {"tools": []}, {"tools": tools("order_item")}):
+        body = {"messages": user("What is the weather in Oslo?"), "max_tokens": 80, **offered}
+        choice = server.answer(CHAT, **body)["choices"][0]
+        assert "tool_calls" not in choice["message"]
+        assert choice["message"]["content"]
+        assert choice["finish_reason"] == "stop"
+        assert server.stream(CHAT, **body).joined()["message"] == choice["message"]
+    short = server.answer(CHAT, messages=user("What is 3 + 4?"), max_tokens=4)["choices"][0]
+    assert short["message"]["content"] == ""
+
+
+def test_stop_texts_end_the_content_only(server):
+    """Reasoning and the arguments of a call hold the text, and go on."""
+    thought = server.answer(CHAT, messages=user("What is 3 + 4?"), stop="plus", max_tokens=60)
+    message = thought["choices"][0]["message"]
+    assert "plus" in message["reasoning"]
+    assert message["content"].strip()
+    body = {"messages": user("Where is Zoe?"), "tools": tools("find_person"), "stop": ["Zoe", "\n"]}
+    choice = server.answer(CHAT, **body, **INSTANT)["choices"][0]
+    assert choice["finish_reason"] == "tool_calls"
+    (call,) = choice["message"]["tool_calls"]
+    assert json.loads(call["function"]["arguments"]) == {"person": "Zoe"}
+    said = server.answer(CHAT, messages=user("Hello, I am Zoe."), stop="Zoe", **INSTANT)["choices"][
+        0
+    ]
+    assert said["message"]["content"] == "Hello "
+    assert said["finish_reason"] == "stop"
+
+
 def test_two_calls_have_ids_of_their_own(server):
     """The ids of two replies differ, so results can be told apart."""
     body = {"messages": user("Where is Mei?"), "tools": tools("find_person"), **INSTANT}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import random
 from collections import Counter
@@ -21,9 +20,11 @@ from mlx_hybridcache_server.adapter import NORMAL, REASONING
 from mlx_hybridcache_server.chat import Rendered
 from mlx_hybridcache_server.constrain import Constraints, masked
 from mlx_hybridcache_server.errors import ApiError
+from mlx_hybridcache_server.incoming import Arguments, Begin
 from mlx_hybridcache_server.narrowing import closed
-from mlx_hybridcache_server.replies import ToolFormat
+from mlx_hybridcache_server.parts import Parts
 from mlx_hybridcache_server.schema import ChatBody, CompletionBody
+from mlx_hybridcache_server.tool_formats import ToolFormat
 from mlx_lm.generate import GenerationResponse, stream_generate
 from mlx_lm.models import llama
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -331,10 +332,15 @@ def said_as(parser: str, name: str, arguments: dict[str, Any]) -> str:
 def read_back(parser: str, text: str, tools: Any) -> list[tuple[str, Any]]:
     """The calls that the server finds in a reply of one."""
     module = PARSERS[parser]
-    inner = text.removeprefix(module.tool_call_start).removesuffix(module.tool_call_end)
     form = ToolFormat(module.tool_call_start, module.tool_call_end, module.parse_tool_call, tools)
-    calls = asyncio.run(form.calls(inner, 0)) or []
-    return [(c["function"]["name"], json.loads(c["function"]["arguments"])) for c in calls]
+    parts = Parts(spoken(parser).tokenizer, NORMAL, form)
+    calls: list[list[str]] = []
+    for part in [*parts.feed(text), *parts.end(is_whole=True)]:
+        if isinstance(part, Begin):
+            calls.append([part.name, ""])
+        elif isinstance(part, Arguments):
+            calls[-1][1] += part.text
+    return [(name, json.loads(arguments)) for name, arguments in calls]
 
 
 @pytest.mark.parametrize("parser", PARSERS)
@@ -375,15 +381,15 @@ def test_one_call_or_several(parser):
 
 
 def test_a_text_parameter_of_the_xml_format_is_written_as_it_is():
-    """Over several lines, but without what would end it; and not as the word that is read as null."""
+    """Over several lines, but without what would end it; the word null is a word."""
     schema = {"type": "object", "properties": {"plain": {"type": "string"}}, "required": ["plain"]}
     tools = [{"type": "function", "function": {"name": "say", "parameters": schema}}]
     wanted = made(chat(tools=tools, tool_choice="required"), spoken("qwen3_coder"))
-    for value in ("one\ntwo <b>", "12", "", '"quoted"', "nullable", "\n"):
+    for value in ("one\ntwo <b>", "12", "", '"quoted"', "nullable", "\n", "null", "NULL", " a "):
         text = said_as("qwen3_coder", "say", {"plain": value})
         assert allows(wanted, text), value
         assert read_back("qwen3_coder", text, wanted.tools) == [("say", {"plain": value})]
-    for value in ("null", "NULL", "a</parameter>b", "</function>"):
+    for value in ("a</parameter>b", "</function>"):
         assert not allows(wanted, said_as("qwen3_coder", "say", {"plain": value})), value
 
 
@@ -690,6 +696,8 @@ def test_every_forced_call_that_ends_by_itself_obeys_its_schema(server):
         )
         ended[choice["finish_reason"]] += 1
         calls = choice["message"].get("tool_calls") or []
+        if choice["finish_reason"] == "length":  # the last one may be cut
+            calls = calls[:-1]
         for call in calls:
             name, arguments = call["function"]["name"], json.loads(call["function"]["arguments"])
             jsonschema.validate(arguments, PARAMETERS[name])

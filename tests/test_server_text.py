@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from importlib import import_module
 from itertools import pairwise
 
 import mlx.core as mx
@@ -10,13 +11,16 @@ import pytest
 from bundled import load
 from hypothesis import given
 from hypothesis import strategies as st
-from mlx_hybridcache_server.adapter import Segmenter, initial_state, token_bytes
+from mlx_hybridcache_server.adapter import initial_state, token_bytes
 from mlx_hybridcache_server.changes import kind_of_change
 from mlx_hybridcache_server.listen import Listener, Piece, Progress, StopText
-from mlx_hybridcache_server.replies import ChatMessage, Count, ToolFormat, usage
+from mlx_hybridcache_server.parts import Parts
+from mlx_hybridcache_server.replies import ChatMessage, Count, Delta, usage
+from mlx_hybridcache_server.tool_formats import ToolFormat
 from mlx_hybridcache_server.wire import JsonResponse, event, written
 from mlx_lm.generate import GenerationResponse
 from mlx_lm.tokenizer_utils import NaiveStreamingDetokenizer, TokenizerWrapper
+from mlx_lm.tool_parsers import json_tools
 from transformers import AutoTokenizer
 
 from mlx_hybridcache.demo import BUNDLED_MODEL
@@ -55,10 +59,18 @@ def response(text, token=5, finish=None, logprobs=None):
     return GenerationResponse(text, token, row, False, 1, 1.0, 1, 1.0, 0.0, finish)
 
 
-def heard(texts, *, stops=(), state="normal", is_chat=True, one=False, top=None, finish="stop"):
+def tool_format(parse=json_tools):
+    """The format of the bundled model's calls, or another one, of a function `f` that was offered."""
+    module = import_module(f"mlx_lm.tool_parsers.{parse}") if isinstance(parse, str) else parse
+    start, end = module.tool_call_start, module.tool_call_end
+    return ToolFormat(start, end, module.parse_tool_call, [{"function": {"name": "f"}}])
+
+
+def heard(texts, *, stops=(), state="normal", calls=True, one=False, top=None, finish="stop"):
     """The pieces of a reply whose tokens bring `texts`."""
     _, tokenizer = load()
-    listener = Listener(stops, (lambda: Segmenter(tokenizer, state)) if is_chat else None, top, one)
+    tools = tool_format() if calls else None
+    listener = Listener(stops, lambda: Parts(tokenizer, state, tools, only_one=one), top)
     steps = [response(text) for text in texts[:-1]] + [response(texts[-1], finish=finish)]
     return list(listener.listen(iter(steps)))
 
@@ -67,17 +79,20 @@ def said(pieces):
     """All text by state."""
     found = {}
     for piece in pieces:
-        for state, text in piece.spans:
+        for part in piece.parts:
+            state, text = part if isinstance(part, tuple) else ("call", str(part))
             found[state] = found.get(state, "") + text
-    return found
+    return {state: text for state, text in found.items() if text}
 
 
 def test_reasoning_calls_and_content_are_told_apart_across_tokens():
     """Markers may be cut anywhere; the tokens of reasoning are counted with its markers."""
     pieces = heard(
-        ["<th", "ink>", "hm", "</think", ">\n\n", "<tool", "_call>{}", "</tool_call>", ""]
+        ["<th", "ink>", "hm", "</think", ">\n\n", "<tool", f"_call>{CALL[1]}", "</tool_call>", ""]
     )
-    assert said(pieces) == {"normal": "\n\n", "reasoning": "hm", "tool": "{}"}
+    found = said(pieces)
+    assert found.pop("call").startswith("Begin(name='f', id='')Arguments(text='{')")
+    assert found == {"normal": "\n\n", "reasoning": "hm"}
     assert [piece.is_reasoning for piece in pieces] == [False, True, True, True, True] + [False] * 4
     assert [piece.finish for piece in pieces] == [None] * 8 + ["stop"]
 
@@ -97,15 +112,16 @@ def test_a_stop_text_ends_the_reply_and_is_left_out():
 
 def test_a_reply_ends_behind_its_first_call_where_only_one_is_wanted():
     """The second call's tokens are never asked for."""
-    texts = ["<tool_call>", "{}", "</tool_call>", "\n", "<tool_call>", "{}", "</tool_call>"]
+    texts = [*CALL, "\n", *CALL]
     assert len(heard(texts, one=True)) == 3
     assert heard(texts, one=True)[-1].finish == "stop"
     assert len(heard(texts)) == 7
+    assert len(heard(["<tool_call>", "{}", "</tool_call>", *texts], one=True)) == 6  # {} is none
 
 
 def test_pauses_become_progress():
     """Between two slices a reader learns how far the prompt is read."""
-    listener = Listener((), None, None, one_tool_call=False)
+    listener = Listener((), None, None)
     listener.on_progress(512, 2048)
     items = list(listener.listen(iter([PAUSE, response("x", finish="length")])))
     assert items[0] == Progress(512, 2048)
@@ -115,7 +131,7 @@ def test_pauses_become_progress():
 @pytest.mark.parametrize(("lost", "expected"), [(b" and", " and"), (b"and", "and")])
 def test_a_text_that_goes_on_keeps_the_space_before_its_first_word(lost, expected):
     """mlx-lm's detokenizers drop it; behind a prompt it counts."""
-    listener = Listener((), None, None, one_tool_call=False, bytes_of=lambda token: lost)
+    listener = Listener((), None, None, bytes_of=lambda token: lost)
     items = list(listener.listen(iter([response("and"), response(" so", finish="stop")])))
     assert said(items) == {"normal": expected + " so"}
 
@@ -124,7 +140,7 @@ def test_log_probabilities_are_sorted_and_ties_go_by_id():
     """Three alternatives of five; the token itself need not be among them."""
     row = np.full(3072, -20.0, dtype=np.float32)
     row[[7, 3, 9, 4]] = [-1.0, -2.0, -2.0, -3.0]
-    listener = Listener((), None, 3, one_tool_call=False)
+    listener = Listener((), None, 3)
     (piece,) = listener.listen(iter([response("x", 4, "stop", row)]))
     assert piece.logprob.top == ((7, -1.0), (3, -2.0), (9, -2.0))
     assert (piece.logprob.token, piece.logprob.logprob) == (4, -3.0)
@@ -159,12 +175,10 @@ def test_a_reply_begins_in_the_state_that_its_turn_left_open():
 # Messages
 
 
-def message(texts, calls=True):
+def message(texts, **how):
     """A chat message made of pieces, with its deltas."""
-    _, tokenizer = load()
-    parse = tokenizer.tool_parser if calls else None
-    made = ChatMessage(ToolFormat("<tool_call>", "</tool_call>", parse, None))
-    pieces = heard(texts)
+    made = ChatMessage(tool_format())
+    pieces = heard(texts, **how)
 
     async def taken():
         return [await made.take(piece) for piece in pieces]
@@ -173,13 +187,21 @@ def message(texts, calls=True):
     return deltas, made.finish_reason(pieces[-1])
 
 
+def whole(deltas):
+    """What they add up to."""
+    added = Delta()
+    for delta in deltas:
+        added.add(delta)
+    return added
+
+
 CALL = ["<tool_call>", '{"name": "f", "arguments": {"x": "ü"}}', "</tool_call>"]
 
 
 def test_calls_are_numbered_and_their_arguments_are_json_text():
     """Two calls with white space around them: no content, finish_reason tool_calls."""
     deltas, finish = message(["\n\n", *CALL, "\n", *CALL, ""])
-    calls = [call for delta in deltas for call in delta.tool_calls]
+    calls = whole(deltas).tool_calls
     assert [call["index"] for call in calls] == [0, 1]
     assert [json.loads(call["function"]["arguments"]) for call in calls] == [{"x": "ü"}] * 2
     assert all(call["id"].startswith("call_") for call in calls)
@@ -196,31 +218,39 @@ def test_a_call_that_cannot_be_read_is_text(bad):
     assert finish == "stop"
 
 
-@pytest.mark.parametrize(
-    "bad",
-    [
-        '{"name": "f", "arguments": {"x": NaN}}',
-        '{"name": "f", "arguments": {"x": [-Infinity]}}',
-        '{"name": "f", "arguments": {"x": 1e999}}',
-        '{"name": "f", "arguments": "{"}',
-        '{"name": "f", "arguments": "[NaN]"}',
-        '{"name": "f", "arguments": {"x": %s}}' % ("[" * 3000 + "]" * 3000),
-    ],
-    ids=range(6),
-)
-def test_a_call_whose_arguments_are_no_json_is_text(bad):
-    """Python reads and writes NaN; no other reader does, so no client ever sees it as a call."""
-    deltas, finish = message(["<tool_call>", bad, "</tool_call>", ""])
+@pytest.mark.parametrize("bad", ['"{"', '"[NaN]"', "5", '["a"]', '"text"'])
+def test_a_call_whose_arguments_are_no_object_is_text(bad):
+    """Not as JSON, nor as JSON in a string."""
+    text = f'{{"name": "f", "arguments": {bad}}}'
+    deltas, finish = message(["<tool_call>", text, "</tool_call>", ""])
     assert not any(delta.tool_calls for delta in deltas)
-    assert "".join(delta.content for delta in deltas) == f"<tool_call>{bad}</tool_call>"
+    assert "".join(delta.content for delta in deltas) == f"<tool_call>{text}</tool_call>"
     assert finish == "stop"
+
+
+@pytest.mark.parametrize("odd", ["NaN", "-Infinity", "1e999", "celsius", "007"])
+def test_what_json_has_not_is_sent_as_a_string(odd):
+    """Python reads and writes NaN; no other reader does. A client's check of types refuses the string."""
+    text = f'{{"name": "f", "arguments": {{"x": [{odd}]}}}}'
+    deltas, _ = message(["<tool_call>", text, "</tool_call>", ""])
+    (call,) = whole(deltas).tool_calls
+    assert decoded(call["function"]["arguments"].encode()) == {"x": [odd]}
+
+
+def test_arguments_are_never_nested_more_deeply_than_clients_read():
+    """Of 3,000 brackets 199 are in the arguments, which are broken for it; the rest is content."""
+    text = '{"name": "f", "arguments": {"x": %s}}' % ("[" * 3000 + "]" * 3000)
+    deltas, _ = message(["<tool_call>", text, "</tool_call>", ""])
+    (call,) = whole(deltas).tool_calls
+    assert call["function"]["arguments"] == '{"x": ' + "[" * 199
+    assert whole(deltas).content == "[" * 2801 + "]" * 3000 + "}}"
 
 
 @pytest.mark.parametrize("id_", ["NaN", "5", '""', "null", "{}"])
 def test_an_id_is_text(id_):
     """One that the model gave and that is none is replaced."""
     deltas, _ = message(["<tool_call>", f'{{"name": "f", "id": {id_}}}', "</tool_call>", ""])
-    (call,) = [call for delta in deltas for call in delta.tool_calls]
+    (call,) = whole(deltas).tool_calls
     assert call["id"].startswith("call_")
     assert call["function"]["arguments"] == "{}"
 
@@ -250,7 +280,7 @@ def test_half_a_character_in_a_call_is_sent_as_an_escape():
     """An escape within JSON within JSON; as a character it could not be sent at all."""
     text = '{"name": "f", "arguments": {"x": "\\ud800"}}'
     deltas, _ = message(["<tool_call>", text, "</tool_call>", ""])
-    (call,) = [call for delta in deltas for call in delta.tool_calls]
+    (call,) = whole(deltas).tool_calls
     assert call["function"]["arguments"] == '{"x": "\\ud800"}'
     assert decoded(written(call))["function"]["arguments"] == '{"x": "\\ud800"}'
 

@@ -19,6 +19,9 @@ from transformers import PreTrainedTokenizerBase
 NORMAL, REASONING, TOOL = "normal", "reasoning", "tool"
 """The states of mlx-lm's text state machine that a reply is made of. It has others, without text."""
 
+ASIDE = "tool in reasoning"
+"""One of our own, behind which reasoning goes on: mlx-lm's would take what follows for content."""
+
 Span = tuple[str, str]
 """A state and the text that was written in it, its markers left out."""
 
@@ -26,12 +29,15 @@ Span = tuple[str, str]
 class Segmenter:
     """Splits generated text into reasoning, tool calls and the rest, across any chunks.
 
-    What may be the beginning of a marker is held back until it is known not to be one.
+    What may be the beginning of a marker is held back until it is known not to be one. Without `calls`
+    the markers of calls are text like any other.
     """
 
-    def __init__(self, tokenizer: Any, initial_state: str):
+    def __init__(self, tokenizer: Any, initial_state: str, *, calls: bool = True):
         # A machine is not shared: `make_state` adds states to the one it is called on.
-        self._runtime = make_text_state_machine(tokenizer).make_state(initial_state)
+        machine = make_text_state_machine(tokenizer if calls else _WithoutCalls(tokenizer))
+        _return_to_reasoning(machine)
+        self._runtime = machine.make_state(initial_state)
 
     @property
     def state(self) -> str:
@@ -47,6 +53,35 @@ class Segmenter:
         """What was held back and is text after all."""
         self._runtime, text, state = TextStateMachine.flush(self._runtime)
         return [(str(state), text)]
+
+
+class _WithoutCalls:
+    """A tokenizer as mlx-lm's state machine sees it, of a model that has no markers of calls."""
+
+    has_tool_calling = False
+
+    def __init__(self, tokenizer: Any):
+        self._tokenizer = tokenizer
+        transitions = tokenizer.response_transitions
+        self.response_transitions = {
+            state: [edge for edge in edges if edge[1] != TOOL]
+            for state, edges in transitions.items()
+            if state != TOOL
+        }
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+
+def _return_to_reasoning(machine: TextStateMachine) -> None:
+    """Let a call that begins within reasoning end there."""
+    states = machine._states
+    if REASONING not in states or TOOL not in states[REASONING][1]:
+        return
+    trie, targets = states[REASONING]
+    states[REASONING] = (trie, tuple(ASIDE if each == TOOL else each for each in targets))
+    trie, targets = states[TOOL]
+    states[ASIDE] = (trie, tuple(REASONING if each == NORMAL else each for each in targets))
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from .models import DEFAULT_NAME, Loaded
 from .schema import ChatBody, CompletionBody, GenerationBody
 from .serving import Ask
 from .settings import Settings
+from .tool_formats import ToolFormat
 
 MOST_DIGITS = 19
 """Of a token id, leading zeros included."""
@@ -40,6 +41,7 @@ def asks(
     settings: Settings,
     loaded: Loaded,
     constraint: Constraint | None,
+    tools: ToolFormat | None = None,
 ) -> list[Ask]:
     """The `n` replies that are wanted to one prompt."""
     sampling = _sampling(body, settings, loaded.renderer.vocabulary)
@@ -60,6 +62,7 @@ def asks(
             state=rendered.state,
             is_chat=is_chat,
             goes_on=goes_on,
+            tools=tools,
             one_tool_call=one_tool_call,
             constraint=constraint,
             cache_salt=body.cache_salt,

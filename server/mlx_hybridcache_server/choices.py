@@ -57,7 +57,9 @@ class ChatChoice:
         }
 
     def whole(self) -> dict[str, Any]:
-        message = {"role": "assistant", "content": None, **self._said.fields()}
+        # OpenAI's clients take null for a reply that only calls.
+        content = None if self._said.tool_calls else ""
+        message = {"role": "assistant", "content": content, **self._said.fields()}
         if calls := message.get("tool_calls"):  # only a stream needs to number them
             message["tool_calls"] = [
                 {key: value for key, value in call.items() if key != "index"} for call in calls
@@ -84,7 +86,7 @@ class TextChoice:
         self._finish: str | None = None
 
     async def take(self, piece: Piece) -> dict[str, Any] | None:
-        said = "".join(text for _, text in piece.spans)
+        said = "".join(part[1] for part in piece.parts if isinstance(part, tuple))
         self._text += said
         self._pending += said
         if piece.logprob is not None:

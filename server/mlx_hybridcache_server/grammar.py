@@ -68,7 +68,7 @@ def for_parser(speech: Speech, tools: Sequence[Tool]) -> list[Tool]:
     """`tools` as mlx-lm's parser must see them to read calls back as they were written here."""
     if speech.parser != "qwen3_coder":
         return list(tools)
-    # It reads what is declared as an object as JSON of any kind, and other types by rules of its own.
+    # Without a type a value is read as JSON of any kind.
     return [
         {
             "type": "function",
@@ -76,7 +76,7 @@ def for_parser(speech: Speech, tools: Sequence[Tool]) -> list[Tool]:
                 "name": tool["function"]["name"],
                 "parameters": {
                     "properties": {
-                        name: {"type": "object" if _bare(schema) is None else "string"}
+                        name: {} if _bare(schema) is None else {"type": "string"}
                         for name, schema in _parameters(tool).get("properties", {}).items()
                     }
                 },
@@ -199,8 +199,6 @@ class _Writer:
         if self._is_exact and bare:
             return f"({' | '.join(_literal(each + close) for each in bare)})"
         free = self._free("</parameter>", "</function>", end)
-        if self._is_exact:  # "null" in any case is read as null
-            free = self._terminal(f"{free} & ~/(?i:null)/")
         return self._lazy(f"{free} {_literal(close)}")
 
     def _object_call(self, tool: Tool) -> str:
@@ -279,8 +277,7 @@ def _bare(schema: Any) -> list[str] | None:
         return []
     texts = schema["enum"]
     is_plain = isinstance(texts, list) and all(
-        isinstance(text, str) and re.fullmatch(r"[^<>\n]+", text) and text.lower() != "null"
-        for text in texts
+        isinstance(text, str) and re.fullmatch(r"[^<>\n]+", text) for text in texts
     )
     return texts or None if is_plain else None
 

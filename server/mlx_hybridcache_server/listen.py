@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import mlx.core as mx
 import numpy as np
@@ -16,7 +15,9 @@ from mlx_lm.generate import GenerationResponse
 
 from mlx_hybridcache.worker import PAUSE, Pause
 
-from .adapter import REASONING, TOOL, Segmenter, Span
+from .adapter import NORMAL
+from .incoming import overlap
+from .parts import Part, Parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,56 +42,72 @@ class Piece:
     """What one token brought. `finish` is None until the last."""
 
     token: int
-    spans: tuple[Span, ...]
+    parts: tuple[Part, ...]
     is_reasoning: bool
     logprob: TokenLogprob | None
     finish: str | None
 
 
 class StopText:
-    """Finds the first of several texts in a stream, however it is cut into chunks."""
+    """Finds the first of several texts in a reply's content, however it is cut into chunks.
+
+    Behind reasoning or a call, the white space that parts them is no stop text by itself.
+    """
 
     def __init__(self, stops: Sequence[str]):
         self._stops = stops
         self._held = ""
+        self._space: list[str] | None = None  # what was written since the content was interrupted
+        self._lead = 0  # so much of what is held parts it from what came before
         self.found = False
 
     def feed(self, text: str) -> str:
         """The text that is safe to give out; with `found`, all there is before the stop."""
-        text = self._held + text
-        found = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
+        if self._space is not None:
+            self._space.append(text)
+            if not text.strip():
+                return ""
+            text, self._space = "".join(self._space), None
+            self._lead = len(text) - len(text.lstrip())
+        else:
+            text = self._held + text
+        found = []
+        for stop in self._stops:
+            at = text.find(stop, 0 if stop.strip() else self._lead)
+            if at >= 0:
+                found.append((at + len(stop), at))
         if found:  # the one that is complete first; so chunks do not matter
             self.found, self._held = True, ""
             return text[: min(found)[1]]
-        keep = max((_overlap(text, stop) for stop in self._stops), default=0)
+        keep = max((overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - keep :]
+        self._lead = max(0, self._lead - (len(text) - keep))
         return text[: len(text) - keep]
+
+    def interrupted(self) -> str:
+        """Something else follows: what was held back and is text after all."""
+        held = self.end()
+        self._space, self._lead = [], 0
+        return held
 
     def end(self) -> str:
         """What was held back and is text after all."""
-        held, self._held = self._held, ""
+        held, self._held = self._held + "".join(self._space or ()), ""
+        self._space = None
         return held
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that begins `stop`."""
-    longest = min(len(text), len(stop) - 1)
-    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
 
 
 @dataclass(eq=False)
 class Listener:
-    """One reply's view of its responses. `segmenter` makes one in the reply's first state.
+    """One reply's view of its responses. `split` makes what splits it into parts, if it has any.
 
-    `top_logprobs` is None when no log-probabilities are wanted. `one_tool_call` ends the reply
-    behind the first. `bytes_of` is given for a text that goes on where its prompt ends: mlx-lm's
-    detokenizers drop the space before a first word.
+    `top_logprobs` is None when no log-probabilities are wanted. `bytes_of` is given for a text that
+    goes on where its prompt ends: mlx-lm's detokenizers drop the space before a first word.
     """
 
     stops: Sequence[str]
-    segmenter: Callable[[], Segmenter] | None
+    split: Callable[[], Parts] | None
     top_logprobs: int | None
-    one_tool_call: bool
     bytes_of: Callable[[int], bytes] | None = None
     progress: Progress | None = None
 
@@ -102,8 +119,7 @@ class Listener:
         self, responses: Iterator[GenerationResponse | Pause]
     ) -> Iterator[Piece | Progress | Pause]:
         """The pieces, with progress between the slices of the prompt."""
-        stop = StopText(self.stops)
-        spans, states = _Spans(self.segmenter), _Spans(self.segmenter)
+        stop, parts = StopText(self.stops), self.split() if self.split is not None else None
         space = None
         for response in responses:
             if isinstance(response, Pause):
@@ -114,22 +130,18 @@ class Listener:
                 space = self._lost_space(response)
             if space and written:
                 written, space = " " + written, ""
-            text, finish = stop.feed(written), response.finish_reason
-            if stop.found:
+            finish = response.finish_reason
+            was_reasoning = parts is not None and parts.is_reasoning
+            said = list(_until(stop, parts.feed(written) if parts else [(NORMAL, written)]))
+            if stop.found or (parts is not None and parts.is_done):
                 finish = "stop"
             elif finish is not None:
-                text += stop.end()
-            was = states.state
-            states.feed(written)  # not held back by stop texts, so true for this very token
-            said = spans.feed(text)
-            if self.one_tool_call and _closes_tool(said):
-                finish = finish or "stop"
-            if finish is not None:
-                said += spans.end()
+                said += _ending(stop, parts, is_whole=finish == "stop")
+                finish = "stop" if stop.found else finish
             yield Piece(
                 token=response.token,
-                spans=tuple(said),
-                is_reasoning=REASONING in (was, states.state),
+                parts=tuple(said),
+                is_reasoning=parts is not None and (was_reasoning or parts.is_reasoning),
                 logprob=self._logprob(response),
                 finish=finish,
             )
@@ -155,24 +167,21 @@ class Listener:
         return TokenLogprob(response.token, float(row[response.token]), top)
 
 
-class _Spans:
-    """A segmenter, or plain text where the reply is not a chat's."""
-
-    def __init__(self, make: Callable[[], Segmenter] | None):
-        self._segmenter = make() if make is not None else None
-
-    @property
-    def state(self) -> str:
-        return self._segmenter.state if self._segmenter is not None else "normal"
-
-    def feed(self, text: str) -> list[Span]:
-        return self._segmenter.feed(text) if self._segmenter is not None else [("normal", text)]
-
-    def end(self) -> list[Span]:
-        return self._segmenter.end() if self._segmenter is not None else []
+def _until(stop: StopText, parts: list[Part]) -> Iterator[Part]:
+    """The parts before a stop text. It belongs to the content: reasoning and calls are not cut."""
+    for part in parts:
+        if isinstance(part, tuple) and part[0] == NORMAL:
+            yield (NORMAL, stop.feed(part[1]))
+            if stop.found:
+                return
+        else:
+            yield (NORMAL, stop.interrupted())
+            yield part
 
 
-def _closes_tool(spans: Sequence[Span]) -> bool:
-    """Whether a tool call ends among `spans`: a tool's text is followed by another state."""
-    states = [state for state, _ in spans]
-    return any(a == TOOL and b != TOOL for a, b in pairwise(states))
+def _ending(stop: StopText, parts: Parts | None, *, is_whole: bool) -> list[Part]:
+    """What was held back at the end of a reply."""
+    said = list(_until(stop, parts.end(is_whole=is_whole))) if parts is not None else []
+    if not stop.found:
+        said.append((NORMAL, stop.end()))
+    return said

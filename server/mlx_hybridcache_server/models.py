@@ -21,9 +21,10 @@ from mlx_hybridcache.router import AUTO, Patch, choose_patch
 from .adapter import token_bytes
 from .chat import Renderer
 from .constrain import Constraints
-from .replies import TokenNames, ToolFormat
+from .replies import TokenNames
 from .settings import Settings
 from .tokenizing import Room
+from .tool_formats import ToolFormat
 
 log = logging.getLogger("mlx_hybridcache.server")
 
@@ -68,12 +69,12 @@ class Loaded:
         return wanted.adapter == self.adapter and wanted.name in self.names
 
     def tool_format(self, tools: list[dict[str, Any]] | None, *, calls: bool) -> ToolFormat | None:
-        """How this model writes calls; None when it has no way to. Without `calls` they are text."""
+        """How this model writes calls; None where nothing it writes is one: without tools, or `calls`."""
         tokenizer = self.tokenizer
-        if not tokenizer.has_tool_calling:
+        if not (calls and tools and tokenizer.has_tool_calling):
             return None
-        parse = tokenizer.tool_parser if calls else None
-        return ToolFormat(tokenizer.tool_call_start, tokenizer.tool_call_end or "", parse, tools)
+        start, end = tokenizer.tool_call_start, tokenizer.tool_call_end or ""
+        return ToolFormat(start, end, tokenizer.tool_parser, tools)
 
 
 def load(

@@ -13,8 +13,9 @@ from itertools import accumulate
 from typing import Any
 
 from .adapter import NORMAL, REASONING, TOOL
-from .calls import read
+from .incoming import Arguments, Begin
 from .listen import Piece, TokenLogprob
+from .tool_formats import ToolFormat
 
 LEAST = -9999.0
 """OpenAI's number for a token that cannot come; JSON has no infinity."""
@@ -45,7 +46,17 @@ class Delta:
         """Put `other` behind this one."""
         self.content += other.content
         self.reasoning += other.reasoning
-        self.tool_calls += other.tool_calls
+        for call in other.tool_calls:
+            if "id" in call:
+                self.tool_calls.append({**call, "function": {**call["function"]}})
+            else:
+                self.argue(call["index"], call["function"]["arguments"])
+
+    def argue(self, index: int, text: str) -> None:
+        """More of a call's arguments."""
+        if not self.tool_calls or self.tool_calls[-1]["index"] != index:
+            self.tool_calls.append({"index": index, "function": {"arguments": ""}})
+        self.tool_calls[-1]["function"]["arguments"] += text
 
     def fields(self) -> dict[str, Any]:
         """OpenAI's names; reasoning under both names that clients look for."""
@@ -59,38 +70,10 @@ class Delta:
         return said
 
 
-@dataclass(frozen=True, slots=True)
-class ToolFormat:
-    """How a model writes calls: its markers, and mlx-lm's parser of what stands between them.
-
-    Without a parser nothing is a call.
-    """
-
-    start: str
-    end: str
-    parse: Callable[[str, Any], Any] | None
-    tools: list[dict[str, Any]] | None
-
-    async def calls(self, text: str, first_index: int) -> list[dict[str, Any]] | None:
-        """OpenAI's calls, or None when `text` is no call, or none that JSON has: then it is text."""
-        found = await read(self.parse, text, self.tools) if self.parse is not None else None
-        if found is None:
-            return None
-        return [
-            {
-                "index": first_index + at,
-                "id": call["id"] or f"call_{secrets.token_hex(12)}",
-                "type": "function",
-                "function": {"name": call["name"], "arguments": call["arguments"]},
-            }
-            for at, call in enumerate(found)
-        ]
-
-
 class ChatMessage:
     """One choice of a chat as it is written."""
 
-    def __init__(self, tools: ToolFormat | None):
+    def __init__(self, tools: ToolFormat | None = None):
         self._tools = tools
         self._blank = ""  # white space that is content only if more than a call follows
         self._call: list[str] | None = None
@@ -100,16 +83,19 @@ class ChatMessage:
     async def take(self, piece: Piece) -> Delta:
         """What `piece` adds."""
         delta = Delta()
-        for state, text in piece.spans:
-            if state == TOOL:
-                self._call = self._call if self._call is not None else []
-                self._call.append(text)
+        for part in piece.parts:
+            if isinstance(part, tuple) and part[0] == TOOL:
+                self._call = [*(self._call or ()), part[1]]
                 continue
             await self._close_call(delta, is_whole=True)
-            if state == REASONING:
-                delta.reasoning += text
-            elif state == NORMAL:
-                self._write(delta, text)
+            if isinstance(part, Begin):
+                self._begin(delta, part.name, part.id)
+            elif isinstance(part, Arguments):
+                delta.argue(self._calls - 1, part.text)
+            elif part[0] == REASONING:
+                delta.reasoning += part[1]
+            elif part[0] == NORMAL:
+                self._write(delta, part[1])
         if piece.finish is not None:
             await self._close_call(delta, is_whole=False)
             if self._blank and not self._calls:
@@ -119,6 +105,17 @@ class ChatMessage:
     def finish_reason(self, piece: Piece) -> str | None:
         """OpenAI's word for why it ended."""
         return "tool_calls" if piece.finish == "stop" and self._calls else piece.finish
+
+    def _begin(self, delta: Delta, name: str, given: str) -> None:
+        delta.tool_calls.append(
+            {
+                "index": self._calls,
+                "id": given or f"call_{secrets.token_hex(12)}",
+                "type": "function",
+                "function": {"name": name, "arguments": ""},
+            }
+        )
+        self._calls += 1
 
     def _write(self, delta: Delta, text: str) -> None:
         self._blank += text
@@ -130,13 +127,14 @@ class ChatMessage:
         if self._call is None:
             return
         text, self._call = "".join(self._call), None
-        assert self._tools is not None, "without a format for calls there is no state for them"
-        calls = await self._tools.calls(text, self._calls)
+        assert self._tools is not None, "only its calls come as they were written"
+        calls = await self._tools.others(text)
         if calls is None:  # nothing that a model wrote may vanish
             self._write(delta, f"{self._tools.start}{text}{self._tools.end * is_whole}")
             return
-        self._calls += len(calls)
-        delta.tool_calls += calls
+        for call in calls:
+            self._begin(delta, call["name"], call["id"])
+            delta.argue(self._calls - 1, call["arguments"])
 
 
 class TokenNames:

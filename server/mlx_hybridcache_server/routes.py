@@ -85,7 +85,7 @@ async def _chat(body: ChatBody, serving: Serving, places: Places, weight: int) -
     constraint = await _constraint(body, rendered, serving, loaded)
     tools = (constraint and constraint.tools) or body.tools
     calls = loaded.tool_format(tools, calls=body.tool_choice != "none")
-    wanted = asks(body, rendered, serving.settings, loaded, constraint)
+    wanted = asks(body, rendered, serving.settings, loaded, constraint, calls)
     kind = "chat.completion.chunk" if body.stream else "chat.completion"
     envelope = Envelope.new("chatcmpl", kind, body.model or loaded.id)
     choices = [

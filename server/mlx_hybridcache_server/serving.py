@@ -18,7 +18,7 @@ from mlx_hybridcache.cache import Through
 from mlx_hybridcache.report import Divergence
 from mlx_hybridcache.request import Generation
 
-from .adapter import NORMAL, Sampling, Segmenter
+from .adapter import NORMAL, Sampling
 from .admission import Admission, Places, Reading
 from .changes import kind_of_change
 from .constrain import Constraint
@@ -28,10 +28,12 @@ from .leases import Leases
 from .listen import Listener, Piece, Progress
 from .metrics import Metrics
 from .models import DEFAULT_NAME, Loaded, Named, load, on_own_thread
+from .parts import Parts
 from .record import Recorder, Served
 from .rendering import Rendering
 from .replies import Count
 from .settings import Settings
+from .tool_formats import ToolFormat
 
 log = logging.getLogger("mlx_hybridcache.server")
 
@@ -54,6 +56,7 @@ class Ask:
     state: str = NORMAL
     is_chat: bool = True
     goes_on: bool = False  # where the prompt's text ends, so that a leading space counts
+    tools: ToolFormat | None = None
     one_tool_call: bool = False
     constraint: Constraint | None = None
     cache_salt: str | None = None
@@ -188,9 +191,10 @@ class Run:
         ask, loaded = self.ask, self._loaded
         listener = Listener(
             ask.stops,
-            (lambda: Segmenter(loaded.tokenizer, ask.state)) if ask.is_chat else None,
+            partial(Parts, loaded.tokenizer, ask.state, ask.tools, only_one=ask.one_tool_call)
+            if ask.is_chat
+            else None,
             ask.top_logprobs,
-            ask.one_tool_call,
             loaded.token_names.bytes_of if ask.goes_on else None,
         )
         sampling = ask.sampling
