@@ -91,7 +91,7 @@ def test_past_reasoning_is_read_under_both_names():
         assert '{"name": "get_weather", "arguments": {"city": "Oslo"}}' in rendered
 
 
-def test_arguments_that_are_not_json_stay_as_they_are():
+def test_arguments_that_are_not_json_stay_as_text():
     """A reply that a client sends back cannot make its conversation unreadable."""
     call = {"function": {"name": "f", "arguments": "{broken"}}
     said = {"role": "assistant", "content": "", "tool_calls": [call]}

@@ -38,21 +38,17 @@ def _is_tool(tool: dict[str, Any]) -> dict[str, Any]:
     return tool
 
 
-_TEXT_PART = {
-    "type": "object",
-    "properties": {"type": {"enum": ["text", "input_text", "output_text", "refusal"]}},
-    "required": ["type"],
-    "anyOf": [
-        {"properties": {"text": {"type": "string"}}, "required": ["text"]},
-        {"properties": {"refusal": {"type": "string"}}, "required": ["refusal"]},
-    ],
+_PART = {
+    "description": "Text. Of another kind it is refused in the question that is to be answered, and "
+    "a sentence stands in its place elsewhere.",
+    "examples": [{"type": "text", "text": "Hello"}],
 }
 _MESSAGE = {
     "type": "object",
     "properties": {
         "role": {"type": "string", "examples": ["system", "user", "assistant", "tool"]},
         "content": {
-            "anyOf": [{"type": "string"}, {"type": "array", "items": _TEXT_PART}, {"type": "null"}]
+            "anyOf": [{"type": "string"}, {"type": "array", "items": _PART}, {"type": "null"}]
         },
         "tool_calls": {"anyOf": [{"type": "array", "items": {"type": "object"}}, {"type": "null"}]},
     },
