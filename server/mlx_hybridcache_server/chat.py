@@ -16,15 +16,13 @@ from .abilities import Abilities
 from .adapter import NORMAL, initial_state, may_reason, renders_text, without_template
 from .errors import ApiError, refuse
 from .messages import for_template
-from .schema import Conversation, NamedTool
+from .schema import Conversation
 from .tokenizing import NO_LIMIT, Room, Steps, Tokenizing
 
 TAKEN = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) | {
     "messages"
 }
 """What `chat_template_kwargs` may not name: it would change how, not what, is rendered."""
-
-ToolChoice = str | NamedTool | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +67,6 @@ class Renderer:
         self,
         body: Conversation,
         *,
-        tool_choice: ToolChoice = None,
         continues: bool = False,
         opens_reply: bool = True,
     ) -> Steps[Rendered]:
@@ -86,7 +83,7 @@ class Renderer:
             )
         tokens = yield from self._apply(
             messages,
-            tools=offered(body.tools, tool_choice),
+            tools=body.tools or None,
             add_generation_prompt=opens_reply and not continues,
             **({"continue_final_message": True} if continues else {}),
             **self._extra(body),
@@ -160,16 +157,3 @@ def _checked(ids: Iterable[int], vocabulary: int, param: str) -> list[int]:
     except PromptError as error:
         raise refuse(str(error), param) from error
     return tokens
-
-
-def offered(tools: list[dict[str, Any]] | None, choice: ToolChoice) -> list[dict[str, Any]] | None:
-    """The tools that the model is told of."""
-    if choice in (None, "auto", "none"):
-        return None if choice == "none" else tools or None
-    if not tools:
-        raise refuse("tool_choice asks for a call, but there are no tools.", "tool_choice")
-    if isinstance(choice, NamedTool):
-        tools = [tool for tool in tools if tool["function"]["name"] == choice.function.name]
-        if not tools:
-            raise refuse(f"No tool is named {choice.function.name}.", "tool_choice")
-    return tools

@@ -112,6 +112,20 @@ class NamedTool(_Body):
     function: NamedFunction
 
 
+class AllowedTools(_Body):
+    """The tools that may be called, and whether one must be."""
+
+    mode: Literal["auto", "required"]
+    tools: list[NamedTool]
+
+
+class AllowedChoice(_Body):
+    """A choice among the tools. All of them stay in the prompt, which stays the same."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
+
+
 class GenerationBody(_Body):
     """What chats and completions have in common. Ranges are mlx_lm.server's, and OpenAI's."""
 
@@ -167,7 +181,7 @@ class ChatBody(Conversation, GenerationBody):
     """`POST /v1/chat/completions`."""
 
     logprobs: bool | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | AllowedChoice | None = None
     parallel_tool_calls: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
