@@ -3,8 +3,9 @@
 import pytest
 from bundled import chat, load
 from mlx_hybridcache_server.chat import Renderer
+from mlx_hybridcache_server.choosing import callable_tools
 from mlx_hybridcache_server.errors import ApiError
-from mlx_hybridcache_server.schema import ChatBody, Conversation, NamedTool
+from mlx_hybridcache_server.schema import ChatBody, Conversation
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from transformers import AutoTokenizer
 
@@ -91,7 +92,7 @@ def test_past_reasoning_is_read_under_both_names():
         assert '{"name": "get_weather", "arguments": {"city": "Oslo"}}' in rendered
 
 
-def test_arguments_that_are_not_json_stay_as_they_are():
+def test_arguments_that_are_not_json_stay_as_text():
     """A reply that a client sends back cannot make its conversation unreadable."""
     call = {"function": {"name": "f", "arguments": "{broken"}}
     said = {"role": "assistant", "content": "", "tool_calls": [call]}
@@ -161,31 +162,45 @@ def test_reasoning_may_begin_unless_the_template_has_closed_it():
     assert earlier.may_reason
 
 
-def test_a_forced_call_leaves_the_prompt_as_it_is():
-    """The reply begins as any other; a named function is the only one that the model is told of."""
-    made = body(USER, tools=TOOLS)
-    assert renderer().chat(made, tool_choice="required") == renderer().chat(made)
-    named = NamedTool(type="function", function={"name": "send_mail"})
-    rendered = text(renderer().chat(made, tool_choice=named))
-    assert "send_mail" in rendered
-    assert "get_weather" not in rendered
+ALLOWED = {"type": "function", "function": {"name": "send_mail"}}
+CHOICES = {
+    "auto": ["get_weather", "send_mail"],
+    "required": ["get_weather", "send_mail"],
+    "none": [],
+    "named": ["send_mail"],
+    "allowed": ["send_mail"],
+}
+
+
+def choice(name, mode="auto", tools=(ALLOWED,)):
+    """A tool_choice."""
+    allowed = {"mode": mode, "tools": list(tools)}
+    objects = {"named": ALLOWED, "allowed": {"type": "allowed_tools", "allowed_tools": allowed}}
+    return objects.get(name, name)
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_tool_choice_leaves_the_prompt_as_it_is(name):
+    """All tools stay in it; the choice says which of them the reply may call."""
+    chosen = body(USER, tools=TOOLS, tool_choice=choice(name))
+    assert renderer().chat(chosen) == renderer().chat(body(USER, tools=TOOLS))
+    assert [tool["function"]["name"] for tool in callable_tools(chosen)] == CHOICES[name]
 
 
 @pytest.mark.parametrize(
-    ("choice", "tools", "said"),
-    [("required", None, "no tools"), ("no_such", TOOLS, "No tool is named no_such")],
+    ("chosen", "tools", "said"),
+    [
+        ("required", None, "no tools"),
+        ("required", [], "no tools"),
+        (choice("allowed", "required", []), TOOLS, "no tools"),
+        (choice("named"), TOOLS[:1], "No tool is named send_mail"),
+        (choice("allowed"), None, "No tool is named send_mail"),
+    ],
 )
-def test_a_call_that_cannot_be_is_refused(choice, tools, said):
+def test_a_call_that_cannot_be_is_refused(chosen, tools, said):
     """No tools at all, or none of that name."""
-    if choice == "no_such":
-        choice = NamedTool(type="function", function={"name": choice})
     with pytest.raises(ApiError, match=said):
-        renderer().chat(body(USER, tools=tools), tool_choice=choice)
-
-
-def test_tool_choice_none_leaves_the_tools_out():
-    """The model is not told of them."""
-    assert "get_weather" not in text(renderer().chat(body(USER, tools=TOOLS), tool_choice="none"))
+        callable_tools(body(USER, tools=tools, tool_choice=chosen))
 
 
 def test_a_prefix_is_what_all_its_continuations_share():

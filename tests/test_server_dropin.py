@@ -1138,7 +1138,7 @@ def types_of_arguments(theirs: Server, ours: Server) -> None:
 @difference(
     "`tool_choice` and `parallel_tool_calls`",
     theirs="Ignored",
-    ours="`none` keeps the tools from the model; `required` and a named function bring a call; `parallel_tool_calls: false` ends the reply behind the first",
+    ours="`none` lets no call begin; `required` and a named function bring a call, `allowed_tools` only those; the prompt, and so its cache, stays what it was; `parallel_tool_calls: false` ends the reply behind the first",
 )
 def tool_choices(theirs: Server, ours: Server) -> None:
     body = {"messages": user("Where is Maya?"), **_tools("find_person", tool_choice="none")}

@@ -203,7 +203,6 @@ CONTENTS: list[Any] = [
     5,
     {},
     True,
-    ["Hi"],
     [5],
     [{}],
     [{"type": "text"}],
@@ -216,10 +215,13 @@ CONTENTS: list[Any] = [
 
 
 @pytest.mark.parametrize("content", CONTENTS, ids=range(len(CONTENTS)))
-def test_a_content_that_is_no_text_is_refused(server, content):
-    """Numbers, parts without text, images, sounds, files."""
+def test_a_content_that_is_no_text_is_refused_where_it_is_asked_about(server, content):
+    """Numbers, parts without text, images, sounds, files; parts leave a sentence in a history."""
     for role in ("user", "system", "assistant", "tool"):
         messages = [*user("Hi"), {"role": role, "content": content}]
+        if isinstance(content, list) and role != "user":
+            assert server.answer(CHAT, messages=messages, max_tokens=1)
+            continue
         error = assert_refused(server, CHAT, messages=messages, max_tokens=2)
         assert error["param"].partition(".")[0] == "messages"
 
@@ -357,7 +359,7 @@ def test_what_is_not_json_is_refused_in_any_field(server, field):
     assert "nested too deeply" in refusal(server, COMPLETIONS, nested)
 
 
-def test_half_a_character_is_refused_in_any_field(server):
+def test_half_a_character_is_refused_where_a_model_does_not_read_it(server):
     """Under such a salt something was stored, and then no page could name a prefix by its key."""
     for field in ('"cache_salt"', '"model"', '"reasoning_effort"', '"\\udfff"'):
         body = f'{{"messages": [{{"role": "user", "content": "Hi"}}], {field}: "a\\ud800"}}'
@@ -382,11 +384,16 @@ def test_arguments_of_a_past_call_that_are_nested_too_deeply_are_text(server):
 
 
 def test_lone_surrogates_and_control_characters_are_text(server):
-    """Valid JSON, odd text: refused or answered, whole and streamed."""
+    """Valid JSON, odd text: answered, whole and streamed; what a client cut reads as U+FFFD."""
     for odd in ("\\ud800", "\\u0000", "\\udfff\\ud800", "\\uffff", "\U0001f600" * 3, "\\u202e"):
         for stream in ("true", "false"):
             body = f'{{"prompt": "a{odd}b", "max_tokens": 2, "stream": {stream}}}'.encode()
-            assert raw_status(raw_exchange(server, raw_post(COMPLETIONS, body))) in (200, 400)
+            assert raw_status(raw_exchange(server, raw_post(COMPLETIONS, body))) == 200
+    tool = {"type": "function", "function": {"name": "f", "description": "cut: \ud83d"}}
+    cut = {"messages": user("cut: \ud83d"), "tools": [tool], "max_tokens": 1}
+    assert server.answer(CHAT, **json.loads(json.dumps(cut).replace("\\ud83d", "\\ufffd")))
+    body = json.dumps(cut).encode()
+    assert raw_status(raw_exchange(server, raw_post(CHAT, body))) == 200
 
 
 def test_special_tokens_in_the_text_are_read(server):

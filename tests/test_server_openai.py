@@ -750,13 +750,46 @@ def test_parallel_calls_can_be_switched_off(server):
     assert streamed["finish_reason"] == "tool_calls"
 
 
-def test_tool_choice_none_keeps_the_tools_away(server):
-    """The prompt is the one without tools, and so is the reply."""
-    body = {"messages": user("Where is Hana?"), **INSTANT}
-    without = server.answer(CHAT, **body)
-    kept = server.answer(CHAT, **body, tools=tools("find_person"), tool_choice="none")
-    assert kept["choices"] == without["choices"]
-    assert kept["usage"]["prompt_tokens"] == without["usage"]["prompt_tokens"]
+def test_a_changed_tool_choice_restores_the_whole_prompt(server):
+    """All but the last token, whichever of the tools may or must be called, and none of them."""
+    names = ["find_person", "get_time", "get_price"]
+    body = {"messages": user("Where is Hana? " * 30), "tools": tools(*names), **INSTANT}
+    named = [{"type": "function", "function": {"name": name}} for name in names]
+    some, last = (
+        {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": allowed}}
+        for mode, allowed in (("auto", named[:2]), ("required", named[2:]))
+    )
+    first = server.answer(CHAT, **body)
+    for choice, may in (
+        (None, names),
+        ("none", []),
+        (named[1], names[1:2]),
+        ("required", names),
+        (some, names[:2]),
+        (last, names[2:]),
+        ("auto", names),
+    ):
+        reply = server.answer(CHAT, **body, tool_choice=choice)
+        count = reply["usage"]["prompt_tokens"]
+        assert count == first["usage"]["prompt_tokens"] > 250
+        assert reply["usage"]["prompt_tokens_details"]["cached_tokens"] == count - 1
+        calls = reply["choices"][0]["message"].get("tool_calls") or []
+        assert {call["function"]["name"] for call in calls} <= set(may)
+        assert calls or choice in (None, "none", "auto", some)
+
+
+def test_tool_choice_none_keeps_calls_away(server):
+    """Asked what brings a call otherwise, whole and streamed: the token that begins one cannot come."""
+    body = {"messages": user("Where is Hana?"), "tools": tools("find_person"), **INSTANT}
+    assert server.answer(CHAT, **body)["choices"][0]["finish_reason"] == "tool_calls"
+    silent = {**body, "tool_choice": "none", "logprobs": True, "top_logprobs": 1}
+    for choice in (
+        server.answer(CHAT, **silent)["choices"][0],
+        server.stream(CHAT, **silent).joined(),
+    ):
+        assert not choice["message"].get("tool_calls")
+        assert "<tool_call>" not in choice["message"]["content"]
+        assert choice["finish_reason"] in ("stop", "length")
 
 
 def test_tool_choice_required_and_named(server):

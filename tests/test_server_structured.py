@@ -329,6 +329,38 @@ def said_as(parser: str, name: str, arguments: dict[str, Any]) -> str:
     return f"<tool_call>\n<function={name}>\n{values}</function>\n</tool_call>"
 
 
+def among(*names: str, mode: str = "auto") -> dict[str, Any]:
+    """A tool_choice among these."""
+    named = [{"type": "function", "function": {"name": name}} for name in names]
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": named}}
+
+
+@pytest.mark.parametrize("parser", ["json_tools", "qwen3_coder"])
+def test_a_reply_that_is_free_calls_only_what_is_allowed(parser):
+    """Text, reasoning, calls of `book`, in any order; no call of another, and none that is broken."""
+    fields = {"tools": TOOLS, "tool_choice": among("book", "get_weather")}
+    wanted = made(chat(**fields), spoken(parser), may_reason=True)
+    book = said_as(parser, "book", {"who": "Zoe", "seats": ["A1"]})
+    good = ["Hello.", "", f"<think>hm</think>So: {book}", f"{book}\n{book} Done."]
+    bad = [said_as(parser, "now", {}), "So:<tool_call>", f"{book}{said_as(parser, 'gone', {})}"]
+    assert [text for text in good if text and not allows(wanted, text)] == []
+    assert [text for text in bad if allows(wanted, text)] == []
+    one = made(chat(**fields, parallel_tool_calls=False), spoken(parser))
+    assert allows(one, f"So: {book}")
+    assert not allows(one, book + book)
+    must = made(chat(tools=TOOLS, tool_choice=among("book", mode="required")), spoken(parser))
+    assert allows(must, book)
+    assert not allows(must, "Hello.")
+
+
+def test_where_no_token_begins_a_call_what_is_not_allowed_is_text():
+    """Nothing is held to a grammar then; the reader of calls is told of the allowed ones."""
+    constraints = spoken("json_tools")
+    constraints.__dict__["speech"] = replace(constraints.speech, token_of=lambda marker: None)
+    body = chat(tools=TOOLS, tool_choice=among("book"))
+    assert constraints.of(body, Rendered([1])) is None
+
+
 def read_back(parser: str, text: str, tools: Any) -> list[tuple[str, Any]]:
     """The calls that the server finds in a reply of one."""
     module = PARSERS[parser]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import secrets
+from dataclasses import replace
 from typing import Any
 
 from .adapter import Sampling
 from .chat import Rendered
+from .choosing import is_silent
 from .constrain import Constraint
 from .errors import refuse
 from .models import DEFAULT_NAME, Loaded
@@ -45,6 +47,8 @@ def asks(
 ) -> list[Ask]:
     """The `n` replies that are wanted to one prompt."""
     sampling = _sampling(body, settings, loaded.renderer.vocabulary)
+    if is_silent(body):
+        sampling = replace(sampling, logit_bias=(*sampling.logit_bias, *loaded.without_calls()))
     seed = secrets.randbits(63) if body.seed is None else body.seed
     is_chat = isinstance(body, ChatBody)
     goes_on, one_tool_call = True, False

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,17 +12,17 @@ from transformers import PreTrainedTokenizerBase
 from mlx_hybridcache.errors import PromptError
 from mlx_hybridcache.tokens import TurnMarks, prompt_tokens
 
+from .abilities import Abilities
 from .adapter import NORMAL, initial_state, may_reason, renders_text, without_template
 from .errors import ApiError, refuse
-from .schema import Conversation, NamedTool
+from .messages import for_template
+from .schema import Conversation
 from .tokenizing import NO_LIMIT, Room, Steps, Tokenizing
 
 TAKEN = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) | {
     "messages"
 }
 """What `chat_template_kwargs` may not name: it would change how, not what, is rendered."""
-
-ToolChoice = str | NamedTool | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +47,12 @@ class Renderer:
     template_args: dict[str, Any]
     room: Room = NO_LIMIT
     _tokenizing: Tokenizing = field(init=False)
+    _takes: Abilities = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_tokenizing", Tokenizing.learn(self.tokenizer, self.room))
+        takes = Abilities.learn(self._probe) if self.tokenizer.has_chat_template else Abilities()
+        object.__setattr__(self, "_takes", takes)
 
     def text(self, prompt: str | Sequence[int], param: str = "prompt") -> Steps[Rendered]:
         """A raw prompt, as `/v1/completions` takes it."""
@@ -65,12 +67,11 @@ class Renderer:
         self,
         body: Conversation,
         *,
-        tool_choice: ToolChoice = None,
         continues: bool = False,
         opens_reply: bool = True,
     ) -> Steps[Rendered]:
         """A conversation up to where its reply begins, or, if it `continues`, goes on."""
-        messages = [_for_template(message) for message in body.messages]
+        messages = for_template(body.messages, self._takes)
         if not self.tokenizer.has_chat_template:
             roles = dict(body.role_mapping) if body.role_mapping else None
             return (yield from self.text(without_template(messages, roles), "messages"))
@@ -82,7 +83,7 @@ class Renderer:
             )
         tokens = yield from self._apply(
             messages,
-            tools=offered(body.tools, tool_choice),
+            tools=body.tools or None,
             add_generation_prompt=opens_reply and not continues,
             **({"continue_final_message": True} if continues else {}),
             **self._extra(body),
@@ -108,6 +109,13 @@ class Renderer:
         pairs = enumerate(zip(one, other, strict=False))
         shared = next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))
         return one[: shared + 1]
+
+    def _probe(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> str:
+        is_text = renders_text(self.tokenizer)
+        found = self.tokenizer.apply_chat_template(
+            messages, tools=tools, tokenize=not is_text, **self.template_args
+        )
+        return found if is_text else str(self.tokenizer.decode(found))
 
     def _apply(self, messages: list[dict[str, Any]], **kwargs: Any) -> Steps[list[int]]:
         is_text = renders_text(self.tokenizer)
@@ -149,62 +157,3 @@ def _checked(ids: Iterable[int], vocabulary: int, param: str) -> list[int]:
     except PromptError as error:
         raise refuse(str(error), param) from error
     return tokens
-
-
-def offered(tools: list[dict[str, Any]] | None, choice: ToolChoice) -> list[dict[str, Any]] | None:
-    """The tools that the model is told of."""
-    if choice in (None, "auto", "none"):
-        return None if choice == "none" else tools or None
-    if not tools:
-        raise refuse("tool_choice asks for a call, but there are no tools.", "tool_choice")
-    if isinstance(choice, NamedTool):
-        tools = [tool for tool in tools if tool["function"]["name"] == choice.function.name]
-        if not tools:
-            raise refuse(f"No tool is named {choice.function.name}.", "tool_choice")
-    return tools
-
-
-def _for_template(message: dict[str, Any]) -> dict[str, Any]:
-    """A message as chat templates know it: content as text, arguments as objects."""
-    ready = dict(message)
-    ready["content"] = _as_text(message.get("content"))
-    if ready["role"] == "developer":  # OpenAI's newer name, which few templates know
-        ready["role"] = "system"
-    reasoning = message.get("reasoning_content") or message.get("reasoning")
-    if reasoning:  # templates read the one or the other
-        ready["reasoning_content"] = ready["reasoning"] = reasoning
-    if message.get("tool_calls"):
-        ready["tool_calls"] = [_as_objects(call) for call in message["tool_calls"]]
-    else:
-        ready.pop("tool_calls", None)
-    return ready
-
-
-def _as_text(content: str | Iterable[Any] | None) -> str:
-    if content is None or isinstance(content, str):
-        return content or ""
-    return "".join(_part_text(part) for part in content)
-
-
-def _part_text(part: Any) -> str:
-    kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-    text = part.get("text", part.get("refusal")) if isinstance(part, dict) else None
-    if kind not in ("text", "input_text", "output_text", "refusal") or not isinstance(text, str):
-        raise refuse(
-            f"A content part of type {kind!r} cannot be read: this server takes text only, and it "
-            "fetches nothing. Send images to a model and a server made for them.",
-            "messages",
-        )
-    return text
-
-
-def _as_objects(call: dict[str, Any]) -> dict[str, Any]:
-    """A past call with its arguments as an object. What is not JSON stays the text that it is."""
-    function = call.get("function")
-    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
-        return call
-    try:
-        arguments = json.loads(function["arguments"])
-    except (ValueError, RecursionError):
-        return call
-    return {**call, "function": {**function, "arguments": arguments}}

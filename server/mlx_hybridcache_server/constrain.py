@@ -19,10 +19,11 @@ from mlx_hybridcache.cache import Through
 from mlx_hybridcache.worker import PAUSE, Pause
 
 from .adapter import REASONING
-from .chat import Rendered, offered
+from .chat import Rendered
+from .choosing import callable_tools, is_forced, is_narrowed
 from .compiled import MOST_BYTES, Compiled, weight
 from .errors import ApiError, refuse
-from .grammar import GrammarError, Reasoning, Speech, Tool, Wanted, for_parser, written
+from .grammar import FORMATS, GrammarError, Reasoning, Speech, Tool, Wanted, for_parser, written
 from .narrowing import Schema, remainders
 from .schema import ChatBody, GenerationBody, NamedTool
 
@@ -180,9 +181,11 @@ class Constraints:
         """
         if not is_constrained(body):
             return None
-        schema, tools, forced = _schema(body), [], _is_forced(body)
-        if isinstance(body, ChatBody):
-            tools = offered(body.tools, body.tool_choice) or []
+        schema, forced = _schema(body), is_forced(body)
+        tools = callable_tools(body) if isinstance(body, ChatBody) else []
+        is_free = schema is None and not forced
+        if is_free and not (tools and self._can_narrow(body)):
+            return None  # what is called otherwise is text
         if isinstance(body, ChatBody) and body.continue_final_message:
             raise refuse(
                 "A message that goes on cannot be held to a form; leave out "
@@ -195,6 +198,7 @@ class Constraints:
             most_calls=_most_calls(body),
             reasoning=_reasoning(rendered),
             is_plain=not isinstance(body, ChatBody),
+            is_free=is_free,
         )
         try:
             return Constraint(
@@ -206,6 +210,16 @@ class Constraints:
             raise refuse("This schema is nested too deeply.", _param(tools)) from error
         except ValueError as error:  # ours, and text that is not Unicode
             raise refuse(str(error), _param(tools)) from error
+
+    def _can_narrow(self, body: GenerationBody) -> bool:
+        """Whether calls can be held to some tools in a reply that is free otherwise."""
+        if isinstance(body, ChatBody) and body.continue_final_message:
+            return False
+        try:
+            speech = self.speech
+        except GrammarError:
+            return False
+        return speech.parser in FORMATS and speech.call_token() is not None
 
     @cached_property
     def speech(self) -> Speech:
@@ -260,13 +274,7 @@ class Constraints:
 
 def is_constrained(body: GenerationBody) -> bool:
     """Whether `body` asks for a form. Raises `ApiError` 400 when it does not say which."""
-    return _schema(body) is not None or _is_forced(body)
-
-
-def _is_forced(body: GenerationBody) -> bool:
-    return isinstance(body, ChatBody) and (
-        body.tool_choice == "required" or isinstance(body.tool_choice, NamedTool)
-    )
+    return _schema(body) is not None or is_forced(body) or is_narrowed(body)
 
 
 def _schema(body: GenerationBody) -> Schema | None:

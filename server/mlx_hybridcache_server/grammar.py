@@ -13,6 +13,9 @@ from .narrowing import Schema, closed, without_notes
 WHITESPACE = r" |\n[ \t]{0,32}"
 """Between the parts of a JSON text, once: JSON allows any, and a weak model would never end it."""
 
+FORMATS = ("json_tools", "qwen3_coder", "mistral")
+"""mlx-lm's parsers in whose formats calls are written here."""
+
 Reasoning = Literal["none", "possible", "open"]
 Tool = dict[str, Any]
 
@@ -37,10 +40,16 @@ class Speech:
     token_of: Callable[[str], str | None]
     has_headers: bool = False
 
+    def call_token(self) -> int | None:
+        """The token that begins a call, if a single one does and nothing else."""
+        token = self.token_of(self.call_start) if self.call_start else None
+        found = re.fullmatch(r"<\[(\d+)\]>", token or "")
+        return int(found[1]) if found else None
+
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """JSON by a schema, calls of tools, or, with both, either.
+    """JSON by a schema, calls of tools, or, with both, either; with `is_free` any text beside calls.
 
     `is_plain` is a text without parts, as `/v1/completions` gives it.
     """
@@ -50,6 +59,7 @@ class Wanted:
     most_calls: int | None = None
     reasoning: Reasoning = "none"
     is_plain: bool = False
+    is_free: bool = False
 
 
 def written(speech: Speech, wanted: Wanted) -> tuple[str, ...]:
@@ -97,6 +107,8 @@ class _Writer:
         self._lines = ['%llguidance {"no_forcing": true}', r"SPACE: /[ \n]{1,4}/"]
 
     def write(self, wanted: Wanted) -> str:
+        if wanted.is_free:
+            return "\n".join([f"start: {self._freely(wanted)}", *self._lines, ""])
         bodies = []
         if wanted.schema is not None:
             bodies.append(self._json_reply(wanted.schema))
@@ -117,6 +129,16 @@ class _Writer:
             thought if reasoning == "open" else f"({self._marker(speech.think_start)} {thought})?"
         )
 
+    def _freely(self, wanted: Wanted) -> str:
+        """Any tokens but the one that begins a call, and calls."""
+        start = self._speech.call_token()
+        if start is None:
+            raise GrammarError("The calls of this model are not begun by a token of their own.")
+        free, calls = f"<[^{start}]>", self._rule(self._calls(wanted.tools, wanted.most_calls))
+        if wanted.most_calls == 1 or not self._speech.call_end:
+            return f"{free}* {calls}?"
+        return f"({free} | {calls})*"
+
     def _json_reply(self, schema: Schema) -> str:
         if self._is_exact:
             return self._json(closed(schema))
@@ -126,13 +148,13 @@ class _Writer:
         speech = self._speech
         if speech.call_start is None:
             raise GrammarError("This model's tokenizer has no format for tool calls.")
-        forms = {"json_tools": self._json_tools, "qwen3_coder": self._xml, "mistral": self._mistral}
-        if speech.parser not in forms:
+        if speech.parser not in FORMATS:
             raise GrammarError(
                 f"Calls cannot be forced in the format of this model's tool parser, {speech.parser}; "
-                f"they can in those of {', '.join(forms)}."
+                f"they can in those of {', '.join(FORMATS)}."
             )
-        return forms[speech.parser](tools, most)
+        forms = (self._json_tools, self._xml, self._mistral)
+        return dict(zip(FORMATS, forms, strict=True))[speech.parser](tools, most)
 
     def _several(self, call: str, most: int | None) -> str:
         rule = self._rule(call)

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
+
+HALF = re.compile("[\ud800-\udfff]")
+"""Half a surrogate pair, which is no character. Texts have some where a client cut them."""
 
 COMPACT = (",", ":")
 
@@ -25,3 +29,14 @@ def check(text: str) -> None:
 
 def _refused(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
+
+
+def without_halves(value: Any) -> Any:
+    """`value` with U+FFFD for every half of a character, as a decoder of text would write it."""
+    if isinstance(value, str):
+        return HALF.sub("\ufffd", value)
+    if isinstance(value, list):
+        return [without_halves(each) for each in value]
+    if isinstance(value, dict):
+        return {without_halves(key): without_halves(each) for key, each in value.items()}
+    return value

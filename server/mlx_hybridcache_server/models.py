@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -75,6 +76,11 @@ class Loaded:
             return None
         start, end = tokenizer.tool_call_start, tokenizer.tool_call_end or ""
         return ToolFormat(start, end, tokenizer.tool_parser, tools)
+
+    def without_calls(self) -> tuple[tuple[int, float], ...]:
+        """A bias under which no call begins, where a token of its own begins one. Else it is text."""
+        tokens = self.tokenizer.tool_call_start_tokens if self.tokenizer.has_tool_calling else None
+        return ((tokens[0], -math.inf),) if tokens is not None and len(tokens) == 1 else ()
 
 
 def load(

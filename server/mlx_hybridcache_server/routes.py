@@ -22,10 +22,12 @@ from .assets import asset
 from .cache_routes import serving_of
 from .chat import Rendered
 from .choices import ChatChoice, TextChoice
+from .choosing import callable_tools
 from .constrain import Constraint, is_constrained
 from .errors import ApiError
 from .leaving import unless_gone
 from .models import Loaded
+from .notices import warning_headers
 from .replies import ChatMessage, Envelope
 from .schema import ChatBody, CompletionBody, GenerationBody, WatchBody
 from .serving import Run, Serving
@@ -68,22 +70,24 @@ async def _answered(body: GenerationBody, request: Request, replies: int, begin:
         weight = len(await request.body())
         beginning = places.in_time(begin(serving, places, weight))
         answer = await unless_gone(request, serving, beginning)
+        headers = warning_headers(request.url.path, body.warnings)
         if body.stream:
-            return EventStream(answer.events(), held.pop_all().close)
-        return JsonResponse(await unless_gone(request, serving, answer.whole()))
+            return EventStream(answer.events(), held.pop_all().close, headers)
+        whole = await unless_gone(request, serving, answer.whole())
+        return JsonResponse(whole, headers=headers)
 
 
 async def _chat(body: ChatBody, serving: Serving, places: Places, weight: int) -> Answer:
+    may_call = callable_tools(body)
     loaded = await serving.model(places.held, body.model, body.adapters)
     steps = loaded.renderer.chat(
         body,
-        tool_choice=body.tool_choice,
         continues=bool(body.continue_final_message),
         opens_reply=body.add_generation_prompt is not False,
     )
     rendered = await serving.rendering.steps(steps, weight)
     constraint = await _constraint(body, rendered, serving, loaded)
-    tools = (constraint and constraint.tools) or body.tools
+    tools = (constraint and constraint.tools) or may_call
     calls = loaded.tool_format(tools, calls=body.tool_choice != "none")
     wanted = asks(body, rendered, serving.settings, loaded, constraint, calls)
     kind = "chat.completion.chunk" if body.stream else "chat.completion"

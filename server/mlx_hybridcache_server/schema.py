@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    WithJsonSchema,
+)
 
 Count = Annotated[int, Field(ge=0, lt=2**31)]  # what an index in MLX holds
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -38,21 +45,17 @@ def _is_tool(tool: dict[str, Any]) -> dict[str, Any]:
     return tool
 
 
-_TEXT_PART = {
-    "type": "object",
-    "properties": {"type": {"enum": ["text", "input_text", "output_text", "refusal"]}},
-    "required": ["type"],
-    "anyOf": [
-        {"properties": {"text": {"type": "string"}}, "required": ["text"]},
-        {"properties": {"refusal": {"type": "string"}}, "required": ["refusal"]},
-    ],
+_PART = {
+    "description": "Text. Of another kind it is refused in the question that is to be answered, and "
+    "a sentence stands in its place elsewhere.",
+    "examples": [{"type": "text", "text": "Hello"}],
 }
 _MESSAGE = {
     "type": "object",
     "properties": {
         "role": {"type": "string", "examples": ["system", "user", "assistant", "tool"]},
         "content": {
-            "anyOf": [{"type": "string"}, {"type": "array", "items": _TEXT_PART}, {"type": "null"}]
+            "anyOf": [{"type": "string"}, {"type": "array", "items": _PART}, {"type": "null"}]
         },
         "tool_calls": {"anyOf": [{"type": "array", "items": {"type": "object"}}, {"type": "null"}]},
     },
@@ -116,8 +119,24 @@ class NamedTool(_Body):
     function: NamedFunction
 
 
+class AllowedTools(_Body):
+    """The tools that may be called, and whether one must be."""
+
+    mode: Literal["auto", "required"]
+    tools: list[NamedTool]
+
+
+class AllowedChoice(_Body):
+    """A choice among the tools. All of them stay in the prompt, which stays the same."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
+
+
 class GenerationBody(_Body):
     """What chats and completions have in common. Ranges are mlx_lm.server's, and OpenAI's."""
+
+    _warnings: list[str] = PrivateAttr(default_factory=list)
 
     model: str | None = None
     stream: bool | None = None
@@ -148,6 +167,20 @@ class GenerationBody(_Body):
     num_draft_tokens: Count | None = None
     adapters: str | None = None
 
+    def warn(self, field: str, sentence: str) -> None:
+        """Have the client and the log told that `field` is not followed to the letter, and why.
+
+        Say nothing of what a client wrote: the log holds no text of prompts.
+        """
+        said = f"{field}: {sentence}"
+        if said not in self._warnings:
+            self._warnings.append(said)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What there is to tell, in the order in which it was found."""
+        return tuple(self._warnings)
+
     def stops(self) -> tuple[str, ...]:
         """The texts that end the reply."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
@@ -171,7 +204,7 @@ class ChatBody(Conversation, GenerationBody):
     """`POST /v1/chat/completions`."""
 
     logprobs: bool | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | AllowedChoice | None = None
     parallel_tool_calls: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None

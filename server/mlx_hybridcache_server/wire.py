@@ -14,10 +14,13 @@ from fastapi.sse import format_sse_event
 from starlette.responses import JSONResponse
 
 from .errors import refuse
-from .jsontext import COMPACT, strict
+from .jsontext import COMPACT, strict, without_halves
 
 HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")
 """What may be half a surrogate pair, or one of the two halves of a character."""
+
+TEXTS = ("messages", "prompt", "tools")
+"""Fields that a model reads: what a client cut in the middle of a character is read all the same."""
 
 
 def read(body: bytes) -> Any:
@@ -29,6 +32,8 @@ def read(body: bytes) -> Any:
         text = body.decode(json.detect_encoding(body))
         found = json.loads(text, parse_constant=_no_number)
         if HALF_PAIR.search(text):
+            if isinstance(found, dict):
+                found |= {name: without_halves(found[name]) for name in TEXTS if name in found}
             json.dumps(found, ensure_ascii=False).encode()
     except UnicodeDecodeError as error:
         raise refuse(
