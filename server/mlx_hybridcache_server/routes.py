@@ -26,6 +26,7 @@ from .constrain import Constraint, is_constrained
 from .errors import ApiError
 from .leaving import unless_gone
 from .models import Loaded
+from .notices import warning_headers
 from .replies import ChatMessage, Envelope
 from .schema import ChatBody, CompletionBody, GenerationBody, WatchBody
 from .serving import Run, Serving
@@ -68,9 +69,11 @@ async def _answered(body: GenerationBody, request: Request, replies: int, begin:
         weight = len(await request.body())
         beginning = places.in_time(begin(serving, places, weight))
         answer = await unless_gone(request, serving, beginning)
+        headers = warning_headers(request.url.path, body.warnings)
         if body.stream:
-            return EventStream(answer.events(), held.pop_all().close)
-        return JsonResponse(await unless_gone(request, serving, answer.whole()))
+            return EventStream(answer.events(), held.pop_all().close, headers)
+        whole = await unless_gone(request, serving, answer.whole())
+        return JsonResponse(whole, headers=headers)
 
 
 async def _chat(body: ChatBody, serving: Serving, places: Places, weight: int) -> Answer:

@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    WithJsonSchema,
+)
 
 Count = Annotated[int, Field(ge=0, lt=2**31)]  # what an index in MLX holds
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -119,6 +126,8 @@ class NamedTool(_Body):
 class GenerationBody(_Body):
     """What chats and completions have in common. Ranges are mlx_lm.server's, and OpenAI's."""
 
+    _warnings: list[str] = PrivateAttr(default_factory=list)
+
     model: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -147,6 +156,20 @@ class GenerationBody(_Body):
     draft_model: str | None = None
     num_draft_tokens: Count | None = None
     adapters: str | None = None
+
+    def warn(self, field: str, sentence: str) -> None:
+        """Have the client and the log told that `field` is not followed to the letter, and why.
+
+        Say nothing of what a client wrote: the log holds no text of prompts.
+        """
+        said = f"{field}: {sentence}"
+        if said not in self._warnings:
+            self._warnings.append(said)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What there is to tell, in the order in which it was found."""
+        return tuple(self._warnings)
 
     def stops(self) -> tuple[str, ...]:
         """The texts that end the reply."""
