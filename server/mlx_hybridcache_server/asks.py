@@ -44,6 +44,10 @@ def asks(
     """The `n` replies that are wanted to one prompt."""
     sampling = _sampling(body, settings, loaded.renderer.vocabulary)
     seed = secrets.randbits(63) if body.seed is None else body.seed
+    max_tokens = body.max_completion_tokens or body.max_tokens or settings.max_tokens
+    fitting = loaded.renderer.room.beside(len(rendered.tokens))
+    if fitting is not None:
+        max_tokens = min(max_tokens, fitting)
     is_chat = isinstance(body, ChatBody)
     goes_on, one_tool_call = True, False
     if isinstance(body, ChatBody):
@@ -52,7 +56,7 @@ def asks(
     return [
         Ask(
             tokens=rendered.tokens,
-            max_tokens=body.max_completion_tokens or body.max_tokens or settings.max_tokens,
+            max_tokens=max_tokens,
             sampling=sampling,
             seed=(seed + index) % 2**64,
             stops=body.stops(),
