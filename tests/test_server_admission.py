@@ -447,7 +447,7 @@ def test_a_prompt_beyond_the_models_context_is_refused_with_the_flag_that_change
             assert answer.status == 400
             assert answer.reply["error"]["code"] == "context_length_exceeded"
             assert (
-                "99 beside one of the reply (--context-length)" in answer.reply["error"]["message"]
+                "context length lets 99 in (--context-length)" in answer.reply["error"]["message"]
             )
         body = {"prompt": [5] * 98, "max_tokens": 9, "logit_bias": {"700": 100}}
         answer = await Client(app, COMPLETIONS, body).answer()

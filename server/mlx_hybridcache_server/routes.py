@@ -16,7 +16,7 @@ from starlette.responses import PlainTextResponse, Response
 
 from . import cache_routes, models
 from .admission import Places
-from .answer import Answer, EventStream
+from .answer import Answer, EventStream, events, late
 from .asks import asks, check
 from .assets import asset
 from .cache_routes import serving_of
@@ -24,6 +24,7 @@ from .chat import Rendered
 from .choices import ChatChoice, TextChoice
 from .constrain import Constraint, is_constrained
 from .errors import ApiError
+from .keepalive import kept_alive
 from .leaving import unless_gone
 from .models import Loaded
 from .notices import warning_headers
@@ -68,12 +69,36 @@ async def _answered(body: GenerationBody, request: Request, replies: int, begin:
         held.callback(places.close)
         weight = len(await request.body())
         beginning = places.in_time(begin(serving, places, weight))
+        if body.stream:
+            return await _stream(body, request, beginning, held)
         answer = await unless_gone(request, serving, beginning)
         headers = warning_headers(request.url.path, body.warnings)
-        if body.stream:
-            return EventStream(answer.events(), held.pop_all().close, headers)
         whole = await unless_gone(request, serving, answer.whole())
         return JsonResponse(whole, headers=headers)
+
+
+async def _stream(
+    body: GenerationBody,
+    request: Request,
+    beginning: Coroutine[Any, Any, Answer],
+    held: ExitStack,
+) -> Response:
+    """A stream that begins with its answer, so that what is refused has a status.
+
+    An answer that takes longer, as its model is loaded first, is waited for in the stream.
+    """
+    serving = serving_of(request)
+    seconds = serving.settings.keepalive_seconds
+    work = asyncio.create_task(beginning)
+    held.callback(work.cancel)  # which ends nothing that has ended
+    await unless_gone(request, serving, asyncio.wait({work}, timeout=seconds))
+
+    def said() -> dict[str, str]:
+        return warning_headers(request.url.path, body.warnings)
+
+    chunks, headers = (work.result().chunks(), said()) if work.done() else (late(work, said), {})
+    told = events(kept_alive(chunks, seconds), serving.metrics)
+    return EventStream(told, held.pop_all().close, headers)
 
 
 async def _chat(body: ChatBody, serving: Serving, places: Places, weight: int) -> Answer:

@@ -62,6 +62,7 @@ class Settings:
     max_body_bytes: int = 64 * 2**20
     max_queue: int = 512
     request_timeout: float | None = None
+    keepalive_seconds: float = 5.0
     exact: bool = False
     show_prompts: bool = False
     record_trace: str | None = None
@@ -180,6 +181,12 @@ def _add_own_flags(parser: argparse.ArgumentParser) -> None:
     own("--max-body-bytes", type=_size, default=LARGEST_BODY, help="of a request (%(default)s)")
     own("--max-queue", type=_number(int, 0), default=512, help="requests that wait (%(default)s)")
     own("--request-timeout", type=_number(float, 0.001), help="seconds until one is given up")
+    own(
+        "--keepalive-seconds",
+        type=_number(float, 0.001),
+        default=5.0,
+        help="a stream that says nothing for so long sends a comment (%(default)s)",
+    )
     own("--exact", action="store_true", help="equal bits hot and cold on every device")
     own("--memory-reserve", type=_size, help="of the system's memory to leave free, as 1GB")
     own("--cache-dir", help="directory that keeps the cache across restarts")
