@@ -83,7 +83,7 @@ class Listener:
     """One reply's view of its responses. `segmenter` makes one in the reply's first state.
 
     `top_logprobs` is None when no log-probabilities are wanted. `one_tool_call` ends the reply
-    behind the first. `bytes_of` is given for a text that goes on where its prompt ends: mlx-lm's
+    behind the first, and so does a token of `ends`, which is not part of it. `bytes_of` is given for a text that goes on where its prompt ends: mlx-lm's
     detokenizers drop the space before a first word.
     """
 
@@ -92,6 +92,7 @@ class Listener:
     top_logprobs: int | None
     one_tool_call: bool
     bytes_of: Callable[[int], bytes] | None = None
+    ends: frozenset[int] = frozenset()
     progress: Progress | None = None
 
     def on_progress(self, read: int, total: int) -> None:
@@ -109,12 +110,14 @@ class Listener:
             if isinstance(response, Pause):
                 yield self.progress or PAUSE
                 continue
-            written = response.text
+            is_end = response.token in self.ends
+            written = "" if is_end else response.text
             if space is None:
                 space = self._lost_space(response)
             if space and written:
                 written, space = " " + written, ""
-            text, finish = stop.feed(written), response.finish_reason
+            text = stop.feed(written)
+            finish = "stop" if is_end else response.finish_reason
             if stop.found:
                 finish = "stop"
             elif finish is not None:

@@ -17,13 +17,14 @@ from starlette.responses import PlainTextResponse, Response
 from . import cache_routes, models
 from .admission import Places
 from .answer import Answer, EventStream, events, late
-from .asks import asks, check
+from .asks import asks, check, warn_of_switches
 from .assets import asset
 from .cache_routes import serving_of
 from .chat import Rendered
-from .choices import ChatChoice, TextChoice
+from .choices import ChatChoice, Choice, TextChoice
 from .constrain import Constraint, is_constrained
 from .errors import ApiError
+from .functions import FunctionChoice
 from .keepalive import kept_alive
 from .leaving import unless_gone
 from .models import Loaded
@@ -103,6 +104,7 @@ async def _stream(
 
 async def _chat(body: ChatBody, serving: Serving, places: Places, weight: int) -> Answer:
     loaded = await serving.model(places.held, body.model, body.adapters)
+    warn_of_switches(body, loaded.tokenizer.chat_template)
     steps = loaded.renderer.chat(
         body,
         tool_choice=body.tool_choice,
@@ -116,7 +118,7 @@ async def _chat(body: ChatBody, serving: Serving, places: Places, weight: int) -
     wanted = asks(body, rendered, serving.settings, loaded, constraint)
     kind = "chat.completion.chunk" if body.stream else "chat.completion"
     envelope = Envelope.new("chatcmpl", kind, body.model or loaded.id)
-    choices = [
+    choices: list[Choice] = [
         ChatChoice(
             index,
             Run(serving, loaded, ask, envelope.id, places),
@@ -125,6 +127,8 @@ async def _chat(body: ChatBody, serving: Serving, places: Places, weight: int) -
         )
         for index, ask in enumerate(wanted)
     ]
+    if body.wants_function_call:
+        choices = [FunctionChoice(choice) for choice in choices]
     return Answer(serving, envelope, [choices], body.wants_usage())
 
 

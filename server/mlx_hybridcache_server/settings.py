@@ -59,6 +59,7 @@ class Settings:
     api_key: str | None = None
     max_prompt_tokens: int | None = None
     context_length: int | None = None
+    max_thinking_tokens: int | None = None
     max_body_bytes: int = 64 * 2**20
     max_queue: int = 512
     request_timeout: float | None = None
@@ -177,6 +178,11 @@ def _add_own_flags(parser: argparse.ArgumentParser) -> None:
         "--context-length",
         type=_number(int, 0),
         help="tokens of a prompt and its reply; 0: no limit (default: the model's)",
+    )
+    own(
+        "--max-thinking-tokens",
+        type=_number(int, 0),
+        help="of reasoning, which is then ended, and the reply goes on",
     )
     own("--max-body-bytes", type=_size, default=LARGEST_BODY, help="of a request (%(default)s)")
     own("--max-queue", type=_number(int, 0), default=512, help="requests that wait (%(default)s)")
