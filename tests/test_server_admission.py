@@ -13,7 +13,10 @@ from mlx_hybridcache_server.errors import ApiError
 from mlx_hybridcache_server.rendering import Rendering
 from mlx_hybridcache_server.serving import Serving
 from mlx_hybridcache_server.settings import build_parser, read_settings
+from mlx_hybridcache_server.tokenizing import Room
 from mlx_hybridcache_server.vocabulary import longest_token
+
+from mlx_hybridcache.models import longest_context
 
 COMPLETIONS, CHAT, WARM = "/v1/completions", "/v1/chat/completions", "/v1/cache/warm"
 ENDLESS = {"prompt": "The", "max_tokens": 100_000, "logit_bias": {"700": 100}}
@@ -408,3 +411,65 @@ def test_the_longest_prompt_is_what_a_budget_has_room_for():
         next(serving.loaded.renderer.text([5] * room))
 
     served(work, "--prompt-cache-bytes", "32MB")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_can_never_fit_is_refused_once_and_what_fits_is_served(stream):
+    """3 MB have room for 2,815 tokens and one of the reply. 2,812 and 512 more were 503 for ever; now
+    the reply ends behind four. 2,816 are 400 with both numbers, streams included.
+    """
+
+    async def work(serving, app):
+        room = serving.loaded.renderer.room.budget
+        fits = {"prompt": [5] * (room - 3), "max_tokens": 512, "stream": stream}
+        answer = await Client(app, COMPLETIONS, {**fits, "logit_bias": {"700": 100}}).answer()
+        said = b"".join(message.get("body", b"") for message in answer.sent[1:])
+        assert answer.status == 200
+        assert b'"finish_reason":"length"' in said
+        assert b'"predicted_n":4' in said
+        answer = await Client(app, COMPLETIONS, {**fits, "prompt": [5] * (room + 1)}).answer()
+        assert answer.status == 400
+        assert answer.reply["error"]["code"] == "context_length_exceeded"
+        assert f"{room + 1:,}" in answer.reply["error"]["message"]
+        assert f"{room:,} (--prompt-cache-bytes)" in answer.reply["error"]["message"]
+
+    served(work, "--prompt-cache-bytes", "3MB")
+
+
+def test_a_prompt_beyond_the_models_context_is_refused_with_the_flag_that_changes_it():
+    """131,072 by its configuration; 100 by --context-length, of which one is the reply's."""
+
+    async def work(serving, app):
+        assert serving.loaded.renderer.room.context == 100
+        for stream in (False, True):
+            body = {"prompt": [5] * 100, "stream": stream}
+            answer = await Client(app, COMPLETIONS, body).answer()
+            assert answer.status == 400
+            assert answer.reply["error"]["code"] == "context_length_exceeded"
+            assert (
+                "context length lets 99 in (--context-length)" in answer.reply["error"]["message"]
+            )
+        body = {"prompt": [5] * 98, "max_tokens": 9, "logit_bias": {"700": 100}}
+        answer = await Client(app, COMPLETIONS, body).answer()
+        assert answer.reply["usage"]["completion_tokens"] == 2
+
+    served(work, "--context-length", "100")
+
+
+def test_the_smallest_limit_is_the_one_that_is_named():
+    """Of 10, 8 and 6 the last; a reply has what the least of them leaves."""
+    with pytest.raises(ApiError, match=r"9 tokens; .* lets 5 in"):
+        Room(10, 8, 6).check(9, "prompt")
+    assert Room(10, 8, 6).beside(4) == 2
+    assert Room(None, 8, None).beside(4) == 5
+    assert Room(10).beside(4) is None
+    assert Room(context=6).check(5, "prompt") is None
+
+
+def test_the_context_of_a_model_is_what_its_configuration_says():
+    """Its positions, those that YaRN makes of them, those of the text part; or nothing."""
+    assert longest_context({"max_position_embeddings": 40_960}) == 40_960
+    yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32_768}
+    assert longest_context({"max_position_embeddings": 40_960, "rope_scaling": yarn}) == 131_072
+    assert longest_context({"text_config": {"max_position_embeddings": 8_192}}) == 8_192
+    assert longest_context({}) is None

@@ -867,13 +867,15 @@ def numbers(theirs: Server, ours: Server) -> None:
 @difference(
     "Fields that would change the reply and are not supported",
     theirs="Ignored",
-    ours="Refused with 400: `suffix`, `best_of` above `n`",
+    ours="Refused with 400 where the reply would be wrong (`suffix`, `best_of` above `n`, `grammar`), else named in the header `X-Mlx-Hybridcache-Warning` and the log (`mirostat`)",
 )
 def unsupported_fields(theirs: Server, ours: Server) -> None:
-    for field in ({"suffix": "."}, {"best_of": 2}):
-        body = {"prompt": "Hello, I am Alan.", "max_tokens": 2, **field}
-        asked = [server.post(COMPLETIONS, **body).status_code for server in (theirs, ours)]
+    body = {"prompt": "Hello, I am Alan.", "max_tokens": 2}
+    for field in ({"suffix": "."}, {"best_of": 2}, {"grammar": "root ::= x"}):
+        asked = [server.post(COMPLETIONS, **body, **field).status_code for server in (theirs, ours)]
         assert asked == [200, 400]
+    headers = [server.post(COMPLETIONS, **body, mirostat=2).headers for server in (theirs, ours)]
+    assert ["x-mlx-hybridcache-warning" in each for each in headers] == [False, True]
 
 
 @difference(

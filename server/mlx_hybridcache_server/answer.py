@@ -18,6 +18,7 @@ from .choices import Choice
 from .errors import as_api_error
 from .listen import Piece, Progress
 from .merge import merged
+from .metrics import Metrics
 from .quiet import CLIENTS
 from .replies import Count, Envelope, usage
 from .serving import Run, Serving
@@ -47,26 +48,8 @@ class Answer:
         log.debug("Reply: %s", body)
         return body
 
-    async def events(self) -> AsyncGenerator[bytes]:
-        """Server-sent events: chunks, comments that keep the connection alive, and `[DONE]`.
-
-        What fails after the response began is told by an event, as the status is long sent.
-        """
-        try:
-            async with aclosing(self._chunks()) as chunks:
-                async for chunk in chunks:
-                    yield chunk
-        except asyncio.CancelledError:
-            self.serving.metrics.cancelled.inc()
-            raise
-        except Exception as error:
-            failure = as_api_error(error)
-            if failure.status_code == 500:
-                log.exception("A stream failed.")
-            yield event(failure.body())
-        yield format_sse_event(data_str="[DONE]")
-
-    async def _chunks(self) -> AsyncGenerator[bytes]:
+    async def chunks(self) -> AsyncGenerator[bytes]:
+        """Chunks as server-sent events, and comments that tell how far the prompt is read."""
         by_run = self._by_run()
         more: dict[str, Any] = {"usage": None} if self.wants_usage else {}
         async with aclosing(self._pieces()) as pieces:
@@ -102,6 +85,37 @@ class Answer:
     def _timings(self) -> dict[str, float]:
         each = [choice.run.timings() for group in self.groups for choice in group]
         return {name: round(sum(one[name] for one in each), 3) for name in each[0]}
+
+
+async def late(
+    beginning: asyncio.Task[Answer], begun: Callable[[], object]
+) -> AsyncGenerator[bytes]:
+    """The chunks of an answer that is not there yet. `begun` is called when it is."""
+    answer = await beginning
+    begun()
+    async with aclosing(answer.chunks()) as chunks:
+        async for chunk in chunks:
+            yield chunk
+
+
+async def events(chunks: AsyncGenerator[bytes], metrics: Metrics) -> AsyncGenerator[bytes]:
+    """All of a stream: `chunks` and `[DONE]`.
+
+    What fails after the response began is told by an event, as the status is long sent.
+    """
+    try:
+        async with aclosing(chunks):
+            async for chunk in chunks:
+                yield chunk
+    except asyncio.CancelledError:
+        metrics.cancelled.inc()
+        raise
+    except Exception as error:
+        failure = as_api_error(error)
+        if failure.status_code == 500:
+            log.exception("A stream failed.")
+        yield event(failure.body())
+    yield format_sse_event(data_str="[DONE]")
 
 
 class EventStream(StreamingResponse):

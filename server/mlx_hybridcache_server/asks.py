@@ -11,6 +11,7 @@ from .chat import Rendered
 from .choosing import is_silent
 from .constrain import Constraint
 from .errors import refuse
+from .limits import Limits
 from .models import DEFAULT_NAME, Loaded
 from .schema import ChatBody, CompletionBody, GenerationBody
 from .serving import Ask
@@ -28,13 +29,12 @@ def check(body: GenerationBody, settings: Settings) -> None:
             "draft_model can name only the server's own (--draft-model), which is used anyway.",
             "draft_model",
         )
-    if isinstance(body, CompletionBody):
-        if body.suffix:
-            raise refuse("suffix is not supported: the model writes behind a prompt.", "suffix")
-        if (body.best_of or 1) > (body.n or 1):
-            raise refuse("best_of beyond n is not supported; ask for n choices.", "best_of")
-        if body.echo and _top_logprobs(body) is not None:
-            raise refuse("echo cannot be combined with logprobs.", "echo")
+    if body.suffix:
+        raise refuse("suffix is not supported: the model writes behind a prompt.", "suffix")
+    if (body.best_of or 1) > (body.n or 1):
+        raise refuse("best_of beyond n is not supported; ask for n choices.", "best_of")
+    if isinstance(body, CompletionBody) and body.echo and _top_logprobs(body) is not None:
+        raise refuse("echo cannot be combined with logprobs.", "echo")
 
 
 def asks(
@@ -50,6 +50,11 @@ def asks(
     if is_silent(body):
         sampling = replace(sampling, logit_bias=(*sampling.logit_bias, *loaded.without_calls()))
     seed = secrets.randbits(63) if body.seed is None else body.seed
+    max_tokens = body.max_completion_tokens or body.max_tokens or settings.max_tokens
+    fitting = loaded.renderer.room.beside(len(rendered.tokens))
+    if fitting is not None:
+        max_tokens = min(max_tokens, fitting)
+    limits = _limits(body, settings, loaded, constraint)
     is_chat = isinstance(body, ChatBody)
     goes_on, one_tool_call = True, False
     if isinstance(body, ChatBody):
@@ -58,7 +63,7 @@ def asks(
     return [
         Ask(
             tokens=rendered.tokens,
-            max_tokens=body.max_completion_tokens or body.max_tokens or settings.max_tokens,
+            max_tokens=max_tokens,
             sampling=sampling,
             seed=(seed + index) % 2**64,
             stops=body.stops(),
@@ -69,12 +74,41 @@ def asks(
             tools=tools,
             one_tool_call=one_tool_call,
             constraint=constraint,
+            limits=limits,
             cache_salt=body.cache_salt,
             use_cache=settings.uses_cache and body.cache_prompt is not False,
             options={**settings.generation_options(), **_drafting(body, settings, loaded)},
         )
         for index in range(body.n or 1)
     ]
+
+
+def _limits(
+    body: GenerationBody, settings: Settings, loaded: Loaded, constraint: Constraint | None
+) -> Limits:
+    """Of the reply's length. What the model's template or vocabulary cannot follow is said."""
+    least = 2**31 if body.ignore_eos else body.min_tokens
+    if least and constraint is not None:
+        raise refuse(
+            "A reply that is held to a form ends where the form does: leave out min_tokens and "
+            "ignore_eos, or response_format and tool_choice.",
+            "min_tokens" if body.min_tokens else "ignore_eos",
+        )
+    thinking = settings.max_thinking_tokens
+    if body.thinking_budget is not None:
+        thinking = min(body.thinking_budget, 2**31 if thinking is None else thinking)
+        if not loaded.tokenizer.has_thinking:
+            body.warn("thinking_budget", "this model does not reason in a block of its own.")
+    return Limits(least, frozenset(body.stop_token_ids or ()), thinking)
+
+
+def warn_of_switches(body: ChatBody, template: object) -> None:
+    """Say which ways to make the model think, or not, its chat template does not know."""
+    known = str(template or "")
+    if body.switches_thinking and "thinking" not in known:
+        body.warn("thinking", "this model's chat template has no switch for it.")
+    if body.reasoning_effort not in (None, "none") and "reasoning_effort" not in known:
+        body.warn("reasoning_effort", "this model's chat template knows no efforts.")
 
 
 def _top_logprobs(body: GenerationBody) -> int | None:

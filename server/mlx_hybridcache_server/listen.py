@@ -101,14 +101,16 @@ class StopText:
 class Listener:
     """One reply's view of its responses. `split` makes what splits it into parts, if it has any.
 
-    `top_logprobs` is None when no log-probabilities are wanted. `bytes_of` is given for a text that
-    goes on where its prompt ends: mlx-lm's detokenizers drop the space before a first word.
+    `top_logprobs` is None when no log-probabilities are wanted. A token of `ends` ends the reply and
+    is not part of it. `bytes_of` is given for a text that goes on where its prompt ends: mlx-lm's
+    detokenizers drop the space before a first word.
     """
 
     stops: Sequence[str]
     split: Callable[[], Parts] | None
     top_logprobs: int | None
     bytes_of: Callable[[int], bytes] | None = None
+    ends: frozenset[int] = frozenset()
     progress: Progress | None = None
 
     def on_progress(self, read: int, total: int) -> None:
@@ -125,12 +127,13 @@ class Listener:
             if isinstance(response, Pause):
                 yield self.progress or PAUSE
                 continue
-            written = response.text
+            is_end = response.token in self.ends
+            written = "" if is_end else response.text
             if space is None:
                 space = self._lost_space(response)
             if space and written:
                 written, space = " " + written, ""
-            finish = response.finish_reason
+            finish = "stop" if is_end else response.finish_reason
             was_reasoning = parts is not None and parts.is_reasoning
             said = list(_until(stop, parts.feed(written) if parts else [(NORMAL, written)]))
             if stop.found or (parts is not None and parts.is_done):

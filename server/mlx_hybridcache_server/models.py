@@ -131,6 +131,9 @@ def load(
         disk_budget=settings.disk_budget if settings.uses_cache else None,
     )
     engine = cache.engine
+    context = settings.context_length
+    if context is None:
+        context = models.longest_context(models.configuration(name))
     path = Path(name).expanduser()
     own_id = str(path.resolve()) if path.exists() else name
     return Loaded(
@@ -145,7 +148,7 @@ def load(
             engine.marks,
             engine.layout.vocabulary,
             settings.chat_template_args,
-            Room(settings.max_prompt_tokens, engine.longest_prompt()),
+            Room(settings.max_prompt_tokens, engine.longest_prompt(), context or None),
         ),
         constraints=Constraints(tokenizer),
         token_names=TokenNames(token_bytes(tokenizer)),

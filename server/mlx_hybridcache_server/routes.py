@@ -16,15 +16,17 @@ from starlette.responses import PlainTextResponse, Response
 
 from . import cache_routes, models
 from .admission import Places
-from .answer import Answer, EventStream
-from .asks import asks, check
+from .answer import Answer, EventStream, events, late
+from .asks import asks, check, warn_of_switches
 from .assets import asset
 from .cache_routes import serving_of
 from .chat import Rendered
-from .choices import ChatChoice, TextChoice
+from .choices import ChatChoice, Choice, TextChoice
 from .choosing import callable_tools
 from .constrain import Constraint, is_constrained
 from .errors import ApiError
+from .functions import FunctionChoice
+from .keepalive import kept_alive
 from .leaving import unless_gone
 from .models import Loaded
 from .notices import warning_headers
@@ -69,17 +71,42 @@ async def _answered(body: GenerationBody, request: Request, replies: int, begin:
         held.callback(places.close)
         weight = len(await request.body())
         beginning = places.in_time(begin(serving, places, weight))
+        if body.stream:
+            return await _stream(body, request, beginning, held)
         answer = await unless_gone(request, serving, beginning)
         headers = warning_headers(request.url.path, body.warnings)
-        if body.stream:
-            return EventStream(answer.events(), held.pop_all().close, headers)
         whole = await unless_gone(request, serving, answer.whole())
         return JsonResponse(whole, headers=headers)
+
+
+async def _stream(
+    body: GenerationBody,
+    request: Request,
+    beginning: Coroutine[Any, Any, Answer],
+    held: ExitStack,
+) -> Response:
+    """A stream that begins with its answer, so that what is refused has a status.
+
+    An answer that takes longer, as its model is loaded first, is waited for in the stream.
+    """
+    serving = serving_of(request)
+    seconds = serving.settings.keepalive_seconds
+    work = asyncio.create_task(beginning)
+    held.callback(work.cancel)  # which ends nothing that has ended
+    await unless_gone(request, serving, asyncio.wait({work}, timeout=seconds))
+
+    def said() -> dict[str, str]:
+        return warning_headers(request.url.path, body.warnings)
+
+    chunks, headers = (work.result().chunks(), said()) if work.done() else (late(work, said), {})
+    told = events(kept_alive(chunks, seconds), serving.metrics)
+    return EventStream(told, held.pop_all().close, headers)
 
 
 async def _chat(body: ChatBody, serving: Serving, places: Places, weight: int) -> Answer:
     may_call = callable_tools(body)
     loaded = await serving.model(places.held, body.model, body.adapters)
+    warn_of_switches(body, loaded.tokenizer.chat_template)
     steps = loaded.renderer.chat(
         body,
         continues=bool(body.continue_final_message),
@@ -92,7 +119,7 @@ async def _chat(body: ChatBody, serving: Serving, places: Places, weight: int) -
     wanted = asks(body, rendered, serving.settings, loaded, constraint, calls)
     kind = "chat.completion.chunk" if body.stream else "chat.completion"
     envelope = Envelope.new("chatcmpl", kind, body.model or loaded.id)
-    choices = [
+    choices: list[Choice] = [
         ChatChoice(
             index,
             Run(serving, loaded, ask, envelope.id, places),
@@ -101,6 +128,8 @@ async def _chat(body: ChatBody, serving: Serving, places: Places, weight: int) -
         )
         for index, ask in enumerate(wanted)
     ]
+    if body.wants_function_call:
+        choices = [FunctionChoice(choice) for choice in choices]
     return Answer(serving, envelope, [choices], body.wants_usage())
 
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
+    ModelWrapValidatorHandler,
     PrivateAttr,
     WithJsonSchema,
+    model_validator,
 )
+
+from .dialects import Dialect
 
 Count = Annotated[int, Field(ge=0, lt=2**31)]  # what an index in MLX holds
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -137,6 +141,7 @@ class GenerationBody(_Body):
     """What chats and completions have in common. Ranges are mlx_lm.server's, and OpenAI's."""
 
     _warnings: list[str] = PrivateAttr(default_factory=list)
+    _dialect: Dialect = PrivateAttr(default_factory=Dialect)
 
     model: str | None = None
     stream: bool | None = None
@@ -166,6 +171,33 @@ class GenerationBody(_Body):
     draft_model: str | None = None
     num_draft_tokens: Count | None = None
     adapters: str | None = None
+    min_tokens: Count | None = None
+    ignore_eos: bool | None = None
+    stop_token_ids: list[Count] | None = None
+    thinking_budget: Count | None = None
+    suffix: str | None = None
+    best_of: Annotated[int, Field(ge=1)] | None = None
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _followed(cls, sent: Any, read: ModelWrapValidatorHandler[Self]) -> Self:
+        """With other servers' fields under our own names; what cannot be followed is warned of."""
+        dialect = Dialect()
+        body = read(dialect.followed(sent) if isinstance(sent, dict) else sent)
+        body._dialect = dialect
+        for name, sentence in dialect.warnings:
+            body.warn(name, sentence)
+        return body
+
+    @property
+    def switches_thinking(self) -> bool:
+        """Whether the request says that the model is to think, or not to."""
+        return self._dialect.switches_thinking
+
+    @property
+    def wants_function_call(self) -> bool:
+        """Whether a call is to be answered as clients of `functions` read it."""
+        return self._dialect.wants_function_call
 
     def warn(self, field: str, sentence: str) -> None:
         """Have the client and the log told that `field` is not followed to the letter, and why.
@@ -219,8 +251,6 @@ class CompletionBody(GenerationBody):
     prompt: Prompt | Annotated[list[Prompt], Field(min_length=1)]
     logprobs: bool | Annotated[int, Field(ge=0, le=20)] | None = None
     echo: bool | None = None
-    suffix: str | None = None
-    best_of: Annotated[int, Field(ge=1)] | None = None
 
 
 Key = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]

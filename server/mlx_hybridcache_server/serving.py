@@ -25,6 +25,7 @@ from .constrain import Constraint
 from .errors import ApiError, shutting_down
 from .history import REMEMBERED, Record
 from .leases import Leases
+from .limits import NO_LIMITS, Limits
 from .listen import Listener, Piece, Progress
 from .metrics import Metrics
 from .models import DEFAULT_NAME, Loaded, Named, load, on_own_thread
@@ -59,6 +60,7 @@ class Ask:
     tools: ToolFormat | None = None
     one_tool_call: bool = False
     constraint: Constraint | None = None
+    limits: Limits = NO_LIMITS
     cache_salt: str | None = None
     use_cache: bool = True
     options: dict[str, Any] = field(default_factory=dict)
@@ -196,9 +198,11 @@ class Run:
             else None,
             ask.top_logprobs,
             loaded.token_names.bytes_of if ask.goes_on else None,
+            ask.limits.ends,
         )
         sampling = ask.sampling
         processors = sampling.processors()
+        processors += ask.limits.processors(loaded.tokenizer, ask.state)
         through: Through[Piece | Progress] = listener.listen
         if ask.constraint is not None:
             guide = ask.constraint.start()

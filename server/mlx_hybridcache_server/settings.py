@@ -58,9 +58,12 @@ class Settings:
     quantized_kv_start: int = DEFAULT_QUANTIZED_KV_START
     api_key: str | None = None
     max_prompt_tokens: int | None = None
+    context_length: int | None = None
+    max_thinking_tokens: int | None = None
     max_body_bytes: int = 64 * 2**20
     max_queue: int = 512
     request_timeout: float | None = None
+    keepalive_seconds: float = 5.0
     exact: bool = False
     show_prompts: bool = False
     record_trace: str | None = None
@@ -171,9 +174,25 @@ def _add_own_flags(parser: argparse.ArgumentParser) -> None:
     own = parser.add_argument_group("our own").add_argument
     own("--api-key", help=f"key that clients must send (or in ${API_KEY_VARIABLE})")
     own("--max-prompt-tokens", type=_number(int, 1), help="longer prompts are refused")
+    own(
+        "--context-length",
+        type=_number(int, 0),
+        help="tokens of a prompt and its reply; 0: no limit (default: the model's)",
+    )
+    own(
+        "--max-thinking-tokens",
+        type=_number(int, 0),
+        help="of reasoning, which is then ended, and the reply goes on",
+    )
     own("--max-body-bytes", type=_size, default=LARGEST_BODY, help="of a request (%(default)s)")
     own("--max-queue", type=_number(int, 0), default=512, help="requests that wait (%(default)s)")
     own("--request-timeout", type=_number(float, 0.001), help="seconds until one is given up")
+    own(
+        "--keepalive-seconds",
+        type=_number(float, 0.001),
+        default=5.0,
+        help="a stream that says nothing for so long sends a comment (%(default)s)",
+    )
     own("--exact", action="store_true", help="equal bits hot and cold on every device")
     own("--memory-reserve", type=_size, help="of the system's memory to leave free, as 1GB")
     own("--cache-dir", help="directory that keeps the cache across restarts")

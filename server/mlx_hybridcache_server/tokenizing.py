@@ -38,26 +38,44 @@ PROBE = "The lamp of Ada is red.\nIt stands near the door."
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """How many tokens a prompt may have: what the user set, and what the memory budget has room for."""
+    """How many tokens a prompt may have: what the user set, and what the memory budget has room for.
+
+    `context` counts its reply too: it is the model's own limit, or the user's in its place.
+    """
 
     most: int | None = None
     budget: int | None = None
+    context: int | None = None
 
     def check(self, tokens: int, param: str, *, at_least: bool = False) -> None:
         """Raises `ApiError` 400 for a prompt of so many tokens, or of `at_least` so many."""
-        if self.most is not None and tokens > self.most:
-            why = f"this server reads at most {self.most:,} (--max-prompt-tokens)"
-        elif self.budget is not None and tokens > self.budget:
-            why = f"the memory budget has room for {self.budget:,} (--prompt-cache-bytes)"
-        else:
+        limits = (
+            (self.most, "this server reads at most {:,} (--max-prompt-tokens)"),
+            (self.budget, "the memory budget has room for {:,} (--prompt-cache-bytes)"),
+            (
+                self.context and self.context - 1,
+                "the model's context length lets {:,} in (--context-length)",
+            ),
+        )
+        beyond = [(limit, why) for limit, why in limits if limit is not None and tokens > limit]
+        if not beyond:
             return
-        count = f"{'at least ' * at_least}{tokens:,}"
+        limit, why = min(beyond)
         raise ApiError(
             400,
-            f"The prompt has {count} tokens; {why}.",
+            f"The prompt has {'at least ' * at_least}{tokens:,} tokens; {why.format(limit)}.",
             param=param,
             code="context_length_exceeded",
         )
+
+    def beside(self, tokens: int) -> int | None:
+        """How many tokens a reply may have behind a prompt of so many; None for no limit.
+
+        Beyond that its caches would never fit, not even alone, or the model would not know where it is.
+        """
+        longest = None if self.budget is None else self.budget + 1
+        limits = [limit - tokens for limit in (longest, self.context) if limit is not None]
+        return max(1, min(limits)) if limits else None
 
 
 NO_LIMIT = Room()
