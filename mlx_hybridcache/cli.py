@@ -6,10 +6,10 @@ import argparse
 import platform
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from .about import versions
 from .demo import BUNDLED_MODEL
 from .errors import HybridCacheError
 
@@ -29,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mlx-hybridcache", description=__doc__)
+    parser.add_argument("--version", action="version", version=versions())
     commands = parser.add_subparsers(dest="command", required=True)
 
     serve = commands.add_parser("serve", help="answer over HTTP as OpenAI does", add_help=False)
@@ -171,9 +172,8 @@ def _verify(options: argparse.Namespace, rest: list[str]) -> int:
 def _machine() -> list[str]:
     import mlx.core as mx
 
-    packages = [f"{name} {version(name)}" for name in ("mlx-hybridcache", "mlx", "mlx-lm")]
     return [
-        ", ".join([*packages, f"Python {platform.python_version()}"]),
+        f"{versions()}, Python {platform.python_version()}",
         f"{platform.platform()}, {mx.default_device()}",
     ]
 

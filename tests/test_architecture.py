@@ -61,9 +61,11 @@ ORDER = [
     {"frozen"},
     {"borrowing"},
     {"tree"},
+    {"arguments"},
     {"tokens"},
     {"report"},
     {"sizes"},
+    {"about"},
     {"errors"},
 ]
 """Modules and folders of the library, entry points first."""

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 from mlx_lm.generate import DEFAULT_QUANTIZED_KV_START
 
 from mlx_hybridcache import HybridCacheError
+from mlx_hybridcache.about import versions
 from mlx_hybridcache.demo import BUNDLED_MODEL
 from mlx_hybridcache.errors import SettingError
 from mlx_hybridcache.router import AUTO
@@ -94,6 +95,7 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
         usage="%(prog)s [--model MODEL] [--port PORT] [...], --help lists every flag",
         description="Serve a model over HTTP as OpenAI does, re-using every prefix that was read.",
     )
+    parser.add_argument("--version", action="version", version=versions())
     _add_mlx_lm_flags(parser)
     _add_own_flags(parser)
     return parser
