@@ -64,6 +64,7 @@ ORDER = [
     {"arguments"},
     {"tokens"},
     {"report"},
+    {"flags"},
     {"sizes"},
     {"about"},
     {"errors"},
