@@ -1,14 +1,18 @@
 """A prompt cache for hybrid language models on MLX: restore the nearest checkpoint, replay the rest."""
 
+from importlib.metadata import version
+
 from .budget import StoreStats
 from .cache import HybridPromptCache
 from .errors import (
+    ArgumentError,
     BudgetError,
     CacheMismatchError,
     ClosedError,
     HybridCacheError,
     ModelError,
     NotStoredError,
+    PinnedError,
     PromptError,
     RouterError,
     SettingError,
@@ -17,7 +21,10 @@ from .report import CacheReport, Reason
 from .request import Generation, Ready
 from .tiers import DiskStats
 
+__version__ = version("mlx-hybridcache")
+
 __all__ = [
+    "ArgumentError",
     "BudgetError",
     "CacheMismatchError",
     "CacheReport",
@@ -28,10 +35,12 @@ __all__ = [
     "HybridPromptCache",
     "ModelError",
     "NotStoredError",
+    "PinnedError",
     "PromptError",
     "Ready",
     "Reason",
     "RouterError",
     "SettingError",
     "StoreStats",
+    "__version__",
 ]

@@ -18,9 +18,19 @@ from mlx_lm.generate import GenerationResponse, wired_limit
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from . import batching, models
+from .arguments import (
+    check_counts,
+    check_keywords,
+    check_model,
+    check_text,
+    known_keywords,
+    positions,
+    token_ids,
+)
 from .budget import StoreStats
 from .engine import Engine
 from .errors import (
+    ArgumentError,
     BudgetError,
     CacheMismatchError,
     ClosedError,
@@ -28,6 +38,7 @@ from .errors import (
     PromptError,
     SettingError,
 )
+from .generate import Prepared
 from .layers.adapt import Layout
 from .outline import Outline
 from .pressure import Pressure, default_reserve
@@ -41,7 +52,7 @@ from .sizes import format_bytes, parse_bytes
 from .store import Store
 from .tiers import DiskStats, DiskTier, Lent
 from .tokens import Namespace, Tokens, learn_turn_marks, prompt_tokens, settings_digest
-from .worker import Load, Pause, Worker, closed
+from .worker import Load, Pause, Stream, Worker, closed
 
 log = logging.getLogger("mlx_hybridcache")
 
@@ -53,12 +64,17 @@ Through = Callable[[Iterator[GenerationResponse | Pause]], Iterator[T | Pause]]
 UNCACHED_OPTIONS = ("kv_bits", "max_kv_size", "draft_model", "input_embeddings", "prompt_cache")
 """Options of `mlx_lm.stream_generate` whose requests are served without the cache, and say so."""
 
+WITHOUT_EFFECT = ("num_draft_tokens", "kv_group_size", "quantized_kv_start", "prefill_step_size")
+"""Options that qualify one of those, or that the constructor has decided."""
+
+KEYWORDS = (
+    *("max_tokens", "boundaries", "prompt_progress_callback", "cache_salt", "use_cache", "seed"),
+    *("through", "sampler", "logits_processors", *UNCACHED_OPTIONS, *WITHOUT_EFFECT),
+)
+"""What `stream_generate` takes: its own, and those of mlx-lm's."""
 
 FLUSH_INTERVAL_SECONDS = 0.01
 """How often a flush looks whether it is done."""
-
-WITHOUT_EFFECT = ("num_draft_tokens", "kv_group_size", "quantized_kv_start", "prefill_step_size")
-"""Options that qualify one of those, or that the constructor has decided."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +105,7 @@ class HybridPromptCache:
     for a patch that was made for another model.
     """
 
+    @known_keywords
     def __init__(
         self,
         model: Any,
@@ -108,14 +125,19 @@ class HybridPromptCache:
         router: Patch | str | Path | None = None,
         cache_salt: str = "",
     ):
-        if prefill_step_size < 1 or checkpoint_every < 1 or checkpoint_min_step < 1:
-            raise ValueError(
-                "prefill_step_size, checkpoint_every and checkpoint_min_step are >= 1."
-            )
+        check_model(model, tokenizer)
+        check_text("cache_salt", cache_salt)
+        check_counts(
+            prefill_step_size=prefill_step_size,
+            checkpoint_every=checkpoint_every,
+            checkpoint_min_step=checkpoint_min_step,
+        )
         if tokenizer is not None and not isinstance(tokenizer, TokenizerWrapper):
             tokenizer = TokenizerWrapper(tokenizer)
         models.evaluate(model)
         layout = Layout.of(model, prefill_step_size, swa_full=swa_full)
+        # Also when this one fails, or is dropped rather than closed.
+        self._let_go = weakref.finalize(self, layout.release)
         every = -(-checkpoint_every // prefill_step_size) * prefill_step_size
         budget = models.default_budget(model) if memory_budget is None else memory_budget
         store = Store(
@@ -257,6 +279,9 @@ class HybridPromptCache:
             raise HybridCacheError(
                 "stream_generate needs a tokenizer; give one to the constructor."
             )
+        check_keywords("stream_generate", options, KEYWORDS)
+        if not isinstance(max_tokens, int):
+            raise ArgumentError(f"max_tokens is {max_tokens!r}; a whole number is needed.")
         if max_tokens == 0:
             raise SettingError("max_tokens must not be zero (use -1 for no limit).")
         if options.get("draft_model") is not None and not engine.layout.goes_back:
@@ -285,6 +310,7 @@ class HybridPromptCache:
 
     # For frameworks that run the model themselves
 
+    @known_keywords
     def prefill(
         self,
         prompt: str | Iterable[int],
@@ -298,8 +324,29 @@ class HybridPromptCache:
         request = self._request(
             prompt, max_tokens, boundaries, prompt_progress_callback, cache_salt
         )
-        return self._ready(request, read=True)
+        return _only(list(self._preparing(request, read=True)))
 
+    @known_keywords
+    async def aprefill(
+        self,
+        prompt: str | Iterable[int],
+        *,
+        max_tokens: int = REPLY_ROOM,
+        boundaries: Sequence[int] = (),
+        prompt_progress_callback: Progress | None = None,
+        cache_salt: str | None = None,
+    ) -> Ready:
+        """`prefill` on an event loop, which goes on meanwhile. Cancelled, it keeps what was read."""
+        request = self._request(
+            prompt, max_tokens, boundaries, prompt_progress_callback, cache_salt
+        )
+        stream = self._preparing(request, read=True)
+        try:
+            return _only([each async for each in stream])
+        finally:
+            stream.cancel()
+
+    @known_keywords
     def warm(
         self,
         prompt: str | Iterable[int],
@@ -315,6 +362,7 @@ class HybridPromptCache:
         request = self._request(prompt, 1, (), prompt_progress_callback, cache_salt)
         return Generation(request, self._worker.stream(self.engine.warm(request), request.job))
 
+    @known_keywords
     def restore(
         self,
         prompt: str | Iterable[int],
@@ -324,22 +372,13 @@ class HybridPromptCache:
     ) -> Ready:
         """The same without reading anything: `rest` is all that is not restored."""
         request = self._request(prompt, max_tokens, cache_salt=cache_salt)
-        return self._ready(request, read=False)
+        return _only(list(self._preparing(request, read=False)))
 
-    def _ready(self, request: Request, *, read: bool) -> Ready:
-        engine = self.engine
-        if engine.layout.unsupported:
-            ready = self._worker.call(engine.prepare_uncached, request)
-        else:
-            found = list(self._worker.stream(engine.prepare(request, read=read), request.job))
-            if not found:  # what the worker's end cuts short ends without an error
-                raise closed()
-            (ready,) = found
-        assert request.report is not None
-        rest = request.tokens[ready.position :].tolist()
-        held = HeldClaim(ready.claim, self._worker)
-        return Ready(ready.caches, rest, ready.position, request.report, held)
+    def _preparing(self, request: Request, *, read: bool) -> Stream[Ready]:
+        steps = _handed_over(self.engine.prepare(request, read=read), request, self._worker)
+        return self._worker.stream(steps, request.job)
 
+    @known_keywords
     def save(
         self,
         tokens: Iterable[int],
@@ -382,6 +421,7 @@ class HybridPromptCache:
 
     # Looking and keeping
 
+    @known_keywords
     def lookup(self, prompt: str | Iterable[int], *, cache_salt: str | None = None) -> CacheReport:
         """What would be restored for `prompt`. Changes nothing."""
         request = self._request(prompt, REPLY_ROOM, cache_salt=cache_salt)
@@ -413,6 +453,7 @@ class HybridPromptCache:
         disk = self.engine.disk
         return Outlines(self.engine.outlines, {} if disk is None else disk.outlines)
 
+    @known_keywords
     def checkpoints(self, *, cache_salt: str | None = None) -> list[list[int]]:
         """The tokens that lead to each stored checkpoint."""
         spaces, store = self.engine.namespaces(self._salt_of(cache_salt)), self.engine.store
@@ -427,6 +468,7 @@ class HybridPromptCache:
         """
         self._worker.call(self.engine.clear)
 
+    @known_keywords
     def pin(self, prompt: str | Iterable[int], *, cache_salt: str | None = None) -> int:
         """Never evict what restores `prompt`; returns the position kept. It must be stored.
 
@@ -435,11 +477,13 @@ class HybridPromptCache:
         tokens, salt = self._tokens(prompt), self._salt_of(cache_salt)
         return self._worker.call(self.engine.pin, salt, tokens, is_pinned=True)
 
+    @known_keywords
     def unpin(self, prompt: str | Iterable[int], *, cache_salt: str | None = None) -> int:
         """Treat what restores `prompt` like everything else again; returns its position."""
         tokens, salt = self._tokens(prompt), self._salt_of(cache_salt)
         return self._worker.call(self.engine.pin, salt, tokens, is_pinned=False)
 
+    @known_keywords
     def drop(self, prompt: str | Iterable[int], *, cache_salt: str | None = None) -> int:
         """Forget `prompt`, all that goes on behind it, and what leads to nothing else.
 
@@ -452,6 +496,7 @@ class HybridPromptCache:
         tokens, salt = self._tokens(prompt), self._salt_of(cache_salt)
         return self._worker.call(self.engine.drop, salt, tokens)
 
+    @known_keywords
     def flush(self, seconds: float | None = None) -> bool:
         """Wait until everything stored is on disk too, for `seconds` at most; whether it is.
 
@@ -466,16 +511,18 @@ class HybridPromptCache:
             time.sleep(FLUSH_INTERVAL_SECONDS)
         return disk is None or self._worker.call(lambda: disk.is_written)
 
+    @known_keywords
     def close(self, flush_seconds: float = 20.0) -> None:
         """End running requests and the worker thread, and let go of everything in memory.
 
         What the cache directory lacks is written first, the most useful first, within
-        `flush_seconds`.
+        `flush_seconds`. The model is then as it was before, but for a `router` that was asked for.
         """
         with suppress(ClosedError):  # closing twice is no mistake
             self.flush(flush_seconds)
             self._worker.call(self.engine.store.clear)
         self._worker.close()
+        self._let_go()
         self._disk_end()
         if self.engine.disk is not None:  # another thread that closes it may have come first
             self.engine.disk.thread.close()
@@ -492,7 +539,10 @@ class HybridPromptCache:
         self.close()
 
     def _salt_of(self, cache_salt: str | None) -> str:
-        return self._salt if cache_salt is None else cache_salt
+        if cache_salt is None:
+            return self._salt
+        check_text("cache_salt", cache_salt)
+        return cache_salt
 
     def _namespace(self, cache_salt: str | None) -> Namespace:
         return Namespace(self.engine.settings, self._salt_of(cache_salt))
@@ -508,7 +558,7 @@ class HybridPromptCache:
                 prompt, add_special_tokens=bos is None or not prompt.startswith(bos)
             )
         else:
-            ids = prompt.tolist() if hasattr(prompt, "tolist") else prompt
+            ids = token_ids(prompt)
         return prompt_tokens(ids, self.engine.layout.vocabulary)
 
     def _request(
@@ -520,10 +570,30 @@ class HybridPromptCache:
         cache_salt: str | None = None,
     ) -> Request:
         tokens, salt = self._tokens(prompt), self._salt_of(cache_salt)
-        request = self.engine.request(tokens, salt, max_tokens, boundaries)
+        request = self.engine.request(tokens, salt, max_tokens, positions(boundaries, len(tokens)))
         if on_progress is not None:
             request.on_progress = on_progress
         return request
+
+
+def _handed_over(
+    steps: Iterator[Prepared | Pause], request: Request, worker: Worker
+) -> Iterator[Ready | Pause]:
+    """Caches as their caller gets them; made here, what nobody takes any more is given back too."""
+    for step in steps:
+        if isinstance(step, Pause):
+            yield step
+        else:
+            assert request.report is not None
+            rest = request.tokens[step.position :].tolist()
+            held = HeldClaim(step.claim, worker)
+            yield Ready(step.caches, rest, step.position, request.report, held)
+
+
+def _only(found: list[Ready]) -> Ready:
+    if not found:  # what the worker's end cuts short ends without an error
+        raise closed()
+    return found[0]
 
 
 def _through(

@@ -40,6 +40,7 @@ from .disk.directory import Directory
 from .disk.index import Entry
 from .disk.segment import Segment
 from .errors import BudgetError, SettingError
+from .flags import check_can_be_written
 from .sizes import format_bytes, parse_bytes
 
 
@@ -48,7 +49,11 @@ def main(argv: Sequence[str], prog: str = "mlx-hybridcache cache") -> int:
 
     Raises `HybridCacheError` and `OSError`, whose words say why.
     """
-    options = _parser(prog).parse_args(argv)
+    parser = _parser(prog)
+    if not argv:
+        parser.print_help()
+        return 0
+    options = parser.parse_args(argv)
     run: Callable[[argparse.Namespace], int] = options.run
     return run(options)
 
@@ -77,6 +82,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     verify.add_argument("--delete", action="store_true", help="delete those that are damaged")
 
     prune = command("prune", _prune, "let the least useful go, pins excepted")
+    prune.add_argument("--yes", action="store_true", help="do not ask")
     prune.add_argument("--to", required=True, metavar="SIZE", help="what may stay: bytes, or 20GB")
 
     clear = command("clear", _clear, "delete everything, pins included")
@@ -92,6 +98,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     sends.add_argument(
         "--only-end", action="store_true", help="leave the checkpoints before the last one out"
     )
+    sends.add_argument("--force", action="store_true", help="write over a file that is there")
     gets = command("import", _import, "put an exported prefix into this directory, and pin it")
     gets.add_argument("file", type=_path, help="what `export` wrote")
     gets.add_argument("--no-pin", action="store_true", help="it may go like everything else")
@@ -280,8 +287,10 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _prune(options: argparse.Namespace) -> int:
-    root, most = options.cache_dir, parse_bytes(options.to)
+    root, most = options.cache_dir, _bytes("--to", options.to)
     must_be_one(root)
+    if not options.yes and not _may_prune(root, most):
+        return 0
     with writing(root) as (directory, entries):
         before = by_namespace(entries)
         gone = _least_useful(entries, most, sum(one.pinned_bytes() for one in before))
@@ -302,6 +311,36 @@ def _prune(options: argparse.Namespace) -> int:
     return 1 if held > most else 0
 
 
+def _may_prune(root: Path, most: int) -> bool:
+    must_be_free(root)
+    found = look(root)
+    entries = [entry for one in found for entry in one.entries]
+    names = {
+        segment.name
+        for segment in _least_useful(entries, most, sum(one.pinned_bytes() for one in found))
+    }
+    nbytes = sum(entry.file_nbytes for entry in entries if entry.segment.name in names)
+    what = f"{_count(len(names), 'file')} of {len(entries):,} ({format_bytes(nbytes)}) in {root}"
+    return not names or _is_agreed("prune", what)
+
+
+def _is_agreed(command: str, what: str) -> bool:
+    """Ask at the terminal. Raises `SettingError` where there is none."""
+    if not sys.stdin.isatty():
+        raise SettingError(f"{command} deletes {what}; without a terminal to ask at, add --yes.")
+    if input(f"Delete {what}? [y/N] ").strip().lower() in ("y", "yes"):
+        return True
+    print("Nothing was deleted.")
+    return False
+
+
+def _bytes(flag: str, text: str) -> int:
+    try:
+        return parse_bytes(text)
+    except SettingError as error:
+        raise SettingError(f"{flag} {error}") from error
+
+
 def _least_useful(entries: Sequence[Entry], most: int, pinned: int) -> list[Segment]:
     """What goes so that at most `most` bytes stay, or the `pinned` ones, by the policy of servers."""
     catalogue, gone = loaded(entries)
@@ -316,15 +355,9 @@ def _clear(options: argparse.Namespace) -> int:
     root: Path = options.cache_dir
     must_be_one(root)
     if not options.yes:
-        if not sys.stdin.isatty():
-            raise SettingError("clear deletes everything; without a terminal to ask at, add --yes.")
         must_be_free(root)
         nbytes = sum(entry.file_nbytes for one in look(root) for entry in one.entries)
-        if input(f"Delete all {format_bytes(nbytes)} in {root}? [y/N] ").strip().lower() not in (
-            "y",
-            "yes",
-        ):
-            print("Nothing was deleted.")
+        if not _is_agreed("clear", f"all {format_bytes(nbytes)} in {root}"):
             return 0
     with writing(root) as (directory, entries):
         _delete(directory, entries, [entry.segment for entry in entries])
@@ -363,6 +396,11 @@ def _set_pin(options: argparse.Namespace, *, is_pinned: bool) -> int:
 
 def _export(options: argparse.Namespace) -> int:
     root: Path = options.cache_dir
+    check_can_be_written("--to", options.to)
+    if options.to.exists() and not options.force:
+        raise SettingError(
+            f"--to {options.to} exists already. Name another file, or add --force to write over it."
+        )
     one, node = find(look(root), options.id)
     with _progress("export") as bar:
         sent = export(
@@ -383,7 +421,7 @@ def _export(options: argparse.Namespace) -> int:
 
 def _import(options: argparse.Namespace) -> int:
     root: Path = options.cache_dir
-    if root.exists() and any(root.iterdir()):
+    if root.exists() and (not root.is_dir() or any(root.iterdir())):
         must_be_one(root)
         must_be_free(root)
     with _progress("import") as bar:
@@ -453,7 +491,7 @@ def _progress(what: str) -> Iterator[_Bar]:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
-        DownloadColumn(),
+        DownloadColumn(binary_units=True),
         TimeRemainingColumn(),
     )
     with Progress(

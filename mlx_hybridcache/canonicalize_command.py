@@ -14,6 +14,7 @@ from rich.table import Table
 
 from . import models
 from .errors import RouterError, SettingError
+from .flags import tokens as tokens_flag
 from .router import (
     Discovery,
     LayerFindings,
@@ -59,7 +60,12 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     )
     add("--report", type=_path, help="new file for the report in JSON")
     add("--calibration", type=_path, metavar="FILE", help="text (default: Python's own, bundled)")
-    add("--tokens", type=int, default=ROWS * ROW_TOKENS, help="of calibration (%(default)s)")
+    add(
+        "--tokens",
+        type=tokens_flag(),
+        default=ROWS * ROW_TOKENS,
+        help="of calibration (%(default)s)",
+    )
     add("--method", choices=["outputs", "scores"], default="outputs", help="(%(default)s)")
     add(
         "--threshold",

@@ -6,29 +6,36 @@ import argparse
 import platform
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from .about import versions
 from .demo import BUNDLED_MODEL
-from .errors import HybridCacheError
+from .errors import HybridCacheError, SettingError
+from .flags import read_text, refusal, tokens
+from .sizes import parse_bytes
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. 0: done; 1: a comparison did not hold; 2: the request could not be served."""
     parser = _parser()
+    if not (sys.argv[1:] if argv is None else argv):
+        parser.print_help()
+        return 0
     options, rest = parser.parse_known_args(argv)
     if rest and options.command not in ("bench", "cache", "canonicalize", "plan", "serve"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         return int(options.run(options, rest))
     except (HybridCacheError, OSError) as error:
-        print(f"mlx-hybridcache {options.command}: {error}", file=sys.stderr)
+        said = refusal(error) if isinstance(error, OSError) else error
+        print(f"mlx-hybridcache {options.command}: {said}", file=sys.stderr)
         return 2
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mlx-hybridcache", description=__doc__)
+    parser.add_argument("--version", action="version", version=versions())
     commands = parser.add_subparsers(dest="command", required=True)
 
     serve = commands.add_parser("serve", help="answer over HTTP as OpenAI does", add_help=False)
@@ -37,15 +44,17 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", help="read a long text, cold and through the cache")
     demo.add_argument("--model", default=str(BUNDLED_MODEL), help="directory, or owner/name")
     demo.add_argument("--file", type=Path, help="the text to read (default: Python's reference)")
-    demo.add_argument("--tokens", type=int, default=4096, help="length of the document (4096)")
+    demo.add_argument("--tokens", type=tokens(), default=4096, help="length of the document (4096)")
     demo.add_argument("--memory-budget", help="bytes, or 16GB (default: a share of free memory)")
     demo.set_defaults(run=_demo)
 
     verify = commands.add_parser("verify", help="prove hot == cold for a model on this device")
     verify.add_argument("--model", default=str(BUNDLED_MODEL), help="directory, or owner/name")
     verify.add_argument("--file", type=Path, help="the text to read (default: Python's reference)")
-    verify.add_argument("--tokens", type=int, default=1400, help="length of the prompts (1400)")
-    verify.add_argument("--prefill-step-size", type=int, default=512, help="tokens (512)")
+    verify.add_argument(
+        "--tokens", type=tokens(64), default=1400, help="length of the prompts (1400)"
+    )
+    verify.add_argument("--prefill-step-size", type=tokens(), default=512, help="tokens (512)")
     verify.add_argument("--exact", action="store_true", help="prove exact mode: no tolerance")
     verify.add_argument("--tolerance", type=float, help="largest allowed logit difference")
     verify.set_defaults(run=_verify)
@@ -83,6 +92,11 @@ def _serve(options: argparse.Namespace, rest: list[str]) -> int:
 def _demo(options: argparse.Namespace, rest: list[str]) -> int:
     from .demo.run import run
 
+    if options.memory_budget is not None:
+        try:
+            parse_bytes(options.memory_budget)
+        except SettingError as error:
+            raise SettingError(f"--memory-budget {error}") from error
     try:
         seen = run(
             options.model,
@@ -125,12 +139,12 @@ def _verify(options: argparse.Namespace, rest: list[str]) -> int:
 
     console = wide_console()
     model, tokenizer = models.load(options.model)
-    text = options.file.read_text(encoding="utf-8") if options.file else default_text()
+    text = read_text("--file", options.file) if options.file else default_text()
     wanted = 2 * options.tokens
     head = text[: wanted * LONGEST_TOKEN]
     ids = list(tokenizer.encode(head, add_special_tokens=False))[:wanted]
     if len(ids) < 64:
-        raise HybridCacheError(f"{options.file} has {len(ids)} tokens; at least 64 are needed.")
+        raise SettingError(f"--file {options.file} has {len(ids)} tokens; 64 are needed.")
     long, other = ids[: options.tokens], ids[options.tokens :] or ids[:32]
     prompts = [long, long[: 2 * len(long) // 3] + other[: len(long) // 3]]
     with Progress(console=console, transient=True) as progress:
@@ -171,9 +185,8 @@ def _verify(options: argparse.Namespace, rest: list[str]) -> int:
 def _machine() -> list[str]:
     import mlx.core as mx
 
-    packages = [f"{name} {version(name)}" for name in ("mlx-hybridcache", "mlx", "mlx-lm")]
     return [
-        ", ".join([*packages, f"Python {platform.python_version()}"]),
+        f"{versions()}, Python {platform.python_version()}",
         f"{platform.platform()}, {mx.default_device()}",
     ]
 

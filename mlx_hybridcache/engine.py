@@ -258,6 +258,9 @@ class Engine:
 
         Nothing is borrowed from those, because they are changed elsewhere.
         """
+        if self.layout.unsupported:
+            yield self._empty(request)
+            return
         yield (yield from self._prepare(request, read=read))
         self._close(request)
 
@@ -736,7 +739,7 @@ class Engine:
             claim.release()
             self._close(request)
 
-    def prepare_uncached(self, request: Request) -> Prepared:
+    def _empty(self, request: Request) -> Prepared:
         """Empty caches, for a model whose caches cannot be restored."""
         self.last_report = request.report = uncached_report(request, [], self.layout.unsupported)
         return Prepared(fresh_caches(self.model), 0, 0, self.store.claim(0))

@@ -9,6 +9,10 @@ class SettingError(HybridCacheError, ValueError):
     """A setting has a value that means nothing here."""
 
 
+class ArgumentError(HybridCacheError, TypeError):
+    """A call has an argument that its function does not know, or of a kind that it cannot use."""
+
+
 class PromptError(HybridCacheError, ValueError):
     """The prompt cannot be read by this model: empty, not token ids, or ids beyond the vocabulary."""
 

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .errors import SettingError
+from .flags import check_can_be_written, tokens
 from .plan import MOST_RUNNING, Load, Plan, make, room_here, room_on_a_mac
 from .sizes import format_bytes, parse_bytes
 from .weightless import describe
@@ -27,7 +28,7 @@ PEAK = "peak, where nothing has to go"
 NEARLY = 1.1
 """Weights that exceed the working set by more are beyond what a setting can mend."""
 
-GB = 10**9
+GIB = 2**30
 MIB = 2**20
 
 
@@ -37,10 +38,13 @@ def main(argv: Sequence[str], prog: str = "mlx-hybridcache plan") -> int:
     Raises `ModelError` for a model that cannot be read, `SettingError` for a size that means nothing.
     """
     options = _parser(prog).parse_args(argv)
+    check_can_be_written("--json", options.json)
     model = describe(options.model)
-    working_set = None if options.working_set is None else as_sold(options.working_set)
+    working_set = (
+        None if options.working_set is None else _named("--working-set", options.working_set)
+    )
     if options.memory is not None:
-        room = room_on_a_mac(model.weights_bytes, as_sold(options.memory), working_set)
+        room = room_on_a_mac(model.weights_bytes, _named("--memory", options.memory), working_set)
     elif working_set is not None:
         raise SettingError("--working-set is that of a Mac; name its --memory, too.")
     else:
@@ -65,24 +69,22 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     add(
         "--model", required=True, help="directory, or owner/name, of which only config.json is read"
     )
-    add("--context", type=_positive, default=120_000, help="tokens of a prompt (120000)")
-    add("--max-tokens", type=int, default=0, help="tokens of a reply (no limit, as room for 8192)")
+    add("--context", type=tokens(), default=120_000, help="tokens of a prompt (120k)")
+    add(
+        "--max-tokens",
+        type=tokens(0),
+        default=0,
+        help="tokens of a reply (no limit, as room for 8192)",
+    )
     add(
         "--memory",
         help="of the Mac to plan for, as sold: 128GB are 128 GiB (default: this machine)",
     )
     add("--working-set", help="what macOS recommends for its GPU (default: an assumption, printed)")
-    add("--prefill-step-size", type=_positive, default=2048, help="as the server's (2048)")
-    add("--checkpoint-every-n-tokens", type=_positive, default=2048, help="as the server's (2048)")
+    add("--prefill-step-size", type=tokens(), default=2048, help="as the server's (2048)")
+    add("--checkpoint-every-n-tokens", type=tokens(), default=2048, help="as the server's (2048)")
     add("--json", type=Path, metavar="FILE", help="write the plan here too, in bytes and tokens")
     return parser
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is out of range: it must be at least 1.")
-    return value
 
 
 def as_sold(size: str) -> int:
@@ -90,6 +92,13 @@ def as_sold(size: str) -> int:
     parse_bytes(size)
     found = re.fullmatch(r"(.*[kmgt])b?", size.strip().lower())
     return parse_bytes(size if found is None else f"{found[1]}ib")
+
+
+def _named(flag: str, size: str) -> int:
+    try:
+        return as_sold(size)
+    except SettingError as error:
+        raise SettingError(f"{flag} {error}") from error
 
 
 def flags(plan: Plan) -> list[str]:
@@ -108,7 +117,7 @@ def flags(plan: Plan) -> list[str]:
 
 def _size(nbytes: int) -> str:
     """Rounded down, in a unit that the server reads."""
-    return f"{nbytes // (GB // 10) / 10}GB" if nbytes >= GB else f"{nbytes // MIB}MiB"
+    return f"{nbytes * 10 // GIB / 10}GiB" if nbytes >= GIB else f"{nbytes // MIB}MiB"
 
 
 def advice(plan: Plan) -> list[str]:
@@ -148,7 +157,7 @@ def advice(plan: Plan) -> list[str]:
     if working_set is not None and plan.at_once < SEVERAL and weights < NEARLY * working_set:
         said.append(
             "macOS gives the GPU more after `sudo sysctl iogpu.wired_limit_mb=...` (until the next "
-            "start; leave 8 GB or more to the system); plan for it with --working-set."
+            "start; leave 8 GiB or more to the system); plan for it with --working-set."
         )
     limit = plan.model.longest_context
     if limit is not None and plan.context > limit:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from types import TracebackType
+from typing import Any, Generic, Self, TypeVar
 
 from .budget import Claim
 from .lender import CacheLender
@@ -56,8 +57,9 @@ class Request:
 class Generation(Generic[T]):
     """A reply under way: iterate with `for` on any thread, or with `async for` on any event loop.
 
-    Its items are mlx-lm's `GenerationResponse`s, or what `through` makes of them. `report` says what the cache did, from the moment the prompt is read. Closing it, or dropping
-    it, cancels the request; what was read stays stored.
+    Its items are mlx-lm's `GenerationResponse`s, or what `through` makes of them. `report` says what
+    the cache did, from the moment the prompt is read. Closing it, leaving its `with` or `async with`
+    block, or dropping it cancels the request; what was read stays stored.
     """
 
     def __init__(self, request: Request, stream: Stream[T]):
@@ -80,6 +82,39 @@ class Generation(Generic[T]):
     def close(self) -> None:
         """Stop here. Returns when the work has stopped."""
         self._stream.close()
+
+    async def aclose(self) -> None:
+        """The same on an event loop."""
+        self._stream.cancel()
+        async for _ in self._stream:
+            pass
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.aclose()
+
+    def __repr__(self) -> str:
+        report = self.report
+        told = "not read yet" if report is None else f"{report.restored_tokens:,} restored"
+        return f"<Generation for {len(self._request.tokens):,} tokens, {told}>"
 
     @property
     def report(self) -> CacheReport | None:
@@ -109,13 +144,13 @@ class HeldClaim:
         self.release()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Ready:
     """Caches for a framework that runs the model itself.
 
     `prompt_cache` are mlx-lm caches that stand at `position`; `rest` are the prompt's tokens from
-    there on, at least one. They count against the budget until `release` is called or this object
-    is dropped.
+    there on, at least one. They count against the budget until `release` is called, its `with` block
+    is left, or this object is dropped.
     """
 
     prompt_cache: list[Any]
@@ -127,3 +162,20 @@ class Ready:
     def release(self) -> None:
         """Say that the caches are no longer used."""
         self._claim.release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.release()
+
+    def __repr__(self) -> str:
+        return (
+            f"<Ready at position {self.position:,}, {self.report.restored_tokens:,} restored, "
+            f"{len(self.rest):,} to read>"
+        )

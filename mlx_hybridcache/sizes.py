@@ -1,4 +1,4 @@
-"""Byte sizes as people write them."""
+"""Sizes in bytes and lengths in tokens, as people write them; shown in binary units throughout."""
 
 from __future__ import annotations
 
@@ -29,6 +29,19 @@ def parse_bytes(size: int | str) -> int:
             f"{size!r} is not a size; write bytes or a unit, such as 16GB or 512MiB."
         )
     return int(bytes_)
+
+
+def parse_tokens(length: str) -> int:
+    """Tokens from text: "4096", "4,096", "120k" and "1.5M" (thousands and millions), "128Ki" (1,024s).
+
+    Raises `SettingError` for anything else, and for parts of a token.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([km]i?)?\s*", re.sub(r"[,_]", "", length).lower())
+    unit = found[2] or "" if found is not None else ""
+    tokens = float(found[1]) * _UNITS[unit + "b" * bool(unit)] if found is not None else math.nan
+    if not tokens.is_integer():
+        raise SettingError(f"{length!r} is no number of tokens; write one as 4096 or 120k.")
+    return int(tokens)
 
 
 def format_bytes(size: int) -> str:

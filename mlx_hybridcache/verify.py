@@ -117,7 +117,9 @@ def verify(
     `tolerance` overrides what the probe allows; in exact mode nothing but equality is.
     """
     # Beyond its limit even cold runs differ by their slices, which says nothing about the device.
-    limit = Layout.of(model, step).slicing_limit
+    layout = Layout.of(model, step)
+    layout.release()
+    limit = layout.slicing_limit
     measured = probe(model, max(prompts, key=len)[:limit], step) if limit != 0 else 0.0
     allowed = 0.0 if exact else measured * MARGIN
     if tolerance is not None:

@@ -61,9 +61,12 @@ ORDER = [
     {"frozen"},
     {"borrowing"},
     {"tree"},
+    {"arguments"},
     {"tokens"},
     {"report"},
+    {"flags"},
     {"sizes"},
+    {"about"},
     {"errors"},
 ]
 """Modules and folders of the library, entry points first."""

@@ -267,7 +267,7 @@ def test_verify_says_what_cannot_be_reached(root, cache):
 def test_prune_keeps_to_the_size(root, cache):
     """To half of it: no more stays, no half-deleted conversation, and the index agrees."""
     before = sum(path.stat().st_size for path in files(root))
-    shown = cache("prune", "--to", before // 2)
+    shown = cache("prune", "--to", before // 2, "--yes")
     left = sum(path.stat().st_size for path in files(root))
     assert shown.status == 0
     assert 0 < left <= before // 2
@@ -285,13 +285,13 @@ def test_prune_leaves_what_is_pinned(root, cache):
     name = id_at(cache, at)
     assert cache("pin", name[:8]).status == 0
     assert checkpoints(cache)[at]["pinned"]
-    shown = cache("prune", "--to", 0)
+    shown = cache("prune", "--to", 0, "--yes")
     assert shown.status == 1
     assert "pins keep it" in shown.out
     assert list(checkpoints(cache)) == [at]
     assert cache("unpin", name).status == 0
     assert not checkpoints(cache)[at]["pinned"]
-    assert cache("prune", "--to", "0").status == 0
+    assert cache("prune", "--to", "0", "--yes").status == 0
     assert files(root) == []
 
 
@@ -320,6 +320,36 @@ def test_clear_asks_at_a_terminal_and_only_there(root, cache):
         os.close(theirs)
         assert "[y/N]" in asked.stdout
         assert files(root) == left
+
+
+def test_prune_asks_before_it_deletes(root, cache, monkeypatch):
+    """Without a terminal nothing goes; at one "n" keeps all and "y" deletes what was named."""
+    before = files(root)
+    shown = cache("prune", "--to", "1MB")
+    assert (shown.status, shown.out, files(root)) == (2, "", before)
+    assert f"of {len(before)} (" in shown.err
+    assert shown.err.rstrip().endswith("without a terminal to ask at, add --yes.")
+    questions = []
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    for answer in ("n", "y"):
+        monkeypatch.setattr("builtins.input", lambda said, a=answer: questions.append(said) or a)
+        shown = cache("prune", "--to", "1MB")
+        assert shown.status == 0
+        assert (files(root) == before) is (answer == "n")
+    gone = len(before) - len(files(root))
+    assert questions[0].startswith(f"Delete {gone} files of {len(before)} (")
+    assert f"Deleted {gone} files;" in shown.out
+
+
+def test_export_does_not_write_over_a_file(cache, tmp_path):
+    """A file of that name stays as it is, unless it is said twice."""
+    to = tmp_path / "notes.tar"
+    to.write_text("mine")
+    shown = cache("export", id_at(cache, 1500), "--to", to)
+    assert (shown.status, shown.out, to.read_text()) == (2, "", "mine")
+    assert "exists already. Name another file, or add --force" in shown.err
+    assert cache("export", id_at(cache, 1500), "--to", to, "--force").status == 0
+    assert to.stat().st_size > 1000
 
 
 def test_what_changes_the_directory_waits_for_no_server(root, cache, tmp_path):
@@ -523,7 +553,7 @@ def test_no_pin_leaves_it_to_the_policy(cache, archive, tmp_path):
     other = tmp_path / "other"
     assert "pinned" not in cache("import", archive, "--no-pin", at=other).out
     assert found_json(cache, "stats", at=other)["total"]["pinned"] == 0
-    assert cache("prune", "--to", 0, at=other).status == 0
+    assert cache("prune", "--to", 0, "--yes", at=other).status == 0
 
 
 def test_an_import_makes_a_private_directory(cache, archive, tmp_path):

@@ -9,6 +9,7 @@ from typing import Any
 
 from mlx_hybridcache.demo import BUNDLED_MODEL
 from mlx_hybridcache.demo.run import wide_console
+from mlx_hybridcache.flags import check_can_be_written
 
 from . import decode, disk, kills, load, overhead, page, policies, project, router, server, traces
 from .ttft import command as ttft
@@ -33,6 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one measurement. 0: done; 1: a counted figure misses its target."""
     parser = argparse.ArgumentParser(prog="mlx-hybridcache bench", description=__doc__)
     add_commands(parser.add_subparsers(dest="measurement", required=True))
+    if not argv:
+        parser.print_help()
+        return 0
     return run(parser.parse_args(argv))
 
 
@@ -47,6 +51,7 @@ def add_commands(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the measurement that `args` names."""
+    check_can_be_written("--json", args.json)
     # A server that runs elsewhere has a model of its own, whose tokens are not the bundled one's.
     if args.model is None and not getattr(args, "url", None):
         args.model = str(BUNDLED_MODEL)

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from mlx_hybridcache import HybridPromptCache, models
 from mlx_hybridcache.demo import BUNDLED_MODEL
+from mlx_hybridcache.flags import tokens
 
 from .machine import machine, one_line
 from .models import VOCABULARY, random_qwen3, random_qwen3_moe
@@ -52,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[64, 128, 256, 512, 1024],
         help="prompt lengths in tokens (64 128 256 512 1024)",
     )
-    parser.add_argument("--new-tokens", type=int, default=8, help="tokens decoded at each (8)")
+    parser.add_argument("--new-tokens", type=tokens(), default=8, help="tokens decoded at each (8)")
     parser.add_argument("--plot", type=Path, default=Path("decode.png"), help="PNG (decode.png)")
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from rich.console import Console
 
 from mlx_hybridcache import models
+from mlx_hybridcache.flags import tokens
 
 from .disk_changes import measure_changes
 from .disk_handoff import measure_handoff
@@ -36,7 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--repeats", type=int, help="restarts of each kind, and pairs (restart 3, else 7; quick 1)"
     )
-    parser.add_argument("--tokens", type=int, help="restart: prompt (12000; with --quick 3000)")
+    parser.add_argument(
+        "--tokens", type=tokens(), help="restart: prompt (12000; with --quick 3000)"
+    )
     parser.add_argument(
         "--sizes",
         type=int,
@@ -44,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TOKENS",
         help="on-off: prompts (3000 12000; with --quick 600 1500)",
     )
-    parser.add_argument("--reply-tokens", type=int, default=200, help="on-off: reply (200)")
+    parser.add_argument("--reply-tokens", type=tokens(), default=200, help="on-off: reply (200)")
     parser.add_argument(
         "--promotion-sizes",
         type=int,

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from rich.console import Console
 
 from mlx_hybridcache import models
+from mlx_hybridcache.flags import tokens
 
 from .cold import measure_cold
 from .full_size import measure_full_size
@@ -38,22 +39,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--only", choices=sorted(PARTS), action="append", help="this part only (may be repeated)"
     )
-    parser.add_argument("--prompt-tokens", type=int, default=4096, help="cold: prompt (4096)")
-    parser.add_argument("--max-tokens", type=int, default=8, help="cold: reply (8)")
+    parser.add_argument("--prompt-tokens", type=tokens(), default=4096, help="cold: prompt (4096)")
+    parser.add_argument("--max-tokens", type=tokens(), default=8, help="cold: reply (8)")
     parser.add_argument("--pairs", type=int, default=7, help="measurements of each two ways (7)")
     parser.add_argument("--conversations", type=int, default=1000, help="matching: stored (1000)")
-    parser.add_argument("--match-tokens", type=int, default=120_000, help="matching: the longest")
+    parser.add_argument(
+        "--match-tokens", type=tokens(), default=120_000, help="matching: the longest"
+    )
     parser.add_argument(
         "--tokens", type=int, default=60_000, help="full-size: prompt (60000, needs 9 GiB)"
     )
     parser.add_argument(
         "--shapes", choices=list(SHAPES), default="qwen3-next-80b", help="full-size: whose caches"
     )
-    parser.add_argument("--slice-tokens", type=int, default=9000, help="slices: prompts (9000)")
+    parser.add_argument(
+        "--slice-tokens", type=tokens(), default=9000, help="slices: prompts (9000)"
+    )
     parser.add_argument(
         "--nodes", type=int, action="append", help="store: how much is stored (100 to 50000)"
     )
-    parser.add_argument("--step", type=int, default=2048, help="slices: prefill step (2048)")
+    parser.add_argument("--step", type=tokens(), default=2048, help="slices: prefill step (2048)")
 
 
 def run(args: argparse.Namespace, console: Console) -> int:

@@ -17,6 +17,7 @@ from .recurrent import RecurrentKind
 from .rewritten import Rewritten
 from .rows import RowsKind
 from .slicing import MaskListener, rotation_limit
+from .subclassed import Subclassed
 from .window import ChunkedKind, FullWindowKind, WindowKind
 
 _KINDS: dict[type, Callable[[Any, int], LayerKind]] = {
@@ -89,8 +90,9 @@ class Layout:
 
     `unsupported` names the cache classes that are in no table; a model that has any is served
     without the cache. `vocabulary` is the width of the model's logits. What its forward
-    replaces of its own arrays is `rewritten`. Beyond `slicing_limit` tokens, if not None, what the model
-    computes depends on the slices in which a prompt is read.
+    replaces of its own arrays is `rewritten`; `counted` is the model, where its forwards are. Beyond
+    `slicing_limit` tokens, if not None, what the model computes depends on the slices in which a
+    prompt is read. Until `release` the model's own classes may be replaced.
     """
 
     kinds: tuple[LayerKind, ...]
@@ -101,6 +103,7 @@ class Layout:
     vocabulary: int
     rewritten: Rewritten | None = None
     slicing_limit: int | None = None
+    counted: Subclassed | None = None
 
     @classmethod
     def of(cls, model: Any, step: int = 2048, *, swa_full: bool = False) -> Layout:
@@ -144,15 +147,23 @@ class Layout:
         if names:
             return cls((), classes, tuple(names), None, 1, vocabulary)
         kinds = tuple(_kind(cache, step, swa_full) for cache in leaves(caches))
+        counted = None
         if all(
             kind.position(cache) is None for kind, cache in zip(kinds, leaves(caches), strict=True)
         ):
-            counting.count(model, leaves)
+            counted = counting.count(model, leaves)
             kinds = tuple(kind.counted() for kind in kinds)
         blind = {i for i, kind in enumerate(kinds) if not kind.sees_interior}
         hook = CaptureHook.of(model, blind) if blind and len(kinds) == len(caches) else None
         family = type(model).__module__.rpartition(".")[2]
-        return cls(kinds, classes, (), hook, _BLOCKS.get(family, 1), vocabulary)
+        blocks = _BLOCKS.get(family, 1)
+        return cls(kinds, classes, (), hook, blocks, vocabulary, counted=counted)
+
+    def release(self) -> None:
+        """Let the model be what it was before: nothing listens to it or counts any more."""
+        for each in (self.hook, self.counted):
+            if each is not None:
+                each.release()
 
     def lazy(self) -> list[mx.array]:
         """Arrays of the model that the last forward left: evaluated, another thread can use them too."""

@@ -22,6 +22,7 @@ from mlx_lm.models import qwen3_5, qwen3_next
 
 from .kind import Snapshot
 from .rows import compact
+from .subclassed import Subclassed
 
 SCAN = "gated_delta_update"
 """The function of mlx-lm that a hooked layer calls, looked up in the layer's module."""
@@ -114,15 +115,19 @@ _LISTENING = {plain: _listening(plain) for plain in HOOKED}
 class CaptureHook:
     """Captures the recurrent layers of one model, keyed by their index among the model's caches.
 
-    The layers get a subclass of their own class, once and for good: a class that came and went with
-    each forward would be seen by other threads that run the same model.
+    The layers have a subclass of their own class until `release`: one that came and went with each
+    forward would be seen by other threads that run the same model.
     """
 
     def __init__(self, layers: dict[int, Any]):
         self._layers = layers
-        for layer in layers.values():
-            if type(layer) in _LISTENING:
-                object.__setattr__(layer, "__class__", _LISTENING[type(layer)])
+        self._subclassed = Subclassed(
+            (layer, _LISTENING.get(type(layer), type(layer))) for layer in layers.values()
+        )
+
+    def release(self) -> None:
+        """Let the layers be what they were."""
+        self._subclassed.release()
 
     @classmethod
     def of(cls, model: Any, recurrent: set[int]) -> CaptureHook | None:

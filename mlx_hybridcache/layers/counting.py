@@ -13,6 +13,8 @@ from typing import Any
 
 import mlx.core as mx
 
+from .subclassed import Subclassed
+
 _NOTE = "_tokens_read"
 """The attribute of a cache that holds `(tokens, arrays)`. A deep copy of the cache has one of its own."""
 
@@ -40,12 +42,12 @@ def _is(one: mx.array | None, other: mx.array | None) -> bool:
     return one is other
 
 
-def count(model: Any, leaves: Callable[[Sequence[Any]], list[Any]]) -> None:
-    """Count what `model` reads into its caches from now on. `leaves` opens composites of caches."""
-    plain = type(model)
-    if plain not in _COUNTING.values():
-        counting = _COUNTING.setdefault(plain, _counting(plain, leaves))
-        object.__setattr__(model, "__class__", counting)
+def count(model: Any, leaves: Callable[[Sequence[Any]], list[Any]]) -> Subclassed:
+    """Count what `model` reads into its caches until released. `leaves` opens composites of caches."""
+    kind = type(model)
+    if kind not in _COUNTING.values():
+        kind = _COUNTING.setdefault(kind, _counting(kind, leaves))
+    return Subclassed([(model, kind)])
 
 
 _COUNTING: dict[type, type] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import signal
 import socket
@@ -18,6 +19,7 @@ import uvicorn
 
 from mlx_hybridcache import HybridCacheError
 from mlx_hybridcache.errors import SettingError
+from mlx_hybridcache.flags import refusal
 
 from .app import build_app
 from .connections import Connection, Crowd, room
@@ -63,7 +65,8 @@ def main(argv: list[str] | None, prog: str) -> int:
             finally:
                 serving.close()
     except (HybridCacheError, OSError) as error:
-        print(f"{prog}: {' '.join(str(error).split())}", file=sys.stderr)  # one line
+        said = refusal(error) if isinstance(error, OSError) else str(error)
+        print(f"{prog}: {' '.join(said.split())}", file=sys.stderr)  # one line
         return 2
     except KeyboardInterrupt:  # before there was a server to stop
         return 130
@@ -121,11 +124,25 @@ def _bound(settings: Settings) -> socket.socket:
         bound.bind(address)
     except OSError as error:
         bound.close()
-        raise SettingError(
-            f"Cannot listen on {settings.host}:{settings.port}: {error.strerror}. Stop what uses "
-            "the port, or choose another with --port."
-        ) from error
+        raise SettingError(_why_not_bound(settings, error)) from error
     return bound
+
+
+def _why_not_bound(settings: Settings, error: OSError) -> str:
+    if error.errno == errno.EADDRNOTAVAIL:
+        return (
+            f"--host {settings.host} is no address of this machine. 127.0.0.1 is this machine for "
+            "itself alone, 0.0.0.0 all its addresses."
+        )
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return (
+            f"--port {settings.port}: this user may not listen there (ports below 1024 are the "
+            "system's). Choose another."
+        )
+    return (
+        f"Cannot listen on --host {settings.host} --port {settings.port}: {error.strerror}. Stop "
+        "what uses the port, or choose another."
+    )
 
 
 @contextmanager

@@ -168,7 +168,9 @@ def _router(
 
 def _load_draft(settings: Settings, model: Any, tokenizer: Any) -> Any:
     assert settings.draft_model is not None
-    if not Layout.of(model).goes_back:
+    layout = Layout.of(model)
+    layout.release()
+    if not layout.goes_back:
         raise SettingError(
             f"--draft-model {settings.draft_model} cannot be used: mlx-lm's speculative decoding "
             f"must go back in the caches of {settings.model}, and its recurrent or sliding-window "

@@ -13,11 +13,11 @@ from urllib.parse import urlsplit
 
 from mlx_lm.generate import DEFAULT_QUANTIZED_KV_START
 
-from mlx_hybridcache import HybridCacheError
+from mlx_hybridcache.about import versions
 from mlx_hybridcache.demo import BUNDLED_MODEL
 from mlx_hybridcache.errors import SettingError
+from mlx_hybridcache.flags import size, tokens
 from mlx_hybridcache.router import AUTO
-from mlx_hybridcache.sizes import parse_bytes
 
 API_KEY_VARIABLE = "MLX_HYBRIDCACHE_API_KEY"
 
@@ -97,6 +97,7 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
         usage="%(prog)s [--model MODEL] [--port PORT] [...], --help lists every flag",
         description="Serve a model over HTTP as OpenAI does, re-using every prefix that was read.",
     )
+    parser.add_argument("--version", action="version", version=versions())
     _add_mlx_lm_flags(parser)
     _add_own_flags(parser)
     return parser
@@ -128,7 +129,7 @@ def _add_mlx_lm_flags(parser: argparse.ArgumentParser) -> None:
     add("--top-p", type=_number(float, 0, 1), default=1.0, help="default top-p (%(default)s)")
     add("--top-k", type=_number(int, 0), default=0, help="default top-k (%(default)s: off)")
     add("--min-p", type=_number(float, 0, 1), default=0.0, help="default min-p (%(default)s: off)")
-    add("--max-tokens", type=_number(int, 1), default=512, help="of a reply (%(default)s)")
+    add("--max-tokens", type=tokens(), default=512, help="of a reply (%(default)s)")
     add(
         "--chat-template-args",
         type=_template_args,
@@ -149,7 +150,7 @@ def _add_mlx_lm_flags(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--prefill-step-size",
-        type=_number(int, 1),
+        type=tokens(),
         default=2048,
         help="tokens that one forward reads (%(default)s)",
     )
@@ -158,12 +159,12 @@ def _add_mlx_lm_flags(parser: argparse.ArgumentParser) -> None:
         type=_number(int, 0),
         help="most conversations kept; 0 turns the cache off (default: as many as fit)",
     )
-    add("--prompt-cache-bytes", type=_size, help="for the cache and running requests, as 16GB")
+    add("--prompt-cache-bytes", type=size, help="for the cache and running requests, as 16GB")
     add("--kv-bits", type=_number(int, 1), help="quantize keys and values; served uncached")
     add("--kv-group-size", type=_number(int, 1), default=64, help="(%(default)s)")
     add(
         "--quantized-kv-start",
-        type=_number(int, 0),
+        type=tokens(0),
         default=DEFAULT_QUANTIZED_KV_START,
         help="(%(default)s)",
     )
@@ -173,18 +174,18 @@ def _add_mlx_lm_flags(parser: argparse.ArgumentParser) -> None:
 def _add_own_flags(parser: argparse.ArgumentParser) -> None:
     own = parser.add_argument_group("our own").add_argument
     own("--api-key", help=f"key that clients must send (or in ${API_KEY_VARIABLE})")
-    own("--max-prompt-tokens", type=_number(int, 1), help="longer prompts are refused")
+    own("--max-prompt-tokens", type=tokens(), help="longer prompts are refused")
     own(
         "--context-length",
-        type=_number(int, 0),
+        type=tokens(0),
         help="tokens of a prompt and its reply; 0: no limit (default: the model's)",
     )
     own(
         "--max-thinking-tokens",
-        type=_number(int, 0),
+        type=tokens(0),
         help="of reasoning, which is then ended, and the reply goes on",
     )
-    own("--max-body-bytes", type=_size, default=LARGEST_BODY, help="of a request (%(default)s)")
+    own("--max-body-bytes", type=size, default=LARGEST_BODY, help="of a request (%(default)s)")
     own("--max-queue", type=_number(int, 0), default=512, help="requests that wait (%(default)s)")
     own("--request-timeout", type=_number(float, 0.001), help="seconds until one is given up")
     own(
@@ -194,9 +195,9 @@ def _add_own_flags(parser: argparse.ArgumentParser) -> None:
         help="a stream that says nothing for so long sends a comment (%(default)s)",
     )
     own("--exact", action="store_true", help="equal bits hot and cold on every device")
-    own("--memory-reserve", type=_size, help="of the system's memory to leave free, as 1GB")
+    own("--memory-reserve", type=size, help="of the system's memory to leave free, as 1GB")
     own("--cache-dir", help="directory that keeps the cache across restarts")
-    own("--cache-disk-bytes", type=_size, help="for that directory, as 100GB")
+    own("--cache-disk-bytes", type=size, help="for that directory, as 100GB")
     own(
         "--canonicalize-router",
         metavar="FILE|auto",
@@ -207,8 +208,8 @@ def _add_own_flags(parser: argparse.ArgumentParser) -> None:
     own("--allow-model-switching", action="store_true", help="load what a request names")
     known = parser.add_argument_group("as in llama.cpp").add_argument
     known("--ctx-checkpoints", type=_number(int, 1), help="most checkpoints on one path")
-    known("--checkpoint-every-n-tokens", type=_number(int, 1), default=2048, help="(%(default)s)")
-    known("--checkpoint-min-step", type=_number(int, 1), default=512, help="(%(default)s)")
+    known("--checkpoint-every-n-tokens", type=tokens(), default=2048, help="(%(default)s)")
+    known("--checkpoint-min-step", type=tokens(), default=512, help="(%(default)s)")
     known("--cache-ram", type=_mebibytes, help="MiB, or a size as 16GB; like --prompt-cache-bytes")
     known("--swa-full", action="store_true", help="keep every row of sliding windows")
     known("--slot-prompt-similarity", type=float, help="accepted; a prefix tree needs none")
@@ -260,21 +261,17 @@ def _origins(text: str) -> list[str]:
 
 def _number(kind: Callable[[str], Any], low: float, high: float | None = None) -> Any:
     def number(text: str) -> Any:
-        value = kind(text)
+        try:
+            value = kind(text)
+        except ValueError as error:
+            whole = "whole " * (kind is int)
+            raise argparse.ArgumentTypeError(f"{text!r} is no {whole}number.") from error
         if not low <= value < float("inf") or (high is not None and value > high):
             bounds = f"at least {low}" if high is None else f"from {low} to {high}"
             raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {bounds}.")
         return value
 
-    number.__name__ = kind.__name__  # argparse names it when the text is no number at all
     return number
-
-
-def _size(text: str) -> int:
-    try:
-        return parse_bytes(text)
-    except HybridCacheError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _mebibytes(text: str) -> int | None:
@@ -282,7 +279,7 @@ def _mebibytes(text: str) -> int | None:
     if text == "-1":
         return None
     is_bare = text.isascii() and text.isdigit()
-    return int(text) * 2**20 if is_bare else _size(text)
+    return int(text) * 2**20 if is_bare else size(text)
 
 
 def _template_args(text: str) -> dict[str, Any]:
