@@ -8,10 +8,14 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
 INSTALL_SECONDS = 1800
+
+_ROOT = Path(__file__).parent.parent
+_PROJECT = tomllib.loads((_ROOT / "pyproject.toml").read_text())["project"]
 
 PINS: dict[str, list[str]] = {
     "openai": ["openai==3.57.0"],
@@ -19,11 +23,13 @@ PINS: dict[str, list[str]] = {
     "langchain-openai": ["langchain-openai==1.7.4"],
     "pydantic-ai": ["pydantic-ai-slim[openai]==2.68.0"],
     "litellm": ["litellm==1.110.2"],
-    "instructor": ["instructor==0"],
+    "instructor": ["instructor==1.17.0"],
     "smolagents": ["smolagents[openai]==1.26.0"],
-    "aider": ["aider-chat==0"],
+    "smolagents-mlx": ["smolagents==1.26.0", *_PROJECT["dependencies"]],
+    "aider": ["aider-chat==0.86.2"],
 }
-"""What `pip` installs for each client: this and nothing else is in its environment."""
+"""What `pip` installs for each client, beside what that depends on. smolagents' class for MLX runs in
+one process with this library, whose own files come from the checkout."""
 
 NODE_PINS: dict[str, list[str]] = {
     "ai": ["ai@6.0.326", "@ai-sdk/openai-compatible@2.0.92", "zod@4.6.7"],

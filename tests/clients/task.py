@@ -7,6 +7,17 @@ from typing import Literal
 URL = f"{sys.argv[1]}/v1"
 MODEL = "default_model"
 SYSTEM = "You are a helpful assistant."
+LONG_SYSTEM = "\n".join(
+    [
+        SYSTEM,
+        *(
+            f"- The {thing} of Ada is red."
+            for thing in ["lamp", "chair", "table", "kettle", "rope"]
+        ),
+    ]
+)
+"""For prompts that declare no functions: below 64 tokens a checkpoint is not worth its while."""
+
 QUESTIONS = ["Where is Omar?", "What time is it in Oslo?", "Where is Lena?"]
 
 calls: list[list] = []
@@ -53,6 +64,6 @@ def call(name: str, arguments: str) -> str:
     return FUNCTIONS[name](**json.loads(arguments))
 
 
-def tell(replies: list, cached: list[int]) -> None:
-    """The client's account: what was called, what was replied, and the cached tokens that it was told."""
+def tell(replies: object, cached: list | None) -> None:
+    """The client's account: what was called, what was replied, and the cached tokens of which it was told."""
     print(json.dumps({"calls": calls, "replies": replies, "cached": cached}))
