@@ -63,6 +63,15 @@ def in_cdata(value):
     return f"<![CDATA[{value}]]>" if set(value) & set("<&\n") else value
 
 
+def gemma(value, mark):
+    """As Gemma's templates write values."""
+    if isinstance(value, dict):
+        return "{%s}" % ",".join(f"{k}:{gemma(v, mark)}" for k, v in value.items())  # noqa: UP031
+    if isinstance(value, list):
+        return f"[{','.join(gemma(v, mark) for v in value)}]"
+    return f"{mark}{value}{mark}" if isinstance(value, str) else json.dumps(value)
+
+
 WRITERS = {
     "json_tools": lambda name, values: f"\n{json.dumps({'name': name, 'arguments': values})}\n",
     "mistral": lambda name, values: f"{name}[ARGS]{json.dumps(values)}",
@@ -104,6 +113,8 @@ WRITERS = {
         "</function>\n",
     ),
 }
+WRITERS["gemma4"] = lambda name, values: "call:" + name + gemma(values, '<|"|>')
+WRITERS["function_gemma"] = lambda name, values: "call:" + name + gemma(values, "<escape>")
 WRITERS["laguna"] = WRITERS["glm47"]
 
 
@@ -130,7 +141,7 @@ def test_every_format_of_mlx_lm_is_known_here_or_read_by_its_own_parser():
     """A parser that is new in mlx-lm fails this, so that someone looks at it."""
     package = import_module("mlx_lm.tool_parsers")
     known = {module.name for module in iter_modules(package.__path__)}
-    assert known - FORMATS.keys() == {"function_gemma", "gemma4", "pythonic"}
+    assert known - FORMATS.keys() == {"pythonic"}
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -219,6 +230,9 @@ def test_a_call_that_was_cut_off_is_never_closed_as_if_it_were_whole(name):
         ("json_tools", '{"function": {"name": "f", "arguments": {"count": 5}}}', {"count": 5}),
         ("json_tools", '[{"name": "f", "parameters": {"note": None}}]', {"note": None}),
         ("json_tools", '{"name": "f", "arguments": {}}}', {}),
+        ("gemma4", 'call:f{text:<|"|>}{,]<|"|>,count:5', {"text": "}{,]", "count": 5}),
+        ("gemma4", 'call:f{data:{<|"|>k<|"|>:[a b,],},}', {"data": {"k": ["a b"]}}),
+        ("function_gemma", "call:f{text:null,note:null}", {"text": "null", "note": None}),
         ("mistral", '[{"name": "f", "arguments": {"count": 5}, "id": "abc"}]', {"count": 5}),
         ("mistral", 'f[CALL_ID]abc[ARGS]{"count": 5}', {"count": 5}),
         (
@@ -474,8 +488,12 @@ def test_a_format_that_is_read_by_its_own_parser_keeps_the_same_rules():
     call = '<|tool_call_start|>[f(text="null", count="9007199254740993")]<|tool_call_end|>'
     found = message(call, form="pythonic")
     assert found == ("", "", [("f", '{"text": "null", "count": 9007199254740993}')])
+    unread = call.replace('"null"', "it's")  # mlx-lm's own goes on with what it can read of it
+    assert message(unread, form="pythonic") == ("", unread, [])
     other = call.replace("[f(", "[rm(")
     assert message(other, form="pythonic") == ("", other, [])
+    long = asyncio.run(tool_format("pythonic").others('[f(text="%s")]' % ("word " * 99)))
+    assert json.loads(long[0]["arguments"]) == {"text": "word " * 99}
     assert message(f"```\n{call}\n```", form="pythonic") == ("", f"```\n{call}\n```", [])
 
 

@@ -9,12 +9,14 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from importlib import import_module
+from inspect import signature
 from types import ModuleType
 from typing import Any
 
 from .jsontext import check, strict
 
-Parser = Callable[[str, Any], Any]
+Parser = Callable[..., Any]
+"""Of a text, and of the tools that were offered if it takes them."""
 
 MEMORY_BYTES = 2 * 2**30
 
@@ -25,7 +27,7 @@ Calls = list[dict[str, str]]
 def called(parse: Parser, text: str, tools: list[dict[str, Any]] | None) -> Calls | None:
     """The calls in `text`; None when it is none, or has what JSON has not."""
     try:
-        parsed = parse(text, tools)
+        parsed = parse(*(text, tools)[: len(signature(parse).parameters)])
         return [_call(one) for one in (parsed if isinstance(parsed, list) else [parsed])] or None
     except Exception:  # parsers raise whatever they trip over
         return None

@@ -1,4 +1,4 @@
-"""What a model wrote as a call, as names and arguments: here, or in a process of its own.
+"""What a model wrote as a call in a format that only mlx-lm reads: here, or in a process of its own.
 
 mlx-lm's parsers take time that is quadratic, or worse, in texts that are none of their calls: 2,000
 times the letter a take minicpm5 a second, four times as many 16. While a regular expression runs no
@@ -25,9 +25,6 @@ log = logging.getLogger(CLIENTS)
 SHORT = 256
 """Characters that take any parser a few milliseconds at most."""
 
-LINEAR = frozenset({"mlx_lm.tool_parsers.json_tools"})
-"""Parsers that are one pass of Python's own JSON reader: as fast as their text is written."""
-
 CPU_SECONDS: float = 5
 """For one text. Calls as they should be take milliseconds, with a megabyte of arguments."""
 
@@ -37,7 +34,7 @@ WALL_SECONDS = 60
 
 async def read(parse: Parser, text: str, tools: list[dict[str, Any]] | None) -> Calls | None:
     """The calls in `text`, or None when it is none, or none that could be read in time."""
-    if len(text) <= SHORT or parse.__module__ in LINEAR:
+    if len(text) <= SHORT:
         return called(parse, text, tools)
     try:
         answer = await _asked(parse, json.dumps({"text": text, "tools": tools}).encode())

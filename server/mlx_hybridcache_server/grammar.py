@@ -75,7 +75,7 @@ def written(speech: Speech, wanted: Wanted) -> tuple[str, ...]:
 
 
 def for_parser(speech: Speech, tools: Sequence[Tool]) -> list[Tool]:
-    """`tools` as mlx-lm's parser must see them to read calls back as they were written here."""
+    """`tools` as the reader of calls must see them to read calls back as they were written here."""
     if speech.parser != "qwen3_coder":
         return list(tools)
     # Without a type a value is read as JSON of any kind.

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from importlib import import_module
 from typing import Any
 
-from . import markup
+from . import gemma, markup
 from .argument_types import offered
 from .call_formats import Format, Offered, json_tools, kimi_k2, mistral
 from .call_reader import Calls, Parser
@@ -16,6 +17,8 @@ FORMATS: dict[str, Format] = {
     "json_tools": json_tools,
     "kimi_k2": kimi_k2,
     "mistral": mistral,
+    "function_gemma": gemma.reader("<escape>"),
+    "gemma4": gemma.reader('<|"|>'),
     "glm47": markup.reader(markup.GLM47),
     "kimi_k3": markup.reader(markup.KIMI_K3),
     "laguna": markup.reader(markup.GLM47),
@@ -26,6 +29,10 @@ FORMATS: dict[str, Format] = {
     "qwen3_coder": markup.reader(markup.QWEN3_CODER),
 }
 """What is missing is read by mlx-lm's own parser, when its text is complete."""
+
+EXACT = {"pythonic": "_parse_pythonic_tool_call"}
+"""The function of mlx-lm's that reads a call in full or not at all; its parsers go on to guess, and lose
+what they cannot read."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +56,9 @@ class ToolFormat:
 
     async def others(self, text: str) -> Calls | None:
         """What mlx-lm's parser makes of a complete text; None when it calls nothing that was offered."""
-        found = await read(self.parse, text, self.tools)
+        module = import_module(self.parse.__module__)
+        exact = EXACT.get(module.__name__.rpartition(".")[2], self.parse.__name__)
+        found = await read(getattr(module, exact, self.parse), text, self.tools)
         if found is None or any(call["name"] not in self.offered for call in found):
             return None
         return [
