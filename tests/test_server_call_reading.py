@@ -202,6 +202,19 @@ def test_a_call_that_was_cut_off_is_never_closed_as_if_it_were_whole(name):
         json.loads(arguments)
 
 
+def test_brackets_are_closed_for_a_model_that_forgot_them_and_not_for_a_limit():
+    """Behind a limit a number may be half of one, and more would have come."""
+    text = '{"name": "f", "arguments": {"data": {"a": [1'
+    assert read("json_tools", text, is_whole=True) == [["f", '{"data": {"a": [1]}}']]
+    assert read("json_tools", text, is_whole=False) == [["f", '{"data": {"a": [1']]
+    text = "<function=f>\n<parameter=text>\na\n</parameter>\n"
+    assert read("qwen3_coder", text, is_whole=True) == [["f", '{"text": "a"}']]
+    assert read("qwen3_coder", text, is_whole=False) == [["f", '{"text": "a"']]
+    text = "call:f{data:{a:1"
+    assert read("gemma4", text, is_whole=True) == [["f", '{"data": {"a": 1}}']]
+    assert read("gemma4", text, is_whole=False) == [["f", '{"data": {"a": 1']]
+
+
 @pytest.mark.parametrize(
     ("name", "text", "arguments"),
     [
