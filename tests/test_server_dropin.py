@@ -20,6 +20,7 @@ import mlx.core as mx
 import mlx_lm
 import mlx_lm.server
 import pytest
+import strict
 from bundled import load
 from mlx.utils import tree_flatten
 from mlx_hybridcache_server.argument_types import offered
@@ -301,6 +302,36 @@ def test_streams_agree_with_theirs_and_with_the_reply_that_is_not_streamed(case,
     assert stream.headers["content-type"].startswith(expected.headers["content-type"])
     whole = ours.answer(path, **{**body, "stream": False, "stream_options": None})
     assert essence(stream.joined()) == essence(whole["choices"][0])
+
+
+@pytest.fixture(scope="module")
+def strict_servers():
+    model = ("--model", str(strict.directory()))
+    with running(THEIRS, *model) as theirs, running(OURS, *model) as ours:
+        yield theirs, ours
+
+
+UNDER_A_STRICT_TEMPLATE = [
+    "a chat",
+    "reasoning",
+    "reasoning cut short",
+    "a system message",
+    "a second turn",
+    "reasoning in the history",
+    "content in parts",
+    "a tool's result",
+    "tools that are not called",
+    "logprobs",
+]
+
+
+@pytest.mark.parametrize("case", UNDER_A_STRICT_TEMPLATE)
+def test_replies_agree_under_a_strict_template(case, strict_servers):
+    """Prompts that begin inside of reasoning, arguments as mappings, calls in XML: the same fields."""
+    path, body = CASES[case]
+    body = {"model": "default_model", **body}
+    expected, reply = (server.answer(path, **body) for server in strict_servers)
+    assert not list(disagreements(expected, reply)), f"{expected}\n{reply}"
 
 
 def test_streams_without_include_usage_carry_none(theirs, ours):

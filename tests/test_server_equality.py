@@ -11,7 +11,10 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
+import strict
 from bundled import load, text_tokens
+from histories import history
+from mlx_hybridcache_server.jsontext import without_halves
 from servers import CHAT, COMPLETIONS, INSTANT, OURS, Server, running, user
 
 from mlx_hybridcache.demo.functions import FUNCTIONS, Function, values
@@ -104,6 +107,14 @@ def shared_beginning(rng: random.Random) -> Family:
         yield CHAT, {"messages": [system, *user(f"Hi, I am {name}.")], **thinking}
 
 
+def odd_history(rng: random.Random) -> Family:
+    """A conversation as clients really send them, each time that it asks for the next reply."""
+    found = history(rng.randint(0, 10**6))
+    messages = without_halves(found.messages)
+    for count in found.questions()[:3]:
+        yield CHAT, {"messages": messages[:count], **INSTANT}
+
+
 KINDS = [conversation] * 5 + [tool_loop] * 5 + [completion] * 4 + [shared_beginning] * 4
 
 
@@ -125,17 +136,19 @@ def ask(server: Server, path: str, body: dict[str, Any]) -> dict[str, Any]:
     return {"choices": [stream.joined()], "usage": stream.usage}
 
 
-@pytest.fixture(scope="module")
-def replies() -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
+Replies = list[tuple[str, dict[str, Any], dict[str, Any]]]
+
+
+def compared(kinds: list[Any], *flags: str) -> Replies:
     """Each request's kind and its two replies: from the cache, and from a server that has none."""
     rng, found = random.Random(SEED), []
     waiting: list[tuple[str, Family, dict[str, Any] | None]] = [
-        (kind.__name__, kind(random.Random(rng.random())), None) for kind in KINDS
+        (kind.__name__, kind(random.Random(rng.random())), None) for kind in kinds
     ]
     rng.shuffle(waiting)
     with (
-        running(OURS, *EXACTLY) as hot,
-        running(OURS, *EXACTLY, "--prompt-cache-size", "0") as cold,
+        running(OURS, *EXACTLY, *flags) as hot,
+        running(OURS, *EXACTLY, *flags, "--prompt-cache-size", "0") as cold,
         ThreadPoolExecutor(2) as both,
     ):
         while waiting:  # the families take turns, so that the cache holds all of them
@@ -151,6 +164,23 @@ def replies() -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
             found.append((kind, *replies))
             waiting.append((kind, family, replies[0]))
     return found
+
+
+@pytest.fixture(scope="module")
+def replies() -> Replies:
+    return compared(KINDS)
+
+
+def test_a_strict_template_changes_nothing_about_it() -> None:
+    """A conversation, a loop of calls in XML, three odd histories: hot as cold, half restored."""
+    kinds = [conversation, tool_loop, odd_history, odd_history, odd_history]
+    replies = compared(kinds, "--model", str(strict.directory()))
+    for number, (kind, hot, cold) in enumerate(replies):
+        assert essence(hot) == essence(cold), f"request {number}, {kind}"
+    assert not any(cached(cold) for _, _, cold in replies)
+    asked = sum(hot["usage"]["prompt_tokens"] for _, hot, _ in replies)
+    assert sum(cached(hot) for _, hot, _ in replies) > asked / 2
+    assert {kind for kind, _, _ in replies} == {kind.__name__ for kind in kinds}
 
 
 def test_replies_from_the_cache_equal_replies_without_it(replies):

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import count, cycle, pairwise
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 import requests
 import schemathesis
+import strict
 from bundled import text
 from hypothesis import HealthCheck, Phase, given, settings
 from prometheus_client.parser import text_string_to_metric_families
@@ -139,13 +141,21 @@ def assert_error(reply: dict[str, Any]) -> None:
     assert reply["error"]["type"]
 
 
-@pytest.fixture(scope="module")
-def process():
-    flags = ("--max-tokens", "2", "--max-prompt-tokens", "2000", "--prefill-step-size", "256")
-    with running(OURS, *flags) as server:
+FLAGS = ("--max-tokens", "2", "--max-prompt-tokens", "2000", "--prefill-step-size", "256")
+
+
+@contextmanager
+def fuzzing(*flags: str) -> Iterator[Fuzzed]:
+    with running(OURS, *FLAGS, *flags) as server:
         fuzzed = Fuzzed(server)
         with fuzzed.session:
             yield fuzzed
+
+
+@pytest.fixture(scope="module")
+def process():
+    with fuzzing() as fuzzed:
+        yield fuzzed
 
 
 @pytest.fixture
@@ -289,9 +299,8 @@ def tamed_prompt(prompt: Any) -> Any:
     return prompt
 
 
-@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
-def test_random_requests_in_order_are_answered_and_hot_as_they_were_cold(fuzzed, path):
-    """20 with any fields, every second one streamed: each is answered, and again from the cache."""
+def answered_hot_as_cold(fuzzed: Fuzzed, path: str, count: int) -> None:
+    """So many random requests are answered, every second one streamed, and again from the cache."""
     streams = cycle((False, True))
 
     def judge(case: schemathesis.Case) -> None:
@@ -312,7 +321,19 @@ def test_random_requests_in_order_are_answered_and_hot_as_they_were_cold(fuzzed,
         order = [sorted(each, key=lambda choice: choice["index"]) for each in told]
         assert order[0] == order[1], case.body
 
-    fuzzed.at_random(f"POST {path}", GenerationMode.POSITIVE, 20, judge)
+    fuzzed.at_random(f"POST {path}", GenerationMode.POSITIVE, count, judge)
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+def test_random_requests_in_order_are_answered_and_hot_as_they_were_cold(fuzzed, path):
+    """20 with any fields."""
+    answered_hot_as_cold(fuzzed, path, 20)
+
+
+def test_random_chats_are_answered_under_a_strict_template():
+    """Eight, with system messages late, alone and behind each other, results of no call, replies first."""
+    with fuzzing("--model", str(strict.directory())) as fuzzed:
+        answered_hot_as_cold(fuzzed, CHAT, 8)
 
 
 LARGEST, TINIEST = 1.7e308, 5e-324

@@ -25,6 +25,7 @@ from .compiled import MOST_BYTES, Compiled, weight
 from .errors import ApiError, refuse
 from .grammar import FORMATS, GrammarError, Reasoning, Speech, Tool, Wanted, for_parser, written
 from .narrowing import Schema, remainders
+from .relaxing import ToolError, relaxed, without_notes_in
 from .schema import ChatBody, GenerationBody, NamedTool
 
 T = TypeVar("T")
@@ -183,6 +184,7 @@ class Constraints:
             return None
         schema, forced = _schema(body), is_forced(body)
         tools = callable_tools(body) if isinstance(body, ChatBody) else []
+        tools = [without_notes_in(tool) for tool in tools]
         is_free = schema is None and not forced
         if is_free and not (tools and self._can_narrow(body)):
             return None  # what is called otherwise is text
@@ -201,15 +203,36 @@ class Constraints:
             is_free=is_free,
         )
         try:
-            return Constraint(
-                self.vocabulary,
-                self._compiled(wanted),
-                for_parser(self.speech, tools) if tools else None,
-            )
+            wanted, matchers, said = self._followed(wanted)
         except RecursionError as error:
-            raise refuse("This schema is nested too deeply.", _param(tools)) from error
+            raise refuse("This schema is nested too deeply.", _param(wanted, error)) from error
         except ValueError as error:  # ours, and text that is not Unicode
-            raise refuse(str(error), _param(tools)) from error
+            raise refuse(str(error), _param(wanted, error)) from error
+        for sentence in said:
+            body.warn("tools", sentence)
+        read_as = for_parser(self.speech, wanted.tools) if tools else None
+        return Constraint(self.vocabulary, matchers, read_as)
+
+    def _followed(self, wanted: Wanted) -> tuple[Wanted, tuple[LLMatcher, ...], list[str]]:
+        """What is wanted as far as it can be followed, compiled, and what of it cannot."""
+        try:
+            return wanted, self._compiled(wanted), []
+        except GrammarError:
+            if self.speech.parser not in FORMATS:
+                raise
+            followed, said = relaxed(wanted, self._fault)
+            if not said:
+                raise
+        return followed, self._compiled(followed), said
+
+    def _fault(self, wanted: Wanted) -> str | None:
+        try:
+            grammar = written(self.speech, wanted)[0]
+        except GrammarError as error:
+            return str(error).rstrip(".")
+        found = _brief(LLMatcher.validate_grammar(grammar, self.vocabulary))
+        _, _, of_pattern = found.rpartition("\nerror: ")  # behind the pattern, on lines of its own
+        return of_pattern or found.removeprefix("failed to compile JSON schema: ") or None
 
     def _can_narrow(self, body: GenerationBody) -> bool:
         """Whether calls can be held to some tools in a reply that is free otherwise."""
@@ -304,8 +327,9 @@ def _reasoning(rendered: Rendered) -> Reasoning:
     return "possible" if rendered.may_reason else "none"
 
 
-def _param(tools: list[Tool]) -> str:
-    return "tools" if tools else "response_format"
+def _param(wanted: Wanted, error: Exception) -> str:
+    is_tool = isinstance(error, ToolError) or (wanted.tools and wanted.schema is None)
+    return "tools" if is_tool else "response_format"
 
 
 def _brief(error: str) -> str:

@@ -51,7 +51,8 @@ class Speech:
 class Wanted:
     """JSON by a schema, calls of tools, or, with both, either; with `is_free` any text beside calls.
 
-    `is_plain` is a text without parts, as `/v1/completions` gives it.
+    `is_plain` is a text without parts, as `/v1/completions` gives it. Of the `lenient` tools what no
+    grammar can say is left out.
     """
 
     schema: Schema | None = None
@@ -60,6 +61,7 @@ class Wanted:
     reasoning: Reasoning = "none"
     is_plain: bool = False
     is_free: bool = False
+    lenient: frozenset[str] = frozenset()
 
 
 def written(speech: Speech, wanted: Wanted) -> tuple[str, ...]:
@@ -102,11 +104,13 @@ class _Writer:
     def __init__(self, speech: Speech, *, is_exact: bool):
         self._speech = speech
         self._is_exact = is_exact
+        self._lenient = frozenset[str]()
         # Where only one text can follow, llguidance would allow only the tokens that its tokenizer
         # makes of it: those of a marker for its text in a string, and others in either grammar.
         self._lines = ['%llguidance {"no_forcing": true}', r"SPACE: /[ \n]{1,4}/"]
 
     def write(self, wanted: Wanted) -> str:
+        self._lenient = wanted.lenient
         if wanted.is_free:
             return "\n".join([f"start: {self._freely(wanted)}", *self._lines, ""])
         bodies = []
@@ -198,7 +202,8 @@ class _Writer:
         required = parameters.get("required") or []
         names = parameters.get("properties") or {}
         unnamed = [name for name in required if name not in names]
-        if extra or unnamed:
+        is_lenient = _name(tool) in self._lenient
+        if (extra and not is_lenient) or unnamed:
             raise GrammarError(
                 f"The parameters of {_name(tool)} have {', '.join(map(repr, [*sorted(extra), *unnamed]))}, "
                 "which this model's format of calls, a list of named values, has no place for."
@@ -206,18 +211,19 @@ class _Writer:
         shared: Schema = {k: parameters[k] for k in ("$defs", "definitions") if k in parameters}
         parts = [_literal(f"\n<function={_bare_name(_name(tool))}>\n")]
         for name, schema in names.items():
-            value = self._xml_value(schema, shared, end)
+            value = self._xml_value(schema, shared, end, is_lenient=is_lenient)
             part = f"{_literal(f'<parameter={_bare_name(name)}>' + chr(10))} {value}"
             parts.append(part if name in required else f"({part})?")
         return " ".join([*parts, _literal("</function>\n")])
 
-    def _xml_value(self, schema: Any, shared: Schema, end: str) -> str:
+    def _xml_value(self, schema: Any, shared: Schema, end: str, *, is_lenient: bool) -> str:
         close = "\n</parameter>\n"
         if not isinstance(schema, dict):
             schema = {} if schema else {"enum": []}
         bare = _bare(schema)
         if self._is_exact and bare is None:
-            return f"{self._json(closed({**schema, **shared}))} {_literal(close)}"
+            value = self._json(closed({**schema, **shared}), is_lenient=is_lenient)
+            return f"{value} {_literal(close)}"
         if self._is_exact and bare:
             return f"({' | '.join(_literal(each + close) for each in bare)})"
         free = self._free("</parameter>", "</function>", end)
@@ -228,7 +234,8 @@ class _Writer:
         return rf'/\{{"name": ?{name}, ?"arguments": ?/ {self._arguments(tool)} "}}"'
 
     def _arguments(self, tool: Tool) -> str:
-        return self._json(closed(_parameters(tool)))
+        is_lenient = _name(tool) in self._lenient
+        return self._json(closed(_parameters(tool)), is_lenient=is_lenient)
 
     def _markers(self) -> tuple[str, str]:
         speech = self._speech
@@ -237,8 +244,8 @@ class _Writer:
 
     # Pieces of Lark
 
-    def _json(self, schema: Schema) -> str:
-        options = {"whitespace_pattern": WHITESPACE}
+    def _json(self, schema: Schema, *, is_lenient: bool = False) -> str:
+        options = {"whitespace_pattern": WHITESPACE, **({"lenient": True} if is_lenient else {})}
         return self._rule(f"%json {json.dumps({**without_notes(schema), 'x-guidance': options})}")
 
     def _marker(self, text: str) -> str:

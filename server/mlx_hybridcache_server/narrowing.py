@@ -23,6 +23,18 @@ NOTES = frozenset(
 )
 """What a schema says to people and programs; no text is allowed or forbidden by it."""
 
+NOTHING: dict[str, tuple[Any, ...]] = {
+    "uniqueItems": (False,),
+    "format": ("password", "byte", "binary"),  # how it is shown and stored
+    "propertyNames": (True, {}),
+    "unevaluatedProperties": (True, {}),
+    "unevaluatedItems": (True, {}),
+    "dependentRequired": ({},),
+    "dependentSchemas": ({},),
+    "not": (False,),
+}
+"""Values with which keywords ask for nothing, though llguidance knows no grammar for them."""
+
 _BY_NAME = frozenset(
     {"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"}
 )
@@ -56,8 +68,18 @@ MOST_REMAINDERS = 20_000
 """A grammar has a state for each remainder of a `multipleOf`: about 500 bytes and 12 microseconds."""
 
 
+LARGEST_SPELLED = 10**6
+"""Of the numbers named as 1.0 is, which may be written as 1 as well."""
+
+MOST_SPELLED = 20
+"""Of such numbers in one list."""
+
+
 def without_notes(schema: Schema) -> Schema:
-    """`schema` without what it says to people. A property may be called `description`; data is data."""
+    """`schema` without what it says to people, and what asks for nothing.
+
+    A property may be called `description`; data is data.
+    """
     refers = (each["$ref"] for each in _objects(schema) if isinstance(each.get("$ref"), str))
     if any(NOTES & set(reference.split("/")) for reference in refers):
         return schema
@@ -70,7 +92,48 @@ def _without_notes(schema: Any) -> Any:
         return [_without_notes(each) for each in schema]
     if not isinstance(schema, dict):
         return schema
-    return {key: _part(key, value) for key, value in schema.items() if key not in NOTES}
+    return _spelled(
+        {
+            key: _part(key, value)
+            for key, value in schema.items()
+            if key not in NOTES and value not in NOTHING.get(key, ())
+        }
+    )
+
+
+def _spelled(schema: Schema) -> Schema:
+    """`schema` with 1.0 beside 1 where it names the number 1.0: llguidance would take 1 only."""
+    data = [schema["const"]] if "const" in schema else schema.get("enum")
+    if not isinstance(data, list) or schema.keys() - {"const", "enum", "type"}:
+        return schema
+    whole = [each for each in data if _is_whole(each)]
+    if (
+        not 0 < len(whole) <= MOST_SPELLED
+        or {"const", "enum"} <= schema.keys()
+        or _is_typed(schema)
+    ):
+        return schema
+    others = [each for each in data if not _is_whole(each)]
+    rest = [{**schema, "enum": others}] if others else []
+    return {"anyOf": [*map(_number, whole), *rest]}
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, float) and value.is_integer() and abs(value) < LARGEST_SPELLED
+
+
+def _is_typed(schema: Schema) -> bool:
+    """Whether it takes no numbers, or whole ones only."""
+    kinds = schema.get("type", "number")
+    return "number" not in (kinds if isinstance(kinds, list) else [kinds])
+
+
+def _number(value: float) -> Schema:
+    """Bounds between which a multiple of 0.1 is `value`, with a digit behind the point or none."""
+    low, high = (value, "minimum"), (round(value + 0.1, 1), "exclusiveMaximum")
+    if value < 0:
+        low, high = (value, "maximum"), (round(value - 0.1, 1), "exclusiveMinimum")
+    return {"type": "number", low[1]: low[0], high[1]: high[0], "multipleOf": 0.1}
 
 
 def _part(key: str, value: Any) -> Any:
