@@ -30,10 +30,12 @@ from servers import (
     OURS,
     THEIRS,
     Server,
+    Stream,
     command,
     raw_exchange,
     raw_post,
     raw_status,
+    read_stream,
     running,
     user,
 )
@@ -643,6 +645,23 @@ def twelve_conversations(theirs: Server, ours: Server) -> None:
         cached.append([r["usage"]["prompt_tokens_details"]["cached_tokens"] for r in replies])
     assert sum(cached[0]) == 0
     assert all(cached[1])
+
+
+@difference(
+    "`max_tokens` not sent (`--max-tokens`)",
+    theirs="512 tokens",
+    ours="As many as fit into the model's context and the memory, unless the flag is given",
+    flag="--max-tokens",
+)
+def replies_of_no_named_length(theirs: Server, ours: Server) -> None:
+    body = {"prompt": "The", "logit_bias": {"700": 100}}
+    assert theirs.answer(COMPLETIONS, **body)["usage"]["completion_tokens"] == 512
+    stream = Stream(0, {})
+    with ours.client.stream("POST", COMPLETIONS, json={**body, "stream": True}) as response:
+        for _ in read_stream(response.iter_lines(), stream):
+            if len(stream.events) > 600:  # it would go on for the whole context
+                break
+    assert all(choice["finish_reason"] is None for choice in stream.choices)
 
 
 @difference(

@@ -29,6 +29,7 @@ class Settings:
     """One server's settings. Sizes are bytes, lengths tokens; None means no limit or no default."""
 
     model: str = str(BUNDLED_MODEL)
+    aliases: tuple[str, ...] = ()
     adapter_path: str | None = None
     host: str = "127.0.0.1"
     port: int = 8080
@@ -43,7 +44,7 @@ class Settings:
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
-    max_tokens: int = 512
+    max_tokens: int | None = None
     chat_template_args: dict[str, Any] = field(default_factory=dict)
     decode_concurrency: int = 32
     prompt_concurrency: int = 8
@@ -128,7 +129,11 @@ def _add_mlx_lm_flags(parser: argparse.ArgumentParser) -> None:
     add("--top-p", type=_number(float, 0, 1), default=1.0, help="default top-p (%(default)s)")
     add("--top-k", type=_number(int, 0), default=0, help="default top-k (%(default)s: off)")
     add("--min-p", type=_number(float, 0, 1), default=0.0, help="default min-p (%(default)s: off)")
-    add("--max-tokens", type=_number(int, 1), default=512, help="of a reply (%(default)s)")
+    add(
+        "--max-tokens",
+        type=_number(int, 1),
+        help="of a reply whose request does not say (default: as many as fit)",
+    )
     add(
         "--chat-template-args",
         type=_template_args,
@@ -173,6 +178,13 @@ def _add_mlx_lm_flags(parser: argparse.ArgumentParser) -> None:
 def _add_own_flags(parser: argparse.ArgumentParser) -> None:
     own = parser.add_argument_group("our own").add_argument
     own("--api-key", help=f"key that clients must send (or in ${API_KEY_VARIABLE})")
+    own(
+        "--alias",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a name for the model of --model, in requests and replies; may be given several times",
+    )
     own("--max-prompt-tokens", type=_number(int, 1), help="longer prompts are refused")
     own(
         "--context-length",
@@ -236,6 +248,7 @@ def read_settings(parser: argparse.ArgumentParser, argv: list[str] | None) -> Se
     own_names = {
         "api_key": args.api_key or os.environ.get(API_KEY_VARIABLE) or None,
         "model": args.model or str(BUNDLED_MODEL),
+        "aliases": tuple(args.alias),
         "allowed_origins": tuple(args.allowed_origins or ()),
         "memory_budget": budget,
         "disk_budget": args.cache_disk_bytes,
