@@ -690,7 +690,7 @@ def default_model(theirs: Server, ours: Server) -> None:
 @difference(
     "Pages that may ask (`--allowed-origins`)",
     theirs="Those of any site",
-    ours="Those of this computer, unless the flag names others; a request from elsewhere gets 403",
+    ours="Those of this computer and its apps (`vscode-webview://`, `app://`, `tauri://`), and what the flag adds; a request from elsewhere gets 403",
     flag="--allowed-origins",
 )
 def foreign_origins(theirs: Server, ours: Server) -> None:
@@ -701,19 +701,22 @@ def foreign_origins(theirs: Server, ours: Server) -> None:
     body = {"messages": user("Hello, I am Nora."), "max_tokens": 2, **INSTANT}
     asked = [s.client.post(CHAT, json=body, headers=page).status_code for s in (theirs, ours)]
     assert asked == [200, 403]
-    page["Origin"] = "http://localhost:3000"
-    assert ours.client.options(CHAT, headers=page).headers[allowed] in ("*", page["Origin"])
+    for own in ("http://localhost:3000", "vscode-webview://abc", "app://obsidian.md"):
+        page["Origin"] = own
+        assert ours.client.options(CHAT, headers=page).headers[allowed] in ("*", own)
 
 
 @difference(
     "The `Host` header",
     theirs="Any",
-    ours="Must name this computer or the address given by `--host`, else 403",
+    ours="Must name this computer, also as its containers do (`host.docker.internal`), the address given by `--host`, or what `--allowed-hosts` adds, else 403",
 )
 def foreign_hosts(theirs: Server, ours: Server) -> None:
     strange = {"Host": "elsewhere.example"}
     asked = [s.client.get("/v1/models", headers=strange).status_code for s in (theirs, ours)]
     assert asked == [200, 403]
+    inside = {"Host": "host.docker.internal:8080"}
+    assert ours.client.get("/v1/models", headers=inside).status_code == 200
 
 
 @difference(

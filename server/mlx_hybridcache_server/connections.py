@@ -11,7 +11,7 @@ import logging
 import resource
 from enum import Enum
 from http import HTTPStatus
-from typing import Any
+from typing import Any, NamedTuple
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -204,12 +204,13 @@ class Connection(H11Protocol):
         self._unsent = unsent
         self._sending = self.loop.call_later(UNSENT_SECONDS, self._look_at_unsent)
 
-    def _end(self, last_words: bytes) -> None:
+    def _end(self, last_words: LastWords) -> None:
         if self.transport.is_closing():
             return
         has_asked = self._awaited is not Awaited.REQUEST and self._received > 0
         if (has_asked or not self._has_room) and self.conn.our_state in WAITING:
-            self.transport.write(last_words)
+            self.transport.write(last_words.sent)
+            log.warning("A connection was ended: %s.", last_words.reason)
         self._await(None)
         self.transport.close()
 
@@ -218,8 +219,14 @@ WAITING = (h11.IDLE, h11.SEND_RESPONSE)
 """States of ours in which no reply has begun."""
 
 
-def _reply(status: HTTPStatus, message: str, code: str) -> bytes:
-    """A whole response, after which the connection is closed."""
+class LastWords(NamedTuple):
+    """A whole response, after which a connection is closed, and what the log says of it."""
+
+    sent: bytes
+    reason: str
+
+
+def _reply(status: HTTPStatus, message: str, code: str) -> LastWords:
     body = written(ApiError(status, message, code=code).body())
     lines = [
         f"HTTP/1.1 {status.value} {status.phrase}",
@@ -228,7 +235,8 @@ def _reply(status: HTTPStatus, message: str, code: str) -> bytes:
         "connection: close",
         *(["retry-after: 5"] if status is HTTPStatus.SERVICE_UNAVAILABLE else []),
     ]
-    return "\r\n".join([*lines, "", ""]).encode() + body
+    sent = "\r\n".join([*lines, "", ""]).encode() + body
+    return LastWords(sent, f"{status.value} {code}")
 
 
 TOO_SLOW = _reply(

@@ -186,7 +186,7 @@ async def health(request: Request) -> Response:
     """Whether requests can be served."""
     if serving_of(request).is_alive:
         return JsonResponse({"status": "ok"})
-    return JsonResponse({"status": "unavailable"}, 503)
+    return JsonResponse({"status": "unavailable"}, 503)  # said in the log by the worker's end
 
 
 @router.get("/v1/models", response_model=None)
