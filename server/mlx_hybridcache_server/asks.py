@@ -47,7 +47,7 @@ def asks(
     """The `n` replies that are wanted to one prompt."""
     sampling = _sampling(body, settings, loaded.renderer.vocabulary)
     seed = secrets.randbits(63) if body.seed is None else body.seed
-    named = body.max_completion_tokens or body.max_tokens or settings.max_tokens
+    named = body.max_completion_tokens or body.max_tokens or settings.max_tokens or LONGEST_REPLY
     fitting = loaded.renderer.room.beside(len(rendered.tokens)) or LONGEST_REPLY
     limits = _limits(body, settings, loaded, constraint)
     is_chat = isinstance(body, ChatBody)
@@ -58,8 +58,8 @@ def asks(
     return [
         Ask(
             tokens=rendered.tokens,
-            max_tokens=min(named or LONGEST_REPLY, fitting),
-            best_effort=named is None,
+            max_tokens=min(named, fitting),
+            best_effort=named >= fitting,
             sampling=sampling,
             seed=(seed + index) % 2**64,
             stops=body.stops(),

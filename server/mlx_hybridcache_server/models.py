@@ -153,6 +153,8 @@ def load(
         disk_budget=settings.disk_budget if settings.uses_cache else None,
     )
     engine = cache.engine
+    if settings.max_thinking_tokens is not None and not tokenizer.has_thinking:
+        log.warning("--max-thinking-tokens has no effect: %s reasons in no block of its own.", name)
     context = settings.context_length
     if context is None:
         context = models.longest_context(models.configuration(name))

@@ -173,8 +173,8 @@ class Run:
                 finished = item.finish is not None
                 if item.finish == "length" and self.ask.best_effort:
                     clients.warning(
-                        "A reply whose client set no max_tokens went on until no more fitted. "
-                        "--max-tokens bounds such replies."
+                        "A reply went on until no more fitted: its request set no max_tokens, or more. "
+                        "--max-tokens bounds those that set none."
                     )
             else:
                 self._progress = item
