@@ -120,7 +120,7 @@ class Connection(H11Protocol):
         if (
             not self._has_room
         ):  # heard before it is refused: else the system would cut it off unread
-            self._end(TOO_MANY)
+            self._end(TOO_MANY, is_said=True)
             return
         self._received += len(data)
         super().data_received(data)
@@ -160,7 +160,7 @@ class Connection(H11Protocol):
 
     def give_way(self) -> None:
         """Make room for another."""
-        self._end(TOO_SLOW)
+        self._end(TOO_SLOW, is_said=True)
 
     def _owed(self, between: Awaited) -> Awaited | None:
         """What the client owes; `between` requests it is the next one's header, or the next one."""
@@ -204,13 +204,15 @@ class Connection(H11Protocol):
         self._unsent = unsent
         self._sending = self.loop.call_later(UNSENT_SECONDS, self._look_at_unsent)
 
-    def _end(self, last_words: LastWords) -> None:
+    def _end(self, last_words: LastWords, *, is_said: bool = False) -> None:
+        """Close it with `last_words`, which the log has, unless it was said for all of the crowd."""
         if self.transport.is_closing():
             return
         has_asked = self._awaited is not Awaited.REQUEST and self._received > 0
         if (has_asked or not self._has_room) and self.conn.our_state in WAITING:
             self.transport.write(last_words.sent)
-            log.warning("A connection was ended: %s.", last_words.reason)
+            if not is_said:
+                log.info("A connection was ended: %s.", last_words.reason)
         self._await(None)
         self.transport.close()
 
