@@ -232,6 +232,7 @@ class HybridPromptCache:
         cache_salt: str | None = None,
         use_cache: bool = True,
         seed: int | None = None,
+        best_effort: bool = False,
         through: None = None,
         **options: Any,
     ) -> Generation[GenerationResponse]: ...
@@ -247,6 +248,7 @@ class HybridPromptCache:
         cache_salt: str | None = None,
         use_cache: bool = True,
         seed: int | None = None,
+        best_effort: bool = False,
         through: Through[T],
         **options: Any,
     ) -> Generation[T]: ...
@@ -261,13 +263,15 @@ class HybridPromptCache:
         cache_salt: str | None = None,
         use_cache: bool = True,
         seed: int | None = None,
+        best_effort: bool = False,
         through: Through[Any] | None = None,
         **options: Any,
     ) -> Generation[Any]:
         """A reply to `prompt`, text or token ids; keyword arguments are `mlx_lm.stream_generate`'s.
 
         `boundaries` declares positions worth a checkpoint. `use_cache=False` reads all of it by
-        mlx-lm alone. Samplers, logits processors, the progress callback and `through` run on the
+        mlx-lm alone. `best_effort` is for a reply of unknown length: `max_tokens` is not kept ready, and
+        where no more fits into memory the reply ends with `length`. Samplers, logits processors, the progress callback and `through` run on the
         worker thread. Samplers draw from a random stream that begins at `seed`, or at the calling
         thread's random state as it is now. `through` takes the responses, with a `PAUSE` for each
         turn that gives none, and yields what the caller gets; ending early ends the request with
@@ -293,6 +297,7 @@ class HybridPromptCache:
         request = self._request(
             prompt, max_tokens, boundaries, prompt_progress_callback, cache_salt
         )
+        request.best_effort = best_effort
         uncached = [name for name in UNCACHED_OPTIONS if options.get(name) is not None]
         if not use_cache:
             uncached.append("use_cache=False")

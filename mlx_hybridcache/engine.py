@@ -33,7 +33,7 @@ from .replay import plan, replay
 from .report import CacheReport
 from .request import Request
 from .responses import respond
-from .room import request_rows
+from .room import ROW_STEP, request_rows
 from .sampling import seeded
 from .schedule import Grid, Reading, partings
 from .sharing import Readers
@@ -234,6 +234,7 @@ class Engine:
                 prompt_tokens=len(request.tokens),
                 prefill_seconds=request.report.prefill_seconds,
                 revive=partial(self._revive, request, writer),
+                best_effort=request.best_effort,
             ):
                 is_first = (
                     isinstance(response, GenerationResponse) and response.generation_tokens == 1
@@ -321,7 +322,7 @@ class Engine:
         if read:
             yield from self.readers.join(request)
         try:
-            capacity = request_rows(len(request.tokens), request.max_tokens)
+            capacity = request.rows
             self.relieve(self.layout.running_bytes(capacity))  # before anything is found to restore
             caches, found, claim = yield from self._resume(request, capacity)
             position = found.position
@@ -635,7 +636,7 @@ class Engine:
         assert report is not None
         read = np.array([*request.tokens, *writer.read, writer.coming], dtype=np.int32)
         again = self.request(read, request.namespace.salt, writer.left)
-        again.job = request.job
+        again.job, again.best_effort = request.job, request.best_effort
         if self.layout.lends_rows:
             again.lender = CacheLender(again.namespace, again.tokens, self.layout)
         self.decoder.revive(writer, (yield from self._prepare(again)))
@@ -714,7 +715,7 @@ class Engine:
         began = time.perf_counter()
         request.job.left = 0  # mlx-lm reads the prompt in one go, so there is nothing to plan
         request.report = told = uncached_report(request, why, self.layout.unsupported)
-        capacity = request_rows(len(request.tokens), request.max_tokens)
+        capacity = request.rows
         claim = self.store.claim(self.layout.running_bytes(capacity))
         self.publish()
         seed = options.pop("seed", None)
@@ -733,7 +734,18 @@ class Engine:
                     seconds = time.perf_counter() - began
                     request.report = replace(told, prefill_seconds=seconds)
                 mx.eval(response.logprobs)
+                is_full = len(request.tokens) + response.generation_tokens >= capacity
+                if is_full and response.finish_reason is None:
+                    capacity += ROW_STEP
+                    try:
+                        claim.grow(ROW_STEP * self.layout.row_bytes)
+                    except BudgetError:
+                        if not request.best_effort:
+                            raise
+                        response.finish_reason = "length"
                 yield response
+                if response.finish_reason is not None:
+                    return
         finally:
             responses.close()
             claim.release()

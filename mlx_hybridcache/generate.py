@@ -27,7 +27,7 @@ from .errors import BudgetError
 from .layers.adapt import Layout
 from .lender import CacheLender
 from .loans import Loans
-from .room import REPLY_ROOM, ROW_STEP, batch_bytes
+from .room import REPLY_ROOM, ROW_STEP, batch_bytes, rounded
 from .sampling import Draws, Guard, LogitsProcessor, Sampler
 from .tokens import Tokens
 
@@ -38,6 +38,9 @@ UNTAKEN = 8
 
 WASTE = 2.0
 """A batch pads its replies to the longest one. It is formed while that at most doubles their rows."""
+
+LEAVES_TO_OTHERS = 0.75
+"""A reply that gets what fits grows only while running requests hold no more of the budget."""
 
 NO_LIMIT = 2**31
 """Where a reply ends is decided here: a batch would let go of what it ends."""
@@ -102,6 +105,11 @@ class _Batch:
     claim: Claim
     is_merged: bool = False
     writers: list[Writer] = field(default_factory=list)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether there are rows for the next step."""
+        return max(writer.position for writer in self.writers) < self.capacity
 
 
 class Decoder:
@@ -174,6 +182,25 @@ class Decoder:
             raise writer.guard.error
         return None
 
+    def makes_room(self, writer: Writer) -> bool:
+        """Whether a reply that gets what fits can take its next step: room is made for it now.
+
+        While others run it leaves them a part of the memory.
+        """
+        batch = writer.batch
+        if writer.made or not writer.has_caches or batch.has_room:
+            return True
+        store = self._store
+        need = len(batch.writers) * self._more_rows(batch) * self._layout.row_bytes
+        is_alone = store.running_bytes == batch.claim.nbytes and len(batch.writers) == 1
+        if not is_alone and store.running_bytes + need > LEAVES_TO_OTHERS * store.budget_bytes:
+            return False
+        try:
+            self._grow(batch)
+        except BudgetError:
+            return False
+        return True
+
     def revive(self, writer: Writer, ready: Prepared) -> None:
         """Go on alone, on caches that stand where those of its failed batch stood."""
         assert ready.position == writer.position and not writer.has_caches
@@ -204,8 +231,7 @@ class Decoder:
 
     def _step(self, batch: _Batch) -> None:
         """One token for every reply of a batch."""
-        longest = max(writer.position for writer in batch.writers)
-        if longest + 1 > batch.capacity:
+        if not batch.has_room:
             self._grow(batch)
         drawn = [None if writer.draws is None else writer.draws.state for writer in batch.writers]
         try:
@@ -230,10 +256,17 @@ class Decoder:
             if batch.is_merged and (is_last or len(writer.made) > UNTAKEN):
                 self._set_apart(writer)
 
+    def _more_rows(self, batch: _Batch) -> int:
+        """As many as a lone reply has written, so that it is copied seldom, but no more than it may write."""
+        if batch.is_merged:
+            return ROW_STEP
+        (writer,) = batch.writers
+        more = min(REPLY_ROOM, max(ROW_STEP, rounded(len(writer.read))))
+        return more if writer.left < 0 else min(more, rounded(writer.left))
+
     def _grow(self, batch: _Batch) -> None:
         """More room, while the old buffers and the new ones are both held for a moment."""
-        count = len(batch.writers)
-        more = ROW_STEP if batch.is_merged else REPLY_ROOM
+        count, more = len(batch.writers), self._more_rows(batch)
         passing = count * batch.capacity * max(kind.row_bytes for kind in self._layout.kinds)
         batch.claim.grow(count * more * self._layout.row_bytes, passing=passing)
         batch.capacity += more

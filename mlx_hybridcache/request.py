@@ -10,6 +10,7 @@ from typing import Any, Generic, Self, TypeVar
 from .budget import Claim
 from .lender import CacheLender
 from .report import CacheReport, Divergence
+from .room import request_rows
 from .tokens import Namespace, Tokens
 from .worker import Job, Stream, Worker
 
@@ -26,7 +27,8 @@ class Request:
     `read` tokens are restored or read so far, and `stops` are the positions on the way at which
     others wait for a checkpoint. Its caches are the `lender`'s, if the store may leave rows in them.
     An `exact` one is read in whole slices of the grid, and goes on only where one of those ended;
-    `detail` says why, if that is not what its cache was made for.
+    `detail` says why, if that is not what its cache was made for. A `best_effort` reply ends where
+    nothing more fits.
     """
 
     tokens: Tokens
@@ -45,7 +47,13 @@ class Request:
     read: int = 0
     stops: set[int] = field(default_factory=set)
     exact: bool = False
+    best_effort: bool = False
     detail: str = ""
+
+    @property
+    def rows(self) -> int:
+        """How many its caches are made for."""
+        return request_rows(len(self.tokens), self.max_tokens, best_effort=self.best_effort)
 
     def advance(self, read: int) -> None:
         """`read` tokens are read: say how many more until someone's first token."""

@@ -22,8 +22,11 @@ def respond(
     prompt_tokens: int,
     prefill_seconds: float,
     revive: Callable[[], Iterator[T]],
+    best_effort: bool = False,
 ) -> Iterator[GenerationResponse | T]:
     """A reply as mlx-lm's `stream_generate` gives it, to its end. `revive` helps it out of a failed batch.
+
+    With `best_effort` it ends, with `length`, where there is no room for another token.
 
     When the k-th response is yielded, the reply's caches stand k tokens behind the prompt, but for
     tokens that its batch made ahead.
@@ -40,7 +43,9 @@ def respond(
             finish = "stop"
         else:
             detokenizer.add_token(token)
-            finish = "length" if writer.left == len(writer.made) == 0 else None
+            is_last = writer.left == len(writer.made) == 0
+            is_last = is_last or (best_effort and not decoder.makes_room(writer))
+            finish = "length" if is_last else None
         if finish is not None:
             detokenizer.finalize()
         yield GenerationResponse(

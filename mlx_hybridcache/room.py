@@ -11,14 +11,22 @@ REPLY_ROOM = 8192
 """Rows kept ready for a reply whose length is not bounded, or bounded higher."""
 
 
+FIRST_ROOM = 512
+"""The same for a reply that gets what fits: it grows, so that many of them do not claim what few need."""
+
+
 def rounded(rows: int) -> int:
     """So many rows as buffers have."""
     return -(-rows // ROW_STEP) * ROW_STEP
 
 
-def request_rows(prompt_tokens: int, max_tokens: int) -> int:
-    """Rows of a request's caches: its prompt and room for its reply. `max_tokens <= 0` means no limit."""
-    room = min(max_tokens, REPLY_ROOM) if max_tokens > 0 else REPLY_ROOM
+def request_rows(prompt_tokens: int, max_tokens: int, *, best_effort: bool = False) -> int:
+    """Rows of a request's caches: its prompt and room for its reply. `max_tokens <= 0` means no limit.
+
+    With `best_effort` there is room for the reply's beginning.
+    """
+    most = FIRST_ROOM if best_effort else REPLY_ROOM
+    room = min(max_tokens, most) if max_tokens > 0 else most
     return rounded(prompt_tokens + room)
 
 

@@ -4,6 +4,7 @@ import gc
 import random
 from collections.abc import Iterator
 from functools import cache as once
+from typing import Any
 
 import bounds
 import mlx.core as mx
@@ -312,6 +313,44 @@ def test_a_reply_that_outgrows_the_budget_ends_with_an_error(
         held.release()
     gc.collect()
     assert mx.ones(3).sum().item() == 3
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_a_reply_that_gets_what_fits_ends_with_length(
+    monkeypatch: pytest.MonkeyPatch, *, use_cache: bool
+) -> None:
+    """The same with `best_effort`: 56 tokens, the last of which says `length`, and the next request is
+    served.
+    """
+    for name in ("REPLY_ROOM", "FIRST_ROOM"):
+        monkeypatch.setattr(room, name, 16)
+    with new_cache(smallest_budget()) as cache:
+        held = cache.prefill(oracle.prompt(100, seed=5), max_tokens=16)
+        beside = cache.stats().running_bytes
+        options: Any = {"sampler": oracle.never_ending, "use_cache": use_cache}
+        prompt = oracle.prompt(200, seed=4)
+        pieces = list(cache.stream_generate(prompt, -1, best_effort=True, **options))
+        assert [piece.finish_reason for piece in pieces] == [None] * 55 + ["length"]
+        assert cache.stats().running_bytes == beside
+        held.release()
+        assert len(list(cache.stream_generate(prompt, 20, **options))) == 20
+
+
+def test_a_reply_of_unknown_length_claims_its_beginning_and_grows() -> None:
+    """512 rows beside the prompt's 100, then as many again as it has written; the tokens are those of a
+    reply whose length was named.
+    """
+    with new_cache(BUDGET) as cache:
+        prompt, options = oracle.prompt(100, seed=6), {"sampler": oracle.never_ending}
+        named = [piece.token for piece in cache.stream_generate(prompt, 1_500, **options)]
+        claimed, tokens = [], []
+        for piece in cache.stream_generate(prompt, 1_500, best_effort=True, **options):
+            tokens.append(piece.token)
+            claimed.append(cache.engine.store.running_bytes)
+        assert tokens == named
+        assert claimed[0] == cache.engine.layout.running_bytes(room.rounded(100 + 512))
+        assert claimed[-2] >= cache.engine.layout.running_bytes(1_600)
+        assert len(set(claimed)) < 6
 
 
 @pytest.mark.parametrize("name", ["wide", "llama", "gemma3_text"])

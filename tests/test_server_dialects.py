@@ -212,6 +212,15 @@ def test_reasoning_ends_at_its_budget_and_the_reply_goes_on(server):
     assert choices[0][0]["message"]["content"] or choices[0][0]["message"].get("tool_calls")
 
 
+def test_a_budget_of_thinking_goes_with_a_form(server):
+    """Reasoning ends at three tokens and its marker, and what follows is JSON by the schema."""
+    schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"]}
+    body = {"messages": user("What is the weather in Oslo?"), "guided_json": schema}
+    reply = server.answer(CHAT, **body, thinking={"type": "enabled", "budget_tokens": 3})
+    assert reply["usage"]["completion_tokens_details"]["reasoning_tokens"] <= 6
+    assert json.loads(reply["choices"][0]["message"]["content"])["a"] in (1, 2)
+
+
 def test_what_is_not_followed_is_in_a_header_and_once_in_the_log(server):
     """`mirostat` in a stream and in a whole reply, and an effort that the template does not know."""
     server.newly_logged()

@@ -36,10 +36,12 @@ from servers import (
     OURS,
     THEIRS,
     Server,
+    Stream,
     command,
     raw_exchange,
     raw_post,
     raw_status,
+    read_stream,
     running,
     user,
 )
@@ -682,6 +684,23 @@ def twelve_conversations(theirs: Server, ours: Server) -> None:
 
 
 @difference(
+    "`max_tokens` not sent (`--max-tokens`)",
+    theirs="512 tokens",
+    ours="As many as fit into the model's context and the memory, unless the flag is given",
+    flag="--max-tokens",
+)
+def replies_of_no_named_length(theirs: Server, ours: Server) -> None:
+    body = {"prompt": "The", "logit_bias": {"700": 100}}
+    assert theirs.answer(COMPLETIONS, **body)["usage"]["completion_tokens"] == 512
+    stream = Stream(0, {})
+    with ours.client.stream("POST", COMPLETIONS, json={**body, "stream": True}) as response:
+        for _ in read_stream(response.iter_lines(), stream):
+            if len(stream.events) > 600:  # it would go on for the whole context
+                break
+    assert all(choice["finish_reason"] is None for choice in stream.choices)
+
+
+@difference(
     "The address itself, in a browser",
     theirs="404",
     ours="The [page](#watch-it) of the cache",
@@ -707,7 +726,7 @@ def default_model(theirs: Server, ours: Server) -> None:
 @difference(
     "Pages that may ask (`--allowed-origins`)",
     theirs="Those of any site",
-    ours="Those of this computer, unless the flag names others; a request from elsewhere gets 403",
+    ours="Those of this computer and its apps (`vscode-webview://`, `app://`, `tauri://`), and what the flag adds; a request from elsewhere gets 403",
     flag="--allowed-origins",
 )
 def foreign_origins(theirs: Server, ours: Server) -> None:
@@ -718,19 +737,22 @@ def foreign_origins(theirs: Server, ours: Server) -> None:
     body = {"messages": user("Hello, I am Nora."), "max_tokens": 2, **INSTANT}
     asked = [s.client.post(CHAT, json=body, headers=page).status_code for s in (theirs, ours)]
     assert asked == [200, 403]
-    page["Origin"] = "http://localhost:3000"
-    assert ours.client.options(CHAT, headers=page).headers[allowed] in ("*", page["Origin"])
+    for own in ("http://localhost:3000", "vscode-webview://abc", "app://obsidian.md"):
+        page["Origin"] = own
+        assert ours.client.options(CHAT, headers=page).headers[allowed] in ("*", own)
 
 
 @difference(
     "The `Host` header",
     theirs="Any",
-    ours="Must name this computer or the address given by `--host`, else 403",
+    ours="Must name this computer, also as its containers do (`host.docker.internal`), the address given by `--host`, or what `--allowed-hosts` adds, else 403",
 )
 def foreign_hosts(theirs: Server, ours: Server) -> None:
     strange = {"Host": "elsewhere.example"}
     asked = [s.client.get("/v1/models", headers=strange).status_code for s in (theirs, ours)]
     assert asked == [200, 403]
+    inside = {"Host": "host.docker.internal:8080"}
+    assert ours.client.get("/v1/models", headers=inside).status_code == 200
 
 
 @difference(

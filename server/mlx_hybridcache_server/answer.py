@@ -114,6 +114,8 @@ async def events(chunks: AsyncGenerator[bytes], metrics: Metrics) -> AsyncGenera
         failure = as_api_error(error)
         if failure.status_code == 500:
             log.exception("A stream failed.")
+        else:
+            log.warning("A stream ended: %d %s", failure.status_code, failure.reason)
         yield event(failure.body())
     yield format_sse_event(data_str="[DONE]")
 

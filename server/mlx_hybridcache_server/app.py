@@ -20,19 +20,21 @@ from mlx_hybridcache import HybridCacheError
 from . import __doc__ as purpose
 from .bodies import Bodies
 from .errors import as_api_error, refuse
-from .gate import LOOPBACK_ORIGINS, Gate
+from .failures import log_failure, not_served
+from .gate import OWN_ORIGINS, Gate
+from .heads import Heads
 from .metrics import Metrics
 from .quiet import CLIENTS
 from .routes import router
 from .schema import FIELDS
 from .serving import Serving
-from .wire import JsonResponse
+from .wire import ErrorResponse, JsonResponse
 
 log = logging.getLogger(CLIENTS)
 
 STALLED_SECONDS = 60
 
-METHODS = "GET, POST, DELETE, OPTIONS"
+METHODS = "GET, HEAD, POST, DELETE, OPTIONS"
 
 MOST_MISTAKES = 3
 """Mistakes that one error message lists; a prompt of wrong token ids has thousands."""
@@ -78,11 +80,12 @@ def build_app(serving: Serving) -> FastAPI:
     # The last one added is the first one asked. An answer from within `_Cors` can be read by a page;
     # what fails outside of it is answered too.
     app.add_middleware(_Options)
+    app.add_middleware(Heads)
     app.add_middleware(_Answered)
     app.add_middleware(
         _Cors,
         allow_origins=list(origins),
-        allow_origin_regex=None if origins else LOOPBACK_ORIGINS,
+        allow_origin_regex=OWN_ORIGINS,
         allow_methods=["*"],
         allow_headers=["*"],
     )
@@ -95,9 +98,11 @@ def build_app(serving: Serving) -> FastAPI:
 
 
 async def _failed(request: Request, error: Exception) -> Response:
-    failure = as_api_error(error)
     headers = getattr(error, "headers", None)
-    return JsonResponse(failure.body(), failure.status_code, headers=headers)
+    if isinstance(error, HTTPException) and error.status_code in (404, 405):
+        error, allow = not_served(request, error)
+        headers = {**(headers or {}), **allow}
+    return ErrorResponse(as_api_error(error), headers)
 
 
 async def _invalid(request: Request, error: Exception) -> Response:
@@ -106,7 +111,7 @@ async def _invalid(request: Request, error: Exception) -> Response:
     shown = list(dict.fromkeys(f"{where}: {what}" if where else what for where, what in mistakes))
     more = f"; and {len(shown) - MOST_MISTAKES} more" if len(shown) > MOST_MISTAKES else ""
     failure = refuse("; ".join(shown[:MOST_MISTAKES]) + more + ".", mistakes[0][0] or None)
-    return JsonResponse(failure.body(), failure.status_code)
+    return ErrorResponse(failure)
 
 
 def _mistake(found: dict[str, object]) -> tuple[str, str]:
@@ -164,9 +169,7 @@ class _Answered:
             if has_begun:
                 raise
             log.exception("A request failed.")
-            failure = as_api_error(error)
-            response = JsonResponse(failure.body(), failure.status_code)
-            await response(scope, receive, send)
+            await ErrorResponse(as_api_error(error))(scope, receive, send)
 
 
 class _Cors(CORSMiddleware):
@@ -197,7 +200,10 @@ class _AsJson:
 
 
 class _Counted:
-    """Counts every response by endpoint and status. Paths that nobody serves share one name."""
+    """Counts every response by endpoint and status. Paths that nobody serves share one name.
+
+    What is refused or fails leaves one line in the log.
+    """
 
     def __init__(self, app: ASGIApp, metrics: Metrics):
         self._app, self._metrics = app, metrics
@@ -207,6 +213,8 @@ class _Counted:
             if message["type"] == "http.response.start":
                 endpoint = getattr(scope.get("route"), "path", "other")
                 self._metrics.requests.labels(endpoint, str(message["status"])).inc()
+                if message["status"] >= 400:
+                    log_failure(scope, message["status"])
             await send(message)
 
         await self._app(scope, receive, counted if scope["type"] == "http" else send)

@@ -18,6 +18,9 @@ from .serving import Ask
 from .settings import Settings
 from .tool_formats import ToolFormat
 
+LONGEST_REPLY = 2**31 - 1
+"""Where neither the model's configuration nor the memory says how much fits."""
+
 MOST_DIGITS = 19
 """Of a token id, leading zeros included."""
 
@@ -50,10 +53,8 @@ def asks(
     if is_silent(body):
         sampling = replace(sampling, logit_bias=(*sampling.logit_bias, *loaded.without_calls()))
     seed = secrets.randbits(63) if body.seed is None else body.seed
-    max_tokens = body.max_completion_tokens or body.max_tokens or settings.max_tokens
-    fitting = loaded.renderer.room.beside(len(rendered.tokens))
-    if fitting is not None:
-        max_tokens = min(max_tokens, fitting)
+    named = body.max_completion_tokens or body.max_tokens or settings.max_tokens or LONGEST_REPLY
+    fitting = loaded.renderer.room.beside(len(rendered.tokens)) or LONGEST_REPLY
     limits = _limits(body, settings, loaded, constraint)
     is_chat = isinstance(body, ChatBody)
     goes_on, one_tool_call = True, False
@@ -63,7 +64,8 @@ def asks(
     return [
         Ask(
             tokens=rendered.tokens,
-            max_tokens=max_tokens,
+            max_tokens=min(named, fitting),
+            best_effort=named >= fitting,
             sampling=sampling,
             seed=(seed + index) % 2**64,
             stops=body.stops(),

@@ -11,7 +11,7 @@ from mlx_hybridcache.pressure import give_back
 
 from .errors import RETRY_SECONDS, ApiError
 from .settings import Settings
-from .wire import JsonResponse
+from .wire import ErrorResponse
 
 TOGETHER = 4
 """Bodies of the largest size that are held at once, however many smaller ones that makes."""
@@ -44,8 +44,7 @@ class Bodies:
         announced = _announced(Headers(scope=scope))
         refused = self._refusal(announced, announced)
         if refused is not None:
-            response = JsonResponse(refused.body(), refused.status_code, refused.headers)
-            await response(scope, receive, send)
+            await ErrorResponse(refused)(scope, receive, send)
             return
         seen = 0
 

@@ -11,7 +11,7 @@ import logging
 import resource
 from enum import Enum
 from http import HTTPStatus
-from typing import Any
+from typing import Any, NamedTuple
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -120,7 +120,7 @@ class Connection(H11Protocol):
         if (
             not self._has_room
         ):  # heard before it is refused: else the system would cut it off unread
-            self._end(TOO_MANY)
+            self._end(TOO_MANY, is_said=True)
             return
         self._received += len(data)
         super().data_received(data)
@@ -160,7 +160,7 @@ class Connection(H11Protocol):
 
     def give_way(self) -> None:
         """Make room for another."""
-        self._end(TOO_SLOW)
+        self._end(TOO_SLOW, is_said=True)
 
     def _owed(self, between: Awaited) -> Awaited | None:
         """What the client owes; `between` requests it is the next one's header, or the next one."""
@@ -204,12 +204,15 @@ class Connection(H11Protocol):
         self._unsent = unsent
         self._sending = self.loop.call_later(UNSENT_SECONDS, self._look_at_unsent)
 
-    def _end(self, last_words: bytes) -> None:
+    def _end(self, last_words: LastWords, *, is_said: bool = False) -> None:
+        """Close it with `last_words`, which the log has, unless it was said for all of the crowd."""
         if self.transport.is_closing():
             return
         has_asked = self._awaited is not Awaited.REQUEST and self._received > 0
         if (has_asked or not self._has_room) and self.conn.our_state in WAITING:
-            self.transport.write(last_words)
+            self.transport.write(last_words.sent)
+            if not is_said:
+                log.info("A connection was ended: %s.", last_words.reason)
         self._await(None)
         self.transport.close()
 
@@ -218,8 +221,14 @@ WAITING = (h11.IDLE, h11.SEND_RESPONSE)
 """States of ours in which no reply has begun."""
 
 
-def _reply(status: HTTPStatus, message: str, code: str) -> bytes:
-    """A whole response, after which the connection is closed."""
+class LastWords(NamedTuple):
+    """A whole response, after which a connection is closed, and what the log says of it."""
+
+    sent: bytes
+    reason: str
+
+
+def _reply(status: HTTPStatus, message: str, code: str) -> LastWords:
     body = written(ApiError(status, message, code=code).body())
     lines = [
         f"HTTP/1.1 {status.value} {status.phrase}",
@@ -228,7 +237,8 @@ def _reply(status: HTTPStatus, message: str, code: str) -> bytes:
         "connection: close",
         *(["retry-after: 5"] if status is HTTPStatus.SERVICE_UNAVAILABLE else []),
     ]
-    return "\r\n".join([*lines, "", ""]).encode() + body
+    sent = "\r\n".join([*lines, "", ""]).encode() + body
+    return LastWords(sent, f"{status.value} {code}")
 
 
 TOO_SLOW = _reply(

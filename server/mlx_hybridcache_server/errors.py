@@ -38,6 +38,12 @@ class ApiError(HTTPException):
         super().__init__(status, shown, headers)
         self.param, self.code = param, code
 
+    @property
+    def reason(self) -> str:
+        """Why, for the log: without the message, which may quote what a client sent."""
+        kind = self.code or self.body()["error"]["type"]
+        return f"{kind} ({self.param})" if self.param else str(kind)
+
     def body(self) -> dict[str, Any]:
         """`{"error": ...}`."""
         kinds = {

@@ -27,7 +27,7 @@ async def unless_gone(request: Request, serving: Serving, work: Coroutine[Any, A
         if working.done():
             return working.result()
         serving.metrics.cancelled.inc()
-        raise ApiError(CLIENT_GONE, "The client closed the connection.")
+        raise ApiError(CLIENT_GONE, "The client closed the connection.", code="client_gone")
     finally:
         for task in (working, leaving):
             task.cancel()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import threading
@@ -15,6 +16,7 @@ import mlx.core as mx
 from huggingface_hub import CacheNotFound, scan_cache_dir
 
 from mlx_hybridcache import HybridPromptCache, models
+from mlx_hybridcache.demo import BUNDLED_MODEL
 from mlx_hybridcache.errors import SettingError
 from mlx_hybridcache.layers.adapt import Layout
 from mlx_hybridcache.router import AUTO, Patch, choose_patch
@@ -32,6 +34,12 @@ log = logging.getLogger("mlx_hybridcache.server")
 DEFAULT_NAME = "default_model"
 """mlx_lm.server's name for the model of `--model`."""
 
+BUNDLED_NAME = "mlx-hybridcache-demo"
+"""The bundled model's."""
+
+SNAPSHOTS = "snapshots"
+"""Where the hub's cache keeps a repository's versions: `models--owner--name/snapshots/version`."""
+
 T = TypeVar("T")
 
 
@@ -43,7 +51,27 @@ class Named(NamedTuple):
 
     def resolved(self, settings: Settings) -> Named:
         """The same by the name from which it can be loaded."""
-        return self._replace(name=settings.model) if self.name == DEFAULT_NAME else self
+        is_default = self.name in own_names(settings)
+        return self._replace(name=settings.model) if is_default else self
+
+
+def short_name(path_or_repo: str) -> str:
+    """What a model is called in replies: never by where it lies on this machine's disk."""
+    path = Path(path_or_repo).expanduser()
+    if not path.exists():
+        return path_or_repo
+    path = path.resolve()
+    if path == BUNDLED_MODEL.resolve():
+        return BUNDLED_NAME
+    if path.parent.name == SNAPSHOTS:
+        return path.parents[1].name.removeprefix("models--").replace("--", "/")
+    return path.name
+
+
+def own_names(settings: Settings) -> tuple[str, ...]:
+    """The names that mean the model of `--model`, that of replies first."""
+    names = (*settings.aliases, short_name(settings.model), DEFAULT_NAME)
+    return tuple(dict.fromkeys(names))
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,10 +79,11 @@ class Loaded:
     """A model with what serves it.
 
     `id` is its name in `/v1/models`, `names` all that mean it, `source` what it was loaded from,
-    `adapter` the one that a request asked for.
+    `adapter` the one that a request asked for. `shown` are the names that are listed.
     """
 
     id: str
+    shown: tuple[str, ...]
     names: frozenset[str]
     source: str
     adapter: str | None
@@ -131,14 +160,17 @@ def load(
         disk_budget=settings.disk_budget if settings.uses_cache else None,
     )
     engine = cache.engine
+    if settings.max_thinking_tokens is not None and not tokenizer.has_thinking:
+        log.warning("--max-thinking-tokens has no effect: %s reasons in no block of its own.", name)
     context = settings.context_length
     if context is None:
         context = models.longest_context(models.configuration(name))
     path = Path(name).expanduser()
-    own_id = str(path.resolve()) if path.exists() else name
+    own = own_names(settings) if is_default else (_other_name(name, settings),)
     return Loaded(
-        id=own_id,
-        names=frozenset({own_id, name, str(path)} | ({DEFAULT_NAME} if is_default else set())),
+        id=own[0],
+        shown=settings.aliases if is_default and settings.aliases else own[:1],
+        names=frozenset({*own, name, str(path), str(path.resolve())}),
         source=name,
         adapter=adapter,
         tokenizer=tokenizer,
@@ -154,6 +186,14 @@ def load(
         token_names=TokenNames(token_bytes(tokenizer)),
         draft=draft,
     )
+
+
+def _other_name(name: str, settings: Settings) -> str:
+    """The short name of a model that is not `--model`'s, which it must not be taken for."""
+    short = short_name(name)
+    if name != settings.model and short in own_names(settings):
+        return f"{short}@{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return short
 
 
 def _router(
@@ -187,18 +227,19 @@ def _load_draft(settings: Settings, model: Any, tokenizer: Any) -> Any:
     return draft
 
 
-def downloaded() -> list[str]:
-    """Repositories in the hub's cache that hold an MLX model, whole ones and sharded ones."""
+def downloaded() -> dict[str, int | None]:
+    """Repositories in the hub's cache that hold an MLX model, sharded or not, with their contexts."""
     try:
         repos = scan_cache_dir().repos
     except CacheNotFound:
-        return []
-    return sorted(
+        return {}
+    names = sorted(
         repo.repo_id
         for repo in repos
         if repo.repo_type == "model"
         and any(_is_model({Path(f.file_name).name for f in r.files}) for r in repo.revisions)
     )
+    return {name: models.longest_context(models.configuration(name)) for name in names}
 
 
 def _is_model(files: set[str]) -> bool:

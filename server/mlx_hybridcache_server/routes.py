@@ -187,7 +187,7 @@ async def health(request: Request) -> Response:
     """Whether requests can be served."""
     if serving_of(request).is_alive:
         return JsonResponse({"status": "ok"})
-    return JsonResponse({"status": "unavailable"}, 503)
+    return JsonResponse({"status": "unavailable"}, 503)  # said in the log by the worker's end
 
 
 @router.get("/v1/models", response_model=None)
@@ -198,20 +198,31 @@ async def list_models(request: Request) -> dict[str, Any]:
 
 @router.get("/v1/models/{name:path}", response_model=None)
 async def one_model(name: str, request: Request) -> dict[str, Any]:
-    """One of them. An absolute path may come with its first slash or without."""
-    for found in await _models(serving_of(request)):
+    """One of them, or the served one under any of its names. A path may lack its first slash."""
+    serving = serving_of(request)
+    for found in await _models(serving):
         if found["id"].lstrip("/") == name.lstrip("/"):
             return found
+    if any(own.lstrip("/") == name.lstrip("/") for own in serving.loaded.names):
+        return _entry(serving.loaded.id, serving.loaded.renderer.room.longest)
     raise ApiError(404, f"No model {name!r} is served.", param="model", code="model_not_found")
 
 
 async def _models(serving: Serving) -> list[dict[str, Any]]:
-    ids = [serving.loaded.id]
+    loaded = serving.loaded
+    found = dict.fromkeys(loaded.shown, loaded.renderer.room.longest)
     if serving.settings.allow_model_switching:
-        ids += [name for name in await asyncio.to_thread(models.downloaded) if name not in ids]
-    return [
-        {"id": name, "object": "model", "created": STARTED, "owned_by": "local"} for name in ids
-    ]
+        found = await asyncio.to_thread(models.downloaded) | found
+    ids = [*loaded.shown, *(name for name in found if name not in loaded.shown)]
+    return [_entry(name, found[name]) for name in ids]
+
+
+def _entry(name: str, context: int | None) -> dict[str, Any]:
+    """OpenAI's object, with what fits into a prompt and its reply under the names that clients know."""
+    entry = {"id": name, "object": "model", "created": STARTED, "owned_by": "local"}
+    return (
+        entry if context is None else entry | {"context_length": context, "max_model_len": context}
+    )
 
 
 @router.get("/metrics", response_class=PlainTextResponse)

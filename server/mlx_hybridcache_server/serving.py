@@ -30,6 +30,7 @@ from .listen import Listener, Piece, Progress
 from .metrics import Metrics
 from .models import DEFAULT_NAME, Loaded, Named, load, on_own_thread
 from .parts import Parts
+from .quiet import CLIENTS
 from .record import Recorder, Served
 from .rendering import Rendering
 from .replies import Count
@@ -37,6 +38,7 @@ from .settings import Settings
 from .tool_formats import ToolFormat
 
 log = logging.getLogger("mlx_hybridcache.server")
+clients = logging.getLogger(CLIENTS)
 
 BETWEEN = 4
 """Calls that may wait for the end of a turn of the worker at once, each with a thread."""
@@ -61,6 +63,7 @@ class Ask:
     one_tool_call: bool = False
     constraint: Constraint | None = None
     limits: Limits = NO_LIMITS
+    best_effort: bool = False
     cache_salt: str | None = None
     use_cache: bool = True
     options: dict[str, Any] = field(default_factory=dict)
@@ -171,6 +174,11 @@ class Run:
                 self.count.completion += 1
                 self.count.reasoning += item.is_reasoning
                 finished = item.finish is not None
+                if item.finish == "length" and self.ask.best_effort:
+                    clients.warning(
+                        "A reply went on until no more fitted: its request set no max_tokens, or more. "
+                        "--max-tokens bounds those that set none."
+                    )
             else:
                 self._progress = item
             yield item
@@ -219,6 +227,7 @@ class Run:
             cache_salt=ask.cache_salt,
             use_cache=ask.use_cache,
             seed=ask.seed,
+            best_effort=ask.best_effort,
             # Greedy replies draw nothing, so they need no random stream of their own.
             sampler=sampling.sampler(loaded.tokenizer) if sampling.temperature else None,
             logits_processors=processors or None,
@@ -280,10 +289,11 @@ class Serving:
         waits for all who hold the one that is served, and lets go of that with its cache, as there is
         room for one. What fails to load leaves it as it is.
         """
-        wanted = Named(name or DEFAULT_NAME, adapter)
+        asked = Named(name or DEFAULT_NAME, adapter)
+        wanted = asked.resolved(self.settings)
         if not self.settings.allow_model_switching and not self.loaded.serves(wanted):
-            raise self._not_served(wanted)
-        return await self._lease(held, wanted.resolved(self.settings))
+            raise self._not_served(asked)
+        return await self._lease(held, wanted)
 
     async def any_model(self, held: ExitStack) -> Loaded:
         """The model that is served, which stays until `held` is closed."""

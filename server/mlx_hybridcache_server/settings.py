@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,10 +30,12 @@ class Settings:
     """One server's settings. Sizes are bytes, lengths tokens; None means no limit or no default."""
 
     model: str = str(BUNDLED_MODEL)
+    aliases: tuple[str, ...] = ()
     adapter_path: str | None = None
     host: str = "127.0.0.1"
     port: int = 8080
     allowed_origins: tuple[str, ...] = ()
+    allowed_hosts: tuple[str, ...] = ()
     draft_model: str | None = None
     num_draft_tokens: int = 3
     trust_remote_code: bool = False
@@ -43,7 +46,7 @@ class Settings:
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
-    max_tokens: int = 512
+    max_tokens: int | None = None
     chat_template_args: dict[str, Any] = field(default_factory=dict)
     decode_concurrency: int = 32
     prompt_concurrency: int = 8
@@ -112,7 +115,7 @@ def _add_mlx_lm_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--allowed-origins",
         type=_origins,
-        help="origins, separated by commas, whose pages may call; * for all (default: this machine's)",
+        help="origins, separated by commas, whose pages may call beside this machine's; * for all",
     )
     add("--draft-model", help="model for speculative decoding; requests are served uncached")
     add("--num-draft-tokens", type=_number(int, 0), default=3, help="(%(default)s)")
@@ -129,7 +132,11 @@ def _add_mlx_lm_flags(parser: argparse.ArgumentParser) -> None:
     add("--top-p", type=_number(float, 0, 1), default=1.0, help="default top-p (%(default)s)")
     add("--top-k", type=_number(int, 0), default=0, help="default top-k (%(default)s: off)")
     add("--min-p", type=_number(float, 0, 1), default=0.0, help="default min-p (%(default)s: off)")
-    add("--max-tokens", type=tokens(), default=512, help="of a reply (%(default)s)")
+    add(
+        "--max-tokens",
+        type=tokens(),
+        help="of a reply whose request does not say (default: as many as fit)",
+    )
     add(
         "--chat-template-args",
         type=_template_args,
@@ -174,6 +181,18 @@ def _add_mlx_lm_flags(parser: argparse.ArgumentParser) -> None:
 def _add_own_flags(parser: argparse.ArgumentParser) -> None:
     own = parser.add_argument_group("our own").add_argument
     own("--api-key", help=f"key that clients must send (or in ${API_KEY_VARIABLE})")
+    own(
+        "--alias",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a name for the model of --model, in requests and replies; may be given several times",
+    )
+    own(
+        "--allowed-hosts",
+        type=_names,
+        help="names, separated by commas, under which the server is asked for beside its own; * for all",
+    )
     own("--max-prompt-tokens", type=tokens(), help="longer prompts are refused")
     own(
         "--context-length",
@@ -237,6 +256,8 @@ def read_settings(parser: argparse.ArgumentParser, argv: list[str] | None) -> Se
     own_names = {
         "api_key": args.api_key or os.environ.get(API_KEY_VARIABLE) or None,
         "model": args.model or str(BUNDLED_MODEL),
+        "aliases": tuple(args.alias),
+        "allowed_hosts": tuple(args.allowed_hosts or ()),
         "allowed_origins": tuple(args.allowed_origins or ()),
         "memory_budget": budget,
         "disk_budget": args.cache_disk_bytes,
@@ -257,6 +278,17 @@ def _origins(text: str) -> list[str]:
                 f"{origin!r} is no origin, such as https://example.org: {error}."
             ) from error
     return origins
+
+
+def _names(text: str) -> list[str]:
+    names = [name.strip().strip("[]") for name in text.split(",")]
+    for name in names:
+        if not re.fullmatch(r"[\w.:-]+|\*", name):
+            raise argparse.ArgumentTypeError(
+                f"{name!r} is no host's name, such as box.example or 192.168.1.5: "
+                "leave out http:// and the port."
+            )
+    return names
 
 
 def _number(kind: Callable[[str], Any], low: float, high: float | None = None) -> Any:

@@ -73,9 +73,14 @@ class Room:
 
         Beyond that its caches would never fit, not even alone, or the model would not know where it is.
         """
-        longest = None if self.budget is None else self.budget + 1
-        limits = [limit - tokens for limit in (longest, self.context) if limit is not None]
-        return max(1, min(limits)) if limits else None
+        return None if self.longest is None else max(1, self.longest - tokens)
+
+    @property
+    def longest(self) -> int | None:
+        """How many tokens a prompt and its reply may have together; None for no limit."""
+        in_memory = None if self.budget is None else self.budget + 1
+        limits = [limit for limit in (in_memory, self.context) if limit is not None]
+        return min(limits) if limits else None
 
 
 NO_LIMIT = Room()

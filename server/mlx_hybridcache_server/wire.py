@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
 from fastapi.sse import format_sse_event
 from starlette.responses import JSONResponse
+from starlette.types import Receive, Scope, Send
 
-from .errors import refuse
+from .errors import ApiError, refuse
 from .jsontext import COMPACT, strict, without_halves
 
 HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")
@@ -83,6 +84,18 @@ class JsonResponse(JSONResponse):
 
     def render(self, content: Any) -> bytes:
         return written(content)
+
+
+class ErrorResponse(JsonResponse):
+    """OpenAI's error object. What it says is left in the scope, for who writes the log."""
+
+    def __init__(self, failure: ApiError, headers: Mapping[str, str] | None = None):
+        super().__init__(failure.body(), failure.status_code, headers or failure.headers)
+        self._failure = failure
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope["failure"] = self._failure
+        await super().__call__(scope, receive, send)
 
 
 class JsonRoute(APIRoute):
