@@ -14,7 +14,7 @@ import mlx.core as mx
 import mlx_lm
 import numpy as np
 from mlx.utils import tree_flatten
-from mlx_lm.utils import hf_repo_to_path
+from mlx_lm.utils import hf_repo_to_path, load_config
 
 from .errors import ModelError
 
@@ -181,6 +181,35 @@ def local_directory(path_or_repo: str) -> Path | None:
 def directory(path_or_repo: str) -> Path:
     """Where the files of a loaded model lie: the directory itself, or the hub's copy on this machine."""
     return local_directory(path_or_repo) or Path(hf_repo_to_path(path_or_repo))
+
+
+def configuration(path_or_repo: str) -> dict[str, Any]:
+    """The `config.json` of a model that was loaded; empty where it cannot be read."""
+    try:
+        found: dict[str, Any] = load_config(directory(path_or_repo))
+    except (OSError, ValueError, ModelError):
+        return {}
+    return found
+
+
+def longest_context(config: dict[str, Any]) -> int | None:
+    """The most tokens that a configuration names for a prompt and its reply; None where it names none.
+
+    Where YaRN or the like stretches the positions that a model was trained on, the stretched ones count.
+    """
+    for part in (config, config.get("text_config") or {}):
+        found = part.get("max_position_embeddings")
+        if isinstance(found, int) and found > 0:
+            return max(found, _stretched(part))
+    return None
+
+
+def _stretched(part: dict[str, Any]) -> int:
+    scaling = part.get("rope_scaling") or part.get("rope_parameters") or {}
+    trained, factor = scaling.get("original_max_position_embeddings"), scaling.get("factor")
+    if not (isinstance(trained, int) and isinstance(factor, int | float)):
+        return 0
+    return int(trained * factor)
 
 
 def _check_directory(path: Path) -> None:

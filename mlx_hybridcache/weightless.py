@@ -69,7 +69,7 @@ def describe(path_or_repo: str) -> Weightless:
         name=path_or_repo,
         model=model,
         family=config["model_type"],
-        longest_context=_longest_context(config),
+        longest_context=models.longest_context(config),
         weights_bytes=nbytes,
         weights_from=source,
         notes=tuple(notes),
@@ -216,11 +216,3 @@ def _quantize(
         mode=quantization.get("mode", "affine"),
         class_predicate=predicate,
     )
-
-
-def _longest_context(config: dict[str, Any]) -> int | None:
-    for part in (config, config.get("text_config") or {}):
-        found = part.get("max_position_embeddings")
-        if isinstance(found, int) and found > 0:
-            return found
-    return None
