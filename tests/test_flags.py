@@ -143,7 +143,7 @@ def test_a_port_in_use_is_still_said_to_be_that():
         (errno.ENOENT, "/x/y does not exist, or the directory that it is to be in does not."),
         (errno.EACCES, "/x/y: this user has no permission for that."),
         (errno.EISDIR, "/x/y is a directory, where a file is needed."),
-        (errno.ENOTDIR, "/x/y is not in a directory: a part of that path is a file."),
+        (errno.ENOTDIR, "/x/y is no directory, or a part of that path is a file."),
         (errno.EEXIST, "/x/y exists already."),
         (errno.ENOSPC, "/x/y: No space left on device."),
         (errno.EROFS, "/x/y: Read-only file system."),
