@@ -59,7 +59,7 @@ _REFUSALS: dict[type[OSError], str] = {
     FileNotFoundError: " does not exist, or the directory that it is to be in does not",
     FileExistsError: " exists already",
     IsADirectoryError: " is a directory, where a file is needed",
-    NotADirectoryError: " is not in a directory: a part of that path is a file",
+    NotADirectoryError: " is no directory, or a part of that path is a file",
     PermissionError: ": this user has no permission for that",
 }
 

@@ -27,9 +27,9 @@ class Reason(StrEnum):
 
 
 _SENTENCES = {
-    Reason.EXACT: "All of the prompt was read before; only what lies behind the nearest checkpoint was replayed.",
-    Reason.PREFIX: "The prompt continues what is stored; its new tokens were replayed.",
-    Reason.BRANCH: "The prompt parts ways with what is stored; it was replayed from the nearest checkpoint.",
+    Reason.EXACT: "All of the prompt was read before; only what lies behind the nearest checkpoint was read.",
+    Reason.PREFIX: "The prompt continues what is stored; its new tokens were read.",
+    Reason.BRANCH: "The prompt parts ways with what is stored; it was read from the nearest checkpoint.",
     Reason.COLD: "Nothing that is stored can be resumed for this prompt; all of it was read.",
     Reason.EVICTED: "The prompt's beginning was stored once and had to make room; it was read again.",
     Reason.NAMESPACE: "The prompt's beginning is stored for another model, setting or salt; it is not shared.",
@@ -80,6 +80,6 @@ class CacheReport:
     def __str__(self) -> str:
         words = (
             f"{self.restored_tokens} of {self.prompt_tokens} tokens restored, "
-            f"{self.replayed_tokens} replayed in {self.forwards} forwards ({self.reason.value})"
+            f"{self.replayed_tokens} read in {self.forwards} forwards ({self.reason.value})"
         )
         return f"{words}: {self.detail}" if self.detail else words

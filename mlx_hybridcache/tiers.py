@@ -31,6 +31,7 @@ from .disk.directory import Directory
 from .disk.segment import NameTakenError, Segment
 from .disk.thread import Change, DiskThread, Transfer
 from .errors import BudgetError, SettingError
+from .flags import refusal
 from .found import Found
 from .layers.adapt import Layout
 from .layers.rows import RowBlock
@@ -200,7 +201,9 @@ class DiskTier:
                 held = sum(entry.file_nbytes for entry in entries) + directory.newer_bytes
                 budget_bytes = held + min(shutil.disk_usage(root).free // 2, MOST_BYTES)
         except OSError as error:
-            raise SettingError(f"The cache directory {root} cannot be used: {error}.") from error
+            raise SettingError(
+                f"The cache directory {root} cannot be used: {refusal(error)}"
+            ) from error
         catalogue = Catalogue(
             budget_bytes,
             needs_checkpoints=store.needs_checkpoints,

@@ -55,6 +55,7 @@ def test_the_demo_shows_every_call_and_that_hot_equals_cold(capsys, servers):
     shown = capsys.readouterr().out
     assert "11 of 11 replies" in shown
     assert "the same again" in shown
+    assert "matched restored" in shown, "the words of reports"
     assert [server.returncode for server in servers] == [0]
 
 

@@ -3,11 +3,12 @@
 import errno
 import os
 
+import bundled
 import pytest
 from mlx_hybridcache_server.main import _bound
 from mlx_hybridcache_server.settings import Settings, build_parser, read_settings
 
-from mlx_hybridcache import SettingError
+from mlx_hybridcache import HybridPromptCache, SettingError
 from mlx_hybridcache.cli import main
 from mlx_hybridcache.demo import BUNDLED_MODEL
 from mlx_hybridcache.flags import refusal
@@ -142,7 +143,7 @@ def test_a_port_in_use_is_still_said_to_be_that():
         (errno.ENOENT, "/x/y does not exist, or the directory that it is to be in does not."),
         (errno.EACCES, "/x/y: this user has no permission for that."),
         (errno.EISDIR, "/x/y is a directory, where a file is needed."),
-        (errno.ENOTDIR, "/x/y is not in a directory: a part of that path is a file."),
+        (errno.ENOTDIR, "/x/y is no directory, or a part of that path is a file."),
         (errno.EEXIST, "/x/y exists already."),
         (errno.ENOSPC, "/x/y: No space left on device."),
         (errno.EROFS, "/x/y: Read-only file system."),
@@ -175,6 +176,17 @@ def test_a_command_says_so_of_files(tmp_path, capsys):
         assert said in shown, words
         assert shown.count("\n") == 1
         assert "Errno" not in shown
+
+
+def test_a_cache_directory_that_is_a_file_is_said_to_be_that(tmp_path):
+    """In the library too: what is in the way, without an error number."""
+    file = tmp_path / "file"
+    file.write_text("x")
+    model, tokenizer = bundled.load()
+    with pytest.raises(SettingError) as told:
+        HybridPromptCache(model, tokenizer, memory_budget="50MB", cache_dir=file)
+    assert str(file) in str(told.value)
+    assert "Errno" not in str(told.value)
 
 
 def test_a_plan_names_its_sizes_in_one_system(capsys):

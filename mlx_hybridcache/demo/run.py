@@ -136,7 +136,7 @@ def _table(seen: list[Outcome]) -> Table:
         show_edge=False,
     )
     table.add_column("call", no_wrap=True)
-    for name in ("prompt", "matched", "cached", "cold ms", "hot ms", "ratio"):
+    for name in ("prompt", "matched", "restored", "cold ms", "hot ms", "ratio"):
         table.add_column(name, justify="right", no_wrap=True)
     for name in ("equal", "reason"):
         table.add_column(name, no_wrap=True)

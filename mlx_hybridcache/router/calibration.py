@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RouterError
+from ..flags import refusal
 
 ROWS = 32
 """Rows of calibration tokens; every second one is held out."""
@@ -47,7 +48,8 @@ def calibration_tokens(
             with file.open(encoding="utf-8") as opened:
                 text = opened.read(wanted * LONGEST_TOKEN)
         except (OSError, UnicodeDecodeError) as error:
-            raise RouterError(f"--calibration {file} cannot be read as text: {error}.") from error
+            why = refusal(error) if isinstance(error, OSError) else f"{error.reason}."
+            raise RouterError(f"--calibration {file} cannot be read as text: {why}") from error
     ids = [int(i) for i in tokenizer.encode(text[: wanted * LONGEST_TOKEN])]
     found = [ids[at : at + row_tokens] for at in range(0, wanted, row_tokens)]
     whole = [row for row in found if len(row) == row_tokens]

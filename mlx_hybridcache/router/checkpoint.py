@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RouterError
+from ..flags import refusal
 from ..sizes import format_bytes
 from .discovery import Discovery
 from .patch import LayerPatch, Patch, RouterTensor, copied_rows, differing_rows, rows_digest
@@ -170,7 +171,7 @@ def _becoming(output: Path, needed: int) -> Iterator[Path]:
         shutil.rmtree(directory, ignore_errors=True)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise _no_room(output, needed, shutil.disk_usage(output.parent).free) from error
-        raise RouterError(f"--output {output} could not be written: {error}.") from error
+        raise RouterError(f"--output {output} could not be written: {refusal(error)}") from error
     except BaseException:
         shutil.rmtree(directory, ignore_errors=True)
         raise

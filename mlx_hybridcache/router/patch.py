@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RouterError
+from ..flags import refusal
 
 FORMAT = "mlx-hybridcache router patch"
 VERSION = 1
@@ -99,7 +100,8 @@ class Patch:
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise RouterError(f"{path} cannot be read as a router patch: {error}.") from error
+            why = refusal(error) if isinstance(error, OSError) else f"{error}."
+            raise RouterError(f"{path} cannot be read as a router patch: {why}") from error
         if not isinstance(found, dict) or found.get("format") != FORMAT:
             raise RouterError(
                 f"{path} is no router patch. `mlx-hybridcache canonicalize` writes one."

@@ -22,6 +22,7 @@ from mlx_hybridcache.errors import SettingError
 from mlx_hybridcache.flags import refusal
 
 from .app import build_app
+from .banner import banner
 from .connections import Connection, Crowd, room
 from .models import load
 from .quiet import say_once
@@ -59,8 +60,12 @@ def main(argv: list[str] | None, prog: str) -> int:
         _say_what_differs(settings, argv or sys.argv[1:])
         # Both before minutes of loading, not after.
         with _bound(settings) as listening, _recording(settings) as recorder:
-            serving = Serving(settings, load(settings, settings.model), recorder)
+            loaded = load(settings, settings.model)
+            serving = Serving(settings, loaded, recorder)
+            where = f"http://{_for_url(settings.host)}:{listening.getsockname()[1]}"
             try:
+                for line in banner(settings, loaded, where):
+                    log.info("%s", line)
                 _Server(serving, settings).run(sockets=[listening])
             finally:
                 serving.close()

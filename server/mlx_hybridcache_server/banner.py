@@ -1,0 +1,135 @@
+"""What a server says of itself when it starts: a line for each thing that its user may have to know."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from mlx_hybridcache import models
+from mlx_hybridcache.engine import Engine
+from mlx_hybridcache.layers.adapt import Layout
+from mlx_hybridcache.sizes import format_bytes
+
+from .models import Loaded
+from .settings import Settings
+
+
+def banner(settings: Settings, loaded: Loaded, address: str) -> list[str]:
+    """The lines, in the order in which one asks. `address` is where the server listens."""
+    engine = loaded.cache.engine
+    return [
+        f"Model: {_model(loaded)}.",
+        f"Context: {_context(settings, loaded)}.",
+        f"Memory: {_memory(settings, loaded)}.",
+        f"Cache: {_cache(settings, engine.layout)}.",
+        f"Cache directory: {_directory(settings, loaded)}.",
+        f"Batches: {_batches(engine)}.",
+        f"API key: {_key(settings)}.",
+        f"Page: {address}/ shows what the cache does.",
+    ]
+
+
+def _model(loaded: Loaded) -> str:
+    model = loaded.cache.engine.model
+    family = getattr(model, "model_type", None) or type(model).__module__.rpartition(".")[2]
+    name = loaded.id if loaded.id == loaded.source else f"{loaded.id} in {loaded.source}"
+    size = format_bytes(models.parameter_bytes(model))
+    return f"{name} ({family}), {quantization(model)}, {size}"
+
+
+def quantization(model: Any) -> str:
+    """`4-bit weights`, `4- and 8-bit weights`, or what they are kept in: `bfloat16 weights`."""
+    bits = sorted({module.bits for module in model.modules() if hasattr(module, "bits")})
+    if bits:
+        return " and ".join([*(f"{each}-" for each in bits[:-1]), f"{bits[-1]}-bit weights"])
+    leaves: Any = tree_flatten(model.parameters())
+    arrays = [each for _, each in leaves if mx.issubdtype(each.dtype, mx.floating)]
+    largest = max(arrays, key=lambda array: array.nbytes)
+    return f"{str(largest.dtype).removeprefix('mlx.core.')} weights"
+
+
+def _context(settings: Settings, loaded: Loaded) -> str:
+    limits = {
+        "by its configuration": models.longest_context(models.configuration(loaded.source)),
+        "by --max-prompt-tokens": settings.max_prompt_tokens,
+        "by the memory budget": loaded.cache.engine.longest_prompt(),
+    }
+    known = {why: tokens for why, tokens in limits.items() if tokens is not None}
+    if not known:
+        return "no limit is known"
+    first = min(known, key=lambda why: known[why])
+    others = [f"{tokens:,} {why}" for why, tokens in known.items() if why != first]
+    beside = f" ({', '.join(others)})" if others else ""
+    return f"prompts of up to {known[first]:,} tokens, {first}{beside}"
+
+
+def _memory(settings: Settings, loaded: Loaded) -> str:
+    engine = loaded.cache.engine
+    if settings.memory_budget:
+        why = "as --prompt-cache-bytes says"
+    elif models.has_metal():
+        working_set = format_bytes(models.metal_working_set())
+        why = f"nine tenths of what the weights leave of the {working_set} that macOS gives the GPU"
+    else:
+        why = "a quarter of what was free"
+    reserve = engine.pressure.reserve_bytes
+    left = f"{format_bytes(reserve)} of the system's stay free" if reserve else "none is left free"
+    budget = format_bytes(engine.store.budget_bytes)
+    return f"{budget} for the cache and running requests, {why}; {left} (--memory-reserve)"
+
+
+def _cache(settings: Settings, layout: Layout) -> str:
+    if layout.unsupported:
+        kinds = ", ".join(layout.unsupported)
+        return f"none, as {kinds} of this model cannot be stored: every prompt is read as a whole"
+    off = {
+        "--prompt-cache-size 0 or no memory": not settings.uses_cache,
+        "--kv-bits": settings.kv_bits is not None,
+        "--draft-model": settings.draft_model is not None,
+    }
+    for why, is_so in off.items():
+        if is_so:
+            return f"off with {why}: every prompt is read as a whole"
+    token = f"a token weighs {format_bytes(layout.row_bytes)}"
+    if not layout.needs_snapshots:
+        told = f"every prompt is restored at any token; {token}"
+    else:
+        at = sum(kind.needs_snapshot for kind in layout.kinds)
+        size = format_bytes(layout.snapshot_bytes)
+        told = f"{at} of {len(layout.kinds)} layers restore at checkpoints only; {token}, a checkpoint {size}"
+    if layout.slicing_limit is not None:
+        told += f"; beyond {layout.slicing_limit:,} tokens only what was read in the same slices is shared"
+    return told
+
+
+def _directory(settings: Settings, loaded: Loaded) -> str:
+    stats = loaded.cache.disk_stats()
+    if stats is None:
+        return "none; with --cache-dir the cache outlives this process"
+    most, held = format_bytes(stats.budget_bytes), format_bytes(stats.held_bytes)
+    reads = "" if stats.is_writer else "; another process writes there, this one reads"
+    return f"{settings.cache_dir}, {held} of {most} used{reads}"
+
+
+def _batches(engine: Engine) -> str:
+    """Why replies share no forwards, in the order in which that is decided."""
+    if engine.batches:
+        return "replies that are written at once share each forward"
+    layout = engine.layout
+    if engine.exact:
+        why = "with --exact"
+    elif layout.unsupported or not layout.merges:
+        why = "as caches of this model's kinds cannot be merged without changing a reply"
+    elif layout.slicing_limit is not None:
+        why = "as what this model computes depends on how tokens are put together"
+    else:
+        why = "as two at once differ from one alone in this model"
+    return f"replies are written one by one, {why}"
+
+
+def _key(settings: Settings) -> str:
+    if settings.api_key is not None:
+        return "needed; clients send it as bearer token"
+    return f"none; whoever reaches {settings.host} may ask"
