@@ -1,6 +1,7 @@
 """Clients that people use, as they are published, in conversations with one server process.
 
-Only with `-m long`: each is installed in an environment of its own, which takes minutes once.
+Only with `-m long`: each is installed in an environment of its own, which takes minutes once; `--cache-clear`
+has them made anew. Versions stand in `client_environments.py`. `-rA` shows what each request restored.
 """
 
 from __future__ import annotations
