@@ -222,6 +222,15 @@ def test_an_agent_that_may_also_answer_at_once_grows(installed, bundled, tmp_pat
     assert_grows(bundled.steps(), told["cached"])
 
 
+def test_without_tools_a_question_is_one_request(installed, bundled, tmp_path):
+    """Pydantic AI asks again when it is told of a call that it did not offer: four requests for three questions."""
+    told = converse(installed("pydantic-ai"), "with_pydantic_ai_plain.py", bundled, tmp_path)
+    assert all(told["replies"])
+    steps = bundled.steps()
+    assert len(steps) == 3
+    assert_grows(steps, told["cached"])
+
+
 def test_objects_asked_for_one_after_the_other_grow(installed, bundled, tmp_path):
     """Instructor: three by a function that must be called, three by a schema: 0, 199, 236; 0, 68, 105."""
     told = converse(installed("instructor"), "with_instructor.py", bundled, tmp_path)
