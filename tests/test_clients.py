@@ -1,6 +1,7 @@
 """Clients that people use, as they are published, in conversations with one server process.
 
-Only with `-m long`: each is installed in an environment of its own, which takes minutes once.
+Only with `-m long`: each is installed in an environment of its own, which takes minutes once; `--cache-clear`
+has them made anew. Versions stand in `client_environments.py`. `-rA` shows what each request restored.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from client_environments import Environment, NotInstallableError, environment
 from servers import OURS, Server, running
 
 from mlx_hybridcache.demo import BUNDLED_MODEL
+from mlx_hybridcache.demo.functions import FUNCTIONS
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(3600)]
 
@@ -49,6 +51,10 @@ OPENCODE = {
     "OPENCODE_DISABLE_MODELS_FETCH": "1",
     "OPENCODE_DISABLE_SHARE": "1",
 }
+
+RESULT = {"room": "kitchen"}
+"""What each tool of OpenCode's says. It has all functions that the model learnt to call: OpenCode cannot be told to
+make it call one, and tells it today's date, so that which one it calls, and whether, may change from day to day."""
 
 ALLOWED = {
     "find_person": [("person", "Omar"), ("person", "Lena")],
@@ -216,6 +222,15 @@ def test_an_agent_that_may_also_answer_at_once_grows(installed, bundled, tmp_pat
     assert_grows(bundled.steps(), told["cached"])
 
 
+def test_without_tools_a_question_is_one_request(installed, bundled, tmp_path):
+    """Pydantic AI asks again when it is told of a call that it did not offer: four requests for three questions."""
+    told = converse(installed("pydantic-ai"), "with_pydantic_ai_plain.py", bundled, tmp_path)
+    assert all(told["replies"])
+    steps = bundled.steps()
+    assert len(steps) == 3
+    assert_grows(steps, told["cached"])
+
+
 def test_objects_asked_for_one_after_the_other_grow(installed, bundled, tmp_path):
     """Instructor: three by a function that must be called, three by a schema: 0, 199, 236; 0, 68, 105."""
     told = converse(installed("instructor"), "with_instructor.py", bundled, tmp_path)
@@ -228,14 +243,14 @@ def test_objects_asked_for_one_after_the_other_grow(installed, bundled, tmp_path
     assert_grows(steps[3:], told["cached"][3:])
 
 
-def test_an_agent_that_writes_its_calls_as_text_grows(installed, server, tmp_path):
+def test_an_agent_that_writes_its_calls_as_text_grows(installed, bundled, tmp_path):
     """Smolagents tells of past calls in sentences; a call for each question: 0, 1547, 1662."""
-    told = converse(installed("smolagents"), "with_smolagents.py", server, tmp_path)
+    told = converse(installed("smolagents"), "with_smolagents.py", bundled, tmp_path)
     assert len(told["calls"]) == 3
     for (name, arguments), reply in zip(told["calls"], told["replies"], strict=True):
         assert tuple(*arguments.items()) in ALLOWED[name]
         assert json.loads(reply) in ({"room": "kitchen"}, {"hour": "10:15"})
-    assert_grows(server.steps())
+    assert_grows(bundled.steps())
 
 
 def test_a_model_class_for_mlx_goes_on_with_our_cache_beneath_it(installed, tmp_path):
@@ -272,7 +287,10 @@ def opencode(installed: Any, server: Emptied, folder: Path, agent: str) -> list[
     """The events of one session with three questions, each asked by a process of its own."""
     program = installed("opencode").command("opencode")
     (folder / "opencode.json").write_text(json.dumps(opencode_settings(server.url)))
-    shutil.copytree(SCRIPTS / "opencode_tool", folder / ".opencode" / "tool")
+    tools = folder / ".opencode" / "tool"
+    tools.mkdir(parents=True)
+    for function in FUNCTIONS:
+        (tools / f"{function.name}.js").write_text(opencode_tool(function.purpose))
     subprocess.run(["git", "init", "--quiet", str(folder)], check=True)
     events = []
     for question, session in zip(QUESTIONS, (["--title", "A"], ["-c"], ["-c"]), strict=True):
@@ -283,9 +301,16 @@ def opencode(installed: Any, server: Emptied, folder: Path, agent: str) -> list[
     return events
 
 
+def opencode_tool(purpose: str) -> str:
+    """Without parameters: those would need a package of OpenCode's. The name is the file's."""
+    said = json.dumps(json.dumps(RESULT))
+    return f"export default {{description: {json.dumps(purpose)}, args: {{}}, execute: async () => {said}}};"
+
+
 def opencode_settings(url: str) -> dict[str, Any]:
-    """A provider, and beside OpenCode's own agents one with a short prompt and one tool."""
-    short = {"mode": "primary", "prompt": "Be kind.", "tools": {"*": False, "find_person": True}}
+    """A provider, and beside OpenCode's own agents one with a short prompt and the tools of `opencode`."""
+    ours = {function.name: True for function in FUNCTIONS}
+    short = {"mode": "primary", "prompt": "Be kind.", "tools": {"*": False, **ours}}
     model = {"name": "bundled", "limit": {"context": 32_768, "output": 64}}
     return {
         "model": "local/default_model",
@@ -310,8 +335,8 @@ def test_opencode_grows(agent, installed, bundled, tmp_path):
     assert {event["type"] for event in events} <= {"step_start", "tool_use", "text", "step_finish"}
     assert sum(part["type"] == "text" for part in parts) >= 3
     if agent == "short":
-        used = [part["state"] for part in parts if part.get("tool") == "find_person"]
-        assert {state["status"] for state in used} == {"completed"}
-        assert {state["output"] for state in used} == {'{"room":"kitchen"}'}
+        used = [part["state"] for part in parts if part["type"] == "tool"]
+        assert {state["status"] for state in used} <= {"completed"}
+        assert {state["output"] for state in used} <= {json.dumps(RESULT)}
     cached = [part["tokens"]["cache"]["read"] for part in parts if part["type"] == "step-finish"]
     assert_grows(bundled.steps(), cached)
