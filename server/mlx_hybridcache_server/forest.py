@@ -86,6 +86,8 @@ class Branches:
         if without:
             found = self.first(most + len(without), order)
             return [start for start in found if start.token not in without][:most]
+        if len(self) == 1:
+            return [*self][:most]
         if order == "size":
             return nlargest(most, self, key=_NBYTES)
         if not self._memory or not self._disk:
@@ -99,13 +101,13 @@ class Branches:
             tokens = nlargest(most, self._memory.keys() | self._disk.keys(), key=self._used)
         return list(map(self._start, tokens))
 
-    def forks_within(self, least: int) -> list[Start]:
+    def forks_within(self, least: int, early: Early) -> list[Start]:
         """Those that part ways again before they have `least` tokens."""
         found = {
             int(each.tokens[self._at - each.start])
             for ways in (self._memory, self._disk)
             for each in ways.values()
-            if each.end - self._at < least and _parts_before(each, self._at + least)
+            if each.end - self._at < least and early.parts(each, self._at, least)
         }
         if self._memory and self._disk:
             found |= {
@@ -125,6 +127,30 @@ class Branches:
             assert alone is not None
             return alone.below.used
         return max(memory.below.used, disk.below.used)
+
+
+class Early:
+    """Whether what begins at a position parts ways within a few tokens: looked up once while it stays."""
+
+    def __init__(self) -> None:
+        self._known: dict[Outline, bool] = {}
+        self._before: dict[Outline, bool] = {}
+
+    def look_again(self) -> None:
+        """What is not asked for until the next time is forgotten."""
+        self._before, self._known = self._known, {}
+
+    def parts(self, outline: Outline, at: int, least: int) -> bool:
+        """In one tier; `least` must always be the same."""
+        found = self._before.get(outline) if at == outline.start else None
+        if found is None:
+            below, end = outline, at + least
+            while below.end < end and len(below.children) == 1:
+                (below,) = below.children.values()
+            found = below.end < end and len(below.children) > 1
+        if at == outline.start:
+            self._known[outline] = found
+        return found
 
 
 _NBYTES, _USED = attrgetter("nbytes"), attrgetter("below.used")
@@ -250,14 +276,6 @@ def _grown(start: Start, above: PrefixDigest) -> Run:
             run.end, run.key, run.branches = end, run.digest.key, branches
             return run
         ((memory, disk, at),) = branches
-
-
-def _parts_before(outline: Outline, position: int) -> bool:
-    while outline.end < position:
-        if len(outline.children) != 1:
-            return len(outline.children) > 1
-        (outline,) = outline.children.values()
-    return False
 
 
 def _ways(outline: Outline | None, at: int) -> Mapping[int, Outline]:

@@ -19,7 +19,7 @@ from mlx_hybridcache.disk.segment import PrefixDigest
 from mlx_hybridcache.tokens import Namespace, Tokens, TurnMarks
 from mlx_hybridcache.tree import common_length
 
-from .forest import NOTHING, Branches, Forest, Run, Shelf, Start
+from .forest import NOTHING, Branches, Early, Forest, Run, Shelf, Start
 
 SHORTEST = 8
 """Tokens of what several share. An opener of a turn has fewer, and so have words shared by chance."""
@@ -73,8 +73,9 @@ class Rows:
 
     def __init__(self, marks: TurnMarks) -> None:
         self.forest = Forest()
-        self._openers = np.fromiter(marks.openers, dtype=np.int32)
+        self._openers = marks.openers
         self._least = max(SHORTEST, len(marks.user_opener) + 1)
+        self._early = Early()
         self._forks: dict[Run, Fork] = {}
         self._known: dict[Start, int] = {}
         self._most_known: int | None = None
@@ -84,6 +85,7 @@ class Rows:
         if self._most_known is not None and len(self._known) > self._most_known:
             self._known.clear()
             self._most_known = None
+        self._early.look_again()
         return self.forest.shelves(outlines, own)
 
     def keep(self, runs: Iterable[Run]) -> None:
@@ -122,7 +124,7 @@ class Rows:
         while waiting:
             branches, above, folded, turns = waiting.pop()
             without = set()
-            for start in branches.forks_within(self._least):
+            for start in branches.forks_within(self._least, self._early):
                 run = self.run(start, above)
                 if self._is_shown(run):
                     continue
@@ -144,13 +146,17 @@ class Rows:
         """The run that begins there, with its turns counted."""
         run = self.forest.run(start, above)
         if run.turns is None:
-            run.turns = sum(int(np.isin(part, self._openers).sum()) for part in run.tokens)
+            run.turns = sum(
+                int(np.count_nonzero(part == opener))
+                for part in run.tokens
+                for opener in self._openers
+            )
         return run
 
     def _row(self, fork: Fork, start: Start, group: _Group) -> Row:
         run = self.run(start, group.above)
         last = group.turns + (run.turns or 0)
-        opens = (group.folded or run.tokens)[0][0] in self._openers
+        opens = int((group.folded or run.tokens)[0][0]) in self._openers
         first = fork.turns + 1 if opens or not fork.turns else fork.turns
         return Row(run, start, fork.begins, group.folded, (first, last) if last else None)
 
