@@ -441,8 +441,8 @@ def test_an_interrupted_run_keeps_what_it_has(
         monkeypatch.setattr(
             Measurement,
             "__init__",
-            lambda self, who, plan, tokenizer, advance: original(
-                self, who, plan, tokenizer, lambda said, tokens: interrupt(self)
+            lambda self, who, plan, tokenizer, advance, pace: original(
+                self, who, plan, tokenizer, lambda said, tokens: interrupt(self), pace
             ),
         )
         status, found = measured("--url", server.url, "--scenarios", "repeat")

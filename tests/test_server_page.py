@@ -59,6 +59,12 @@ def prompt_of(count, start):
     return f"{start} {text(count, start)}"
 
 
+def top(told):
+    """The rows of the first shelf; each weighs what it shares and all below it."""
+    runs = {run["key"]: run for run in told["tree"]["runs"]}
+    return [runs[key] for key in told["tree"]["lists"][told["tree"]["shelves"][0]["key"]]["keys"]]
+
+
 def last_run(server):
     """The run at the top of the tree that was used last."""
     runs = look(server)["tree"]["runs"]
@@ -128,12 +134,12 @@ def test_the_first_event_is_what_the_cache_says(server):
     requests = told["cache"]["requests"]
     assert 0 < requests["restored_tokens"] < requests["prompt_tokens"]
     weighs = told["cache"]["rows_bytes"] + told["cache"]["snapshot_bytes"]
-    assert sum(run["total"]["memory"] for run in told["tree"]["runs"]) == weighs
-    assert (
-        0
-        < sum(run["total"]["disk"] for run in told["tree"]["runs"])
-        <= told["cache"]["disk"]["held_bytes"]
-    )
+    assert sum(run["total"]["memory"] for run in top(told)) == weighs
+    on_disk = sum(run["total"]["disk"] for run in top(told))
+    assert 0 < on_disk <= told["cache"]["disk"]["held_bytes"]
+    (shelf,) = told["tree"]["shelves"]
+    assert shelf["conversations"] == told["cache"]["conversations"]
+    assert shelf["conversations"] == sum(run["conversations"] for run in top(told))
 
 
 def until_written(server):
@@ -213,8 +219,8 @@ def test_only_what_is_unfolded_travels(server):
         server.answer(
             COMPLETIONS, prompt=f"{beginning} branch {k} {text(30, 5500 + 100 * k)}", max_tokens=1
         )
-    trunk = last_run(server)
-    assert trunk["branches"] == 2
+    trunk = next(run for run in top(look(server)) if run["branches"])
+    assert (trunk["branches"], trunk["conversations"]) == (2, 2)
     told = look(server, open={trunk["key"]: 30})["tree"]
     below = told["lists"][trunk["key"]]
     assert below["all"] == len(below["keys"]) == 2
@@ -223,7 +229,7 @@ def test_only_what_is_unfolded_travels(server):
         assert runs[key]["start"] == trunk["end"]
         assert runs[key]["places"][-1][0] <= runs[key]["end"]
     assert len(look(server, open={trunk["key"]: 1})["tree"]["lists"][trunk["key"]]["keys"]) == 1
-    biggest = look(server, order="size")["tree"]["runs"]
+    biggest = top(look(server, order="size"))
     weights = [sum(run["total"].values()) for run in biggest]
     assert weights == sorted(weights, reverse=True)
 
@@ -326,14 +332,15 @@ def test_an_update_asks_the_worker_for_nothing(crowded, monkeypatch):
 
 
 def test_an_update_touches_only_what_changed(crowded, monkeypatch):
-    """One of a thousand conversations goes on: of 1,001 runs two are grown and told anew."""
+    """One of a thousand conversations behind two tokens goes on: what they share and it are grown anew,
+    and it alone is told anew.
+    """
     cache = crowded.loaded.cache
     engine = cache.engine
     watcher = Watcher(crowded, WatchBody())
-    trunk = watcher.update()["tree"]["runs"][0]["key"]
-    watcher = Watcher(crowded, WatchBody(open={trunk: 30}))
     first = watcher.update()["tree"]
-    assert len(first["runs"]) == 31
+    assert len(first["runs"]) == 30
+    assert [each["all"] for each in first["lists"].values()] == [1000]
     grown = []
     whole = forest._grown
     monkeypatch.setattr(forest, "_grown", lambda *how: grown.append(how) or whole(*how))
@@ -345,7 +352,7 @@ def test_an_update_touches_only_what_changed(crowded, monkeypatch):
 
     cache._worker.call(go_on)
     told = watcher.update()["tree"]
-    assert len(told["runs"]) == len(grown) == 2
+    assert (len(told["runs"]), len(grown)) == (1, 2)
     assert len(told["lists"]) == 1
     assert watcher.update() == {}
 

@@ -39,8 +39,8 @@ from .machine import machine, one_line
 from .tables import Figure, show_figures, write_json
 
 CONVERSATIONS, UPDATES = 1_000, 30
-TRUNK = (5, 7, 11, 13)
-"""Tokens that all conversations begin with, so that the tree has one run with as many branches."""
+TRUNK = (5, 7, 11, 13, 17, 19, 23, 29, 31, 37)
+"""Tokens that all conversations begin with, so that the tree has one row with as many below it."""
 
 TOKENS = 40
 BOUNDARIES = (12, 20, 28)
@@ -324,7 +324,6 @@ def _browse(server: _Loop, changes: _Changes, updates: int, costs: Costs) -> Non
     with launched() as browser:
         page = browser.new_page(viewport={"width": 1280, "height": 900})
         page.goto(server.url)
-        page.locator("#tree .branches > .row .fold").first.click()
         page.locator("#tree ul ul li").nth(UNFOLDED - 1).wait_for()
         page.wait_for_timeout(2000)
         session = page.context.new_cdp_session(page)

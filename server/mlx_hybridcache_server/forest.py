@@ -21,6 +21,8 @@ from mlx_hybridcache.tiers import digest
 from mlx_hybridcache.tokens import Namespace, Tokens
 from mlx_hybridcache.tree import common_length
 
+NOTHING: frozenset[int] = frozenset()
+
 
 class Start(NamedTuple):
     """Where a run begins, at position `at`: in each tier the node it lies in, None where it is not."""
@@ -38,6 +40,22 @@ class Start(NamedTuple):
     def nbytes(self) -> int:
         """What it and everything below weigh in both tiers."""
         return self.weight(self.memory) + self.weight(self.disk)
+
+    @property
+    def token(self) -> int:
+        """Its first."""
+        first = self.memory or self.disk
+        assert first is not None
+        return int(first.tokens[self.at - first.start])
+
+    def differs_within(self, least: int) -> bool:
+        """Whether what the tiers hold of it is not the same for that many tokens."""
+        assert self.memory is not None
+        assert self.disk is not None
+        one, other = (
+            each.tokens[self.at - each.start :][:least] for each in (self.memory, self.disk)
+        )
+        return one.tobytes() != other.tobytes()
 
     def weight(self, outline: Outline | None) -> int:
         """The same in one tier."""
@@ -63,8 +81,13 @@ class Branches:
     def __iter__(self) -> Iterator[Start]:
         return map(self._start, {**self._memory, **self._disk})
 
-    def first(self, most: int, order: str) -> list[Start]:
-        """The latest used (`recent`) or the heaviest (`size`), at most `most`."""
+    def first(self, most: int, order: str, without: frozenset[int] = NOTHING) -> list[Start]:
+        """The latest used (`recent`) or the heaviest (`size`), at most `most`, but for some tokens."""
+        if without:
+            found = self.first(most + len(without), order)
+            return [start for start in found if start.token not in without][:most]
+        if len(self) == 1:
+            return [*self][:most]
         if order == "size":
             return nlargest(most, self, key=_NBYTES)
         if not self._memory or not self._disk:
@@ -78,6 +101,22 @@ class Branches:
             tokens = nlargest(most, self._memory.keys() | self._disk.keys(), key=self._used)
         return list(map(self._start, tokens))
 
+    def forks_within(self, least: int, early: Early) -> list[Start]:
+        """Those that part ways again before they have `least` tokens."""
+        found = {
+            int(each.tokens[self._at - each.start])
+            for ways in (self._memory, self._disk)
+            for each in ways.values()
+            if each.end - self._at < least and early.parts(each, self._at, least)
+        }
+        if self._memory and self._disk:
+            found |= {
+                token
+                for token in self._memory.keys() & self._disk.keys()
+                if self._start(token).differs_within(least)
+            }
+        return [self._start(token) for token in sorted(found)]
+
     def _start(self, token: int) -> Start:
         return Start(self._memory.get(token), self._disk.get(token), self._at)
 
@@ -88,6 +127,30 @@ class Branches:
             assert alone is not None
             return alone.below.used
         return max(memory.below.used, disk.below.used)
+
+
+class Early:
+    """Whether what begins at a position parts ways within a few tokens: looked up once while it stays."""
+
+    def __init__(self) -> None:
+        self._known: dict[Outline, bool] = {}
+        self._before: dict[Outline, bool] = {}
+
+    def look_again(self) -> None:
+        """What is not asked for until the next time is forgotten."""
+        self._before, self._known = self._known, {}
+
+    def parts(self, outline: Outline, at: int, least: int) -> bool:
+        """In one tier; `least` must always be the same."""
+        found = self._before.get(outline) if at == outline.start else None
+        if found is None:
+            below, end = outline, at + least
+            while below.end < end and len(below.children) == 1:
+                (below,) = below.children.values()
+            found = below.end < end and len(below.children) > 1
+        if at == outline.start:
+            self._known[outline] = found
+        return found
 
 
 _NBYTES, _USED = attrgetter("nbytes"), attrgetter("below.used")
@@ -122,6 +185,7 @@ class Run:
     places: list[Place] = field(default_factory=list)
     tokens: list[Tokens] = field(default_factory=list)
     branches: Branches = field(default_factory=lambda: Branches(None, None, 0))
+    turns: int | None = None  # that open in it, once somebody has counted
 
     @property
     def used_at(self) -> float | None:
@@ -137,6 +201,7 @@ class Shelf:
     salt: str | None
     nbytes: int
     branches: Branches
+    start: Start
 
 
 class Forest:
@@ -155,7 +220,7 @@ class Forest:
         shelves = []
         for key in dict.fromkeys([*memory, *on_disk]):
             top = Start(memory.get(key), on_disk.get(key), 0)
-            shelves.append(Shelf(key, salts.get(key), top.nbytes, Branches(*top)))
+            shelves.append(Shelf(key, salts.get(key), top.nbytes, Branches(*top), top))
         return sorted(shelves, key=lambda shelf: (shelf.salt != own.salt, shelf.salt is None))
 
     def run(self, start: Start, above: PrefixDigest) -> Run:

@@ -10,16 +10,17 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from fastapi.sse import format_sse_event
 
-from mlx_hybridcache.disk.segment import PrefixDigest
 from mlx_hybridcache.tokens import Namespace
 
 from .errors import ApiError
 from .figures import figures, running
-from .forest import Forest, Place, Run, Shelf, Start
+from .forest import Place, Shelf
+from .rows import Fork, Row, Rows
 from .schema import WatchBody
 from .serving import Serving
 from .wire import event
@@ -38,6 +39,8 @@ MOST_PLACES = 64
 
 SHOWN_TOKENS = 24
 """Of a run's beginning, with `--show-prompts`."""
+
+BETWEEN_TURNS = " · "
 
 FIRST_SHOWN = 30
 """Conversations of the model's own shelf that a page sees before it asks for more."""
@@ -90,9 +93,10 @@ class Watcher:
         self._seen = body.since if body.started == serving.started else 0
         self._told: dict[str, Any] = {}
         self._looked_at: tuple[object, ...] | None = None
-        self._forest = Forest()
-        self._runs: dict[str, Run] = {}
+        self._rows = Rows(serving.loaded.cache.engine.marks)
+        self._shown: dict[str, Row] = {}
         self._lists: dict[str, dict[str, Any]] = {}
+        self._opened: set[str] = set()
 
     def update(self) -> dict[str, Any]:
         """What changed since the last one; empty when nothing did."""
@@ -135,47 +139,62 @@ class Watcher:
         if looked == self._looked_at:  # outlines equal themselves only
             return {}
         self._looked_at = looked
-        looks = [self._look(shelf, own) for shelf in self._forest.shelves(outlines, own)]
-        shown = {run.key: (look, run, start) for look in looks for run, start in look.runs}
+        looks = [self._look(shelf, own) for shelf in self._rows.shelves(outlines, own)]
+        shown = {row.run.key: (look, row) for look in looks for row in look.rows}
         lists = {key: told for look in looks for key, told in look.lists.items()}
-        runs, was, had = {key: run for key, (_, run, _) in shown.items()}, self._runs, self._lists
-        self._runs, self._lists = runs, lists
+        was, had = self._shown, self._lists
+        self._shown, self._lists = {key: row for key, (_, row) in shown.items()}, lists
+        told = [
+            self._told_row(row, is_private=look.told["kind"] != OWN)
+            for key, (look, row) in shown.items()
+            if key not in was or (was[key].run, was[key].begins) != (row.run, row.begins)
+        ]
+        self._rows.keep(row.run for row in self._shown.values())
+        self._opened &= shown.keys()
         return {
             "tree": {
                 "shelves": [look.told for look in looks],
-                "runs": [
-                    self._told_run(run, start, is_private=look.told["kind"] != OWN)
-                    for look, run, start in shown.values()
-                    if was.get(run.key) is not run
-                ],
+                "runs": told,
                 "lists": {key: told for key, told in lists.items() if had.get(key) != told},
-                "gone": [key for key in was if key not in runs],
+                "gone": [key for key in was if key not in shown],
             }
         }
 
     def _look(self, shelf: Shelf, own: Namespace) -> _Look:
-        """The branches of what is open, as many of each as the page asks for."""
+        """The rows of what is open, as many of each as the page asks for.
+
+        A shelf's only row is open, unless the page has closed it: what matters begins behind it. It
+        stays so when others come.
+        """
         kind = OWN if shelf.salt == own.salt else "other" if shelf.salt is None else "salted"
-        told = {"key": shelf.key, "kind": kind, "bytes": shelf.nbytes, "all": len(shelf.branches)}
-        look, asked = _Look(told), self._body.open
-        default = FIRST_SHOWN if kind == OWN else 0
-        waiting = [
-            (shelf.key, asked.get(shelf.key, default), shelf.branches, PrefixDigest(shelf.key))
-        ]
+        top, asked = self._rows.top(shelf), self._body.open
+        look = _Look(
+            {
+                "key": shelf.key,
+                "kind": kind,
+                "bytes": shelf.nbytes,
+                "all": len(top),
+                "conversations": self._rows.conversations(shelf.start),
+            }
+        )
+        waiting: list[tuple[str, int, Fork]]
+        waiting = [(shelf.key, asked.get(shelf.key, FIRST_SHOWN if kind == OWN else 0), top)]
         while waiting:
-            key, most, branches, above = waiting.pop()
-            starts = branches.first(most, self._body.order)
-            runs = [self._forest.run(start, above) for start in starts]
-            look.runs += zip(runs, starts, strict=True)
-            look.lists[key] = {"keys": [run.key for run in runs], "all": len(branches)}
-            waiting += [
-                (run.key, asked[run.key], run.branches, run.digest)
-                for run in runs
-                if run.key in asked and len(run.branches)
-            ]
+            key, most, fork = waiting.pop()
+            rows = self._rows.first(fork, most, self._body.order)
+            look.rows += rows
+            look.lists[key] = {"keys": [row.run.key for row in rows], "all": len(fork)}
+            if len(fork) == 1:
+                self._opened.update(row.run.key for row in rows)
+            for row in rows:
+                opened = row.run.key in self._opened
+                most = asked.get(row.run.key, FIRST_SHOWN if opened else 0)
+                if most and len(row.run.branches):
+                    waiting.append((row.run.key, most, self._rows.below(row)))
         return look
 
-    def _told_run(self, run: Run, start: Start, *, is_private: bool) -> dict[str, Any]:
+    def _told_row(self, row: Row, *, is_private: bool) -> dict[str, Any]:
+        run, start, below = row.run, row.start, self._rows.below(row)
         total = {
             "memory": start.weight(start.memory),
             "disk": start.weight(start.disk),
@@ -183,39 +202,49 @@ class Watcher:
         resting = [place for place in run.places if place.position > run.start]
         return {
             "key": run.key,
-            "start": run.start,
+            "start": row.begins,
             "end": run.end,
             "parts": run.parts,
-            "memory_bytes": run.memory_bytes,
-            "disk_bytes": run.disk_bytes,
+            "memory_bytes": run.memory_bytes + below.memory_bytes,
+            "disk_bytes": run.disk_bytes + below.disk_bytes,
             "total": total,
             "all_places": len(run.places),
             "places": [_told_place(place) for place in _drawn(run.places)],
             "resume": resting[-1].key if resting else None,
             "pins": [place.key for place in run.places if place.is_pinned],
-            "branches": len(run.branches),
+            "branches": len(below),
+            "conversations": self._rows.conversations(start),
+            "turns": row.turns,
             "used_at": run.used_at,
             "below_used_at": start.used[0] or None,
-            "text": None if is_private else self._text(run),
+            "text": None if is_private else self._text(row),
         }
 
-    def _text(self, run: Run) -> str | None:
+    def _text(self, row: Row) -> str | None:
+        """The first words, turn by turn, without what the template puts around them."""
         if not self._serving.settings.show_prompts:
             return None
         tokens: list[int] = []
-        for part in run.tokens:
+        for part in (*row.folded, *row.run.tokens):
             tokens += part[: SHOWN_TOKENS - len(tokens)].tolist()
             if len(tokens) >= SHOWN_TOKENS:
                 break
-        return str(self._serving.loaded.tokenizer.decode(tokens))
+        cache, tokenizer = self._serving.loaded.cache, self._serving.loaded.tokenizer
+        opens = [at for at, token in enumerate(tokens) if token in cache.engine.marks.openers]
+        cuts = [0, *(at for at in opens if at), len(tokens)]
+        turns = (
+            str(tokenizer.decode(tokens[start:end], skip_special_tokens=True)).strip()
+            for start, end in pairwise(cuts)
+        )
+        return BETWEEN_TURNS.join(filter(None, turns))
 
 
 @dataclass(slots=True)
 class _Look:
-    """What is shown of one shelf: runs with where they begin, and the keys below each that is open."""
+    """What is shown of one shelf: rows, and the keys below each that is open."""
 
     told: dict[str, Any]
-    runs: list[tuple[Run, Start]] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
     lists: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 

@@ -6,6 +6,7 @@ import io
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import floor, log10
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from ..plot import draw_lines
 from ..scenarios import AGAIN, COLD
 from .plan import IDENTICAL, SHORT_BEHIND_LONG, size_text
 from .results import Measured, Results
-from .summary import REPEAT, hot_steps, results_of, sizes_in, ttft
+from .summary import REPEAT, hot_steps, results_of, shares_memory, sizes_in, ttft
 
 COLOURS = ("#2f7fd0", "#d9660a", "#1f9d55", "#b0559f", "#8a6d3b", "#5b6ee1")
 """Of a middle brightness, which a white page and a dark one both carry."""
@@ -87,7 +88,10 @@ def charts(results: Results) -> list[Chart]:
     """Those that there are figures for."""
     servers = [each for each in results.servers if each.requests]
     found: list[Chart] = []
-    if lines := _lines(servers):
+    if bars := _one_size(servers):
+        words = "Median time to first token of one length of prompt: new, again, and with another ending."
+        found.append(_bars("ttft-by-length", "TTFT, cold and hot", words, bars, servers))
+    elif lines := _lines(servers):
         words = "Time to first token over the length of the prompt, cold and repeated."
         found.append(
             Chart("ttft-by-length", "TTFT by prompt length", words, HEIGHT, _lengths(lines))
@@ -100,8 +104,10 @@ def charts(results: Results) -> list[Chart]:
         words = "Seconds for one client alone and for several at once."
         title = "Several clients at once"
         found.append(_bars("several-clients", title, words, bars, servers))
-    if bars := _memory_bars(servers):
+    if bars := _memory_bars(servers, shared=shares_memory(results)):
         words = "Memory of each server when warm, at its peak, and what the system lost."
+        if len(bars) == 2:
+            words = "Memory of each server's process when warm and at its peak."
         found.append(_bars("memory", "Memory", words, bars, servers, unit="GiB"))
     return found
 
@@ -125,6 +131,26 @@ def _lines(servers: list[Measured]) -> dict[str, list[tuple[float, float]]]:
             if points:
                 found[f"{server.name}, {name}"] = points
     return found
+
+
+def _one_size(servers: list[Measured]) -> Bars:
+    """Where there is no line to draw: three kinds of request, whose times differ most."""
+    sizes = {size for server in servers for size in sizes_in(results_of(server, REPEAT))}
+    if len(sizes) != 1:
+        return {}
+    (size,) = sizes
+    kinds = {
+        f"new prompt of {size_text(size)}": (REPEAT, frozenset({COLD})),
+        "the same again": (REPEAT, frozenset({AGAIN})),
+        "another ending": ("changed-ending", hot_steps("changed-ending")),
+    }
+    bars: Bars = {
+        title: [
+            server.spread(ttft, scenario=scenario, size=size, steps=steps) for server in servers
+        ]
+        for title, (scenario, steps) in kinds.items()
+    }
+    return {title: spreads for title, spreads in bars.items() if any(spreads)}
 
 
 def _lengths(lines: dict[str, list[tuple[float, float]]]) -> Callable[[Axes], None]:
@@ -169,8 +195,10 @@ def _crowd_bars(servers: list[Measured]) -> Bars:
     return {title: spreads for title, spreads in bars.items() if any(spreads)}
 
 
-def _memory_bars(servers: list[Measured]) -> Bars:
-    lines = {"when warm": "warm_bytes", "at its peak": "peak_bytes", "system lost": "system_bytes"}
+def _memory_bars(servers: list[Measured], *, shared: bool) -> Bars:
+    lines = {"when warm": "warm_bytes", "at its peak": "peak_bytes"}
+    if not shared:
+        lines["system lost"] = "system_bytes"
     if not any(server.memory for server in servers):
         return {}
     return {
@@ -210,6 +238,9 @@ def _bars(
                 xerr=(low, high) if any(low) or any(high) else None,
                 error_kw={"ecolor": "0.5", "elinewidth": 1},
             )
+            for place, spread in zip(places, (spread for _, spread in known), strict=True):
+                text = f" {spread.median:.2f}" if unit else f" {_short(spread.median)}"
+                axes.text(spread.high, place, text, va="center", fontsize=7)
         axes.set_yticks(range(len(bars)), list(bars))
         axes.invert_yaxis()
         axes.grid(visible=False, axis="y")
@@ -217,6 +248,10 @@ def _bars(
             axes.set_xlabel(unit)
         else:
             axes.set_xscale("log")
+            times = [each for spreads in bars.values() for each in spreads if each]
+            first = floor(log10(min(each.low for each in times) * 0.999))
+            longest = max(each.high for each in times)
+            axes.set_xlim(10.0**first, longest * 4)  # with room for what stands behind it
             _in_seconds(axes.xaxis)
         _legend(axes)
 
@@ -225,16 +260,16 @@ def _bars(
 
 
 def _in_seconds(axis: Axis) -> None:
-    """`20 ms`, `5 s`, `2 min` instead of powers of ten, at most seven of them."""
-
-    def text(seconds: float, _: object) -> str:
-        if seconds < 1:
-            return f"{1000 * seconds:g} ms"
-        return f"{seconds:g} s" if seconds < 120 else f"{seconds / 60:.3g} min"
-
-    axis.set_major_locator(LogLocator(base=10, subs=(1, 3), numticks=8))
-    axis.set_major_formatter(FuncFormatter(text))
+    """`10 ms`, `1 s`, `100 s` instead of powers of ten: one for each decade."""
+    axis.set_major_locator(LogLocator(base=10, numticks=8))
+    axis.set_major_formatter(FuncFormatter(lambda seconds, _: _short(seconds)))
     axis.set_minor_formatter(NullFormatter())
+
+
+def _short(seconds: float) -> str:
+    if seconds < 1:
+        return f"{1000 * seconds:.3g} ms"
+    return f"{seconds:.3g} s" if seconds < 1000 else f"{seconds:,.0f} s"
 
 
 def _legend(axes: Axes) -> None:

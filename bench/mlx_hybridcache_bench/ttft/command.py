@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import datetime
+from datetime import datetime, timedelta
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,16 +25,20 @@ from ..servers import OURS, THEIRS, ServerError
 from ..tables import show, write_json
 from .charts import charts
 from .contenders import LLAMA, Contender, compared, flags_of
+from .load import LoadWatch
 from .markdown import markdown
 from .measure import Measurement
+from .pace import Pace, duration_text
 from .plan import NAMES, USUAL, Plan, size_text, sizes_of
 from .remote import at_url
 from .report import report
 from .results import MEASURED, PARTIAL, Results
 from .summary import notes, servers_sheet, sheets
+from .turns import fit_together, measure_in_turns
+from .verdict import verdicts
 
 SIZES, QUICK_SIZES = ("12K", "30K", "60K", "120K"), ("1050",)
-REPEATS, QUICK_REPEATS = 3, 1
+REPEATS = 3
 QUICK_WARM_UP = 400
 TIMEOUT_SECONDS = 1_200.0
 START_SECONDS = 900.0
@@ -47,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     who.add_argument(
         "--compare",
         metavar="NAMES",
-        help=f"start these one after the other, and then {OURS}: {THEIRS},{LLAMA} ({THEIRS})",
+        help=f"start these and {OURS}, and ask them in turns: {THEIRS},{LLAMA} ({THEIRS})",
     )
     who.add_argument("--alone", action="store_true", help=f"leave {OURS} out of --compare")
     who.add_argument(
@@ -72,9 +76,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help='for a started server: "llama-server=--ctx-checkpoints 128"; may be repeated',
     )
     how = parser.add_argument_group("how")
-    how.add_argument("--quick", action="store_true", help="small prompts, one run, for a try")
+    how.add_argument("--quick", action="store_true", help="small prompts, for a try")
     how.add_argument("--sizes", nargs="+", metavar="TOKENS", help=f"{' '.join(SIZES)}; quick 1050")
-    how.add_argument("--repeats", type=int, help="runs of each scenario (3; with --quick 1)")
+    how.add_argument("--repeats", type=int, help=f"runs of each scenario ({REPEATS})")
     how.add_argument("--scenarios", nargs="+", choices=NAMES, metavar="NAME", help=", ".join(NAMES))
     how.add_argument("--clients", type=int, default=AT_ONCE, help=f"at once ({AT_ONCE})")
     how.add_argument(
@@ -124,20 +128,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     status.print(one_line(results.machine), highlight=False)
     interrupted = False
-    with _progress(status) as begin:
-        for contender in contenders:
-            advance = begin(contender, plan.work(process=contender.launch is not None))
-            measurement = Measurement(contender, plan, tokenizer, advance)
-            results.servers.append(measurement.found)
-            try:
-                measurement.run()
-            except KeyboardInterrupt:
-                measurement.found.status, measurement.found.reason = PARTIAL, "interrupted"
-                interrupted = True
-            # After each server: hours of measuring are not lost with the next one.
-            write_json(folder / "results.json", results.as_json())
-            if interrupted:
-                break
+    if contenders:
+        interrupted = _measure(contenders, plan, tokenizer, results, folder, status)
     write(results, folder)
     write_json(args.json, results.as_json())
     if args.markdown:
@@ -147,6 +139,53 @@ def run(args: argparse.Namespace, console: Console) -> int:
     status.print(f"Written to {folder}: {', '.join(sorted(p.name for p in folder.iterdir()))}")
     whole = all(each.status == MEASURED for each in results.servers)
     return INTERRUPTED if interrupted else int(not whole)
+
+
+def _measure(
+    contenders: list[Contender],
+    plan: Plan,
+    tokenizer: object | None,
+    results: Results,
+    folder: Path,
+    status: Console,
+) -> bool:
+    """Lead all through everything; whether somebody interrupted it."""
+    pace, together = Pace(), fit_together(contenders)
+    results.settings["in_turns"] = together
+    how = "in turns" if together else "one after the other, as memory does not hold all at once"
+    status.print(f"{len(contenders)} servers, {how}. They are warmed up first.", highlight=False)
+
+    def promised(seconds: float) -> None:
+        results.settings["expected_seconds"] = round(seconds, 1)
+        ends = datetime.now() + timedelta(seconds=seconds)
+        said = f"This takes {duration_text(seconds)} at most, until {ends:%H:%M}, at the speed of the warm-up."
+        status.print(said, highlight=False)
+
+    with LoadWatch() as load, _progress(status) as begin:
+        measurements = []
+        for each in contenders:
+            advance = begin(each, plan.work(process=each.launch is not None))
+            measurements.append(Measurement(each, plan, tokenizer, advance, pace))
+        results.servers += [each.found for each in measurements]
+
+        def written() -> None:
+            # Again and again: hours of measuring are not lost with what comes next.
+            results.load = load.found()
+            write_json(folder / "results.json", results.as_json())
+
+        try:
+            measure_in_turns(
+                measurements, pace, together=together, promised=promised, written=written
+            )
+        except KeyboardInterrupt:
+            for stopped in measurements:
+                if stopped.is_under_way:
+                    stopped.found.status, stopped.found.reason = PARTIAL, "interrupted"
+            return True
+        finally:
+            results.load = load.found()
+            results.settings["runs_left_out"] = pace.left_out
+    return False
 
 
 def _plan(args: argparse.Namespace) -> Plan:
@@ -160,7 +199,7 @@ def _plan(args: argparse.Namespace) -> Plan:
         raise PromptError("--clients, --repeats and --timeout take numbers above 0.")
     return Plan(
         sizes=sizes,
-        repeats=args.repeats or (QUICK_REPEATS if args.quick else REPEATS),
+        repeats=args.repeats or REPEATS,
         names=tuple(args.scenarios or USUAL),
         clients=args.clients,
         timeout_seconds=args.timeout,
@@ -265,6 +304,8 @@ def write(results: Results, folder: Path) -> None:
 
 def _show(results: Results, console: Console) -> None:
     sizes = ", ".join(size_text(each) for each in results.settings["sizes"])
+    for verdict in verdicts(results):
+        console.print(verdict, style="bold", highlight=False, markup=False)
     console.print(f"Prompts of {sizes} tokens. Median (smallest-largest).", highlight=False)
     for sheet in (servers_sheet(results), *sheets(results)):
         show(console, sheet.title, sheet.columns, sheet.rows)

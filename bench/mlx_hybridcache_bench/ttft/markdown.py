@@ -7,13 +7,15 @@ from mlx_hybridcache.sizes import format_bytes
 from .plan import size_text
 from .results import Measured, Results
 from .summary import Sheet, notes, sheets
+from .verdict import verdicts
 
 
 def markdown(results: Results) -> str:
     """The environment as mlx-lm issue 1162 lists it, its table for each server, then the rest."""
     machine, *others = environment(results)
     listed = [machine, *(_server(each) for each in results.servers), *others]
-    lines = ["### Environment", "", *(f"- {_plain(each)}" for each in listed), ""]
+    said = [line for each in verdicts(results) for line in (f"**{_plain(each)}**", "")]
+    lines = [*said, "### Environment", "", *(f"- {_plain(each)}" for each in listed), ""]
     for sheet in sheets(results):
         lines += _table(sheet)
     if remarks := list(notes(results)):

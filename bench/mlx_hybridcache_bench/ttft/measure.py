@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 
@@ -19,6 +19,7 @@ from .contenders import Contender
 from .dialect import ESTIMATED, Dialect, learn, material_for, says_sizes
 from .memory import MemoryWatch
 from .oddities import odd
+from .pace import REQUEST_SECONDS, Pace
 from .plan import AFTER_RESTART, IDENTICAL, RESTART, Plan
 from .remote import RemoteServer
 from .results import (
@@ -75,7 +76,12 @@ class Measurement:
     """
 
     def __init__(
-        self, contender: Contender, plan: Plan, tokenizer: object | None, advance: Advance
+        self,
+        contender: Contender,
+        plan: Plan,
+        tokenizer: object | None,
+        advance: Advance,
+        pace: Pace | None = None,
     ) -> None:
         self.found = Measured(
             name=contender.name,
@@ -88,51 +94,82 @@ class Measurement:
         self._plan = plan
         self._tokenizer = tokenizer
         self._advance = advance
+        self._pace = pace or Pace()
+        self._warm_up_seconds = 0.0
+        self.is_under_way = True
         self._last: dict[str, tuple[str, int, Step, Reply]] = {}  # by scenario
 
     def run(self) -> None:
         """Measure. A server that fails is reported in `found`, never raised."""
+        for _ in self.portions():
+            pass
+
+    def portions(self) -> Generator[None, None, None]:
+        """The same in portions, between which other servers have their turn: the start with its warm-up,
+        then each scenario of each run. Closing it stops what it has started.
+        """
         contender = self._contender
         if contender.missing:
             self.found.status, self.found.reason = MISSING, contender.missing
+            self.is_under_way = False
             return
         try:
             if contender.launch is None:
-                self._measure_remote()
+                yield from self._measure_remote()
             else:
-                self._measure_process(contender.launch)
-                self._measure_new_starts(contender)
+                yield from self._measure_process(contender.launch)
+                yield from self._measure_new_starts(contender)
+            self.is_under_way = False
         except ServerError as error:
+            self.is_under_way = False
             self.found.status = PARTIAL if self.found.requests else FAILED
             self.found.reason = str(error)
         finally:
             self.found.notes = list(dict.fromkeys([*self.found.notes, *odd(self.found)]))
 
-    def _measure_remote(self) -> None:
+    def expected_seconds(self) -> float:
+        """Once it is warm: for all that is left, as if no cache answered anything."""
+        plan, is_process = self._plan, self._contender.launch is not None
+        per_token = self._warm_up_seconds / (2 * plan.warm_up_tokens)  # two of its prompts are cold
+        starts = 1 + plan.repeats if is_process and plan.restarts else int(is_process)
+        return (
+            plan.work(process=is_process) * per_token
+            + plan.requests(process=is_process) * REQUEST_SECONDS
+            + starts * (self.found.ready_seconds or 0.0)
+        )
+
+    def _measure_remote(self) -> Iterator[None]:
         server = RemoteServer(self._contender.name, self._contender.url, self._contender.api_key)
         target = self._target(server)
         try:
             dialect = self._learn(target)
             side = self._side(target, dialect)
-            side.warm_up()
-            self._measure(side, dialect)
+            self._warm_up(side)
+            yield
+            yield from self._measure(side, dialect)
         finally:
             target.close()
 
-    def _measure_process(self, launch: Launch) -> None:
+    def _measure_process(self, launch: Launch) -> Iterator[None]:
         with ServerProcess(launch, start_seconds=self._plan.start_seconds) as process:
             with MemoryWatch(process) as watch:
                 target = self._started(process)
                 try:
                     dialect = self._learn(target)
                     side = self._side(target, dialect)
-                    side.warm_up()
+                    self._warm_up(side)
                     watch.mark_warm()
-                    self._measure(side, dialect)
+                    yield
+                    yield from self._measure(side, dialect)
                 finally:
                     target.close()
                     self.found.memory = watch.found()
             process.stop(STOP_SECONDS)
+
+    def _warm_up(self, side: Witness) -> None:
+        began = time.perf_counter()
+        side.warm_up()
+        self._warm_up_seconds = time.perf_counter() - began
 
     def _started(self, process: ServerProcess) -> Target:
         began = time.perf_counter()
@@ -164,16 +201,21 @@ class Measurement:
         material = material_for(dialect, self._tokenizer, self._plan.text_tokens)
         return Witness(target, material, self._plan, completes=dialect.completes)
 
-    def _measure(self, side: Witness, dialect: Dialect) -> None:
-        """The scripts, run by run, then the situations of several clients."""
+    def _measure(self, side: Witness, dialect: Dialect) -> Iterator[None]:
+        """Run by run the scripts, then the situations of several clients."""
         for run in range(self._plan.repeats):
+            if not self._pace.goes_on(run):
+                return
             for name in self._plan.scripts:
                 if not dialect.completes and name in ("completions", "throughput"):
                     continue
                 for size in self._plan.sizes if name in AT_EVERY_SIZE else self._plan.sizes[:1]:
                     self._measure_script(side, name, size, run)
                     self._go_on(side)
-        self._measure_situations(side)
+                    yield
+            for name in self._plan.situations:
+                self._measure_situation(side, name, run)
+                yield
 
     def _measure_script(self, side: Witness, name: str, size: int, run: int) -> None:
         side.forget()
@@ -198,25 +240,23 @@ class Measurement:
             if size == self._plan.sizes[0]:
                 self._last[scenario] = (scenario, size, step, reply)
 
-    def _measure_situations(self, side: Witness) -> None:
+    def _measure_situation(self, side: Witness, name: str, run: int) -> None:
         first = self._plan.sizes[0]
         sizes = Sizes(first, self._plan.long, 0, 0, self._plan.clients)
-        for run in range(self._plan.repeats):
-            for name in self._plan.situations:
-                runs, failures = measure_runs(
-                    [side.target], side.material, names=[name], sizes=sizes, repeats=1
-                )
-                size = first if name == IDENTICAL else self._plan.long
-                for each in runs:
-                    if values := each.values.get(side.name):
-                        self.found.situations.append(Situation(name, size, run, dict(values)))
-                self.found.troubles += [
-                    Trouble(name, "", failure.sentence, failure.restarted) for failure in failures
-                ]
-                self._go_on(side)
-                self._advance(name, self._plan.situation_tokens(name))
+        runs, failures = measure_runs(
+            [side.target], side.material, names=[name], sizes=sizes, repeats=1
+        )
+        size = first if name == IDENTICAL else self._plan.long
+        for each in runs:
+            if values := each.values.get(side.name):
+                self.found.situations.append(Situation(name, size, run, dict(values)))
+        self.found.troubles += [
+            Trouble(name, "", failure.sentence, failure.restarted) for failure in failures
+        ]
+        self._go_on(side)
+        self._advance(name, self._plan.situation_tokens(name))
 
-    def _measure_new_starts(self, contender: Contender) -> None:
+    def _measure_new_starts(self, contender: Contender) -> Iterator[None]:
         """On new processes: the last request of each scenario cold, then one over a restart."""
         plan = self._plan
         if not (plan.restarts or plan.cold_checks):
@@ -232,9 +272,13 @@ class Measurement:
             if plan.cold_checks:
                 self._check_cold(side)
                 self._go_on(side)
+                yield
             for run in range(plan.repeats if plan.restarts else 0):
+                if not self._pace.goes_on(run):
+                    break
                 side = self._measure_restart(process, side, run)
                 self._go_on(side)
+                yield
             side.target.close()
 
     def _new_start(self, process: ServerProcess) -> Witness:

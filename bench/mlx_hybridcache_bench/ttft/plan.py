@@ -88,6 +88,15 @@ class Plan:
             tokens += first * len(self.scripts)
         return tokens
 
+    def requests(self, *, process: bool) -> int:
+        """How many requests one server is sent, roughly."""
+        steps = sum(
+            len(steps_of(name)) * (len(self.sizes) if name in AT_EVERY_SIZE else 1)
+            for name in self.scripts
+        )
+        steps += sum(1 + self.clients for _ in self.situations)
+        return self.repeats * (steps + 2 * (process and self.restarts)) + len(self.scripts)
+
     def situation_tokens(self, name: str) -> int:
         """Of all prompts that a situation sends, but for short ones."""
         return (1 + self.clients) * self.sizes[0] if name == IDENTICAL else self.long

@@ -11,6 +11,7 @@ from .charts import charts
 from .markdown import environment, markdown
 from .results import Results
 from .summary import notes, servers_sheet, sheets
+from .verdict import verdicts
 
 
 def report(results: Results) -> str:
@@ -26,6 +27,8 @@ def report(results: Results) -> str:
     pictures = [(chart, Markup(chart.svg())) for chart in charts(results)]
     return templates.get_template("report.html.jinja").render(
         created=results.created,
+        verdicts=verdicts(results),
+        in_turns=bool(results.settings.get("in_turns")),
         environment=environment(results),
         servers=servers_sheet(results),
         sheets=sheets(results),

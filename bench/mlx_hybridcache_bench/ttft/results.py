@@ -131,12 +131,16 @@ class Measured:
 
 @dataclass(slots=True)
 class Results:
-    """One run of the bench: the machine, the settings, and each server in the order of measuring."""
+    """One run of the bench: the machine, the settings, and each server in the order of measuring.
+
+    `load` is what other programs did meanwhile, by `LoadWatch`.
+    """
 
     created: str
     machine: dict[str, Any]
     settings: dict[str, Any]
     servers: list[Measured] = field(default_factory=list)
+    load: dict[str, Any] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """Plain values, by `results.schema.json`."""

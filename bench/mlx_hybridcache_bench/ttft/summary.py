@@ -4,15 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from mlx_hybridcache.sizes import format_bytes
 
 from ..comparison import Spread
 from ..scenarios import AGAIN, COLD, SCENARIOS, steps_of
+from .load import sentence
 from .plan import AFTER_RESTART, IDENTICAL, RESTART, SHORT_BEHIND_LONG, size_text
 from .results import Equality, Measured, Request, Results
 
 REPEAT = "repeat"
+
+UNDECIDED, NOTHING = "undecided", "none"
+"""Speedups that would contradict a count."""
+
+LITTLE, MUCH, ALIKE = 0.05, 0.5, 1.25
+"""Shares of a prompt that are next to nothing and most of it; times faster that may be chance."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +75,7 @@ def _length_sheet(server: Measured) -> Sheet:
         )
         if cold is None:
             continue
-        speedup = f"{cold.median / hot.median:.1f}x" if hot else ""
+        speedup = _speedup(server, size, cold, hot) if hot else ""
         rows.append(
             (
                 size_text(size),
@@ -78,7 +86,27 @@ def _length_sheet(server: Measured) -> Sheet:
             )
         )
     columns = ("Input size", "Cold (1st call)", "Hot (exact repeat)", "Speedup", "Cached / prompt")
-    return Sheet(f"{server.name}: the same prompt again", columns, tuple(rows))
+    caption = ""
+    if any(UNDECIDED in row or NOTHING in row for row in rows):
+        caption = (
+            f"A speedup is “{UNDECIDED}” where the times say the opposite of what was counted, and "
+            f"“{NOTHING}” where nothing was restored: other work kept the machine busy."
+        )
+    return Sheet(f"{server.name}: the same prompt again", columns, tuple(rows), caption)
+
+
+def _speedup(server: Measured, size: int, cold: Spread, hot: Spread) -> str:
+    """Cold over hot, unless what was restored says that it cannot be that."""
+    again = partial(server.spread, scenario=REPEAT, size=size, steps=frozenset({AGAIN}))
+    restored, prompt = again(lambda r: r.cached_tokens), again(lambda r: r.prompt_tokens)
+    ratio = cold.median / hot.median
+    if restored and prompt and prompt.median:
+        share = restored.median / prompt.median
+        if share < LITTLE and ratio > ALIKE:
+            return NOTHING
+        if share > MUCH and ratio < 1:
+            return UNDECIDED
+    return f"{ratio:.1f}x"
 
 
 def _scenario_sheet(results: Results) -> Sheet:
@@ -123,20 +151,28 @@ def _crowd_sheet(results: Results) -> Sheet:
 
 
 def _memory_sheet(results: Results) -> Sheet:
+    in_turns = shares_memory(results)
     rows = tuple(
         (
             each.name,
-            *map(format_bytes, (memory.warm_bytes, memory.peak_bytes, memory.system_bytes)),
+            *map(format_bytes, (memory.warm_bytes, memory.peak_bytes)),
+            *([] if in_turns else [format_bytes(memory.system_bytes)]),
         )
         for each in results.servers
         if (memory := each.memory)
     )
-    caption = (
-        "Resident bytes do not count all that Metal holds for a process; what the system lost "
-        "counts whatever else ran."
+    caption = "Resident bytes do not count all that Metal holds for a process" + (
+        "." if in_turns else "; what the system lost counts whatever else ran."
     )
     columns = ("server", "resident when warm", "resident at its peak", "lost by the system")
-    return Sheet("Memory", columns, rows, caption)
+    return Sheet("Memory", columns[: 3 if in_turns else 4], rows, caption)
+
+
+def shares_memory(results: Results) -> bool:
+    """Whether servers ran beside each other, so that no one of them took what the system lost."""
+    return (
+        bool(results.settings.get("in_turns")) and sum(bool(e.memory) for e in results.servers) > 1
+    )
 
 
 def _equality_sheet(results: Results) -> Sheet:
@@ -157,7 +193,11 @@ def _equality_sheet(results: Results) -> Sheet:
 
 
 def notes(results: Results) -> Iterator[str]:
-    """What was odd, missing or failed: a sentence each, with the server's name in front."""
+    """What was odd, missing or failed: a sentence each; of a server with its name in front."""
+    if results.load:
+        yield sentence(results.load)
+    if left_out := results.settings.get("runs_left_out"):
+        yield f"The machine became slower than at the warm-up: {left_out} of the runs were left out."
     for server in results.servers:
         if server.reason:
             how = {"missing": "not measured", "failed": "not measured"}.get(server.status)

@@ -57,7 +57,7 @@ function treeNote() {
   say(
     by("tree-note"),
     `${many(cache.conversations, "conversation")} and ${many(cache.checkpoints, "checkpoint")} in memory${pins}. ` +
-      "A row is one conversation, or what several share; it starts where it parts ways with others.",
+      "A row is one of them, or a beginning that several share; every branch, such as a regenerated reply, counts.",
   );
 }
 

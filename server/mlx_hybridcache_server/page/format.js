@@ -48,6 +48,7 @@ export function many(number, one, more = `${one}s`) {
   return `${count(number)} ${number === 1 ? one : more}`;
 }
 
+// No line ends between a figure and its unit.
 export function bytes(number) {
   const units = ["B", "KiB", "MiB", "GiB", "TiB"];
   let unit = 0;
@@ -56,16 +57,16 @@ export function bytes(number) {
     left /= 1024;
     unit += 1;
   }
-  return `${left >= 100 ? whole.format(Math.round(left)) : precise.format(left)} ${units[unit]}`;
+  return `${left >= 100 ? whole.format(Math.round(left)) : precise.format(left)}\u00a0${units[unit]}`;
 }
 
 export function seconds(number) {
-  if (number < 0.9995) return `${precise.format(number * 1000)} ms`;
-  if (number < 99.5) return `${precise.format(number)} s`;
-  return `${precise.format(number / 60)} min`;
+  if (number < 0.9995) return `${precise.format(number * 1000)}\u00a0ms`;
+  if (number < 99.5) return `${precise.format(number)}\u00a0s`;
+  return `${precise.format(number / 60)}\u00a0min`;
 }
 
-export const percent = (part, all) => (all ? `${(Math.floor((1000 * part) / all) / 10).toFixed(1)} %` : "–");
+export const percent = (part, all) => (all ? `${(Math.floor((1000 * part) / all) / 10).toFixed(1)}\u00a0%` : "–");
 
 // Ages. `at` is the server's clock, which may differ from this machine's.
 let ahead = 0;

@@ -8,7 +8,8 @@ const LISTED = 8;
 const HEIGHT = 168;
 const TOKENS = { top: 8, height: 72 };
 const TIMES = { top: 100, height: 58 };
-const LEFT = 52;
+const CHARACTER = 6.6; // as wide as a label's at most
+const MOST_LABELS = 5;
 
 const by = (id) => document.getElementById(id);
 const requests = []; // newest first
@@ -174,14 +175,13 @@ function draw() {
   chart.hidden = by("chart-note").hidden = shown.length < 2;
   if (shown.length < 2) return;
   const width = Math.max(260, chart.clientWidth);
-  const step = (width - LEFT) / Math.max(shown.length, 16);
   const most = Math.max(...shown.map((one) => one.prompt_tokens));
-  const slowest = Math.max(...shown.map((one) => one.seconds_to_first_token), 0.1);
-  const least = Math.min(...shown.map((one) => one.seconds_to_first_token), slowest / 10);
-  const low = Math.floor(Math.log10(least));
-  const high = Math.max(low + 1, Math.ceil(Math.log10(slowest)));
+  const times = decades(shown.map((one) => one.seconds_to_first_token));
+  const labels = [shortened(most), ...times.labels.map(([, text]) => text)];
+  const left = 12 + CHARACTER * Math.max(...labels.map((text) => text.length));
+  const step = (width - left) / Math.max(shown.length, 16);
   const up = (tokens) => TOKENS.top + TOKENS.height * (1 - tokens / most);
-  const late = (time) => TIMES.top + TIMES.height * (1 - (Math.log10(time) - low) / (high - low));
+  const late = (time) => TIMES.top + TIMES.height * (1 - times.place(time));
   const picture = drawn("svg", {
     viewBox: `0 0 ${width} ${HEIGHT}`,
     width,
@@ -189,14 +189,11 @@ function draw() {
     role: "img",
     "aria-label": "Tokens restored and read, and the time to the first token, of each request",
   });
-  const label = (y, text) => drawn("text", { x: LEFT - 8, y: y + 3.5, "text-anchor": "end" }, text);
-  const line = (y) => drawn("line", { class: "grid", x1: LEFT, x2: width, y1: y, y2: y });
+  const label = (y, text) => drawn("text", { x: left - 8, y: y + 3.5, "text-anchor": "end" }, text);
+  const line = (y) => drawn("line", { class: "grid", x1: left, x2: width, y1: y, y2: y });
   picture.append(line(up(0)), line(up(most)), label(up(most) + 2, shortened(most)), label(up(0), "0"));
-  for (let power = low; power <= high; power += 1) {
-    const y = late(10 ** power);
-    picture.append(line(y), label(y, seconds(10 ** power)));
-  }
-  shown.forEach((one, at) => picture.append(column(one, LEFT + at * step, step, up, late)));
+  for (const [time, text] of times.labels) picture.append(line(late(time)), label(late(time), text));
+  shown.forEach((one, at) => picture.append(column(one, left + at * step, step, up, late)));
   chart.replaceChildren(picture);
   const slow = shown.reduce((a, b) => (a.seconds_to_first_token > b.seconds_to_first_token ? a : b));
   say(
@@ -204,6 +201,22 @@ function draw() {
     `Prompt tokens above, time to the first token below, of the last ${shown.length} requests, the newest on the right. ` +
       `The slowest took ${seconds(slow.seconds_to_first_token)} (${slow.reason}, ${many(slow.replayed_tokens, "token")} read).`,
   );
+}
+
+// A logarithmic axis over whole decades, with at most one label for each: `place` is from 0 to 1.
+export function decades(times) {
+  const slowest = Math.max(...times, 0.001);
+  const fastest = Math.max(Math.min(...times, slowest / 10), 0.0001);
+  const low = Math.floor(Math.log10(fastest));
+  const high = Math.max(low + 1, Math.ceil(Math.log10(slowest)));
+  const every = Math.ceil((high - low) / (MOST_LABELS - 1));
+  const labels = [];
+  for (let power = low; power <= high; power += every) {
+    const text = power < 0 ? `${count(10 ** (power + 3))} ms` : `${count(10 ** power)} s`;
+    labels.push([10 ** power, text]);
+  }
+  const place = (time) => (Math.log10(Math.max(time, 10 ** low)) - low) / (high - low);
+  return { labels, place };
 }
 
 function column(one, x, step, up, late) {

@@ -44,7 +44,10 @@ export function showTree(told, isFirst) {
     lists.delete(key);
   }
   for (const run of told.runs) runs.set(run.key, run);
-  for (const [key, list] of Object.entries(told.lists)) lists.set(key, list);
+  for (const [key, list] of Object.entries(told.lists)) {
+    lists.set(key, list);
+    if (runs.has(key) && !shown.has(key)) unfold(key); // a shelf's only row, which the server opens
+  }
   const end = Math.max(1, ...[...runs.values()].map((run) => run.end));
   const hasGrown = end !== most;
   most = end;
@@ -70,12 +73,12 @@ function row(key) {
 
 function made(key) {
   const parts = {
-    range: element("span", { class: "range" }),
+    role: element("span", { class: "role" }),
     name: element("span", { class: "name" }),
     bar: element("div", { class: "bar", role: "img" }),
     places: element("span", { class: "places" }),
+    range: element("span", { class: "range" }),
     size: element("span", { class: "size" }),
-    tier: element("span", { class: "tier" }),
     age: aged(null),
     acts: element("span", { class: "acts" }),
     more: element("div", { class: "more", hidden: true }),
@@ -87,41 +90,63 @@ function made(key) {
     "button",
     { type: "button", class: "fold", "aria-expanded": "false", on: { click: () => toggle(key) } },
     element("span", { class: "twist", "aria-hidden": "true" }),
-    parts.range,
+    parts.role,
     parts.name,
   );
   parts.rest.addEventListener("click", () => showMore(key));
   parts.more.append(parts.table, parts.below, parts.rest);
-  const line = [parts.fold, parts.bar, parts.places, parts.size, parts.tier, parts.age, parts.acts];
+  const line = [parts.fold, parts.bar, parts.places, parts.range, parts.size, parts.age, parts.acts];
   parts.item = element("li", { "data-key": key }, element("div", { class: "row" }, ...line), parts.more);
   return parts;
 }
 
 function fill(parts, run) {
-  const [here, below] = [run.memory_bytes + run.disk_bytes, run.total.memory + run.total.disk];
-  say(parts.range, `${count(run.start)} – ${count(run.end)}`);
-  say(parts.name, run.text === null ? run.key.slice(0, 12) : run.text.replace(/\s+/g, " ").trim());
-  parts.name.classList.toggle("hash", run.text === null);
-  parts.name.title = run.text === null ? "hash of all tokens up to here" : run.text;
+  const [role, words] = labelled(run);
+  say(parts.role, role);
+  say(parts.name, words);
+  parts.name.title = run.text ?? "";
   const places = run.all_places ? many(run.all_places, "checkpoint") : "no checkpoint";
-  say(parts.places, run.branches ? many(run.branches, "branch", "branches") : places);
-  parts.places.title = places;
-  say(parts.size, bytes(below));
-  parts.size.title = `its own: ${bytes(here)}; with all below: memory ${bytes(run.total.memory)}, disk ${bytes(run.total.disk)}`;
+  const several = run.branches ? many(run.conversations, "conversation") : "";
+  say(parts.places, several || places);
+  parts.places.title = several ? `${many(run.branches, "row")} below; ${places}` : "";
+  say(parts.range, `${count(run.start)} – ${count(run.end)}`);
+  say(parts.size, bytes(run.total.memory + run.total.disk));
   const tiers = tiersOf(run);
-  say(parts.tier, tiers);
+  parts.size.title = `${tiers}: ${weighed(run)}`;
   setAge(parts.age, run.below_used_at);
   parts.item.classList.toggle("branches", run.branches > 0);
   parts.item.dataset.pinned = run.pins.length > 0;
   drawBar(parts.bar, run);
   parts.fold.setAttribute(
     "aria-label",
-    `${count(run.start)} to ${count(run.end)}, ${parts.name.textContent}, ${places}, ${tiers}` +
-      (run.branches ? `, ${many(run.branches, "branch", "branches")}` : "") +
-      (run.pins.length ? ", pinned" : ""),
+    [role, words, several, `tokens ${count(run.start)} to ${count(run.end)}`, places, tiers, run.pins.length && "pinned"]
+      .filter(Boolean)
+      .join(", "),
   );
   actions(parts.acts, run, shelfOf(run.key));
   if (unfolded.has(run.key)) stands(parts, run);
+}
+
+const ROLES = "system|developer|user|assistant|model|tool";
+const ROLE = new RegExp(`^(${ROLES})(?=\\s*\\n|$)`);
+const NEXT_ROLE = new RegExp(` · (?:${ROLES})(?=\\s*\\n|$)`, "g");
+
+// Whose turn it begins with, and its first words; without those the turns that it is part of.
+function labelled(run) {
+  if (run.text !== null) {
+    const role = run.text.match(ROLE)?.[1] ?? "";
+    const words = run.text.slice(role.length).replace(NEXT_ROLE, " · ").replace(/\s+/g, " ");
+    return [role, words.replace(/^[ ·]+|[ ·]+$/g, "") || (role ? "" : "…")];
+  }
+  if (run.turns === null) return ["", "raw text"];
+  const [first, last] = run.turns;
+  return ["", first === last ? `turn ${count(first)}` : `turns ${count(first)} – ${count(last)}`];
+}
+
+function weighed(run) {
+  const own = `its own ${bytes(run.memory_bytes)} in memory, ${bytes(run.disk_bytes)} on disk`;
+  if (!run.branches) return own;
+  return `${own}; with the rows below ${bytes(run.total.memory)} and ${bytes(run.total.disk)}`;
 }
 
 function tiersOf(run) {
@@ -165,16 +190,17 @@ function axis() {
   const marks = [];
   for (let position = 0; position <= most; position += tick) {
     const name = position >= 10000 && tick >= 1000 ? `${position / 1000}K` : count(position);
-    marks.push(element("span", { style: { left: at(position) } }, name));
+    const isLast = position > 0.95 * most;
+    marks.push(element("span", { class: isLast ? "last" : "", style: { left: at(position) } }, name));
   }
   by("axis").replaceChildren(element("div", {}, ...marks));
 }
 
 function stands(parts, run) {
+  const about = element("p", { class: "small" }, `${weighed(run)} · id `, element("span", { class: "hash" }, run.key));
   if (!run.places.length) {
-    parts.table.replaceChildren(
-      element("p", { class: "small" }, run.branches ? "Shared by its branches; nothing is resumed in it." : ""),
-    );
+    const shared = "Shared by the rows below; nothing is resumed in it.";
+    parts.table.replaceChildren(about, ...(run.branches ? [element("p", { class: "small" }, shared)] : []));
     return;
   }
   const size = (number) => (number === null ? "–" : bytes(number));
@@ -194,6 +220,7 @@ function stands(parts, run) {
   const heads = ["checkpoint at", "memory", "disk", "used"].map((name) => cell("th", name));
   const left = run.all_places - run.places.length;
   parts.table.replaceChildren(
+    about,
     element("table", {}, cell("thead", element("tr", {}, ...heads)), cell("tbody", ...body)),
     ...(left > 0 ? [element("p", { class: "small" }, `and ${many(left, "more checkpoint")}`)] : []),
   );
@@ -230,7 +257,7 @@ function list(below, rest, key, depth) {
   for (const each of keys) {
     const parts = row(each);
     parts.item.style.setProperty("--depth", depth);
-    if (shown.has(each)) list(parts.below, parts.rest, each, depth + 1);
+    if (shown.get(each)) list(parts.below, parts.rest, each, depth + 1);
   }
 }
 
@@ -276,27 +303,33 @@ function shelfTitle(shelf) {
     salted: `With a cache_salt · ${shelf.key.slice(0, 8)}`,
     other: `Another model, setting or salt, on disk · ${shelf.key.slice(0, 8)}`,
   };
-  return `${names[shelf.kind]} · ${many(shelf.all, "tree")}, ${bytes(shelf.bytes)}`;
+  return `${names[shelf.kind]} · ${many(shelf.conversations, "conversation")}, ${bytes(shelf.bytes)}`;
 }
 
 // What a reader does
 
-function toggle(key) {
+function unfold(key) {
   const run = runs.get(key);
   const parts = row(key);
-  const opens = !unfolded.has(key);
-  parts.fold.setAttribute("aria-expanded", String(opens));
-  parts.more.hidden = !opens;
-  if (opens) {
-    unfolded.add(key);
-    stands(parts, run);
-    if (run.branches) shown.set(key, FIRST);
+  parts.fold.setAttribute("aria-expanded", "true");
+  parts.more.hidden = false;
+  unfolded.add(key);
+  stands(parts, run);
+  if (run.branches) shown.set(key, FIRST);
+}
+
+function toggle(key) {
+  if (!unfolded.has(key)) {
+    unfold(key);
   } else {
-    unfolded.delete(key);
-    shown.delete(key);
+    const parts = row(key);
+    parts.fold.setAttribute("aria-expanded", "false");
+    parts.more.hidden = true;
     parts.below.replaceChildren();
+    unfolded.delete(key);
+    if (runs.get(key).branches) shown.set(key, 0); // said, as the server would open a shelf's only row
   }
-  if (run.branches) changed();
+  if (runs.get(key).branches) changed();
 }
 
 function toggleShelf(key) {
