@@ -378,6 +378,16 @@ def test_a_schema_of_many_references_to_itself_is_looked_through_once():
     assert tools["f"]["x"].read("5") == "5"
 
 
+def test_a_schema_that_is_nested_without_end_ends_no_reply():
+    """50,000 levels: beyond fifty anything may be."""
+    schema = {"type": "integer"}
+    for _ in range(50_000):
+        schema = {"anyOf": [schema]}
+    tools = offered([{"function": {"name": "f", "parameters": {"properties": {"x": schema}}}}])
+    assert tools["f"]["x"].read("5") == "5"
+    assert offered([{"function": {"name": "f", "parameters": schema}}])["f"]["x"].read("5") == "5"
+
+
 def test_numbers_are_sent_with_the_digits_that_were_written():
     """More than a float holds, and zeros at the end."""
     assert normal('{"a": 1.10000000000000000001, "b": 1E5}', words=False) == (

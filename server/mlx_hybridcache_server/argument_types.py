@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import cached_property
 from typing import Any
 
 from .json_reader import MOST_DIGITS, normal, quoted
@@ -19,6 +20,9 @@ from .jsontext import strict
 
 MOST_LITERAL = 4096
 """Characters of a value that is read as Python's when it is not JSON."""
+
+MOST_SCHEMAS = 50
+"""Of those within each other that are looked at for one value."""
 
 KINDS = ("null", "boolean", "integer", "number", "array", "object", "string")
 _NAMES = {
@@ -47,16 +51,24 @@ class Parameters:
 
     def __init__(self, schema: Any):
         self._root = schema if isinstance(schema, dict) else {}
-        self.names = frozenset(_properties(self._root, self._root))
         self._found: dict[str, Parameter] = {}
 
+    @cached_property
+    def properties(self) -> dict[str, Any]:
+        """The schema of each, by name. Looked for when one is called, as many may be offered."""
+        return _properties(self._root, self._root)
+
+    @cached_property
+    def longest_name(self) -> int:
+        """Characters."""
+        return max(map(len, self.properties), default=0)
+
     def __getitem__(self, name: str) -> Parameter:
-        if name not in self.names:
+        if name not in self.properties:
             extra = self._root.get("additionalProperties")
             return Parameter(extra if isinstance(extra, dict) else {}, self._root)
         if name not in self._found:
-            schema = _properties(self._root, self._root)[name]
-            self._found[name] = Parameter(schema, self._root)
+            self._found[name] = Parameter(self.properties[name], self._root)
         return self._found[name]
 
     def reread(self, arguments: str) -> str:
@@ -121,7 +133,7 @@ class Parameter:
 
 
 def _allows(
-    schema: Any, root: dict[str, Any], kind: str, value: Any, known: dict[int, bool]
+    schema: Any, root: dict[str, Any], kind: str, value: Any, known: dict[int, bool], depth: int = 0
 ) -> bool:
     """Whether a value of this kind may stand here, as far as types, `enum` and `const` say.
 
@@ -132,11 +144,11 @@ def _allows(
     if id(schema) in known:
         return known[id(schema)]
     known[id(schema)] = False  # a schema that refers to itself allows nothing by that
-    if len(known) > 10_000:
+    if depth > MOST_SCHEMAS:
         return True
 
     def within(part: Any) -> bool:
-        return _allows(part, root, kind, value, known)
+        return _allows(part, root, kind, value, known, depth + 1)
 
     allowed = _has_type(schema, kind) and _is_among(schema, kind, value)
     if allowed and "$ref" in schema and (target := _target(schema["$ref"], root)) is not None:
@@ -211,7 +223,8 @@ def _properties(schema: Any, root: dict[str, Any]) -> dict[str, Any]:
             continue
         known.add(id(each))
         own = each.get("properties")
-        found = {**(own if isinstance(own, dict) else {}), **found}
+        for name, part in own.items() if isinstance(own, dict) else ():
+            found.setdefault(name, part)
         waiting.append(_target(each.get("$ref"), root))
         for word in ("allOf", "anyOf", "oneOf"):
             parts = each.get(word)

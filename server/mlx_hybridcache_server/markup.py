@@ -11,7 +11,7 @@ import html
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from .argument_types import Parameter, Parameters
 from .call_formats import MOST_NAME, Format, Offered, json_object, json_tools, known
@@ -24,6 +24,14 @@ MOST_ATTRIBUTES = 64
 Name = Callable[[str], str]
 Ending = Literal["closed", "next", "over", "cut"]
 """How a value ended: with its tag; with that of the next parameter; with its call; or it did not."""
+
+
+class Missing(NamedTuple):
+    """Declared parameters that were not given yet, and the length of the longest name."""
+
+    names: set[str]
+    longest: int
+
 
 _ATTRIBUTE = re.compile(r'([\w:-]+)\s*=\s*"([^"]*)"')
 
@@ -157,19 +165,20 @@ def _is_over(source: Incoming, form: Markup) -> Steps[bool]:
 
 def _parameters(source: Incoming, form: Markup, parameters: Parameters) -> Steps[bool]:
     """All of them, the first one's tag begun; whether the call is complete."""
-    given: set[str] = set()
+    missing, comma = set(parameters.properties), ""
     while True:
         head, marker = yield from source.until(form.parameter[1], most=MOST_NAME)
         if marker is None and source.is_read and not source.is_whole:
-            yield Arguments(f"{', ' if given else ''}{quoted(head)[:-1]}")
+            yield Arguments(f"{comma}{quoted(head)[:-1]}")
             return False
         if marker is None:
             raise BrokenCallError(head)
         name = form.parameter_name(head)
-        yield Arguments(f"{', ' if given else ''}{quoted(name)}: ")
-        given.add(name)
-        missing = parameters.names - given
-        ending = yield from _value(source, form, parameters[name], missing)
+        yield Arguments(f"{comma}{quoted(name)}: ")
+        comma = ", "
+        missing.discard(name)
+        longest = parameters.longest_name if missing else 0
+        ending = yield from _value(source, form, parameters[name], Missing(missing, longest))
         if ending == "over":
             return True
         if ending == "cut":
@@ -194,9 +203,7 @@ def _is_cut(source: Incoming, *tags: str) -> Steps[bool]:
     return True
 
 
-def _value(
-    source: Incoming, form: Markup, parameter: Parameter, missing: frozenset[str]
-) -> Steps[Ending]:
+def _value(source: Incoming, form: Markup, parameter: Parameter, missing: Missing) -> Steps[Ending]:
     if form.value:
         yield from source.space()
         if (yield from _is_cut(source, form.value)):
@@ -226,7 +233,7 @@ def _quoted(steps: Steps[Ending]) -> Steps[Ending]:
         yield Arguments(quoted(event.text)[1:-1]) if isinstance(event, Text) else event
 
 
-def _raw_value(source: Incoming, form: Markup, missing: frozenset[str]) -> Steps[Ending]:
+def _raw_value(source: Incoming, form: Markup, missing: Missing) -> Steps[Ending]:
     """A value's text, piece by piece."""
     if form.is_lined:
         yield from source.accept("\n")
@@ -256,7 +263,7 @@ def _raw_value(source: Incoming, form: Markup, missing: frozenset[str]) -> Steps
 
 
 def _early(
-    source: Incoming, form: Markup, marker: str, missing: frozenset[str]
+    source: Incoming, form: Markup, marker: str, missing: Missing
 ) -> Steps[tuple[Ending | None, str]]:
     """How a value ends at a tag that is not its own; else the text that the tag is part of."""
     if marker.endswith(form.parameter[0]):
@@ -266,11 +273,11 @@ def _early(
     return ("over" if source.is_read or following == form.call[0] else None), marker + space
 
 
-def _is_missing(source: Incoming, form: Markup, missing: frozenset[str]) -> Steps[bool]:
+def _is_missing(source: Incoming, form: Markup, missing: Missing) -> Steps[bool]:
     """Whether the tag that has begun is that of a parameter which is declared and was not given."""
-    longest = max(map(len, missing), default=0) + len(form.parameter[1]) + MOST_ATTRIBUTES
+    longest = missing.longest + len(form.parameter[1]) + MOST_ATTRIBUTES
     name, marker, _ = (yield from source.peek(longest)).partition(form.parameter[1])
-    return bool(marker) and form.parameter_name(name) in missing
+    return bool(marker) and form.parameter_name(name) in missing.names
 
 
 def _cdata(source: Incoming, form: Markup) -> Steps[Ending]:
