@@ -11,6 +11,7 @@ import tiny
 from mlx_hybridcache_server.banner import banner, quantization
 from mlx_hybridcache_server.models import load
 from mlx_hybridcache_server.settings import Settings
+from mlx_hybridcache_server.tokenizing import Room
 from mlx_lm.models.cache import KVCache
 from servers import OURS, running
 
@@ -39,7 +40,12 @@ def beside(model, **settings):
     with HybridPromptCache(model, memory_budget="100MB", memory_reserve=0, **settings) as cache:
         return told(
             Settings(memory_budget=100_000_000),
-            SimpleNamespace(cache=cache, id="tiny", source="/no/such/model"),
+            SimpleNamespace(
+                cache=cache,
+                id="tiny",
+                source="/no/such/model",
+                renderer=SimpleNamespace(room=Room(budget=cache.engine.longest_prompt())),
+            ),
         )
 
 

@@ -51,10 +51,12 @@ def quantization(model: Any) -> str:
 
 
 def _context(settings: Settings, loaded: Loaded) -> str:
+    room = loaded.renderer.room
+    is_set = settings.context_length is not None
     limits = {
-        "by its configuration": models.longest_context(models.configuration(loaded.source)),
-        "by --max-prompt-tokens": settings.max_prompt_tokens,
-        "by the memory budget": loaded.cache.engine.longest_prompt(),
+        "by --context-length" if is_set else "by its configuration": room.context,
+        "by --max-prompt-tokens": room.most,
+        "by the memory budget": room.budget,
     }
     known = {why: tokens for why, tokens in limits.items() if tokens is not None}
     if not known:
