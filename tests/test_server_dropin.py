@@ -758,7 +758,7 @@ def foreign_hosts(theirs: Server, ours: Server) -> None:
 @difference(
     "Images and their URLs",
     theirs="URLs are fetched, even for a model that reads only text",
-    ours="Refused with 400, nothing is fetched",
+    ours="Refused with 400 in the question to be answered, a sentence in their place elsewhere; nothing is fetched",
 )
 def images(theirs: Server, ours: Server) -> None:
     for server, fetched in ((theirs, True), (ours, False)):
