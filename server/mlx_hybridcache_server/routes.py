@@ -25,7 +25,7 @@ from .choices import ChatChoice, Choice, TextChoice
 from .constrain import Constraint, is_constrained
 from .errors import ApiError
 from .functions import FunctionChoice
-from .keepalive import kept_alive
+from .keepalive import COMMENT, kept_alive
 from .leaving import unless_gone
 from .models import Loaded
 from .notices import warning_headers
@@ -98,7 +98,12 @@ async def _stream(
         return warning_headers(request.url.path, body.warnings)
 
     chunks, headers = (work.result().chunks(), said()) if work.done() else (late(work, said), {})
-    told = events(kept_alive(chunks, seconds), serving.metrics)
+
+    def comment() -> bytes:
+        is_there = work.done() and not work.cancelled() and work.exception() is None
+        return work.result().comment() if is_there else COMMENT
+
+    told = events(kept_alive(chunks, seconds, comment), serving.metrics)
     return EventStream(told, held.pop_all().close, headers)
 
 

@@ -111,6 +111,13 @@ class Run:
         """In the queue, until it was handed to the model's thread."""
         return max(0.0, self._began - self._places.arrived)
 
+    @property
+    def read_tokens(self) -> int:
+        """Of its prompt, so far."""
+        if self._first:
+            return self.count.prompt
+        return self._progress.read if self._progress is not None else 0
+
     def progress(self) -> dict[str, Any]:
         """How far it is, as JSON."""
         state = "writing" if self._first else "reading" if self._began else "queued"
