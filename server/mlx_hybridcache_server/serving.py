@@ -128,7 +128,7 @@ class Run:
             "state": state,
             "prompt_tokens": self.count.prompt,
             "restored_tokens": self.count.cached if self._first else None,
-            "read_tokens": self._progress.read if self._progress is not None else 0,
+            "read_tokens": self.read_tokens,
             "completion_tokens": self.count.completion,
         }
 
