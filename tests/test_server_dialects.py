@@ -72,7 +72,7 @@ def test_switches_of_thinking_go_to_the_template(sent, switch):
 def test_a_budget_of_thinking_has_several_names(sent):
     """All mean nine tokens; -1 means no limit."""
     assert read(**sent)[0]["thinking_budget"] == 9
-    assert "thinking_budget" not in read(thinking_budget=-1)[0]
+    assert "thinking_budget" not in read(reasoning_budget=-1, reasoning={"max_tokens": -1})[0]
 
 
 @pytest.mark.parametrize(

@@ -91,8 +91,6 @@ class Dialect:
             self._follow_functions(fields)
             if fields.get("echo"):
                 self._warn("echo", "not followed in chats.")
-        if fields.get("thinking_budget") == -1:
-            del fields["thinking_budget"]
         for name in sorted(NOT_FOLLOWED.keys() & fields.keys()):
             if fields[name] not in NOT_FOLLOWED[name]:
                 self._warn(name, "not followed by this server.")
@@ -146,7 +144,7 @@ class Dialect:
 
 
 def _take(fields: Fields, name: str, value: Any) -> None:
-    if value is not None:
+    if value not in (None, -1):
         fields.setdefault(name, value)
 
 
