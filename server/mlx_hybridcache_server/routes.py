@@ -216,7 +216,7 @@ async def _models(serving: Serving) -> list[dict[str, Any]]:
     loaded = serving.loaded
     found = dict.fromkeys(loaded.shown, loaded.renderer.room.longest)
     if serving.settings.allow_model_switching:
-        found = await asyncio.to_thread(models.downloaded) | found
+        found = await asyncio.to_thread(models.contexts) | found
     ids = [*loaded.shown, *(name for name in found if name not in loaded.shown)]
     return [_entry(name, found[name]) for name in ids]
 
