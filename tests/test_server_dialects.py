@@ -72,7 +72,7 @@ def test_switches_of_thinking_go_to_the_template(sent, switch):
 def test_a_budget_of_thinking_has_several_names(sent):
     """All mean nine tokens; -1 means no limit."""
     assert read(**sent)[0]["thinking_budget"] == 9
-    assert "thinking_budget" not in read(thinking_budget=-1)[0]
+    assert "thinking_budget" not in read(reasoning_budget=-1, reasoning={"max_tokens": -1})[0]
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,8 @@ def test_other_names_of_our_own_fields_are_followed():
     fields, _ = read(repeat_penalty=1.1, n_predict=7)
     assert (fields["repetition_penalty"], fields["max_tokens"]) == (1.1, 7)
     assert read(n_predict=7, max_tokens=3)[0]["max_tokens"] == 3
-    assert "max_tokens" not in read(max_tokens=-1)[0]
+    assert "max_tokens" not in read(n_predict=-1)[0]
+    assert read(max_tokens=-1)[0] == {"max_tokens": -1}  # which is refused, as by mlx_lm.server
 
 
 def test_the_first_form_of_tools_is_read_as_tools():

@@ -16,6 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from .choices import Choice
 from .errors import as_api_error
+from .keepalive import progress_comment
 from .listen import Piece, Progress
 from .merge import merged
 from .metrics import Metrics
@@ -48,6 +49,11 @@ class Answer:
         log.debug("Reply: %s", body)
         return body
 
+    def comment(self) -> bytes:
+        """How far the first of its prompts is, for who hears of nothing else."""
+        run = self.groups[0][0].run
+        return progress_comment(run.read_tokens, run.count.prompt)
+
     async def chunks(self) -> AsyncGenerator[bytes]:
         """Chunks as server-sent events, and comments that tell how far the prompt is read."""
         by_run = self._by_run()
@@ -55,7 +61,7 @@ class Answer:
         async with aclosing(self._pieces()) as pieces:
             async for run, item in pieces:
                 if isinstance(item, Progress):
-                    yield format_sse_event(comment=f"keepalive {item.read}/{item.total}")
+                    yield progress_comment(item.read, item.total)
                     continue
                 chunk = await by_run[run].take(item)
                 if chunk is None:

@@ -24,10 +24,7 @@ SAME = {
     "thinking_budget_tokens": "thinking_budget",
     "reasoning_budget": "thinking_budget",
 }
-"""Other servers' names for fields of ours."""
-
-UNLIMITED = {"max_tokens", "max_completion_tokens", "repetition_context_size", "thinking_budget"}
-"""Where others write -1 for no limit, which leaving it out is here."""
+"""Other servers' names for fields of ours. Where they write -1, for no limit, ours is left out."""
 
 FORMS = ("guided_json", "json_schema", "format")
 """A schema, or `json`, as vLLM, llama.cpp and Ollama take it."""
@@ -86,7 +83,7 @@ class Dialect:
         fields = {name: value for name, value in sent.items() if value is not None}
         _refuse(fields)
         for name, own in SAME.items():
-            if name in fields:
+            if fields.get(name, -1) != -1:
                 fields.setdefault(own, fields[name])
         _follow_form(fields)
         if "messages" in fields:
@@ -94,9 +91,6 @@ class Dialect:
             self._follow_functions(fields)
             if fields.get("echo"):
                 self._warn("echo", "not followed in chats.")
-        for name in UNLIMITED & fields.keys():
-            if fields[name] == -1:
-                del fields[name]
         for name in sorted(NOT_FOLLOWED.keys() & fields.keys()):
             if fields[name] not in NOT_FOLLOWED[name]:
                 self._warn(name, "not followed by this server.")
@@ -150,7 +144,7 @@ class Dialect:
 
 
 def _take(fields: Fields, name: str, value: Any) -> None:
-    if value is not None:
+    if value not in (None, -1):
         fields.setdefault(name, value)
 
 

@@ -227,19 +227,23 @@ def _load_draft(settings: Settings, model: Any, tokenizer: Any) -> Any:
     return draft
 
 
-def downloaded() -> dict[str, int | None]:
-    """Repositories in the hub's cache that hold an MLX model, sharded or not, with their contexts."""
+def contexts() -> dict[str, int | None]:
+    """The context of each downloaded model, by its configuration."""
+    return {name: models.longest_context(models.configuration(name)) for name in downloaded()}
+
+
+def downloaded() -> list[str]:
+    """Repositories in the hub's cache that hold an MLX model, whole ones and sharded ones."""
     try:
         repos = scan_cache_dir().repos
     except CacheNotFound:
-        return {}
-    names = sorted(
+        return []
+    return sorted(
         repo.repo_id
         for repo in repos
         if repo.repo_type == "model"
         and any(_is_model({Path(f.file_name).name for f in r.files}) for r in repo.revisions)
     )
-    return {name: models.longest_context(models.configuration(name)) for name in names}
 
 
 def _is_model(files: set[str]) -> bool:

@@ -26,7 +26,7 @@ from .choosing import callable_tools
 from .constrain import Constraint, is_constrained
 from .errors import ApiError
 from .functions import FunctionChoice
-from .keepalive import kept_alive
+from .keepalive import COMMENT, kept_alive
 from .leaving import unless_gone
 from .models import Loaded
 from .notices import warning_headers
@@ -99,7 +99,12 @@ async def _stream(
         return warning_headers(request.url.path, body.warnings)
 
     chunks, headers = (work.result().chunks(), said()) if work.done() else (late(work, said), {})
-    told = events(kept_alive(chunks, seconds), serving.metrics)
+
+    def comment() -> bytes:
+        is_there = work.done() and not work.cancelled() and work.exception() is None
+        return work.result().comment() if is_there else COMMENT
+
+    told = events(kept_alive(chunks, seconds, comment), serving.metrics)
     return EventStream(told, held.pop_all().close, headers)
 
 
@@ -212,7 +217,7 @@ async def _models(serving: Serving) -> list[dict[str, Any]]:
     loaded = serving.loaded
     found = dict.fromkeys(loaded.shown, loaded.renderer.room.longest)
     if serving.settings.allow_model_switching:
-        found = await asyncio.to_thread(models.downloaded) | found
+        found = await asyncio.to_thread(models.contexts) | found
     ids = [*loaded.shown, *(name for name in found if name not in loaded.shown)]
     return [_entry(name, found[name]) for name in ids]
 

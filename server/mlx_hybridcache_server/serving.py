@@ -114,6 +114,13 @@ class Run:
         """In the queue, until it was handed to the model's thread."""
         return max(0.0, self._began - self._places.arrived)
 
+    @property
+    def read_tokens(self) -> int:
+        """Of its prompt, so far."""
+        if self._first:
+            return self.count.prompt
+        return self._progress.read if self._progress is not None else 0
+
     def progress(self) -> dict[str, Any]:
         """How far it is, as JSON."""
         state = "writing" if self._first else "reading" if self._began else "queued"
@@ -124,7 +131,7 @@ class Run:
             "state": state,
             "prompt_tokens": self.count.prompt,
             "restored_tokens": self.count.cached if self._first else None,
-            "read_tokens": self._progress.read if self._progress is not None else 0,
+            "read_tokens": self.read_tokens,
             "completion_tokens": self.count.completion,
         }
 
