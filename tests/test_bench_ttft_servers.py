@@ -19,7 +19,17 @@ SCENARIOS = ("repeat", "changed-ending", "volatile-line", "restart", "identical"
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of one run beside mlx_lm.server."""
     folder = tmp_path_factory.mktemp("ttft")
-    only = ["--quick", "--sizes", str(SIZE), "--clients", "2", "--scenarios", *SCENARIOS]
+    only = [
+        "--quick",
+        "--repeats",
+        "1",
+        "--sizes",
+        str(SIZE),
+        "--clients",
+        "2",
+        "--scenarios",
+        *SCENARIOS,
+    ]
     assert cli.main(["ttft", "--compare", THEIRS, *only, "--out", str(folder)]) == 0
     return folder
 

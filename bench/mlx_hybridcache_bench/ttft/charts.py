@@ -239,8 +239,15 @@ def _bars(
                 error_kw={"ecolor": "0.5", "elinewidth": 1},
             )
             for place, spread in zip(places, (spread for _, spread in known), strict=True):
-                text = f" {spread.median:.2f}" if unit else f" {_short(spread.median)}"
-                axes.text(spread.high, place, text, va="center", fontsize=7)
+                text = f"{spread.median:.2f}" if unit else _short(spread.median)
+                axes.annotate(
+                    text,
+                    (spread.high, place),
+                    xytext=(4, 0),
+                    textcoords="offset points",
+                    va="center",
+                    fontsize=7,
+                )
         axes.set_yticks(range(len(bars)), list(bars))
         axes.invert_yaxis()
         axes.grid(visible=False, axis="y")

@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 
-from ..client import Reply
+from ..client import Reply, RequestFailed
 from ..crowd import Sizes, measure_runs
 from ..rounds import Asked, Side, fresh_nonce, measure_rounds
 from ..scenarios import AT_EVERY_SIZE, COLD, SCENARIOS, Material, Step
@@ -95,7 +95,7 @@ class Measurement:
         self._tokenizer = tokenizer
         self._advance = advance
         self._pace = pace or Pace()
-        self._warm_up_seconds = 0.0
+        self._probe: Reply | None = None
         self.is_under_way = True
         self._last: dict[str, tuple[str, int, Step, Reply]] = {}  # by scenario
 
@@ -130,11 +130,14 @@ class Measurement:
     def expected_seconds(self) -> float:
         """Once it is warm: for all that is left, as if no cache answered anything."""
         plan, is_process = self._plan, self._contender.launch is not None
-        per_token = self._warm_up_seconds / (2 * plan.warm_up_tokens)  # two of its prompts are cold
+        if self._probe is None:
+            return 0.0
+        per_token = self._probe.first_seconds / plan.warm_up_tokens
+        per_request = self._probe.last_seconds - self._probe.first_seconds + REQUEST_SECONDS
         starts = 1 + plan.repeats if is_process and plan.restarts else int(is_process)
         return (
             plan.work(process=is_process) * per_token
-            + plan.requests(process=is_process) * REQUEST_SECONDS
+            + plan.requests(process=is_process) * per_request
             + starts * (self.found.ready_seconds or 0.0)
         )
 
@@ -167,9 +170,13 @@ class Measurement:
             process.stop(STOP_SECONDS)
 
     def _warm_up(self, side: Witness) -> None:
-        began = time.perf_counter()
+        """Then one cold request more: the first ones are too slow to foretell the others."""
         side.warm_up()
-        self._warm_up_seconds = time.perf_counter() - began
+        step = next(SCENARIOS["repeat"](side.material, fresh_nonce(), self._plan.warm_up_tokens))
+        try:
+            self._probe = side.target.ask(step)
+        except RequestFailed as error:
+            raise ServerError(f"{side.name} failed while warming up: {error}") from error
 
     def _started(self, process: ServerProcess) -> Target:
         began = time.perf_counter()

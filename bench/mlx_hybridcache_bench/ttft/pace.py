@@ -10,7 +10,7 @@ OVERTIME = 1.1
 """Of the time that was promised."""
 
 REQUEST_SECONDS = 0.2
-"""For each request beside its prompt: the reply, and what stands between two."""
+"""Between two requests, and what a longer reply takes."""
 
 
 @dataclass(slots=True)

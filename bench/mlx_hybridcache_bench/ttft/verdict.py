@@ -72,11 +72,12 @@ def _contradicted(winner: Side, loser: Side) -> bool:
 
 def duels(mine: Measured, theirs: Measured) -> Iterator[Duel]:
     """Each scenario and size that both were measured in."""
+    sizes = sizes_in(mine.requests)
     for name in dict.fromkeys(each.scenario for each in mine.requests):
         for size in sizes_in([each for each in mine.requests if each.scenario == name]):
             a, b = (_side(server, name, size) for server in (mine, theirs))
             if a and b:
-                yield Duel(f"{name} at {size_text(size)}", a, b)
+                yield Duel(name if len(sizes) == 1 else f"{name} at {size_text(size)}", a, b)
 
 
 def verdicts(results: Results) -> list[str]:

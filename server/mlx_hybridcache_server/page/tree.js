@@ -131,16 +131,18 @@ const ROLES = "system|developer|user|assistant|model|tool";
 const ROLE = new RegExp(`^(${ROLES})(?=\\s*\\n|$)`);
 const NEXT_ROLE = new RegExp(` · (?:${ROLES})(?=\\s*\\n|$)`, "g");
 
-// Whose turn it begins with, and its first words; without those the turns that it is part of.
+// Whose turn it begins with, and its first words; without those the turns that it is part of, and
+// the beginning of its id, as many have part in the same turn.
 function labelled(run) {
   if (run.text !== null) {
     const role = run.text.match(ROLE)?.[1] ?? "";
     const words = run.text.slice(role.length).replace(NEXT_ROLE, " · ").replace(/\s+/g, " ");
     return [role, words.replace(/^[ ·]+|[ ·]+$/g, "") || (role ? "" : "…")];
   }
-  if (run.turns === null) return ["", "raw text"];
+  const id = run.key.slice(0, 8);
+  if (run.turns === null) return ["", `raw text · ${id}`];
   const [first, last] = run.turns;
-  return ["", first === last ? `turn ${count(first)}` : `turns ${count(first)} – ${count(last)}`];
+  return ["", `${first === last ? `turn ${count(first)}` : `turns ${count(first)} – ${count(last)}`} · ${id}`];
 }
 
 function weighed(run) {
