@@ -151,7 +151,7 @@ function advised(one) {
   const gap = one.matched_tokens - one.restored_tokens;
   if (gap > 64 && one.restored_tokens < one.prompt_tokens - 1) {
     lines.push(
-      `${count(one.matched_tokens)} tokens were known, but the nearest checkpoint stood at ` +
+      `${count(one.matched_tokens)} tokens matched, but the nearest checkpoint stood at ` +
         `${count(one.restored_tokens)}. This request left one where the prompts part ways.`,
     );
   }
