@@ -6,6 +6,7 @@ import re
 
 import pytest
 from mlx_hybridcache_server.gate import Gate
+from mlx_hybridcache_server.notices import WARNING_HEADER
 from mlx_hybridcache_server.settings import Settings, build_parser, read_settings
 from servers import CHAT, COMPLETIONS, OURS, raw_exchange, running, user
 from starlette.datastructures import Headers
@@ -43,6 +44,7 @@ def test_what_is_not_served_says_what_is(server):
     for path in (CHAT, COMPLETIONS, "/v1/models", "/health"):
         assert path in error["message"]
     assert "/page/" not in error["message"]
+    assert "/v1/models/{name}," in error["message"]
     for method, path, allowed in [
         ("GET", CHAT, "POST"),
         ("POST", "/health", "GET, HEAD"),
@@ -54,7 +56,8 @@ def test_what_is_not_served_says_what_is(server):
         assert response.headers["Allow"] == allowed
         assert f"takes {allowed}" in response.json()["error"]["message"]
     missing = server.client.get("/v1/models/nothing").json()["error"]
-    assert missing["code"] == "model_not_found"  # the route's own 404 stays as it is
+    assert missing["code"] == "model_not_found"  # the route's own 404, which names what there is
+    assert missing["message"] == "No model 'nothing' is served; 'mlx-hybridcache-demo' is."
 
 
 def test_whatever_is_refused_leaves_one_line_without_what_was_sent(server):
@@ -163,3 +166,35 @@ def test_what_flags_add_is_let_in_over_http(server):
     for origin in ("https://app.example", "http://localhost:5173", "vscode-webview://1a2b"):
         answer = server.client.options(CHAT, headers={"Origin": origin, **preflight})
         assert answer.headers["access-control-allow-origin"] == origin
+
+
+def test_a_page_of_another_network_that_is_let_in_passes_its_preflight(server):
+    """Chromium asked so before a site's request to this machine, and wants 2xx; others still get 403."""
+    preflight = {
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "content-type",
+        "Access-Control-Request-Private-Network": "true",
+    }
+    answer = server.client.options(CHAT, headers={"Origin": "https://app.example", **preflight})
+    assert answer.status_code == 204
+    assert answer.headers["access-control-allow-private-network"] == "true"
+    other = server.client.options(CHAT, headers={"Origin": "https://evil.example", **preflight})
+    assert other.status_code == 403
+    del preflight["Access-Control-Request-Private-Network"]
+    answer = server.client.options(CHAT, headers={"Origin": "https://app.example", **preflight})
+    assert "access-control-allow-private-network" not in answer.headers
+
+
+def test_a_page_may_read_what_a_reply_is_told_beside_itself(server):
+    """Browsers hide every header that is not named as open."""
+    body = {"messages": user("Hi"), "max_tokens": 1, "mirostat": 2}
+    answer = server.client.post(CHAT, json=body, headers={"Origin": "https://app.example"})
+    assert answer.headers[WARNING_HEADER].startswith("mirostat")
+    assert WARNING_HEADER in answer.headers["access-control-expose-headers"]
+
+
+def test_origins_are_read_as_browsers_write_them():
+    """A space behind the comma, a slash at the end, capitals: none of which a browser sends."""
+    flags = ["--allowed-origins", "https://App.example/, vscode-file://vscode-app"]
+    found = read_settings(build_parser("serve"), flags).allowed_origins
+    assert found == ("https://app.example", "vscode-file://vscode-app")

@@ -9,7 +9,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
@@ -24,6 +24,7 @@ from .failures import log_failure, not_served
 from .gate import OWN_ORIGINS, Gate
 from .heads import Heads
 from .metrics import Metrics
+from .notices import WARNING_HEADER
 from .quiet import CLIENTS
 from .routes import router
 from .schema import FIELDS
@@ -35,6 +36,8 @@ log = logging.getLogger(CLIENTS)
 STALLED_SECONDS = 60
 
 METHODS = "GET, HEAD, POST, DELETE, OPTIONS"
+
+PRIVATE_NETWORK = "Access-Control-Request-Private-Network"
 
 MOST_MISTAKES = 3
 """Mistakes that one error message lists; a prompt of wrong token ids has thousands."""
@@ -88,6 +91,7 @@ def build_app(serving: Serving) -> FastAPI:
         allow_origin_regex=OWN_ORIGINS,
         allow_methods=["*"],
         allow_headers=["*"],
+        expose_headers=[WARNING_HEADER, "Retry-After"],
     )
     app.add_middleware(_AsJson)
     app.add_middleware(Bodies, settings=serving.settings)
@@ -173,12 +177,19 @@ class _Answered:
 
 
 class _Cors(CORSMiddleware):
-    """Starlette's, with mlx_lm.server's status for a preflight: 204, as there is nothing to say."""
+    """Starlette's, with mlx_lm.server's status for a preflight: 204, as there is nothing to say.
+
+    Some browsers ask besides whether a page of another network may come: its Origin was let in before.
+    """
 
     def preflight_response(self, request_headers: Headers) -> Response:
-        response = super().preflight_response(request_headers)
+        asked = MutableHeaders(raw=request_headers.raw.copy())
+        is_private = asked.get(PRIVATE_NETWORK) == "true"
+        del asked[PRIVATE_NETWORK]  # newer Starlettes refuse it
+        response = super().preflight_response(asked)
         if response.status_code == 200:
             kept = {k: v for k, v in response.headers.items() if not k.startswith("content-")}
+            kept |= {"Access-Control-Allow-Private-Network": "true"} if is_private else {}
             return Response(status_code=204, headers=kept)
         return response
 

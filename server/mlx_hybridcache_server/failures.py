@@ -41,7 +41,9 @@ def not_served(request: Request, error: HTTPException) -> tuple[HTTPException, d
         allowed = ", ".join(dict.fromkeys(methods))
         message = f"{method} {path} is not served; this path takes {allowed}."
         return ApiError(405, message, code="method_not_allowed"), {"Allow": allowed}
-    paths = dict.fromkeys(route.path for route in _routes(request) if route.include_in_schema)
+    paths = dict.fromkeys(
+        route.path_format for route in _routes(request) if route.include_in_schema
+    )
     message = f"{method} {path} is not served. Served are {', '.join(paths)}."
     return ApiError(404, message, code="not_found"), {}
 

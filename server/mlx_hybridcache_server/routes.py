@@ -210,7 +210,8 @@ async def one_model(name: str, request: Request) -> dict[str, Any]:
             return found
     if any(own.lstrip("/") == name.lstrip("/") for own in serving.loaded.names):
         return _entry(serving.loaded.id, serving.loaded.renderer.room.longest)
-    raise ApiError(404, f"No model {name!r} is served.", param="model", code="model_not_found")
+    message = f"No model {name!r} is served; {serving.loaded.id!r} is."
+    raise ApiError(404, message, param="model", code="model_not_found")
 
 
 async def _models(serving: Serving) -> list[dict[str, Any]]:

@@ -269,7 +269,8 @@ def read_settings(parser: argparse.ArgumentParser, argv: list[str] | None) -> Se
 
 
 def _origins(text: str) -> list[str]:
-    origins = text.split(",")
+    """As browsers write them: in small letters, without a slash at the end."""
+    origins = [origin.strip().rstrip("/").lower() for origin in text.split(",")]
     for origin in origins:
         try:
             urlsplit(origin)
