@@ -76,6 +76,16 @@ def check_text(name: str, value: object) -> None:
         raise ArgumentError(f"{name} is {_kind(value)}; text is needed.")
 
 
+def check_whole(prompt: str) -> None:
+    """Raises `PromptError` for half a surrogate pair, which no tokenizer reads."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise PromptError(
+            f"The prompt has half a surrogate pair at position {error.start}, which is no character."
+        ) from error
+
+
 def token_ids(prompt: Any) -> Iterable[int]:
     """The token ids in `prompt`: a list, an array, or what a tokenizer of transformers returns for one text.
 

@@ -23,6 +23,7 @@ from .arguments import (
     check_keywords,
     check_model,
     check_text,
+    check_whole,
     known_keywords,
     positions,
     token_ids,
@@ -557,6 +558,7 @@ class HybridPromptCache:
             tokenizer = self.engine.tokenizer
             if tokenizer is None:
                 raise PromptError("A text prompt needs a tokenizer; give one to the constructor.")
+            check_whole(prompt)
             # The rule by which mlx_lm.stream_generate adds special tokens.
             bos = tokenizer.bos_token
             ids = tokenizer.encode(

@@ -124,6 +124,7 @@ def test_every_keyword_of_mlx_lms_generation_is_known(cache):
     [
         (b"Say hello.", "bytes. Decode it"),
         (bytearray(b"x"), "bytes. Decode it"),
+        ("a\ud800b", "half a surrogate pair at position 1"),
         (None, "The prompt is None. Text or a list of token ids is needed."),
         (5, "The prompt is an int"),
         (Path("prompt.txt"), "The prompt is a PosixPath"),

@@ -112,6 +112,29 @@ def test_the_first_form_of_tools_is_read_as_tools():
     assert read(functions=[WEATHER], function_call="auto")[0]["tool_choice"] == "auto"
 
 
+@pytest.mark.parametrize(
+    ("sent", "named"),
+    [
+        ({"enable_thinking": "no"}, "enable_thinking"),
+        ({"enable_thinking": 0}, "enable_thinking"),
+        ({"functions": {}}, "functions"),
+        ({"functions": [5]}, "functions"),
+        ({"functions": [{}]}, "functions"),
+        ({"function_call": {"name": "get_weather"}}, "function_call"),
+    ],
+)
+def test_what_cannot_be_read_is_refused_under_the_name_that_was_sent(sent, named):
+    """A switch that is no boolean was ignored, and a mistake in `functions` was said to be in `tools`."""
+    with pytest.raises(ApiError, match=f"{named} ") as refused:
+        read(**sent)
+    assert refused.value.param == named
+
+
+def test_a_choice_without_functions_that_asks_for_nothing_is_none():
+    """Clients send `function_call: "auto"` with every request."""
+    assert read(function_call="auto", functions=[], enable_thinking=None)[1] == []
+
+
 @pytest.mark.parametrize("name", sorted(REFUSED))
 def test_what_the_reply_would_be_wrong_without_is_refused_by_name(name):
     """`grammar: "root ::= ..."` is 400; empty or null it asks for nothing."""

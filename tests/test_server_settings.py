@@ -141,6 +141,9 @@ def test_quantized_keys_and_values_become_options_of_generation():
         ["--request-timeout", "inf"],
         ["--prompt-cache-bytes", "9" * 400],
         ["--cache-ram", "²"],
+        ["--alias", " "],
+        ["--alias", "two\nlines"],
+        ["--chat-template-args", '{"messages": []}'],
     ],
     ids=lambda flags: flags[0],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,11 @@ NORMAL, REASONING, TOOL = "normal", "reasoning", "tool"
 
 ASIDE = "tool in reasoning"
 """One of our own, behind which reasoning goes on: mlx-lm's would take what follows for content."""
+
+TAKEN = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) | {
+    "messages"
+}
+"""What `chat_template_kwargs` may not name: it would change how, not what, is rendered."""
 
 Span = tuple[str, str]
 """A state and the text that was written in it, its markers left out."""

@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
-
-from transformers import PreTrainedTokenizerBase
 
 from mlx_hybridcache.errors import PromptError
 from mlx_hybridcache.tokens import TurnMarks, prompt_tokens
 
 from .abilities import Abilities
-from .adapter import NORMAL, initial_state, may_reason, renders_text, without_template
+from .adapter import NORMAL, TAKEN, initial_state, may_reason, renders_text, without_template
 from .errors import ApiError, refuse
 from .messages import for_template
 from .schema import Conversation
 from .tokenizing import NO_LIMIT, Room, Steps, Tokenizing
-
-TAKEN = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) | {
-    "messages"
-}
-"""What `chat_template_kwargs` may not name: it would change how, not what, is rendered."""
 
 
 @dataclass(frozen=True, slots=True)

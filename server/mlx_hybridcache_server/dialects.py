@@ -120,8 +120,10 @@ class Dialect:
                     self._warn(name, "exclude is not followed; reasoning is in a field of its own.")
         if fields.get("reasoning_effort") == "none":
             switch = False
-        if isinstance(fields.get("enable_thinking"), bool):
-            switch = fields["enable_thinking"]
+        own = fields.get("enable_thinking", switch)
+        if own is not None and not isinstance(own, bool):
+            raise refuse("enable_thinking must be true or false.", "enable_thinking")
+        switch = own
         given = fields.get("chat_template_kwargs", {})
         if switch is not None and isinstance(given, dict):
             self.switches_thinking = True
@@ -130,17 +132,27 @@ class Dialect:
 
     def _follow_functions(self, fields: Fields) -> None:
         """OpenAI's first form of tools, whose reply has one `function_call`."""
-        functions, choice = fields.get("functions"), fields.get("function_call")
-        if not functions or fields.get("tools"):
+        functions, choice = fields.get("functions", []), fields.get("function_call")
+        if fields.get("tools"):
             return
-        if not isinstance(functions, list):
-            raise refuse("functions must be a list.", "functions")
+        if not isinstance(functions, list) or not all(map(_is_function, functions)):
+            raise refuse("functions must be a list of objects, each with a name.", "functions")
+        if not functions:
+            if isinstance(choice, dict):
+                raise refuse(
+                    "function_call asks for a call, but there are no functions.", "function_call"
+                )
+            return
         self.wants_function_call = True
         fields["tools"] = [{"type": "function", "function": each} for each in functions]
         fields["parallel_tool_calls"] = False
         if isinstance(choice, dict):
             choice = {"type": "function", "function": choice}
         _take(fields, "tool_choice", choice)
+
+
+def _is_function(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("name"), str)
 
 
 def _take(fields: Fields, name: str, value: Any) -> None:

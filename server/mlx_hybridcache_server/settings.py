@@ -20,6 +20,8 @@ from mlx_hybridcache.errors import SettingError
 from mlx_hybridcache.flags import size, tokens
 from mlx_hybridcache.router import AUTO
 
+from .adapter import TAKEN
+
 API_KEY_VARIABLE = "MLX_HYBRIDCACHE_API_KEY"
 
 LARGEST_BODY = "64MiB"
@@ -184,6 +186,7 @@ def _add_own_flags(parser: argparse.ArgumentParser) -> None:
     own(
         "--alias",
         action="append",
+        type=_alias,
         default=[],
         metavar="NAME",
         help="a name for the model of --model, in requests and replies; may be given several times",
@@ -281,6 +284,12 @@ def _origins(text: str) -> list[str]:
     return origins
 
 
+def _alias(text: str) -> str:
+    if not text.strip() or not text.isprintable():
+        raise argparse.ArgumentTypeError(f"{text!r} is no name, such as qwen3-next.")
+    return text
+
+
 def _names(text: str) -> list[str]:
     names = [name.strip().strip("[]") for name in text.split(",")]
     for name in names:
@@ -322,4 +331,6 @@ def _template_args(text: str) -> dict[str, Any]:
         raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}.") from error
     if not isinstance(found, dict):
         raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object.")
+    if taken := sorted(TAKEN & found.keys()):
+        raise argparse.ArgumentTypeError(f"the chat template's {', '.join(taken)} cannot be set.")
     return found
