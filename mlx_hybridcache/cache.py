@@ -70,7 +70,8 @@ WITHOUT_EFFECT = ("num_draft_tokens", "kv_group_size", "quantized_kv_start", "pr
 
 KEYWORDS = (
     *("max_tokens", "boundaries", "prompt_progress_callback", "cache_salt", "use_cache", "seed"),
-    *("through", "sampler", "logits_processors", *UNCACHED_OPTIONS, *WITHOUT_EFFECT),
+    *("best_effort", "through", "sampler", "logits_processors"),
+    *(*UNCACHED_OPTIONS, *WITHOUT_EFFECT),
 )
 """What `stream_generate` takes: its own, and those of mlx-lm's."""
 
@@ -271,9 +272,9 @@ class HybridPromptCache:
         """A reply to `prompt`, text or token ids; keyword arguments are `mlx_lm.stream_generate`'s.
 
         `boundaries` declares positions worth a checkpoint. `use_cache=False` reads all of it by
-        mlx-lm alone. `best_effort` is for a reply of unknown length: `max_tokens` is not kept ready, and
-        where no more fits into memory the reply ends with `length`. Samplers, logits processors, the progress callback and `through` run on the
-        worker thread. Samplers draw from a random stream that begins at `seed`, or at the calling
+        mlx-lm alone. `best_effort` is for a reply of unknown length: no memory is kept ready for all of
+        `max_tokens`, and where no more is to be had the reply ends with `length`. Samplers, logits
+        processors, the progress callback and `through` run on the worker thread. Samplers draw from a random stream that begins at `seed`, or at the calling
         thread's random state as it is now. `through` takes the responses, with a `PAUSE` for each
         turn that gives none, and yields what the caller gets; ending early ends the request with
         the tokens that it took. Raises, before any work, `PromptError` for a prompt that cannot be

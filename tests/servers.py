@@ -252,7 +252,7 @@ def run_to_its_end(*flags: str, **variables: str) -> subprocess.CompletedProcess
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=PATIENCE_SECONDS,
         env=environment(**variables),
         check=False,
     )

@@ -78,7 +78,7 @@ def test_what_is_no_model_is_refused_with_how_to_get_one(model, tokenizer, said)
     [
         ("stream_generate", {"max_token": 3}, "Did you mean max_tokens?"),
         ("stream_generate", {"temp": 0.5}, "sampler=mlx_lm.sample_utils.make_sampler"),
-        ("stream_generate", {"xyz": 1}, "It knows boundaries, cache_salt"),
+        ("stream_generate", {"xyz": 1}, "It knows best_effort, boundaries, cache_salt"),
         ("stream_generate", {"max_tokens": "5"}, "max_tokens is '5'"),
         (
             "prefill",

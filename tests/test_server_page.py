@@ -102,12 +102,13 @@ def test_the_key_guards_what_the_page_shows_and_not_the_page(strict):
 
 
 def test_the_page_may_call_its_own_server_whatever_origins_are_allowed(strict):
-    """Its own origin is let in where --allowed-origins names others; a neighbour's port is not."""
+    """Its own origin is let in where --allowed-origins names others, and this machine's pages are; no site's is."""
     key = {"Authorization": "Bearer a-key"}
     for origin, status in (
         (strict.url, 404),
         ("http://a.example", 404),
-        (f"http://127.0.0.1:{strict.port + 1}", 403),
+        (f"http://127.0.0.1:{strict.port + 1}", 404),
+        (f"http://127.0.0.1.evil.example:{strict.port}", 403),
         ("http://evil.example", 403),
         ("null", 403),
     ):
