@@ -1,7 +1,5 @@
 """A prompt cache for hybrid language models on MLX: restore the nearest checkpoint, replay the rest."""
 
-from importlib.metadata import version
-
 from .budget import StoreStats
 from .cache import HybridPromptCache
 from .errors import (
@@ -21,7 +19,7 @@ from .report import CacheReport, Reason
 from .request import Generation, Ready
 from .tiers import DiskStats
 
-__version__ = version("mlx-hybridcache")
+__version__ = "0.1.0"
 
 __all__ = [
     "ArgumentError",
