@@ -267,6 +267,7 @@ def tamed(body: dict[str, Any]) -> dict[str, Any]:
     for name, value in found.items():
         if isinstance(value, float) and value.is_integer() and abs(value) < 2**31:
             found[name] = int(value)  # 1.0 is an integer for JSON schema, not for OpenAI
+    found["stop_token_ids"] = [int(token) for token in found.get("stop_token_ids") or ()] or None
     for name in ("max_tokens", "max_completion_tokens"):
         if found.get(name) is not None:
             found[name] = 1 + int(found[name]) % 3
