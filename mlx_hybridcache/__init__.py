@@ -1,7 +1,7 @@
 """A prompt cache for hybrid language models on MLX: restore the nearest checkpoint, replay the rest."""
 
-from .budget import StoreStats
 from .cache import HybridPromptCache
+from .disk.tier import DiskStats
 from .errors import (
     ArgumentError,
     BudgetError,
@@ -17,7 +17,7 @@ from .errors import (
 )
 from .report import CacheReport, Reason
 from .request import Generation, Ready
-from .tiers import DiskStats
+from .store.budget import StoreStats
 
 __version__ = "0.1.0"
 

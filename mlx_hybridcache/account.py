@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .found import Found
 from .report import CacheReport, Divergence, Reason
 from .request import Request
-from .store import Store
+from .store.match import Found
+from .store.store import Store
 
 
 def report(store: Store, request: Request, found: Found, seconds: float) -> CacheReport:

@@ -17,7 +17,7 @@ import mlx.core as mx
 from mlx_lm.generate import GenerationResponse, wired_limit
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from . import batching, models
+from . import models
 from .arguments import (
     check_counts,
     check_keywords,
@@ -28,7 +28,12 @@ from .arguments import (
     positions,
     token_ids,
 )
-from .budget import StoreStats
+from .caches.layout import Layout
+from .caches.room import REPLY_ROOM, ROW_STEP
+from .decode import batch_check as batching
+from .decode.decoder import Prepared
+from .decode.sampling import random_state
+from .disk.tier import DiskStats, DiskTier, Lent
 from .engine import Engine
 from .errors import (
     ArgumentError,
@@ -39,21 +44,23 @@ from .errors import (
     PromptError,
     SettingError,
 )
-from .generate import Prepared
-from .layers.adapt import Layout
-from .outline import Outline
-from .pressure import Pressure, default_reserve
+from .machine import Pressure, default_reserve
+from .prefill.schedule import Grid
 from .report import CacheReport
 from .request import Generation, HeldClaim, Progress, Ready, Request
-from .room import REPLY_ROOM, ROW_STEP
 from .router import Patch, applied, apply, choose_patch
-from .sampling import random_state
-from .schedule import Grid
 from .sizes import format_bytes, parse_bytes
-from .store import Store
-from .tiers import DiskStats, DiskTier, Lent
+from .store.budget import StoreStats
+from .store.outline import Outline
+from .store.store import Store
 from .tokens import Namespace, Tokens, learn_turn_marks, prompt_tokens, settings_digest
-from .worker import Load, Pause, Stream, Worker, closed
+from .worker.worker import (
+    Load,
+    Pause,
+    Stream,
+    Worker,
+    closed,
+)
 
 log = logging.getLogger("mlx_hybridcache")
 

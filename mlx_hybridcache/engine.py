@@ -17,31 +17,31 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.generate import GenerationResponse, stream_generate
 
-from . import checkpoint as checkpoints
 from .account import divergence, report, uncached_report
-from .budget import Claim, StoreStats
+from .caches import checkpoint as checkpoints
+from .caches.kinds.rows import RowBlock
+from .caches.layout import Layout, fresh_caches
+from .caches.live import CacheLender
+from .caches.room import ROW_STEP, request_rows
+from .decode.decoder import Decoder, Prepared, Writer
+from .decode.responses import respond
+from .decode.sampling import seeded
+from .disk.tier import DiskTier
 from .errors import BudgetError, NotStoredError, PinnedError
-from .found import Found
-from .generate import Decoder, Prepared, Writer
-from .layers.adapt import Layout, fresh_caches
-from .layers.rows import RowBlock
-from .lender import CacheLender
-from .loans import Loans
-from .outline import Outline, wall_clock
-from .pressure import Pressure, give_back
-from .replay import plan, replay
+from .machine import Pressure, give_back
+from .prefill.followers import Readers
+from .prefill.replay import plan, replay
+from .prefill.schedule import Grid, Reading, partings
 from .report import CacheReport
 from .request import Request
-from .responses import respond
-from .room import ROW_STEP, request_rows
-from .sampling import seeded
-from .schedule import Grid, Reading, partings
-from .sharing import Readers
-from .store import Store
-from .tiers import DiskTier
+from .store.budget import Claim, StoreStats
+from .store.match import Found
+from .store.materialize import Loans
+from .store.outline import Outline, wall_clock
+from .store.store import Store
+from .store.tree import Rows
 from .tokens import Namespace, Tokens, TurnMarks, settings_digest
-from .tree import Rows
-from .worker import PAUSE, Load, Pause
+from .worker.worker import PAUSE, Load, Pause
 
 log = logging.getLogger("mlx_hybridcache")
 

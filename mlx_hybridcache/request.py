@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
 
-from .budget import Claim
-from .lender import CacheLender
+from .caches.live import CacheLender
+from .caches.room import request_rows
 from .report import CacheReport, Divergence
-from .room import request_rows
+from .store.budget import Claim
 from .tokens import Namespace, Tokens
-from .worker import Job, Stream, Worker
+from .worker.worker import Job, Stream, Worker
 
 T = TypeVar("T")
 

@@ -16,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 from .cache import HybridPromptCache
-from .layers.adapt import Layout, fresh_caches
+from .caches.layout import Layout, fresh_caches
 
 MARGIN = 4.0
 """Times the probe's own largest difference that a restore may differ on such a device."""

@@ -11,62 +11,32 @@ from pathlib import Path
 
 import mlx_lm.models.cache
 import pytest
+from places import ROOT
 
-ROOT = Path(__file__).parent.parent
 LIBRARY = "mlx_hybridcache"
 
 ORDER = [
     {"cli", "server", "__main__"},
     {"demo"},
-    {"verify", "cache_command", "canonicalize_command", "plan_command"},
+    {"planning"},
     {"__init__"},
+    {"verify"},
     {"cache"},
-    {"plan"},
     {"engine"},
+    {"decode", "prefill"},
     {"account"},
-    {"sharing"},
-    {"request"},
-    {"tiers"},
-    {"worker"},
-    {"inbox"},
-    {"batching", "responses"},
-    {"generate"},
-    {"room"},
-    {"sampling"},
-    {"replay"},
-    {"transfer"},
-    {"waiting"},
-    {"disk"},
-    {"loans"},
-    {"store"},
-    {"found"},
-    {"lender"},
-    {"checkpoint"},
-    {"layers"},
-    {"router"},
-    {"weightless"},
-    {"models"},
-    {"schedule"},
-    {"turns"},
-    {"pressure"},
-    {"budget"},
-    {"eviction"},
-    {"census"},
-    {"conversations"},
-    {"pins"},
-    {"ranking"},
-    {"policy"},
-    {"trees"},
-    {"outline"},
-    {"frozen"},
-    {"borrowing"},
-    {"tree"},
     {"arguments"},
-    {"tokens"},
-    {"report"},
+    {"router"},
+    {"disk"},
     {"flags"},
+    {"request"},
+    {"caches", "store"},
+    {"report"},
+    {"models"},
+    {"worker"},
+    {"machine"},
     {"sizes"},
-    {"about"},
+    {"tokens"},
     {"errors"},
 ]
 """Modules and folders of the library, entry points first."""
@@ -74,30 +44,22 @@ ORDER = [
 RANK = {unit: rank for rank, units in enumerate(ORDER) for unit in units}
 ENTRY_POINTS = ORDER[0]
 WITHOUT_MLX = {
-    "cache_command",
+    "cli.cache",
     "disk",
-    "inbox",
-    "waiting",
-    "schedule",
-    "turns",
-    "budget",
-    "census",
-    "conversations",
-    "eviction",
-    "frozen",
-    "outline",
-    "pins",
-    "policy",
-    "ranking",
-    "borrowing",
-    "tree",
-    "trees",
-    "tokens",
-    "report",
     "errors",
-    "pressure",
+    "machine",
+    "prefill.schedule",
+    "report",
     "sizes",
+    "store",
+    "tokens",
+    "worker.inbox",
+    "worker.turns",
 }
+"""Folders and modules that reckon with numbers. Of `disk`, not the two that hold arrays."""
+
+WITH_MLX = {"disk.arrays", "disk.tier", "store.match", "store.materialize", "store.store"}
+
 UPPER_PACKAGES = {"mlx_hybridcache_server", "mlx_hybridcache_bench"}
 UNSAFE_FORMATS = {"pickle", "cloudpickle", "dill", "shelve", "marshal"}
 
@@ -115,7 +77,7 @@ def sources(folder: str) -> list[Path]:
 
 
 def module_name(path: Path) -> str:
-    """`mlx_hybridcache/layers/rows.py` -> `mlx_hybridcache.layers.rows`; packages end in __init__."""
+    """`mlx_hybridcache/store/tree.py` -> `mlx_hybridcache.store.tree`; packages end in __init__."""
     return ".".join(path.relative_to(ROOT).with_suffix("").parts)
 
 
@@ -123,6 +85,12 @@ def unit(module: str) -> str:
     """The entry of `ORDER` that a module of the library belongs to."""
     parts = module.split(".")
     return parts[1] if len(parts) > 1 else "__init__"
+
+
+def is_without_mlx(module: str) -> bool:
+    """Whether a module, or the folder it lies in, is listed as one that never meets an array."""
+    name = module.removeprefix(f"{LIBRARY}.")
+    return name not in WITH_MLX and bool({name, name.split(".")[0]} & WITHOUT_MLX)
 
 
 def is_unit(name: str) -> bool:
@@ -134,7 +102,7 @@ def is_unit(name: str) -> bool:
 def imports(tree: ast.AST, module: str) -> Iterator[str]:
     """Absolute names of what a module imports, one for each imported name.
 
-    `from mlx_hybridcache import tree` gives the module `mlx_hybridcache.tree`, while a public name
+    `from mlx_hybridcache import store` gives the folder `mlx_hybridcache.store`, while a public name
     taken from there gives `mlx_hybridcache`, the package.
     """
     for node in ast.walk(tree):
@@ -190,20 +158,20 @@ def test_every_module_has_a_place_in_the_order(path: Path) -> None:
 
 @each_library_file
 def test_no_import_points_up(path: Path) -> None:
-    """`tree.py` may import `errors.py`; `errors.py` may not import `tree.py`."""
+    """`store` may import `errors.py`; `errors.py` may not import `store`."""
     assert upward_imports(path.read_text(encoding="utf-8"), module_name(path)) == []
 
 
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("mlx_hybridcache.errors", "from mlx_hybridcache.tree import Tree"),
-        ("mlx_hybridcache.tree", "def late():\n    import mlx_hybridcache.store"),
-        ("mlx_hybridcache.policy", "from . import schedule"),
-        ("mlx_hybridcache.layers.rows", "from ..engine import Engine"),
-        ("mlx_hybridcache.layers.rows", "from mlx_hybridcache import checkpoint"),
+        ("mlx_hybridcache.errors", "from mlx_hybridcache.store.tree import Tree"),
+        ("mlx_hybridcache.store.tree", "def late():\n    import mlx_hybridcache.engine"),
+        ("mlx_hybridcache.store.tree", "from .. import engine"),
+        ("mlx_hybridcache.caches.room", "from ..engine import Engine"),
+        ("mlx_hybridcache.caches.kinds.rows", "from mlx_hybridcache import engine"),
         ("mlx_hybridcache.engine", "from mlx_hybridcache import HybridPromptCache"),
-        ("mlx_hybridcache.__init__", "from .cli import main"),
+        ("mlx_hybridcache.__init__", "from .cli.main import main"),
     ],
 )
 def test_an_upward_import_is_noticed_however_it_is_written(module: str, source: str) -> None:
@@ -214,9 +182,12 @@ def test_an_upward_import_is_noticed_however_it_is_written(module: str, source: 
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("mlx_hybridcache.tree", "from .errors import CacheError"),
-        ("mlx_hybridcache.layers.rows", "from .adapt import kind\nfrom ..errors import CacheError"),
-        ("mlx_hybridcache.layers.__init__", "from .rows import Rows"),
+        ("mlx_hybridcache.store.tree", "from ..errors import CacheError"),
+        (
+            "mlx_hybridcache.caches.kinds.rows",
+            "from .kind import Kind\nfrom ...errors import CacheError",
+        ),
+        ("mlx_hybridcache.caches.kinds.__init__", "from .rows import Rows"),
         ("mlx_hybridcache.demo.__init__", "from mlx_hybridcache import HybridPromptCache, verify"),
         ("mlx_hybridcache.__init__", "from .engine import HybridPromptCache"),
     ],
@@ -239,18 +210,18 @@ def test_only_entry_points_import_the_server_and_the_bench_and_lazily(path: Path
 
 
 def test_one_file_names_the_cache_classes_of_mlx_lm() -> None:
-    """What mlx-lm renames is looked for in `layers/adapt.py` alone."""
+    """What mlx-lm renames is looked for in `caches/layout.py` alone."""
     assert {"KVCache", "ArraysCache", "CacheList", "RotatingKVCache"} <= CACHE_CLASSES
-    assert files_naming(CACHE_CLASSES, sources(LIBRARY)) <= {"mlx_hybridcache.layers.adapt"}
+    assert files_naming(CACHE_CLASSES, sources(LIBRARY)) <= {"mlx_hybridcache.caches.layout"}
 
 
 def test_one_file_names_the_batches_of_mlx_lm() -> None:
-    """`GenerationBatch` changes between minor versions; `generate.py` alone knows it, and its kin."""
+    """`GenerationBatch` changes between minor versions; `decode/decoder.py` alone knows it, and its kin."""
     kin = {"GenerationBatch", "BatchGenerator", "PromptProcessingBatch", "_merge_caches"}
     assert kin <= set(dir(import_module("mlx_lm.generate"))), (
         "else the names to look for have changed"
     )
-    assert files_naming(kin, sources(LIBRARY)) == {"mlx_hybridcache.generate"}
+    assert files_naming(kin, sources(LIBRARY)) == {"mlx_hybridcache.decode.decoder"}
 
 
 @pytest.mark.parametrize("path", [*sources(LIBRARY), *sources("bench")], ids=module_name)
@@ -262,7 +233,7 @@ def test_no_file_reads_a_format_that_can_run_code(path: Path) -> None:
 
 @pytest.mark.parametrize(
     "path",
-    [path for path in sources(LIBRARY) if unit(module_name(path)) in WITHOUT_MLX],
+    [path for path in sources(LIBRARY) if is_without_mlx(module_name(path))],
     ids=module_name,
 )
 def test_decisions_need_no_mlx(path: Path) -> None:

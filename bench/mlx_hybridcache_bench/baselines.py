@@ -15,7 +15,7 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from mlx_hybridcache.tree import common_length
+from mlx_hybridcache.store.tree import common_length
 
 from .simulate import Shape
 from .traces import Asked

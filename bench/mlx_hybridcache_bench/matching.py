@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from mlx_hybridcache.checkpoint import Checkpoint
-from mlx_hybridcache.layers.rows import RowBlock
-from mlx_hybridcache.schedule import Grid, Reading, cuts_for
-from mlx_hybridcache.store import Store
+from mlx_hybridcache.caches.checkpoint import Checkpoint
+from mlx_hybridcache.caches.kinds.rows import RowBlock
+from mlx_hybridcache.prefill.schedule import Grid, Reading, cuts_for
+from mlx_hybridcache.store.store import Store
 from mlx_hybridcache.tokens import Namespace, Tokens, prompt_tokens
 
 from .tables import Figure, show

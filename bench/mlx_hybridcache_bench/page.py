@@ -24,11 +24,11 @@ import httpx2
 import numpy as np
 import uvicorn
 from mlx_hybridcache_server.app import build_app
-from mlx_hybridcache_server.models import load
-from mlx_hybridcache_server.schema import WatchBody
-from mlx_hybridcache_server.serving import Serving
+from mlx_hybridcache_server.generation.models import load
+from mlx_hybridcache_server.generation.serving import Serving
+from mlx_hybridcache_server.schema.requests import WatchBody
 from mlx_hybridcache_server.settings import Settings, build_parser, read_settings
-from mlx_hybridcache_server.watch import Watcher
+from mlx_hybridcache_server.watching.watch import Watcher
 from rich.console import Console
 
 from mlx_hybridcache import HybridPromptCache

@@ -14,13 +14,13 @@ from typing import Any
 
 from rich.console import Console
 
-from mlx_hybridcache import replay as replays
+from mlx_hybridcache.caches.layout import Layout
 from mlx_hybridcache.errors import SettingError
-from mlx_hybridcache.layers.adapt import Layout
-from mlx_hybridcache.schedule import Grid, Reading
+from mlx_hybridcache.planning.unloaded_model import describe
+from mlx_hybridcache.prefill import replay as replays
+from mlx_hybridcache.prefill.schedule import Grid, Reading
 from mlx_hybridcache.sizes import format_bytes, parse_bytes
 from mlx_hybridcache.tokens import Tokens
-from mlx_hybridcache.weightless import describe
 
 from .machine import machine, one_line
 from .project_costs import Costs, Speed, costs, read_cold

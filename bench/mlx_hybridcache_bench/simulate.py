@@ -12,19 +12,29 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from mlx_hybridcache.borrowing import BorrowedRows, Column, Lender, Ranges
-from mlx_hybridcache.budget import Claim
-from mlx_hybridcache.census import Weigh
+from mlx_hybridcache.caches.room import rounded
 from mlx_hybridcache.errors import BudgetError
-from mlx_hybridcache.found import Found
-from mlx_hybridcache.loans import Loans
-from mlx_hybridcache.policy import Weights, weights
-from mlx_hybridcache.replay import Plan
-from mlx_hybridcache.room import rounded
-from mlx_hybridcache.schedule import Grid, Reading, cuts_for, partings
-from mlx_hybridcache.store import Store
+from mlx_hybridcache.prefill.replay import Plan
+from mlx_hybridcache.prefill.schedule import (
+    Grid,
+    Reading,
+    cuts_for,
+    partings,
+)
+from mlx_hybridcache.store.budget import Claim
+from mlx_hybridcache.store.eviction.policy import Weights, weights
+from mlx_hybridcache.store.eviction.values import Weigh
+from mlx_hybridcache.store.lazy_rows import (
+    BorrowedRows,
+    Column,
+    Lender,
+    Ranges,
+)
+from mlx_hybridcache.store.match import Found
+from mlx_hybridcache.store.materialize import Loans
+from mlx_hybridcache.store.store import Store
+from mlx_hybridcache.store.tree import Rows
 from mlx_hybridcache.tokens import Namespace, Tokens
-from mlx_hybridcache.tree import Rows
 
 from .traces import Asked
 

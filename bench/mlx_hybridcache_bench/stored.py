@@ -18,7 +18,7 @@ from typing import Any, cast
 import numpy as np
 from rich.console import Console
 
-from mlx_hybridcache.store import Store
+from mlx_hybridcache.store.store import Store
 from mlx_hybridcache.tokens import Namespace, Tokens
 
 from .simulate import SizedCheckpoint, SizedRows

@@ -23,8 +23,8 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import HybridCacheError
+from ..store.tree import Node
 from ..tokens import Tokens, as_tokens
-from ..tree import Node
 from .contents import Collection, loaded, path_of, payloads, tokens_of, writing
 from .files import pieces, reading, replacing, scrap, write_all
 from .index import Entry

@@ -15,11 +15,11 @@ from typing import Literal, cast
 
 import numpy as np
 
-from ..budget import Claim
 from ..errors import BudgetError
-from ..found import Found
+from ..store.budget import Claim
+from ..store.match import Found
+from ..store.tree import Node, common_length
 from ..tokens import Namespace, Tokens, as_tokens
-from ..tree import Node, common_length
 from .chains import Chains, Difference, Link, Stretch, link_at
 from .index import Entry
 from .parts import FileEnd, FileRows, Files, FileState, FileStore, payloads

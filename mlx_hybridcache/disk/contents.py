@@ -18,8 +18,8 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from ..errors import HybridCacheError, NotStoredError, SettingError
+from ..store.tree import Node
 from ..tokens import Tokens
-from ..tree import Node
 from .catalogue import Catalogue
 from .directory import Directory
 from .index import Entry, scan

@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar, cast
 
-from ..budget import Holders
-from ..store import Store
+from ..store.budget import Holders
+from ..store.store import Store
+from ..store.tree import Held, Node
 from ..tokens import Namespace, Tokens
-from ..tree import Held, Node
 from .chains import Link
 from .segment import Segment
 

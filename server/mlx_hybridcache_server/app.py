@@ -18,18 +18,18 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from mlx_hybridcache import HybridCacheError
 
 from . import __doc__ as purpose
-from .bodies import Bodies
 from .errors import as_api_error, refuse
 from .failures import log_failure, not_served
-from .gate import OWN_ORIGINS, Gate
-from .heads import Heads
+from .generation.serving import Serving
+from .http.bodies import Bodies
+from .http.gate import OWN_ORIGINS, Gate
+from .http.heads import Heads
+from .http.wire import ErrorResponse, JsonResponse
+from .log import CLIENTS
 from .metrics import Metrics
-from .notices import WARNING_HEADER
-from .quiet import CLIENTS
-from .routes import router
-from .schema import FIELDS
-from .serving import Serving
-from .wire import ErrorResponse, JsonResponse
+from .openai.notices import WARNING_HEADER
+from .openai.routes import router
+from .schema.requests import FIELDS
 
 log = logging.getLogger(CLIENTS)
 

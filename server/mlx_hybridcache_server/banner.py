@@ -8,11 +8,11 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from mlx_hybridcache import models
+from mlx_hybridcache.caches.layout import Layout
 from mlx_hybridcache.engine import Engine
-from mlx_hybridcache.layers.adapt import Layout
 from mlx_hybridcache.sizes import format_bytes
 
-from .models import Loaded
+from .generation.models import Loaded
 from .settings import Settings
 
 

@@ -10,9 +10,9 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match, Route
 from starlette.types import Scope
 
-from . import cache_routes
 from .errors import ApiError
-from .routes import router
+from .openai.routes import router
+from .watching import cache_routes
 
 log = logging.getLogger("mlx_hybridcache.server")
 

@@ -23,11 +23,11 @@ from mlx_hybridcache.flags import refusal
 
 from .app import build_app
 from .banner import banner
-from .connections import Connection, Crowd, room
-from .models import load
-from .quiet import say_once
-from .record import Recorder
-from .serving import Serving
+from .generation.models import load
+from .generation.serving import Serving
+from .generation.trace import Recorder
+from .http.connections import Connection, Crowd, room
+from .log import say_once
 from .settings import Settings, build_parser, read_settings
 
 log = logging.getLogger("mlx_hybridcache.server")

@@ -10,9 +10,9 @@ from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from mlx_hybridcache import CacheReport
-from mlx_hybridcache.budget import StoreStats
-from mlx_hybridcache.tiers import DiskStats
-from mlx_hybridcache.worker import Load
+from mlx_hybridcache.disk.tier import DiskStats
+from mlx_hybridcache.store.budget import StoreStats
+from mlx_hybridcache.worker.worker import Load
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250)
 

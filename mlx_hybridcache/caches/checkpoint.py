@@ -1,0 +1,135 @@
+"""A checkpoint: a position and every layer's state there. How it is taken, and how caches stand there again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+
+from .kinds.kind import Arrays, Parts, Snapshot
+from .kinds.rows import RowBlock, compact, evaluate_to_keep
+from .layout import Layout, fresh_caches, leaves
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """One snapshot per leaf of the model's caches, None for those that rows alone restore."""
+
+    position: int
+    snapshots: tuple[Snapshot | None, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(snapshot.nbytes for snapshot in self.snapshots if snapshot is not None)
+
+
+def take(
+    layout: Layout,
+    caches: Sequence[Any],
+    position: int,
+    captured: Mapping[int, Snapshot] | None = None,
+) -> Checkpoint:
+    """The state at `position`, evaluated and owning its bytes.
+
+    `position` is where `caches` stand, or lies inside the slice they read last; then `captured`
+    has the snapshots of the leaves that cannot look back themselves.
+    """
+    captured = captured or {}
+    snapshots = tuple(
+        captured[index] if index in captured else kind.snapshot(cache, position)
+        for index, (kind, cache) in enumerate(zip(layout.kinds, leaves(caches), strict=True))
+    )
+    evaluate_to_keep([s.arrays for s in snapshots if s is not None])
+    return Checkpoint(position, snapshots)
+
+
+def move_state(layout: Layout, caches: Sequence[Any], position: int) -> Checkpoint:
+    """The same, out of caches that stand at `position` and are of no use afterwards, but for their rows.
+
+    One layer after another, so that no more than one layer's state is held twice.
+    """
+    snapshots: list[Snapshot | None] = []
+    for kind, cache in zip(layout.kinds, leaves(caches), strict=True):
+        snapshot = kind.snapshot(cache, position)
+        if snapshot is not None:
+            evaluate_to_keep(snapshot.arrays)
+            kind.let_state_go(cache)
+        snapshots.append(snapshot)
+    return Checkpoint(position, tuple(snapshots))
+
+
+def take_rows(layout: Layout, caches: Sequence[Any], start: int, end: int) -> RowBlock | None:
+    """The rows of `[start, end)`, evaluated and owning their bytes.
+
+    None where some of them have left the live caches.
+    """
+    view = view_rows(layout, caches, start, end)
+    if view is None:
+        return None
+    taken = tuple(tuple(compact(x) for x in arrays) for arrays in view.layers)
+    del view
+    evaluate_to_keep(taken)
+    return RowBlock(start, end, taken)
+
+
+def view_rows(layout: Layout, caches: Sequence[Any], start: int, end: int) -> RowBlock | None:
+    """The same where they lie, without a copy: to be let go of before the caches go on."""
+    views: list[Arrays] = []
+    for kind, cache in zip(layout.kinds, leaves(caches), strict=True):
+        rows = kind.view_rows(cache, start, end)
+        if rows is None:
+            return None
+        views.append(rows)
+    return RowBlock(start, end, tuple(views))
+
+
+def restore(
+    layout: Layout,
+    model: Any,
+    blocks: list[RowBlock],
+    snapshots: list[Snapshot | None],
+    position: int,
+    capacity: int,
+    *,
+    is_spent: bool,
+) -> list[Any]:
+    """Fresh mlx-lm caches that stand at `position`, with room for `capacity` tokens.
+
+    `blocks` hold the rows of `[0, position)` in order; what the last one holds beyond is left out.
+    Position 0 gives empty caches whose buffers are there already. Every byte is copied once, into
+    the buffer it will live in: a cache restored at its exact size would be copied again, whole, by
+    the first token written behind it.
+
+    `snapshots` are a checkpoint's, empty where rows alone restore. `is_spent` says that nobody else
+    holds some of these arrays, which are let go of as they are copied: no more than one is held twice.
+    Both lists are emptied.
+    """
+    caches = fresh_caches(model)
+    pieces = [list(block.piece(block.start, min(block.end, position))) for block in blocks]
+    blocks.clear()
+    for index, (kind, cache) in enumerate(zip(layout.kinds, leaves(caches), strict=True)):
+        every = [list(piece[index]) for piece in pieces if piece[index]]
+        for piece in pieces:
+            piece[index] = ()
+        kind.fill(cache, Parts(every, is_spent), _popped(snapshots), position, capacity)
+        if is_spent:
+            mx.eval(cache.state)
+            mx.clear_cache()
+    mx.eval([cache.state for cache in caches])
+    return caches
+
+
+def _popped(snapshots: list[Snapshot | None]) -> Snapshot | None:
+    return snapshots.pop(0) if snapshots else None
+
+
+def grow(layout: Layout, caches: Sequence[Any], capacity: int) -> None:
+    """Give live caches room for `capacity` tokens, one layer after another.
+
+    While a layer grows, its old buffer and its new one are both held.
+    """
+    for kind, cache in zip(layout.kinds, leaves(caches), strict=True):
+        kind.grow(cache, capacity)
+        mx.eval(cache.state)

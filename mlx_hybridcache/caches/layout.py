@@ -1,0 +1,263 @@
+"""The one place that knows mlx-lm's cache classes: which kind each is, and how a model's are built."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.models import cache as mlx_caches
+
+from . import counting
+from .capture import CaptureHook
+from .kinds.idle import IdleKind, is_idle
+from .kinds.kind import LayerKind
+from .kinds.recurrent import RecurrentKind
+from .kinds.rows import RowsKind
+from .kinds.window import ChunkedKind, FullWindowKind, WindowKind
+from .rewritten import Rewritten
+from .slicing import MaskListener, rotation_limit
+from .subclassed import Subclassed
+
+_KINDS: dict[type, Callable[[Any, int], LayerKind]] = {
+    mlx_caches.KVCache: lambda cache, step: RowsKind.seen(cache, headroom=True),
+    mlx_caches.ConcatenateKVCache: lambda cache, step: RowsKind.seen(cache, headroom=False),
+    mlx_caches.RotatingKVCache: WindowKind.seen,
+    mlx_caches.ChunkedKVCache: ChunkedKind.seen,
+    mlx_caches.ArraysCache: lambda cache, step: RecurrentKind.seen(cache),
+}
+
+_BLOCKS = {
+    "mamba2": 256,
+    "falcon_h1": 256,
+    "granitemoehybrid": 256,
+    "nemotron_h": 256,
+    "plamo2": 256,
+    "bailing_hybrid": 128,
+    "bailing_moe_linear": 128,
+}
+"""Families whose recurrent layers are computed in blocks of so many tokens (`ssm_attn` and kin)."""
+
+LEARNT_FROM = 8
+"""Tokens that a model reads so that its layout is learnt: states that begin with their tokens, such
+as the context of n-grams, have their full size by then."""
+
+
+def fresh_caches(model: Any) -> list[Any]:
+    """The model's own empty caches, as mlx-lm makes them."""
+    return list(mlx_caches.make_prompt_cache(model))
+
+
+def leaves(caches: Sequence[Any]) -> list[Any]:
+    """The caches with composites opened, in order. A composite returns where all its children can."""
+    flat: list[Any] = []
+    for cache in caches:
+        if isinstance(cache, mlx_caches.CacheList):
+            flat.extend(leaves(cache.caches))
+        else:
+            flat.append(cache)
+    return flat
+
+
+def selects_rows(caches: Sequence[Any]) -> bool:
+    """Whether some layer of `caches`, which have read tokens, keeps an index beside its rows.
+
+    That is keys without values, by which sparse attention selects what it looks at (deepseek_v32,
+    minimax_m3_vl): nothing of a short prompt is left out.
+    """
+    beside = [
+        child
+        for cache in caches
+        if isinstance(cache, mlx_caches.CacheList)
+        and sum(type(each) is mlx_caches.KVCache for each in cache.caches) > 1
+        for child in cache.caches
+    ]
+    return any(not mx.any(child.state[1]).item() for child in beside)
+
+
+def _kind(cache: Any, step: int, swa_full: bool) -> LayerKind:
+    if is_idle(cache):
+        return IdleKind()
+    if swa_full and type(cache) is mlx_caches.RotatingKVCache and cache.keep == 0:
+        return FullWindowKind.seen(cache, step)
+    return _KINDS[type(cache)](cache, step)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one model's caches come apart: one kind per leaf, in order, and the leaf's own class.
+
+    `unsupported` names the cache classes that are in no table; a model that has any is served
+    without the cache. `vocabulary` is the width of the model's logits. What its forward
+    replaces of its own arrays is `rewritten`; `counted` is the model, where its forwards are. Beyond
+    `slicing_limit` tokens, if not None, what the model computes depends on the slices in which a
+    prompt is read. Until `release` the model's own classes may be replaced.
+    """
+
+    kinds: tuple[LayerKind, ...]
+    classes: tuple[type[Any], ...]
+    unsupported: tuple[str, ...]
+    hook: CaptureHook | None
+    alignment: int
+    vocabulary: int
+    rewritten: Rewritten | None = None
+    slicing_limit: int | None = None
+    counted: Subclassed | None = None
+
+    @classmethod
+    def of(cls, model: Any, step: int = 2048, *, swa_full: bool = False) -> Layout:
+        """Learn the layout by letting the model read a few tokens into fresh caches.
+
+        `step` bounds a slice, in tokens; `swa_full` stores every row of sliding windows.
+        """
+        caches, rewritten = fresh_caches(model), Rewritten(model)
+        listener = MaskListener(leaves(caches))
+        logits = model(mx.array([[0] * LEARNT_FROM]), cache=caches)
+        mx.eval(logits, [cache.state for cache in caches], rewritten.learn(model).arrays())
+        layout = cls._seen(model, caches, logits.shape[-1], step, swa_full)
+        limits = [each for each in (rotation_limit(model), listener.limit) if each is not None]
+        return replace(layout, rewritten=rewritten, slicing_limit=min(limits, default=None))
+
+    @classmethod
+    def traced(cls, model: Any, step: int = 2048, *, swa_full: bool = False) -> Layout:
+        """The same layout without computing anything: the shapes of the forward that `of` runs.
+
+        So the model's parameters may be lazy and larger than this machine. They stay so: whatever asks
+        for a value inside a trace gets a `ValueError` from MLX.
+        """
+        found: list[Layout] = []
+
+        def read(token: mx.array) -> mx.array:
+            caches = fresh_caches(model)
+            logits = model(token, cache=caches)
+            found.append(cls._seen(model, caches, logits.shape[-1], step, swa_full))
+            return token
+
+        mx.compile(read)(mx.array([[0] * LEARNT_FROM]))
+        return found[0]
+
+    @classmethod
+    def _seen(
+        cls, model: Any, caches: Sequence[Any], vocabulary: int, step: int, swa_full: bool
+    ) -> Layout:
+        """From caches that have read a few tokens, by their classes, shapes and dtypes alone."""
+        classes = tuple(type(cache) for cache in leaves(caches))
+        names = sorted({each.__name__ for each in classes if each not in _KINDS})
+        if names:
+            return cls((), classes, tuple(names), None, 1, vocabulary)
+        kinds = tuple(_kind(cache, step, swa_full) for cache in leaves(caches))
+        counted = None
+        if all(
+            kind.position(cache) is None for kind, cache in zip(kinds, leaves(caches), strict=True)
+        ):
+            counted = counting.count(model, leaves)
+            kinds = tuple(kind.counted() for kind in kinds)
+        blind = {i for i, kind in enumerate(kinds) if not kind.sees_interior}
+        hook = CaptureHook.of(model, blind) if blind and len(kinds) == len(caches) else None
+        family = type(model).__module__.rpartition(".")[2]
+        blocks = _BLOCKS.get(family, 1)
+        return cls(kinds, classes, (), hook, blocks, vocabulary, counted=counted)
+
+    def release(self) -> None:
+        """Let the model be what it was before: nothing listens to it or counts any more."""
+        for each in (self.hook, self.counted):
+            if each is not None:
+                each.release()
+
+    def lazy(self) -> list[mx.array]:
+        """Arrays of the model that the last forward left: evaluated, another thread can use them too."""
+        return [] if self.rewritten is None else self.rewritten.arrays()
+
+    def depends_on_slices(self, tokens: int) -> bool:
+        """Whether reading so many tokens gives one thing or another, as they are cut into slices."""
+        return self.slicing_limit is not None and tokens > self.slicing_limit
+
+    @property
+    def needs_snapshots(self) -> bool:
+        """Whether some layer restores at checkpoints only."""
+        return any(kind.needs_snapshot for kind in self.kinds)
+
+    @property
+    def stores_every_slice(self) -> bool:
+        """Whether rows leave the live caches, so that each slice must be stored when it is read."""
+        return any(isinstance(kind, FullWindowKind) for kind in self.kinds)
+
+    @property
+    def goes_back(self) -> bool:
+        """Whether drafted tokens can be taken back. mlx-lm asks a fresh cache whether it can be trimmed.
+
+        A window can until it is full. Then nothing is taken back, and the reply is another one.
+        """
+        return not self.unsupported and all(kind.goes_back for kind in self.kinds)
+
+    @property
+    def lends_rows(self) -> bool:
+        """Whether live caches have rows and keep them all, so that the store can leave its own there."""
+        return self.row_bytes > 0 and not self.stores_every_slice
+
+    @property
+    def must_pause(self) -> bool:
+        """Whether a checkpoint inside a slice costs a forward of its own."""
+        return self.hook is None and any(not kind.sees_interior for kind in self.kinds)
+
+    @property
+    def merges(self) -> bool:
+        """Whether mlx-lm makes batches of such caches in which a reply can be the same as alone.
+
+        Of rows and states it does. A window's ring is summed in another order there, and other caches
+        cannot be merged. What the attention makes of a batch is for `batching` to show.
+        """
+        return all(each in (mlx_caches.KVCache, mlx_caches.ArraysCache) for each in self.classes)
+
+    @property
+    def row_heads(self) -> frozenset[int]:
+        """How many key-value heads the layers with rows have."""
+        return frozenset(kind.shapes[0][1] for kind in self.kinds if isinstance(kind, RowsKind))
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes that one token's rows weigh."""
+        return sum(kind.row_bytes for kind in self.kinds)
+
+    @property
+    def array_bytes(self) -> int:
+        """Bytes of one token in the largest array of rows: one layer's keys, or its values."""
+        return max((kind.array_bytes for kind in self.kinds), default=0)
+
+    @property
+    def snapshot_bytes(self) -> int:
+        """Bytes that one checkpoint weighs at most."""
+        return sum(kind.snapshot_bytes for kind in self.kinds)
+
+    def running_bytes(self, capacity: int) -> int:
+        """Bytes that a live set of caches holds with room for `capacity` tokens."""
+        return capacity * self.row_bytes + sum(kind.running_bytes for kind in self.kinds)
+
+    def mismatch(self, caches: Sequence[Any], position: int) -> str | None:
+        """Why `caches` are not this model's standing at `position`; None where they are."""
+        found, told = leaves(caches), False
+        names = [type(cache).__name__ for cache in found]
+        if len(found) != len(self.classes):
+            return f"expected {len(self.classes)} plain caches of this model, found {names}"
+        for index, (kind, cache) in enumerate(zip(self.kinds, found, strict=True)):
+            expected = self.classes[index]
+            if type(cache) is not expected:
+                return f"layer {index} has a {names[index]}, this model a {expected.__name__}"
+            if cache.empty() and not isinstance(kind, IdleKind):
+                return f"layer {index} has read nothing"
+            stands = kind.position(cache)
+            if stands is not None and stands != position:
+                return f"layer {index} stands at {stands} tokens, not at {position}"
+            told = told or stands is not None
+        if not told:
+            return (
+                "no layer says how many tokens it has read, and nobody saw this model read them "
+                "into these caches; use caches that prefill returned"
+            )
+        return None
+
+    def stand(self, caches: Sequence[Any], position: int) -> None:
+        """Whoever knows that `caches` stand at `position` says so to layers that could not tell."""
+        for kind, cache in zip(self.kinds, leaves(caches), strict=True):
+            kind.stand(cache, position)

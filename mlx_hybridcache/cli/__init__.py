@@ -1,0 +1,1 @@
+"""The command line: `mlx-hybridcache serve | demo | verify | plan | canonicalize | cache | bench`."""

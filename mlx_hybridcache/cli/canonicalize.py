@@ -1,0 +1,228 @@
+"""The command that makes one of experts that compute the same: `mlx-hybridcache canonicalize`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from .. import models
+from ..errors import RouterError, SettingError
+from ..flags import tokens as tokens_flag
+from ..router import (
+    Discovery,
+    LayerFindings,
+    apply,
+    calibration_tokens,
+    check_output,
+    discover,
+    largest_difference,
+    moe_layers,
+    write_checkpoint,
+)
+from ..router.calibration import ROW_TOKENS, ROWS
+from ..router.discovery import MIN_TOKENS, RELATIVE_ERROR, SIMILARITY
+from ..router.report import report
+from ..router.tables import markdown, sentences, tables
+from ..router.trial import (
+    TEXTS,
+    Trial,
+    fresh_texts,
+    trial,
+)
+from ..sizes import format_bytes
+
+TABLE_WIDTH = 110
+"""Columns that the widest table takes, also where no terminal says how wide it is."""
+
+PROVING_ROWS = 2
+"""Rows of calibration tokens on which logits inside groups are compared afterwards."""
+
+
+def main(argv: Sequence[str], prog: str = "mlx-hybridcache canonicalize") -> int:
+    """Run the command. 0: done; 1: no two experts are alike, so nothing was written; 2: it cannot be done.
+
+    Raises `HybridCacheError` and `OSError`, whose words say why.
+    """
+    return _canonicalize(_parser(prog).parse_args(argv))
+
+
+def _parser(prog: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__)
+    add = parser.add_argument
+    add("--model", required=True, help="directory, or owner/name")
+    add("--output", type=_path, help="new directory for the patched checkpoint")
+    add(
+        "--patch",
+        type=_path,
+        help="new file for the patch alone; `serve --canonicalize-router` reads it",
+    )
+    add("--report", type=_path, help="new file for the report in JSON")
+    add("--calibration", type=_path, metavar="FILE", help="text (default: Python's own, bundled)")
+    add(
+        "--tokens",
+        type=tokens_flag(),
+        default=ROWS * ROW_TOKENS,
+        help="of calibration (%(default)s)",
+    )
+    add("--method", choices=["outputs", "scores"], default="outputs", help="(%(default)s)")
+    add(
+        "--threshold",
+        type=float,
+        help=f"outputs: largest relative error ({RELATIVE_ERROR}); scores: smallest cosine ({SIMILARITY})",
+    )
+    add(
+        "--min-tokens",
+        type=int,
+        default=MIN_TOKENS,
+        help="held-out tokens that an expert must have, or it is left alone (%(default)s)",
+    )
+    add(
+        "--measure",
+        action="store_true",
+        help="try the patch on texts that calibration did not read, beside three other arms, and judge it",
+    )
+    add("--texts", type=int, default=TEXTS, help="to measure on, 2 at least (%(default)s)")
+    add(
+        "--no-quantized-copy",
+        action="store_true",
+        help="measure without the copy with 8-bit weights, which takes half of a bfloat16 model's memory again",
+    )
+    add("--seed", type=int, default=0, help="of projections and the null model (%(default)s)")
+    return parser
+
+
+def _path(text: str) -> Path:
+    return Path(text).expanduser()
+
+
+def _canonicalize(options: argparse.Namespace) -> int:
+    if options.output is not None:
+        check_output(options.output)
+    for flag in ("patch", "report"):
+        _check_new_file(flag, getattr(options, flag))
+    rows = options.tokens // ROW_TOKENS
+    if rows < 2:
+        raise SettingError(f"--tokens {options.tokens}: at least {2 * ROW_TOKENS} are needed.")
+    console = Console(soft_wrap=True)
+    model, tokenizer = models.load(options.model)
+    moe_layers(model)  # a dense model is told before a text is read
+    tokens = calibration_tokens(tokenizer, options.calibration, rows=rows)
+    texts = (
+        fresh_texts(tokenizer, options.calibration, after=rows, count=options.texts)
+        if options.measure
+        else []
+    )
+    found = _discovered(console, model, tokens, options)
+    _say(console, found)
+    extra: dict[str, Any] = {"model": options.model}
+    card = ""
+    if texts:
+        tried = _tried(console, model, found, texts, rounder=not options.no_quantized_copy)
+        extra["measured"], card = tried.as_json(), markdown(tried)
+    if found.patch.groups:
+        changed = apply(model, found.patch, tie_safe=False)
+        extra["largest_logit_difference"] = largest_difference(
+            model, found.patch, tokens[:PROVING_ROWS]
+        )
+        console.print(
+            f"{changed:,} router rows change; afterwards logits inside groups differ by at most "
+            f"{extra['largest_logit_difference']:.3g}.",
+            highlight=False,
+        )
+    told = report(found.patch, found, extra=extra)
+    if options.report is not None:
+        options.report.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    if not found.patch.groups:
+        console.print("No two experts are alike within the threshold: there is nothing to patch.")
+        return 1
+    if options.patch is not None:
+        found.patch.save(options.patch)
+        console.print(f"{options.patch}: the patch.", highlight=False)
+    if options.output is not None:
+        source = models.directory(options.model)
+        written = write_checkpoint(
+            source, options.output, found.patch, found, extra=extra, card_extra=card
+        )
+        console.print(
+            f"{options.output}: {written.files} files, {format_bytes(written.size_bytes)}; "
+            f"{written.rows:,} rows in {written.tensors} tensors differ from {options.model}.",
+            highlight=False,
+        )
+    return 0
+
+
+def _tried(
+    console: Console, model: Any, found: Discovery, texts: list[list[int]], *, rounder: bool
+) -> Trial:
+    """The trial, its figures shown; `model` is left as it was."""
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("texts", total=len(texts))
+        tried = trial(
+            model,
+            found.patch,
+            texts,
+            coverages=(found.coverage, found.null_coverage),
+            rounder=rounder,
+            on_text=lambda done, total: progress.update(bar, completed=done),
+        )
+    for title, columns, rows in tables(tried):
+        table = Table(title=title, title_justify="left", title_style="bold")
+        for index, column in enumerate(columns):
+            table.add_column(column, justify="right" if index else "left", no_wrap=True)
+        for row in rows:
+            table.add_row(*row)
+        console.print(table, width=max(console.width, TABLE_WIDTH), crop=False)
+    for sentence in sentences(tried):
+        console.print(sentence, highlight=False, markup=False)
+    return tried
+
+
+def _check_new_file(flag: str, file: Path | None) -> None:
+    if file is None:
+        return
+    if file.exists():
+        raise RouterError(f"--{flag} {file} exists already. Name a file that does not.")
+    if not file.parent.is_dir():
+        raise RouterError(f"--{flag} {file}: there is no directory {file.parent} to put it in.")
+
+
+def _discovered(
+    console: Console, model: Any, tokens: list[list[int]], options: argparse.Namespace
+) -> Discovery:
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("layers", total=None)
+
+        def on_layer(layer: LayerFindings, total: int) -> None:
+            progress.update(bar, advance=1, total=total)
+
+        return discover(
+            model,
+            tokens,
+            method=options.method,
+            threshold=options.threshold,
+            min_tokens=options.min_tokens,
+            seed=options.seed,
+            on_layer=on_layer,
+        )
+
+
+def _say(console: Console, found: Discovery) -> None:
+    patch = found.patch
+    console.print(
+        f"{len(patch.layers)} MoE layers with {patch.experts:,} experts; {found.tokens:,} tokens, "
+        f"{found.held_out_tokens:,} of them held out; {found.seconds:.1f} s.\n"
+        f"{patch.groups:,} groups hold {patch.members:,} experts ({found.coverage:.1%}); the same "
+        f"procedure groups {found.null_coverage:.1%} of random, independent ones.\n"
+        f"{found.unseen:,} experts were left alone: fewer than {found.min_tokens} held-out tokens "
+        "were routed to them.",
+        highlight=False,
+    )
+    if 0 < found.coverage <= found.null_coverage:
+        console.print("So these groups are no evidence that any two experts are alike.")

@@ -1,0 +1,1 @@
+"""Writing a reply: alone or in a batch, one token a turn."""

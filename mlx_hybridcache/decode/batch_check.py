@@ -1,0 +1,150 @@
+"""Whether replies may decode in batches: shown for the very model, with tokens whose result is known.
+
+The attention code of a model decides what it makes of a batch, not the class of its caches: soft-capped
+grouped heads of Gemma 2 take a batch's mask for one by heads, and are silently wrong where the two are as
+many; some rotary embeddings take a single offset. So a few sequences of unequal lengths go through what
+batches go through here (merging, joining, leaving, coming out again), and every logit is compared with
+the one that the sequence has alone.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+
+from ..caches.layout import Layout, fresh_caches, selects_rows
+from .decoder import merged
+
+log = logging.getLogger("mlx_hybridcache")
+
+NOISE = 8.0
+"""A batch may differ from single sequences by so many times what it makes of the same one twice."""
+
+
+def shown(model: Any, layout: Layout) -> bool:
+    """Whether what this model computes in a batch is what it computes alone; said where it is not.
+
+    On a device whose batches have the bits of single sequences it must have them too; on others it must
+    be as near as a batch of equals is.
+    """
+    if not layout.merges:
+        log.info("Replies are decoded one by one: batches of this model's caches are not exact.")
+        return False
+    if layout.slicing_limit is not None:
+        log.warning(
+            "Replies are decoded one by one: beyond %d tokens what this model computes depends on how "
+            "they are put together.",
+            layout.slicing_limit,
+        )
+        return False
+    try:
+        known, off = _in_unequal_batches(model, layout)
+        if selects_rows(
+            next(iter(known.caches.values()))
+        ):  # of long prompts, which cost too much to try
+            log.warning(
+                "Replies are decoded one by one: sparse attention selects by place in a batch."
+            )
+            return False
+        allowed = (
+            0.0 if _keeps_bits(known.logits[0].dtype) else NOISE * _in_a_batch_of_equals(known)
+        )
+    except Exception as error:  # models raise whatever their arithmetic meets
+        log.warning(
+            "Replies are decoded one by one: two at once fail in this model (%s).", str(error)
+        )
+        return False
+    finally:
+        mx.clear_cache()
+    if off > allowed:
+        log.warning(
+            "Replies are decoded one by one: two at once differ from one alone by up to %.3g in a "
+            "logit of this model.",
+            off,
+        )
+        return False
+    return True
+
+
+class _Sequence:
+    """A stream of tokens that a model reads one by one: its logits, and its caches at positions in `kept`."""
+
+    def __init__(self, model: Any, length: int, vocabulary: int, kept: Sequence[int]):
+        self._model = model
+        self.tokens = [(7 + 13 * i * i) % vocabulary for i in range(length)]
+        self.logits: list[mx.array] = []
+        self.caches: dict[int, list[Any]] = {}
+        caches = fresh_caches(model)
+        for position, token in enumerate(self.tokens):
+            if position in kept:  # a state may weigh 100 MB
+                self.caches[position] = copy.deepcopy(caches)
+            self.logits.append(self.step([token], caches)[0])
+
+    def step(self, tokens: Sequence[int], caches: list[Any]) -> mx.array:
+        """The next logits `(len(tokens), vocabulary)` behind one more token for each of a batch."""
+        logits: mx.array = self._model(mx.array([*tokens])[:, None], cache=caches)[:, -1]
+        mx.eval(logits, [cache.state for cache in caches])
+        return logits
+
+
+def _in_unequal_batches(model: Any, layout: Layout) -> tuple[_Sequence, float]:
+    """A sequence, and the largest difference of a logit when parts of it are read in batches.
+
+    Of two and three, and of as many as a layer has key-value heads and of one more: a mask that is
+    taken for one by heads fits the first and not the second.
+    """
+    sizes = sorted({2, 3, *(heads + more for heads in layout.row_heads for more in (0, 1))} - {1})
+    lengths = [length ^ 1 for length in range(2, 2 + sizes[-1])]  # the longer of two comes first
+    known = _Sequence(model, max(lengths) + len(sizes) + 2, layout.vocabulary, lengths)
+    off = [0.0]
+
+    def step(members: list[int], caches: list[Any]) -> None:
+        """Each of `members`, which are positions, reads its next token."""
+        logits = known.step([known.tokens[position] for position in members], caches)
+        off.extend(_apart(row, known.logits[at]) for row, at in zip(logits, members, strict=True))
+        members[:] = [position + 1 for position in members]
+
+    members: list[int] = []
+    batch: list[Any] = []
+    for size in sizes:
+        joining = lengths[len(members) : size]
+        caches = merged([copy.deepcopy(known.caches[length]) for length in joining])
+        for cache, more in zip(batch, caches, strict=False):
+            cache.extend(more)
+        batch, members = batch or caches, members + joining
+        step(members, batch)
+    staying = sorted(range(len(members)), key=lambda i: members[i])[:-1]
+    for cache in batch:
+        cache.filter(staying)
+    members = [members[i] for i in staying]
+    step(members, batch)
+    for i, position in enumerate(members):
+        step([position], [cache.extract(i) for cache in batch])
+    return known, max(off)
+
+
+def _in_a_batch_of_equals(known: _Sequence, size: int = 4) -> float:
+    """The same when it is read `size` times at once, where nothing is padded."""
+    at = max(known.caches)
+    equals = merged([copy.deepcopy(known.caches[at]) for _ in range(size)])
+    return max(
+        _apart(row, known.logits[at]) for row in known.step([known.tokens[at]] * size, equals)
+    )
+
+
+def _keeps_bits(dtype: mx.Dtype) -> bool:
+    """Whether products of several rows have the bits of single ones on this device."""
+    x = mx.random.normal((5, 512), key=mx.random.key(0)).astype(dtype)
+    w = mx.random.normal((512, 512), key=mx.random.key(1)).astype(dtype)
+    return _apart(x @ w, mx.concatenate([x[i : i + 1] @ w for i in range(len(x))])) == 0
+
+
+def _apart(one: mx.array, other: mx.array) -> float:
+    """The largest difference; infinite where either is no number."""
+    most = float(mx.abs(one.astype(mx.float32) - other.astype(mx.float32)).max())
+    return math.inf if math.isnan(most) else most

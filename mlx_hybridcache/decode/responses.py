@@ -1,0 +1,62 @@
+"""A reply as mlx-lm tells it: one response for each token that the decoder gives."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import mlx.core as mx
+from mlx_lm.generate import GenerationResponse
+
+from .decoder import Decoder, Writer
+
+T = TypeVar("T")
+
+
+def respond(
+    decoder: Decoder,
+    writer: Writer,
+    tokenizer: Any,
+    *,
+    prompt_tokens: int,
+    prefill_seconds: float,
+    revive: Callable[[], Iterator[T]],
+    best_effort: bool = False,
+) -> Iterator[GenerationResponse | T]:
+    """A reply as mlx-lm's `stream_generate` gives it, to its end. `revive` helps it out of a failed batch.
+
+    With `best_effort` it ends, with `length`, where there is no room for another token.
+
+    When the k-th response is yielded, the reply's caches stand k tokens behind the prompt, but for
+    tokens that its batch made ahead.
+    """
+    detokenizer = tokenizer.detokenizer
+    began = time.perf_counter()
+    count, finish = 0, None
+    while finish is None:
+        while (taken := decoder.take(writer)) is None:
+            yield from revive()
+        token, logprobs = taken
+        count += 1
+        if token in writer.ends:
+            finish = "stop"
+        else:
+            detokenizer.add_token(token)
+            is_last = writer.left == len(writer.made) == 0
+            is_last = is_last or (best_effort and not decoder.makes_room(writer))
+            finish = "length" if is_last else None
+        if finish is not None:
+            detokenizer.finalize()
+        yield GenerationResponse(
+            text=detokenizer.last_segment,
+            token=token,
+            logprobs=logprobs,
+            from_draft=False,
+            prompt_tokens=prompt_tokens,
+            prompt_tps=prompt_tokens / max(prefill_seconds, 1e-9),
+            generation_tokens=count,
+            generation_tps=count / max(time.perf_counter() - began, 1e-9),
+            peak_memory=mx.get_peak_memory() / 1e9,
+            finish_reason=finish,
+        )

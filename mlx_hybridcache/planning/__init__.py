@@ -1,0 +1,1 @@
+"""What a model weighs before it is loaded, and what fits into a machine."""

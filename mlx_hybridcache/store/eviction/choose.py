@@ -1,0 +1,148 @@
+"""What may go, what goes with it, and what goes first, while a request needs some of it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from math import inf
+
+from ..tree import Node
+from .values import Census, leaf_below
+
+
+@dataclass(slots=True)
+class Eviction:
+    """One look at all trees, to make room.
+
+    `kept` nodes keep their rows and `spare` its checkpoint, because a request needs them now. `clock` is
+    the store's logical time, `interior` how likely resuming further back is (`Partings`).
+    """
+
+    census: Census
+    kept: frozenset[Node]
+    spare: Node | None
+    clock: int
+    interior: float
+    _counted: dict[Node, float] | None = field(default=None, init=False)
+    """What nodes that are worth something else in this look counted for last; None before the first."""
+
+    _found: tuple[int, tuple[float, Node] | None] = field(default=(-1, None), init=False)
+    """What was found last, and as of which settling."""
+
+    def fixed_bytes(self) -> int:
+        """Bytes that would be left if everything went that may."""
+        self.census.settle()
+        pins, seen, nbytes = self.census.pins.nodes, set(), self.census.pins.nbytes
+        for node in (*self.kept, self.spare):
+            above = node
+            while above is not None and above.parent is not None and above not in seen:
+                seen.add(above)
+                nbytes += 0 if above in pins else above.rows_nbytes
+                above = above.parent
+        if self.spare is not None and self.spare.checkpoint is not None and not self.spare.pinned:
+            nbytes += self.spare.checkpoint.nbytes
+        return nbytes
+
+    def first(self) -> Node | None:
+        """The node whose checkpoint (or, without checkpoints, which leaf) goes first."""
+        found = self._least()
+        return found[1] if found is not None else None
+
+    def least(self) -> float:
+        """What the first to go is worth; without bound where nothing may."""
+        found = self._least()
+        return found[0] if found is not None else inf
+
+    def first_of(self, nodes: Collection[Node]) -> Node:
+        """The one of these nodes whose checkpoint goes first."""
+        self.census.settle()
+        return min(nodes, key=self._worth)
+
+    def _least(self) -> tuple[float, Node] | None:
+        """What goes first with what it counts for, looked for again only where something changed."""
+        self.census.settle()
+        settlings, found = self._found
+        if settlings != self.census.settlings:
+            found = self._look()
+            self._found = self.census.settlings, found
+        return found
+
+    def _look(self) -> tuple[float, Node] | None:
+        """Rows that nothing restores go first of all; then what is worth least, and was made first."""
+        census, now = self.census, (self.clock, self.interior)
+        if self._counted is None:
+            census.ranking.begin(*now)
+        else:
+            census.ranking.settle(*now)
+        otherwise = dict.fromkeys(self._worth_otherwise())
+        own = self._count(node for node in otherwise if census.may_rank(node))
+        dead = census.first_dead(self._may_go)
+        if dead is not None:
+            return -inf, dead
+        found = census.least(*now, [*otherwise, *self._spared()])
+        ranked = [(worth, node) for node, worth in own.items() if self._may_go(node)]
+        ranked += [found] if found is not None else []
+        least = min(ranked, key=lambda each: (each[0], each[1].serial), default=None)
+        if least is not None:
+            census.ranking.gone(least[0], *now)
+        return least
+
+    def _count(self, nodes: Iterable[Node]) -> dict[Node, float]:
+        """What these count for: in one look never less than before (`ranking`)."""
+        before, found = self._counted or {}, {}
+        for node in nodes:
+            worth = self._worth(node)
+            if node not in before and self._counted is not None:
+                before[node] = self.census.ranking.held(node.standing.rank)
+            found[node] = max(worth, before.get(node, -inf))
+        self._counted = before | found
+        return found
+
+    def _spared(self) -> Iterator[Node]:
+        if self.spare is not None:
+            yield self.spare
+
+    def _worth_otherwise(self) -> Iterator[Node]:
+        """Nodes that free less while the kept ones stay, or are about to be read on from."""
+        for node in self.kept:
+            children = node.children
+            if node.parent is None:
+                continue
+            if not children:
+                yield node
+            elif len(children) == 1 and node.checkpoint is None:
+                leaf = leaf_below(node)
+                if leaf is not node:
+                    yield leaf
+
+    def _may_go(self, node: Node) -> bool:
+        if node.pinned or node is self.spare:
+            return False
+        if self.census.needs_checkpoints and node.checkpoint is not None:
+            return True
+        return not node.children and node not in self.kept
+
+    def _worth(self, node: Node) -> float:
+        weights = self.census.weights(node, self.kept)
+        age, idle = self.clock - node.last_used, self.clock - node.last_passed
+        return weights.worth(age, idle, self.interior)
+
+    def dead_with(self, node: Node) -> Iterator[Node]:
+        """The nodes whose rows nothing needs any more once `node` restores nothing, bottom up."""
+        return self.census.dead_with(node, self.kept)
+
+    def only_joins(self, node: Node) -> bool:
+        """Whether `node` is a boundary that nothing stands at and nothing branches from."""
+        return self.census.only_joins(node, self.kept)
+
+
+def crowded(paths: Iterable[Sequence[Node]], position: int, most: int) -> Iterator[list[Node]]:
+    """Of each path with `most` checkpoints beside the one at `position`, those that may go for it.
+
+    The path's last one stays, and so do pins.
+    """
+    for path in paths:
+        others = [node for node in path if node.checkpoint is not None and node.end != position]
+        if len(others) >= most:
+            end = max(position, others[-1].end)
+            yield [node for node in others if node.end < end and not node.pinned]

@@ -1,0 +1,1 @@
+"""What a model wrote as calls of tools, read while it is written."""

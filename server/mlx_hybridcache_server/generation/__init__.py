@@ -1,0 +1,1 @@
+"""The model that is served, and the requests that run on it."""

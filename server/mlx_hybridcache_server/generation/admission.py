@@ -1,0 +1,147 @@
+"""Who is let in, and who gets a turn: places for replies, and the slots that run and read."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Coroutine
+from contextlib import AsyncExitStack, ExitStack
+from typing import Any, TypeVar
+
+from ..errors import RETRY_SECONDS, ApiError
+from ..metrics import Metrics
+from ..settings import Settings
+
+T = TypeVar("T")
+
+
+class Admission:
+    """Counts replies from before their prompts are rendered until they end.
+
+    As many are let in as may run at once and wait at once; what comes beyond is refused before
+    anything is done for it.
+    """
+
+    def __init__(self, settings: Settings, metrics: Metrics):
+        self.most = settings.decode_concurrency + settings.max_queue
+        self.taken = 0
+        self.waiting = 0
+        self._running = asyncio.Semaphore(settings.decode_concurrency)
+        self._reading = asyncio.Semaphore(settings.prompt_concurrency)
+        self.metrics = metrics
+        self.timeout_seconds = settings.request_timeout
+
+    def admit(self, replies: int) -> Places:
+        """Places for the replies of one request. Raises `ApiError` 429 when there are not as many."""
+        if self.taken + replies > self.most:
+            self.metrics.refused.labels("queue").inc()
+            raise self._full(replies)
+        self.taken += replies
+        return Places(self, replies)
+
+    async def slots(self, held: AsyncExitStack) -> Reading:
+        """A slot to run in, then one to read in."""
+        await held.enter_async_context(self._running)
+        await self._reading.acquire()
+        reading = Reading(self._reading)
+        held.callback(reading.end)
+        return reading
+
+    @property
+    def is_full(self) -> bool:
+        """Whether as many run as may."""
+        return self._running.locked()
+
+    def _full(self, replies: int) -> ApiError:
+        if replies > self.most:  # and would be too many at any other time
+            return ApiError(
+                429,
+                f"This request asks for {replies:,} replies; {self.most:,} may run or wait at once "
+                "(--decode-concurrency and --max-queue). Ask for fewer.",
+                code="queue_full",
+                headers={"x-should-retry": "false"},  # OpenAI's clients look for it
+            )
+        return ApiError(
+            429,
+            f"{self.taken:,} replies run or wait already, of {self.most:,} that may (--max-queue); "
+            f"this request asks for {replies:,} more. Try again later.",
+            code="queue_full",
+            headers={"Retry-After": str(RETRY_SECONDS)},
+        )
+
+
+class Places:
+    """The places of one request. They are free again as its replies end, at the latest with it.
+
+    `held` is what else it keeps until then: the model that it uses.
+    """
+
+    def __init__(self, admission: Admission, replies: int):
+        self._admission = admission
+        self._left = replies
+        self.held = ExitStack()
+        self.arrived = time.perf_counter()
+
+    def leave(self, replies: int = 1) -> None:
+        """So many of its replies have ended."""
+        replies = min(replies, self._left)
+        self._left -= replies
+        self._admission.taken -= replies
+
+    def close(self) -> None:
+        """The request has ended."""
+        self.leave(self._left)
+        self.held.close()
+
+    @property
+    def left_seconds(self) -> float | None:
+        """Until its time is over; None without a limit."""
+        most = self._admission.timeout_seconds
+        return None if most is None else max(0.0, self.arrived + most - time.perf_counter())
+
+    def too_late(self) -> ApiError:
+        """What a request hears whose time is over."""
+        admission = self._admission
+        admission.metrics.refused.labels("timeout").inc()
+        return ApiError(
+            504,
+            f"The request took longer than {admission.timeout_seconds:g} s (--request-timeout). "
+            "What was read of its prompt is kept.",
+            code="timeout",
+        )
+
+    async def in_time(self, work: Coroutine[Any, Any, T]) -> T:
+        """What `work` gives, which is cancelled and answered with `ApiError` 504 when it is too late."""
+        try:
+            async with asyncio.timeout(self.left_seconds) as limit:
+                return await work
+        except TimeoutError as error:
+            if not limit.expired():
+                raise
+            raise self.too_late() from error
+
+    async def turn(self, held: AsyncExitStack) -> Reading:
+        """Wait for a slot to run in and one to read in. `held` gives both back.
+
+        Raises `ApiError` 504 when its time is over before.
+        """
+        admission = self._admission
+        admission.waiting += 1
+        try:
+            return await self.in_time(admission.slots(held))
+        finally:
+            admission.waiting -= 1
+
+
+class Reading:
+    """A slot in which a prompt is read. It is free from when it is read, whatever follows."""
+
+    def __init__(self, slots: asyncio.Semaphore):
+        self._slots = slots
+        self._is_held = True
+
+    def end(self) -> None:
+        """The prompt is read, or never will be; once is enough."""
+        if self._is_held:
+            self._is_held = False
+            self._slots.release()

@@ -1,0 +1,190 @@
+"""From responses to pieces, on the worker thread: stop texts, states, log-probabilities.
+
+Here and not on the event loop, because a reply must end, and be stored, exactly where its stop text
+says, and because log-probabilities are MLX arrays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.generate import GenerationResponse
+
+from mlx_hybridcache.worker.worker import PAUSE, Pause
+
+from ..adapter import NORMAL
+from ..calls.incoming import overlap
+from ..calls.parts import Part, Parts
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """So many of the prompt's tokens are read."""
+
+    read: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token's natural log-probability and the most likely ones in its place, likeliest first."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What one token brought. `finish` is None until the last."""
+
+    token: int
+    parts: tuple[Part, ...]
+    is_reasoning: bool
+    logprob: TokenLogprob | None
+    finish: str | None
+
+
+class StopText:
+    """Finds the first of several texts in a reply's content, however it is cut into chunks.
+
+    Behind reasoning or a call, the white space that parts them is no stop text by itself.
+    """
+
+    def __init__(self, stops: Sequence[str]):
+        self._stops = stops
+        self._held = ""
+        self._space: list[str] | None = None  # what was written since the content was interrupted
+        self._lead = 0  # so much of what is held parts it from what came before
+        self.found = False
+
+    def feed(self, text: str) -> str:
+        """The text that is safe to give out; with `found`, all there is before the stop."""
+        if self._space is not None:
+            self._space.append(text)
+            if not text.strip():
+                return ""
+            text, self._space = "".join(self._space), None
+            self._lead = len(text) - len(text.lstrip())
+        else:
+            text = self._held + text
+        found = []
+        for stop in self._stops:
+            at = text.find(stop, 0 if stop.strip() else self._lead)
+            if at >= 0:
+                found.append((at + len(stop), at))
+        if found:  # the one that is complete first; so chunks do not matter
+            self.found, self._held = True, ""
+            return text[: min(found)[1]]
+        keep = max((overlap(text, stop) for stop in self._stops), default=0)
+        self._held = text[len(text) - keep :]
+        self._lead = max(0, self._lead - (len(text) - keep))
+        return text[: len(text) - keep]
+
+    def interrupted(self) -> str:
+        """Something else follows: what was held back and is text after all."""
+        held = self.end()
+        self._space, self._lead = [], 0
+        return held
+
+    def end(self) -> str:
+        """What was held back and is text after all."""
+        held, self._held = self._held + "".join(self._space or ()), ""
+        self._space = None
+        return held
+
+
+@dataclass(eq=False)
+class Listener:
+    """One reply's view of its responses. `split` makes what splits it into parts, if it has any.
+
+    `top_logprobs` is None when no log-probabilities are wanted. A token of `ends` ends the reply and
+    is not part of it. `bytes_of` is given for a text that goes on where its prompt ends: mlx-lm's
+    detokenizers drop the space before a first word.
+    """
+
+    stops: Sequence[str]
+    split: Callable[[], Parts] | None
+    top_logprobs: int | None
+    bytes_of: Callable[[int], bytes] | None = None
+    ends: frozenset[int] = frozenset()
+    progress: Progress | None = None
+
+    def on_progress(self, read: int, total: int) -> None:
+        """The library's progress callback; what it says goes out at the next pause."""
+        self.progress = Progress(read, total)
+
+    def listen(
+        self, responses: Iterator[GenerationResponse | Pause]
+    ) -> Iterator[Piece | Progress | Pause]:
+        """The pieces, with progress between the slices of the prompt."""
+        stop, parts = StopText(self.stops), self.split() if self.split is not None else None
+        space = None
+        for response in responses:
+            if isinstance(response, Pause):
+                yield self.progress or PAUSE
+                continue
+            is_end = response.token in self.ends
+            written = "" if is_end else response.text
+            if space is None:
+                space = self._lost_space(response)
+            if space and written:
+                written, space = " " + written, ""
+            finish = "stop" if is_end else response.finish_reason
+            was_reasoning = parts is not None and parts.is_reasoning
+            said = list(_until(stop, parts.feed(written) if parts else [(NORMAL, written)]))
+            if stop.found or (parts is not None and parts.is_done):
+                finish = "stop"
+            elif finish is not None:
+                said += _ending(stop, parts, is_whole=finish == "stop")
+                finish = "stop" if stop.found else finish
+            yield Piece(
+                token=response.token,
+                parts=tuple(said),
+                is_reasoning=parts is not None and (was_reasoning or parts.is_reasoning),
+                logprob=self._logprob(response),
+                finish=finish,
+            )
+            if finish is not None:
+                return
+
+    def _lost_space(self, first: GenerationResponse) -> str:
+        if self.bytes_of is None or first.text.startswith(" "):
+            return ""
+        return " " if self.bytes_of(first.token).startswith(b" ") else ""
+
+    def _logprob(self, response: GenerationResponse) -> TokenLogprob | None:
+        if self.top_logprobs is None:
+            return None
+        if self.top_logprobs == 0:
+            own = response.logprobs[response.token].astype(mx.float32)
+            return TokenLogprob(response.token, float(np.array(own)), ())
+        row = np.array(response.logprobs.astype(mx.float32))
+        count = min(self.top_logprobs, len(row))
+        likeliest = np.argpartition(-row, count - 1)[:count]
+        order = np.lexsort((likeliest, -row[likeliest]))
+        top = tuple((int(token), float(row[token])) for token in likeliest[order])
+        return TokenLogprob(response.token, float(row[response.token]), top)
+
+
+def _until(stop: StopText, parts: list[Part]) -> Iterator[Part]:
+    """The parts before a stop text. It belongs to the content: reasoning and calls are not cut."""
+    for part in parts:
+        if isinstance(part, tuple) and part[0] == NORMAL:
+            yield (NORMAL, stop.feed(part[1]))
+            if stop.found:
+                return
+        else:
+            yield (NORMAL, stop.interrupted())
+            yield part
+
+
+def _ending(stop: StopText, parts: Parts | None, *, is_whole: bool) -> list[Part]:
+    """What was held back at the end of a reply."""
+    said = list(_until(stop, parts.end(is_whole=is_whole))) if parts is not None else []
+    if not stop.found:
+        said.append((NORMAL, stop.end()))
+    return said

@@ -1,0 +1,267 @@
+"""A model that is served: loaded, with its cache, its names and its renderer."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import mlx.core as mx
+from huggingface_hub import CacheNotFound, scan_cache_dir
+
+from mlx_hybridcache import HybridPromptCache, models
+from mlx_hybridcache.caches.layout import Layout
+from mlx_hybridcache.demo import BUNDLED_MODEL
+from mlx_hybridcache.errors import SettingError
+from mlx_hybridcache.router import AUTO, Patch, choose_patch
+
+from ..adapter import token_bytes
+from ..calls.formats import ToolFormat
+from ..grammar.constrain import Constraints
+from ..openai.replies import TokenNames
+from ..prompts.chat import Renderer
+from ..prompts.tokenizing import Room
+from ..settings import Settings
+
+log = logging.getLogger("mlx_hybridcache.server")
+
+DEFAULT_NAME = "default_model"
+"""mlx_lm.server's name for the model of `--model`."""
+
+BUNDLED_NAME = "mlx-hybridcache-demo"
+"""The bundled model's."""
+
+SNAPSHOTS = "snapshots"
+"""Where the hub's cache keeps a repository's versions: `models--owner--name/snapshots/version`."""
+
+T = TypeVar("T")
+
+
+class Named(NamedTuple):
+    """A model as a request names it, with the adapter that it asks for."""
+
+    name: str
+    adapter: str | None = None
+
+    def resolved(self, settings: Settings) -> Named:
+        """The same by the name from which it can be loaded."""
+        is_default = self.name in own_names(settings)
+        return self._replace(name=settings.model) if is_default else self
+
+
+def short_name(path_or_repo: str) -> str:
+    """What a model is called in replies: never by where it lies on this machine's disk."""
+    path = Path(path_or_repo).expanduser()
+    if not path.exists():
+        return path_or_repo
+    path = path.resolve()
+    if path == BUNDLED_MODEL.resolve():
+        return BUNDLED_NAME
+    if path.parent.name == SNAPSHOTS:
+        return path.parents[1].name.removeprefix("models--").replace("--", "/")
+    return path.name
+
+
+def own_names(settings: Settings) -> tuple[str, ...]:
+    """The names that mean the model of `--model`, that of replies first."""
+    names = (*settings.aliases, short_name(settings.model), DEFAULT_NAME)
+    return tuple(dict.fromkeys(names))
+
+
+@dataclass(frozen=True, eq=False)
+class Loaded:
+    """A model with what serves it.
+
+    `id` is its name in `/v1/models`, `names` all that mean it, `source` what it was loaded from,
+    `adapter` the one that a request asked for. `shown` are the names that are listed.
+    """
+
+    id: str
+    shown: tuple[str, ...]
+    names: frozenset[str]
+    source: str
+    adapter: str | None
+    tokenizer: Any
+    cache: HybridPromptCache
+    renderer: Renderer
+    constraints: Constraints
+    token_names: TokenNames
+    draft: Any | None
+
+    def serves(self, wanted: Named) -> bool:
+        """Whether a request for `wanted` is a request for this one."""
+        return wanted.adapter == self.adapter and wanted.name in self.names
+
+    def tool_format(self, tools: list[dict[str, Any]] | None, *, calls: bool) -> ToolFormat | None:
+        """How this model writes calls; None where nothing it writes is one: without tools, or `calls`."""
+        tokenizer = self.tokenizer
+        if not (calls and tools and tokenizer.has_tool_calling):
+            return None
+        start, end = tokenizer.tool_call_start, tokenizer.tool_call_end or ""
+        return ToolFormat(start, end, tokenizer.tool_parser, tools)
+
+    def without_calls(self) -> tuple[tuple[int, float], ...]:
+        """A bias under which no call begins, where a token of its own begins one. Else it is text."""
+        tokens = self.tokenizer.tool_call_start_tokens if self.tokenizer.has_tool_calling else None
+        return ((tokens[0], -math.inf),) if tokens is not None and len(tokens) == 1 else ()
+
+
+def load(
+    settings: Settings,
+    name: str,
+    adapter: str | None = None,
+    *,
+    make_room: Callable[[], None] | None = None,
+) -> Loaded:
+    """Load the model that `name` means, a directory or a repository, and make its cache.
+
+    `adapter` replaces the adapter of the settings. `make_room` is called when the model is known to be
+    there, before its weights take memory.
+
+    Raises `ModelError` for what cannot be loaded, `SettingError` and `BudgetError` for settings
+    that do not suit it. The arrays are evaluated: any thread may have loaded them.
+    """
+    is_default = name == settings.model and adapter is None
+    model, tokenizer = models.load(
+        name,
+        adapter_path=settings.adapter_path if is_default else adapter,
+        chat_template=settings.chat_template,
+        trust_remote_code=settings.trust_remote_code,
+        lazy=make_room is not None,
+    )
+    if make_room is not None:
+        make_room()
+    if settings.use_default_chat_template and tokenizer.chat_template is None:
+        tokenizer.chat_template = getattr(tokenizer, "default_chat_template", None)
+        tokenizer.has_chat_template = tokenizer.chat_template is not None
+    drafts = is_default and settings.draft_model is not None
+    draft = _load_draft(settings, model, tokenizer) if drafts else None
+    cache = HybridPromptCache(
+        model,
+        tokenizer,
+        router=_router(settings, model, tokenizer, name, is_default=is_default),
+        # With the cache off the budget bounds running requests only.
+        memory_budget=settings.memory_budget or None,
+        exact=settings.exact,
+        prefill_step_size=settings.prefill_step_size,
+        checkpoint_every=settings.checkpoint_every,
+        checkpoint_min_step=settings.checkpoint_min_step,
+        max_conversations=settings.prompt_cache_size or None,
+        max_checkpoints=settings.max_checkpoints,
+        swa_full=settings.swa_full,
+        memory_reserve=settings.memory_reserve,
+        cache_dir=settings.cache_dir if settings.uses_cache else None,
+        disk_budget=settings.disk_budget if settings.uses_cache else None,
+    )
+    engine = cache.engine
+    if settings.max_thinking_tokens is not None and not tokenizer.has_thinking:
+        log.warning("--max-thinking-tokens has no effect: %s reasons in no block of its own.", name)
+    context = settings.context_length
+    if context is None:
+        context = models.longest_context(models.configuration(name))
+    path = Path(name).expanduser()
+    own = own_names(settings) if is_default else (_other_name(name, settings),)
+    return Loaded(
+        id=own[0],
+        shown=settings.aliases if is_default and settings.aliases else own[:1],
+        names=frozenset({*own, name, str(path), str(path.resolve())}),
+        source=name,
+        adapter=adapter,
+        tokenizer=tokenizer,
+        cache=cache,
+        renderer=Renderer(
+            tokenizer,
+            engine.marks,
+            engine.layout.vocabulary,
+            settings.chat_template_args,
+            Room(settings.max_prompt_tokens, engine.longest_prompt(), context or None),
+        ),
+        constraints=Constraints(tokenizer),
+        token_names=TokenNames(token_bytes(tokenizer)),
+        draft=draft,
+    )
+
+
+def _other_name(name: str, settings: Settings) -> str:
+    """The short name of a model that is not `--model`'s, which it must not be taken for."""
+    short = short_name(name)
+    if name != settings.model and short in own_names(settings):
+        return f"{short}@{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return short
+
+
+def _router(
+    settings: Settings, model: Any, tokenizer: Any, name: str, *, is_default: bool
+) -> Patch | None:
+    """The router patch for this model. A file is for the model of `--model` only."""
+    wanted = settings.canonicalize_router
+    if wanted is None or (wanted != AUTO and not is_default):
+        return None
+    return choose_patch(model, tokenizer, wanted, models.directory(name))
+
+
+def _load_draft(settings: Settings, model: Any, tokenizer: Any) -> Any:
+    assert settings.draft_model is not None
+    layout = Layout.of(model)
+    layout.release()
+    if not layout.goes_back:
+        raise SettingError(
+            f"--draft-model {settings.draft_model} cannot be used: mlx-lm's speculative decoding "
+            f"must go back in the caches of {settings.model}, and its recurrent or sliding-window "
+            "layers cannot. Leave the flag out."
+        )
+    draft, draft_tokenizer = models.load(settings.draft_model)
+    models.evaluate(draft)
+    if draft_tokenizer.vocab_size != tokenizer.vocab_size:
+        raise SettingError(
+            f"--draft-model {settings.draft_model} has a vocabulary of "
+            f"{draft_tokenizer.vocab_size}, {settings.model} one of {tokenizer.vocab_size}. "
+            "A draft model must share the tokenizer."
+        )
+    return draft
+
+
+def contexts() -> dict[str, int | None]:
+    """The context of each downloaded model, by its configuration."""
+    return {name: models.longest_context(models.configuration(name)) for name in downloaded()}
+
+
+def downloaded() -> list[str]:
+    """Repositories in the hub's cache that hold an MLX model, whole ones and sharded ones."""
+    try:
+        repos = scan_cache_dir().repos
+    except CacheNotFound:
+        return []
+    return sorted(
+        repo.repo_id
+        for repo in repos
+        if repo.repo_type == "model"
+        and any(_is_model({Path(f.file_name).name for f in r.files}) for r in repo.revisions)
+    )
+
+
+def _is_model(files: set[str]) -> bool:
+    weights = any(name.startswith("model") and name.endswith(".safetensors") for name in files)
+    return weights and {"config.json", "tokenizer_config.json"} <= files
+
+
+def on_own_thread(work: Callable[[], T]) -> Future[T]:
+    """Run `work`, which calls MLX, on a thread that leaves no MLX stream behind when it ends."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+        finally:
+            mx.clear_streams()
+
+    threading.Thread(target=run, name="load", daemon=True).start()
+    return future

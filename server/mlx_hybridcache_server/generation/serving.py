@@ -1,0 +1,410 @@
+"""The model being served, the requests running on it, and what is remembered of them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AsyncExitStack, ExitStack, aclosing
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol, TypeVar
+
+from mlx_hybridcache import CacheReport
+from mlx_hybridcache.cache import Through
+from mlx_hybridcache.report import Divergence
+from mlx_hybridcache.request import Generation
+
+from ..adapter import NORMAL, Sampling
+from ..calls.formats import ToolFormat
+from ..calls.parts import Parts
+from ..errors import ApiError, shutting_down
+from ..grammar.constrain import Constraint
+from ..log import CLIENTS
+from ..metrics import Metrics
+from ..openai.replies import Count
+from ..prompts.threads import Rendering
+from ..settings import Settings
+from .admission import Admission, Places, Reading
+from .changes import kind_of_change
+from .history import REMEMBERED, Record
+from .leases import Leases
+from .limits import NO_LIMITS, Limits
+from .listen import Listener, Piece, Progress
+from .models import DEFAULT_NAME, Loaded, Named, load, on_own_thread
+from .trace import Recorder, Served
+
+log = logging.getLogger("mlx_hybridcache.server")
+clients = logging.getLogger(CLIENTS)
+
+BETWEEN = 4
+"""Calls that may wait for the end of a turn of the worker at once, each with a thread."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """One reply that is wanted."""
+
+    tokens: list[int]
+    max_tokens: int
+    sampling: Sampling
+    seed: int
+    stops: tuple[str, ...] = ()
+    top_logprobs: int | None = None
+    state: str = NORMAL
+    is_chat: bool = True
+    goes_on: bool = False  # where the prompt's text ends, so that a leading space counts
+    tools: ToolFormat | None = None
+    one_tool_call: bool = False
+    constraint: Constraint | None = None
+    limits: Limits = NO_LIMITS
+    best_effort: bool = False
+    cache_salt: str | None = None
+    use_cache: bool = True
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+class UnderWay(Protocol):
+    """What waits for the model, or is at it."""
+
+    def progress(self) -> dict[str, Any]:
+        """How far it is, as JSON."""
+        ...
+
+
+class Run:
+    """One reply under way. Read `pieces` once; then `report`, `count` and `timings` are complete."""
+
+    def __init__(self, serving: Serving, loaded: Loaded, ask: Ask, reply_id: str, places: Places):
+        self.ask = ask
+        self.reply_id = reply_id
+        self.count = Count(prompt=len(ask.tokens))
+        self.report: CacheReport | None = None
+        self._serving = serving
+        self._loaded = loaded
+        self._places = places
+        self._arrived_at = time.time()
+        self._progress: Progress | None = None
+        self._began = self._first = self._last = 0.0
+        self._is_late = False
+        self._giving_back: asyncio.Future[None] | None = None
+
+    @property
+    def tokenizer(self) -> Any:
+        """That of the model it runs on."""
+        return self._loaded.tokenizer
+
+    @property
+    def seconds_to_first_token(self) -> float:
+        """From its arrival, waiting included."""
+        return self._first - self._places.arrived
+
+    @property
+    def endpoint(self) -> str:
+        """Where it was asked for."""
+        return "/v1/chat/completions" if self.ask.is_chat else "/v1/completions"
+
+    @property
+    def seconds_waited(self) -> float:
+        """In the queue, until it was handed to the model's thread."""
+        return max(0.0, self._began - self._places.arrived)
+
+    @property
+    def read_tokens(self) -> int:
+        """Of its prompt, so far."""
+        if self._first:
+            return self.count.prompt
+        return self._progress.read if self._progress is not None else 0
+
+    def progress(self) -> dict[str, Any]:
+        """How far it is, as JSON."""
+        state = "writing" if self._first else "reading" if self._began else "queued"
+        return {
+            "id": self.reply_id,
+            "endpoint": self.endpoint,
+            "arrived": self._arrived_at,
+            "state": state,
+            "prompt_tokens": self.count.prompt,
+            "restored_tokens": self.count.cached if self._first else None,
+            "read_tokens": self.read_tokens,
+            "completion_tokens": self.count.completion,
+        }
+
+    async def pieces(self) -> AsyncGenerator[Piece | Progress]:
+        """Wait for a turn, then what comes. Closing this iterator cancels the request."""
+        serving = self._serving
+        async with AsyncExitStack() as held:
+            held.callback(self._places.leave)
+            serving.runs[self] = None
+            held.callback(serving.runs.pop, self)
+            reading = await self._places.turn(held)
+            generation = self._start(held)
+            left = self._places.left_seconds
+            if left is not None:
+                timer = asyncio.get_running_loop().call_later(left, self._give_up, generation, held)
+                held.callback(timer.cancel)
+            async with aclosing(self._counted(generation, reading)) as items:
+                async for item in items:
+                    yield item
+
+    def _start(self, held: AsyncExitStack) -> Generation[Piece | Progress]:
+        """Hand it to the worker; `held` ends it."""
+        serving = self._serving
+        serving.check_open()
+        self._began = time.perf_counter()
+        generation = self._generate()
+        serving.generations.add(generation)
+        held.callback(self._closed, generation)
+        return generation
+
+    def _give_up(self, generation: Generation[Piece | Progress], held: AsyncExitStack) -> None:
+        """The time is over. What it holds is free at once, though its client may not be listening."""
+        self._is_late = True
+        generation.cancel()
+        self._giving_back = asyncio.ensure_future(held.aclose())
+
+    async def _counted(
+        self, generation: Generation[Piece | Progress], reading: Reading
+    ) -> AsyncGenerator[Piece | Progress]:
+        finished = False
+        async for item in generation:
+            if isinstance(item, Piece):
+                if not self._first:
+                    self._read(generation)
+                    reading.end()
+                self._last = time.perf_counter()
+                self.count.completion += 1
+                self.count.reasoning += item.is_reasoning
+                finished = item.finish is not None
+                if item.finish == "length" and self.ask.best_effort:
+                    clients.warning(
+                        "A reply went on until no more fitted: its request set no max_tokens, or more. "
+                        "--max-tokens bounds those that set none."
+                    )
+            else:
+                self._progress = item
+            yield item
+        if not finished:
+            if self._is_late:
+                raise self._places.too_late()
+            self._serving.check_open()
+
+    def timings(self) -> dict[str, float]:
+        """What took how long, under llama.cpp's names."""
+        return {
+            "cache_n": self.count.cached,
+            "prompt_n": self.count.prompt - self.count.cached,
+            "prompt_ms": round((self._first - self._began) * 1e3, 3),
+            "predicted_n": self.count.completion,
+            "predicted_ms": round((self._last - self._first) * 1e3, 3),
+        }
+
+    def _generate(self) -> Generation[Piece | Progress]:
+        ask, loaded = self.ask, self._loaded
+        listener = Listener(
+            ask.stops,
+            partial(Parts, loaded.tokenizer, ask.state, ask.tools, only_one=ask.one_tool_call)
+            if ask.is_chat
+            else None,
+            ask.top_logprobs,
+            loaded.token_names.bytes_of if ask.goes_on else None,
+            ask.limits.ends,
+        )
+        sampling = ask.sampling
+        processors = sampling.processors()
+        processors += ask.limits.processors(loaded.tokenizer, ask.state)
+        through: Through[Piece | Progress] = listener.listen
+        if ask.constraint is not None:
+            guide = ask.constraint.start()
+            processors.append(guide)  # last: no bias can allow what the grammar does not
+            through = guide.watching(through)
+        recorder, uses_cache = self._serving.recorder, self._serving.settings.uses_cache
+        if recorder is not None and (ask.use_cache or not uses_cache):  # else it declined the cache
+            served = Served.now(loaded.cache.engine, ask.tokens, ask.cache_salt)
+            through = recorder.watching(through, served)
+        return loaded.cache.stream_generate(
+            ask.tokens,
+            ask.max_tokens,
+            prompt_progress_callback=listener.on_progress,
+            cache_salt=ask.cache_salt,
+            use_cache=ask.use_cache,
+            seed=ask.seed,
+            best_effort=ask.best_effort,
+            # Greedy replies draw nothing, so they need no random stream of their own.
+            sampler=sampling.sampler(loaded.tokenizer) if sampling.temperature else None,
+            logits_processors=processors or None,
+            through=through,
+            **ask.options,
+        )
+
+    def _read(self, generation: Generation[Piece | Progress]) -> None:
+        """The first token is there."""
+        self._first = time.perf_counter()
+        self.report = report = generation.report
+        assert report is not None
+        self.count.cached = report.restored_tokens
+        self._serving.metrics.read(report, self.seconds_to_first_token)
+
+    def _closed(self, generation: Generation[Piece | Progress]) -> None:
+        generation.cancel()  # which ends nothing if it has ended
+        self._serving.generations.discard(generation)
+        self._serving.metrics.generated.inc(self.count.completion)
+        if self.report is not None:
+            self._serving.remember(self, generation.divergence)
+
+
+class Serving:
+    """Runs asks on the model that is loaded, within the limits that were set."""
+
+    def __init__(self, settings: Settings, loaded: Loaded, recorder: Recorder | None = None):
+        self.settings = settings
+        self.loaded = loaded
+        self.recorder = recorder
+        self.metrics = Metrics(
+            held=lambda: self.loaded.cache.summary,
+            on_disk=lambda: self.loaded.cache.disk_summary,
+            load=lambda: self.loaded.cache.load,
+            waiting=lambda: self.admission.waiting,
+        )
+        self.admission = Admission(settings, self.metrics)
+        self.rendering = Rendering()
+        self.generations: set[Generation[Any]] = set()
+        self.runs: dict[UnderWay, None] = {}
+        self.recent: deque[Record] = deque(maxlen=REMEMBERED)
+        self.remembered = 0
+        self.started = time.time()
+        self.watching = 0
+        self.closing = asyncio.Event()
+        self._leases: Leases[Named | None] = Leases(self._is_loaded, self._switch)
+        self._loading: Future[Loaded] | None = None
+        self._between = ThreadPoolExecutor(BETWEEN, thread_name_prefix="between-turns")
+
+    async def between_turns(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        """Run what the worker does between two turns. No work without bound keeps it waiting."""
+        call = partial(function, *args, **kwargs)
+        return await asyncio.get_running_loop().run_in_executor(self._between, call)
+
+    async def model(self, held: ExitStack, name: str | None, adapter: str | None = None) -> Loaded:
+        """The model that a request names, which stays until `held` is closed; loaded first if need be.
+
+        Raises `ApiError` 404 for any other name where switching is not allowed. Loading another
+        waits for all who hold the one that is served, and lets go of that with its cache, as there is
+        room for one. What fails to load leaves it as it is.
+        """
+        asked = Named(name or DEFAULT_NAME, adapter)
+        wanted = asked.resolved(self.settings)
+        if not self.settings.allow_model_switching and not self.loaded.serves(wanted):
+            raise self._not_served(asked)
+        return await self._lease(held, wanted)
+
+    async def any_model(self, held: ExitStack) -> Loaded:
+        """The model that is served, which stays until `held` is closed."""
+        return await self._lease(held, None)
+
+    async def _lease(self, held: ExitStack, wanted: Named | None) -> Loaded:
+        self.check_open()
+        await self._leases.take(wanted, held)
+        self.check_open()
+        return self.loaded
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether requests can be served, by and by if a model is being loaded."""
+        return self.loaded.cache.is_alive or self._leases.is_switching
+
+    def _is_loaded(self, wanted: Named | None) -> bool:
+        return self.loaded.cache.is_alive and (wanted is None or self.loaded.serves(wanted))
+
+    def _not_served(self, wanted: Named) -> ApiError:
+        name, adapter = wanted
+        what = f"adapter {adapter!r}" if adapter is not None else f"model {name!r}"
+        return ApiError(
+            404,
+            f"The {what} is not served here; {self.loaded.id!r} is. Start the server with "
+            "--allow-model-switching to let requests load others.",
+            param="model" if adapter is None else "adapters",
+            code="model_not_found",
+        )
+
+    async def _switch(self, wanted: Named | None) -> None:
+        """Nobody holds the old model. Whoever waits for the new one hears why it cannot be loaded."""
+        self.check_open()
+        old = self.loaded
+        own = Named(old.source, old.adapter)
+        try:
+            self.loaded = await self._load(wanted or own, partial(self._let_go, old))
+        except Exception:
+            if not old.cache.is_alive:  # it had to go before that was known
+                await self._load_again(own)
+            raise
+
+    async def _load_again(self, own: Named) -> None:
+        try:
+            self.loaded = await self._load(own, self.check_open)
+        except Exception:  # whoever comes next has it tried again, and is told
+            log.exception("%s, which was served, cannot be loaded again.", own.name)
+
+    def _let_go(self, old: Loaded) -> None:
+        self.check_open()
+        log.warning("Another model is loaded; what is cached for %s is let go.", old.id)
+        old.cache.close()
+
+    async def _load(self, wanted: Named, make_room: Callable[[], None]) -> Loaded:
+        self._loading = on_own_thread(lambda: load(self.settings, *wanted, make_room=make_room))
+        # A load cannot be stopped: it ends, and `close` lets go of what came of it.
+        return await asyncio.shield(asyncio.wrap_future(self._loading))
+
+    def check_open(self) -> None:
+        """Raises `ApiError` 503 when the server is stopping."""
+        if self.closing.is_set():
+            raise shutting_down()
+
+    def stop(self) -> None:
+        """End what runs: every stream gets its event, every other request its error."""
+        self.closing.set()
+        for generation in list(self.generations):
+            generation.cancel()
+        self._leases.refuse(shutting_down())
+
+    def close(self) -> None:
+        """Let go of the model. Waits for the worker."""
+        self.rendering.close()
+        self._between.shutdown()
+        self.loaded.cache.close()
+        if self._loading is not None and self._loading.exception() is None:
+            self._loading.result().cache.close()
+
+    def remember(self, run: Run, divergence: Divergence | None) -> None:
+        """Keep what happened for `/v1/cache/recent`."""
+        assert run.report is not None
+        changed = text = None
+        if divergence is not None:
+            parts = {
+                name: run.tokenizer.decode(list(getattr(divergence, name)))
+                for name in ("before", "asked", "stored")
+            }
+            changed = kind_of_change(**parts)
+            if self.settings.show_prompts and not run.ask.cache_salt:
+                text = parts
+        self.remembered += 1
+        self.recent.appendleft(
+            Record(
+                run.reply_id,
+                run.endpoint,
+                int(time.time()),
+                run.report,
+                run.seconds_waited,
+                run.seconds_to_first_token,
+                run.count.completion,
+                changed,
+                text,
+            )
+        )
+        log.info(
+            "%s: %s; first token after %.3f s", run.reply_id, run.report, run.seconds_to_first_token
+        )

@@ -1,0 +1,1 @@
+"""Replies that can only be what was asked for."""

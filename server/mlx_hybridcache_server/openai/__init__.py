@@ -1,0 +1,1 @@
+"""The endpoints of OpenAI's API: parse, hand over, shape the reply."""

@@ -1,0 +1,153 @@
+"""A reply on its way to the client: its choices, run together, as one object or as a stream."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from fastapi.sse import format_sse_event
+from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from ..errors import as_api_error
+from ..generation.listen import Piece, Progress
+from ..generation.merge import merged
+from ..generation.serving import Run, Serving
+from ..http.keepalive import progress_comment
+from ..http.wire import event
+from ..log import CLIENTS
+from ..metrics import Metrics
+from .choices import Choice
+from .replies import Count, Envelope, usage
+
+log = logging.getLogger(CLIENTS)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The choices of one reply, grouped by prompt."""
+
+    serving: Serving
+    envelope: Envelope
+    groups: Sequence[Sequence[Choice]]
+    wants_usage: bool = False
+
+    async def whole(self) -> dict[str, Any]:
+        """All choices, once the last has ended."""
+        by_run = self._by_run()
+        async with aclosing(self._pieces()) as pieces:
+            async for run, item in pieces:
+                if not isinstance(item, Progress):
+                    await by_run[run].take(item)
+        choices = [choice.whole() for choice in by_run.values()]
+        body = self.envelope.around(choices, usage=self._usage(), timings=self._timings())
+        log.debug("Reply: %s", body)
+        return body
+
+    def comment(self) -> bytes:
+        """How far the first of its prompts is, for who hears of nothing else."""
+        run = self.groups[0][0].run
+        return progress_comment(run.read_tokens, run.count.prompt)
+
+    async def chunks(self) -> AsyncGenerator[bytes]:
+        """Chunks as server-sent events, and comments that tell how far the prompt is read."""
+        by_run = self._by_run()
+        more: dict[str, Any] = {"usage": None} if self.wants_usage else {}
+        async with aclosing(self._pieces()) as pieces:
+            async for run, item in pieces:
+                if isinstance(item, Progress):
+                    yield progress_comment(item.read, item.total)
+                    continue
+                chunk = await by_run[run].take(item)
+                if chunk is None:
+                    continue
+                is_last = item.finish is not None and not self.wants_usage
+                timings = {"timings": run.timings()} if is_last else {}
+                yield event(self.envelope.around([chunk], **more, **timings))
+        if self.wants_usage:
+            yield event(self.envelope.around([], usage=self._usage(), timings=self._timings()))
+
+    def _pieces(self) -> AsyncGenerator[tuple[Run, Piece | Progress]]:
+        return merged([choice.run for group in self.groups for choice in group])
+
+    def _by_run(self) -> dict[Run, Choice]:
+        return {choice.run: choice for group in self.groups for choice in group}
+
+    def _usage(self) -> dict[str, Any]:
+        return usage(
+            # A prompt was read, or restored, once: by the first of its choices.
+            choice.run.count
+            if choice is group[0]
+            else Count(completion=choice.run.count.completion, reasoning=choice.run.count.reasoning)
+            for group in self.groups
+            for choice in group
+        )
+
+    def _timings(self) -> dict[str, float]:
+        each = [choice.run.timings() for group in self.groups for choice in group]
+        return {name: round(sum(one[name] for one in each), 3) for name in each[0]}
+
+
+async def late(
+    beginning: asyncio.Task[Answer], begun: Callable[[], object]
+) -> AsyncGenerator[bytes]:
+    """The chunks of an answer that is not there yet. `begun` is called when it is."""
+    answer = await beginning
+    begun()
+    async with aclosing(answer.chunks()) as chunks:
+        async for chunk in chunks:
+            yield chunk
+
+
+async def events(chunks: AsyncGenerator[bytes], metrics: Metrics) -> AsyncGenerator[bytes]:
+    """All of a stream: `chunks` and `[DONE]`.
+
+    What fails after the response began is told by an event, as the status is long sent.
+    """
+    try:
+        async with aclosing(chunks):
+            async for chunk in chunks:
+                yield chunk
+    except asyncio.CancelledError:
+        metrics.cancelled.inc()
+        raise
+    except Exception as error:
+        failure = as_api_error(error)
+        if failure.status_code == 500:
+            log.exception("A stream failed.")
+        else:
+            log.warning("A stream ended: %d %s", failure.status_code, failure.reason)
+        yield event(failure.body())
+    yield format_sse_event(data_str="[DONE]")
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events that end with their response. Starlette leaves a generator that waits in a
+    `yield` to the garbage collector, and with it the request and its place. `close` is called behind it.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self,
+        events: AsyncGenerator[bytes],
+        close: Callable[[], object] = lambda: None,
+        headers: Mapping[str, str] = MappingProxyType({}),
+    ):
+        own = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(events, headers={**own, **headers})
+        self._close = close
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        events = self.body_iterator
+        assert isinstance(events, AsyncGenerator)
+        try:
+            async with aclosing(events):
+                await super().__call__(scope, receive, send)
+        finally:
+            self._close()

@@ -1,0 +1,266 @@
+"""The endpoints: parse, hand over, shape the reply."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Coroutine
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+from fastapi import APIRouter, Request
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.responses import PlainTextResponse, Response
+
+from ..errors import ApiError
+from ..generation import models
+from ..generation.admission import Places
+from ..generation.models import Loaded
+from ..generation.serving import Run, Serving
+from ..grammar.constrain import Constraint, is_constrained
+from ..http.disconnects import unless_gone
+from ..http.keepalive import COMMENT, kept_alive
+from ..http.wire import JsonResponse, JsonRoute
+from ..prompts.chat import Rendered
+from ..schema.requests import (
+    ChatBody,
+    CompletionBody,
+    GenerationBody,
+    WatchBody,
+)
+from ..schema.tool_choice import callable_tools
+from ..watching import cache_routes
+from ..watching.assets import asset
+from ..watching.cache_routes import serving_of
+from ..watching.watch import admit_watcher, watch
+from .answer import Answer, EventStream, events, late
+from .choices import ChatChoice, Choice, TextChoice
+from .functions import FunctionChoice
+from .notices import warning_headers
+from .parse import asks, check, warn_of_switches
+from .replies import ChatMessage, Envelope
+
+log = logging.getLogger("mlx_hybridcache.server")
+
+router = APIRouter(route_class=JsonRoute)
+router.include_router(cache_routes.router)
+STARTED = int(time.time())
+STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
+
+Begin = Callable[[Serving, Places, int], Coroutine[Any, Any, Answer]]
+"""Renders what was asked for, which weighs so many bytes, for the places that it was given."""
+
+
+@router.post("/v1/chat/completions", response_model=None, responses=STREAMED)
+@router.post("/chat/completions", response_model=None, responses=STREAMED)
+async def chat(body: ChatBody, request: Request) -> Response:
+    """A reply to a conversation."""
+    return await _answered(body, request, body.n or 1, partial(_chat, body))
+
+
+@router.post("/v1/completions", response_model=None, responses=STREAMED)
+async def completions(body: CompletionBody, request: Request) -> Response:
+    """A continuation of each prompt."""
+    replies = len(_prompts(body)) * (body.n or 1)
+    return await _answered(body, request, replies, partial(_completions, body))
+
+
+async def _answered(body: GenerationBody, request: Request, replies: int, begin: Begin) -> Response:
+    """The response, begun or complete. From before it is rendered until it ends it has its places."""
+    serving = serving_of(request)
+    log.debug("Request: %s", body)
+    check(body, serving.settings)
+    with ExitStack() as held:
+        places = serving.admission.admit(replies)
+        held.callback(places.close)
+        weight = len(await request.body())
+        beginning = places.in_time(begin(serving, places, weight))
+        if body.stream:
+            return await _stream(body, request, beginning, held)
+        answer = await unless_gone(request, serving, beginning)
+        headers = warning_headers(request.url.path, body.warnings)
+        whole = await unless_gone(request, serving, answer.whole())
+        return JsonResponse(whole, headers=headers)
+
+
+async def _stream(
+    body: GenerationBody,
+    request: Request,
+    beginning: Coroutine[Any, Any, Answer],
+    held: ExitStack,
+) -> Response:
+    """A stream that begins with its answer, so that what is refused has a status.
+
+    An answer that takes longer, as its model is loaded first, is waited for in the stream.
+    """
+    serving = serving_of(request)
+    seconds = serving.settings.keepalive_seconds
+    work = asyncio.create_task(beginning)
+    held.callback(work.cancel)  # which ends nothing that has ended
+    await unless_gone(request, serving, asyncio.wait({work}, timeout=seconds))
+
+    def said() -> dict[str, str]:
+        return warning_headers(request.url.path, body.warnings)
+
+    chunks, headers = (work.result().chunks(), said()) if work.done() else (late(work, said), {})
+
+    def comment() -> bytes:
+        is_there = work.done() and not work.cancelled() and work.exception() is None
+        return work.result().comment() if is_there else COMMENT
+
+    told = events(kept_alive(chunks, seconds, comment), serving.metrics)
+    return EventStream(told, held.pop_all().close, headers)
+
+
+async def _chat(body: ChatBody, serving: Serving, places: Places, weight: int) -> Answer:
+    may_call = callable_tools(body)
+    loaded = await serving.model(places.held, body.model, body.adapters)
+    warn_of_switches(body, loaded.tokenizer.chat_template)
+    steps = loaded.renderer.chat(
+        body,
+        continues=bool(body.continue_final_message),
+        opens_reply=body.add_generation_prompt is not False,
+    )
+    rendered = await serving.rendering.steps(steps, weight)
+    constraint = await _constraint(body, rendered, serving, loaded)
+    tools = (constraint and constraint.tools) or may_call
+    calls = loaded.tool_format(tools, calls=body.tool_choice != "none")
+    wanted = asks(body, rendered, serving.settings, loaded, constraint, calls)
+    kind = "chat.completion.chunk" if body.stream else "chat.completion"
+    envelope = Envelope.new("chatcmpl", kind, body.model or loaded.id)
+    choices: list[Choice] = [
+        ChatChoice(
+            index,
+            Run(serving, loaded, ask, envelope.id, places),
+            ChatMessage(calls),
+            loaded.token_names,
+        )
+        for index, ask in enumerate(wanted)
+    ]
+    if body.wants_function_call:
+        choices = [FunctionChoice(choice) for choice in choices]
+    return Answer(serving, envelope, [choices], body.wants_usage())
+
+
+async def _completions(
+    body: CompletionBody, serving: Serving, places: Places, weight: int
+) -> Answer:
+    loaded = await serving.model(places.held, body.model, body.adapters)
+    envelope = Envelope.new("cmpl", "text_completion", body.model or loaded.id)
+    groups: list[list[TextChoice]] = []
+    for prompt in _prompts(body):
+        rendered = await serving.rendering.steps(loaded.renderer.text(prompt), len(prompt))
+        constraint = await _constraint(body, rendered, serving, loaded)
+        wanted = asks(body, rendered, serving.settings, loaded, constraint)
+        echo = ""
+        if body.echo:
+            echo = await serving.rendering.call(partial(_text_of, prompt, loaded), len(prompt))
+        first = len(groups) * len(wanted)
+        groups.append(
+            [
+                TextChoice(
+                    first + i,
+                    Run(serving, loaded, ask, envelope.id, places),
+                    loaded.token_names,
+                    echo,
+                )
+                for i, ask in enumerate(wanted)
+            ]
+        )
+    return Answer(serving, envelope, groups, body.wants_usage())
+
+
+async def _constraint(
+    body: GenerationBody, rendered: Rendered, serving: Serving, loaded: Loaded
+) -> Constraint | None:
+    if not is_constrained(body):
+        return None
+    return await serving.rendering.compile(partial(loaded.constraints.of, body, rendered))
+
+
+def _prompts(body: CompletionBody) -> list[str | list[int]]:
+    prompt = body.prompt
+    if isinstance(prompt, str):
+        return [prompt]
+    if isinstance(prompt[0], int):
+        return [prompt]
+    return list(prompt)
+
+
+def _text_of(prompt: str | list[int], loaded: Loaded) -> str:
+    return prompt if isinstance(prompt, str) else str(loaded.tokenizer.decode(prompt))
+
+
+@router.get("/health", responses={503: {"description": "The worker has ended"}})
+async def health(request: Request) -> Response:
+    """Whether requests can be served."""
+    if serving_of(request).is_alive:
+        return JsonResponse({"status": "ok"})
+    return JsonResponse({"status": "unavailable"}, 503)  # said in the log by the worker's end
+
+
+@router.get("/v1/models", response_model=None)
+async def list_models(request: Request) -> dict[str, Any]:
+    """What may be named as `model`: the served one, and all on disk if switching is allowed."""
+    return {"object": "list", "data": await _models(serving_of(request))}
+
+
+@router.get("/v1/models/{name:path}", response_model=None)
+async def one_model(name: str, request: Request) -> dict[str, Any]:
+    """One of them, or the served one under any of its names. A path may lack its first slash."""
+    serving = serving_of(request)
+    for found in await _models(serving):
+        if found["id"].lstrip("/") == name.lstrip("/"):
+            return found
+    if any(own.lstrip("/") == name.lstrip("/") for own in serving.loaded.names):
+        return _entry(serving.loaded.id, serving.loaded.renderer.room.longest)
+    message = f"No model {name!r} is served; {serving.loaded.id!r} is."
+    raise ApiError(404, message, param="model", code="model_not_found")
+
+
+async def _models(serving: Serving) -> list[dict[str, Any]]:
+    loaded = serving.loaded
+    found = dict.fromkeys(loaded.shown, loaded.renderer.room.longest)
+    if serving.settings.allow_model_switching:
+        found = await asyncio.to_thread(models.contexts) | found
+    ids = [*loaded.shown, *(name for name in found if name not in loaded.shown)]
+    return [_entry(name, found[name]) for name in ids]
+
+
+def _entry(name: str, context: int | None) -> dict[str, Any]:
+    """OpenAI's object, with what fits into a prompt and its reply under the names that clients know."""
+    entry = {"id": name, "object": "model", "created": STARTED, "owned_by": "local"}
+    return (
+        entry if context is None else entry | {"context_length": context, "max_model_len": context}
+    )
+
+
+@router.get("/metrics", response_class=PlainTextResponse)
+async def metrics(request: Request) -> Response:
+    """Prometheus metrics."""
+    text = generate_latest(serving_of(request).metrics.registry)
+    return Response(text, media_type=CONTENT_TYPE_LATEST)
+
+
+# The page
+
+
+@router.get("/", include_in_schema=False)
+async def page() -> Response:
+    """What the cache is doing, to look at."""
+    return asset("index.html")
+
+
+@router.get("/page/{name}", include_in_schema=False)
+async def page_file(name: str, request: Request) -> Response:
+    """What the page is made of."""
+    return asset(name, needs_key=serving_of(request).settings.api_key is not None)
+
+
+@router.post("/v1/cache/watch", include_in_schema=False)
+async def watching(body: WatchBody, request: Request) -> Response:
+    """The page's events."""
+    serving = serving_of(request)
+    return EventStream(watch(serving, body), admit_watcher(serving))

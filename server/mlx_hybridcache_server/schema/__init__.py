@@ -1,0 +1,1 @@
+"""What a client may send, in OpenAI's words and in other servers'."""

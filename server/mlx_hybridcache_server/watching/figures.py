@@ -1,0 +1,34 @@
+"""What is told of a server at a moment, from what the worker published: for `/v1/cache` and the page."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from ..generation.serving import Serving
+
+
+def figures(serving: Serving) -> dict[str, Any]:
+    """What the cache holds, as the last request left it, and what it gave since the start."""
+    grammars = serving.loaded.constraints.compiled
+    found, disk = serving.loaded.cache.summary, serving.loaded.cache.disk_summary
+    return {
+        "object": "cache",
+        "model": serving.loaded.id,
+        "enabled": serving.settings.uses_cache,
+        "held_bytes": found.held_bytes,
+        **asdict(found),
+        "disk": None if disk is None else asdict(disk),
+        # Beside the budget, and bounded by themselves.
+        "grammars": {
+            "count": len(grammars),
+            "bytes": grammars.nbytes,
+            "most_bytes": grammars.most_bytes,
+        },
+        "requests": asdict(serving.metrics.totals),
+    }
+
+
+def running(serving: Serving) -> list[dict[str, Any]]:
+    """The requests that wait, are read or are written at this moment, oldest first."""
+    return [run.progress() for run in serving.runs]

@@ -1,0 +1,212 @@
+"""The commands as they are typed."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+
+import mlx.nn as nn
+import pytest
+
+from mlx_hybridcache import models
+from mlx_hybridcache.caches.kinds.recurrent import RecurrentKind
+from mlx_hybridcache.cli.main import main
+from mlx_hybridcache.demo import BUNDLED_MODEL
+from mlx_hybridcache.demo.client import REPLY_TOKENS, TOP_LOGPROBS, Client, Reply
+from mlx_hybridcache.demo.run import run
+
+LOSES_STATES = """
+from mlx_hybridcache.caches.kinds.recurrent import RecurrentKind
+RecurrentKind.fill = lambda *args: None
+"""
+"""A `sitecustomize` for a server whose restores leave the recurrent state out."""
+
+
+@pytest.fixture
+def servers(monkeypatch):
+    """The processes that the demo starts. None may be left at the test's end."""
+    started = []
+
+    class Recorded(subprocess.Popen):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            if "mlx_hybridcache.server" in self.args:  # OpenAI's client asks uname
+                started.append(self)
+
+    monkeypatch.setattr(subprocess, "Popen", Recorded)
+    yield started
+    left = [process for process in started if process.returncode is None]
+    for process in left:
+        process.kill()
+        process.wait()
+    assert not left
+
+
+def signal_soon(number):
+    """Send this process a signal while it waits for the server."""
+    threading.Timer(0.3, os.kill, (os.getpid(), number)).start()
+
+
+def test_the_demo_shows_every_call_and_that_hot_equals_cold(capsys, servers):
+    """On a document of 600 tokens: exit status 0, eleven calls, all equal, one server, stopped."""
+    assert main(["demo", "--tokens", "600"]) == 0
+    shown = capsys.readouterr().out
+    assert "11 of 11 replies" in shown
+    assert "the same again" in shown
+    assert "matched restored" in shown, "the words of reports"
+    assert [server.returncode for server in servers] == [0]
+
+
+def test_the_demo_reads_a_file_of_ones_own_and_compares_all_of_a_reply(tmp_path, capsys, servers):
+    """Text, reasoning, and for each of 12 tokens its log-probability and the five likeliest."""
+    file = tmp_path / "text.txt"
+    file.write_text("\n".join(f"Line {i} says {i * i}." for i in range(1500)))
+    seen = run(str(BUNDLED_MODEL), tokens=600, file=file)
+    assert "11 of 11 replies" in capsys.readouterr().out
+    assert [one.name for one in seen if one.hot.cached_tokens == one.hot.prompt_tokens - 1] == [
+        "the same again"
+    ]
+    for one in seen:
+        assert one.cold.cached_tokens == 0 < one.cold.first_token_seconds
+        assert one.hot.cached_tokens <= one.matched_tokens <= one.hot.prompt_tokens
+        assert one.hot.text or one.hot.reasoning
+        assert one.hot.finish_reason in ("stop", "length")
+        assert len(one.hot.steps) == REPLY_TOKENS or one.hot.finish_reason == "stop"
+        assert {len(step) for step in one.hot.steps} == {1 + TOP_LOGPROBS}
+    assert any(one.hot.reasoning for one in seen)
+
+
+def test_a_wrong_reply_from_the_cache_fails_the_demo(tmp_path, monkeypatch, capsys, servers):
+    """A server that loses a state on restore answers otherwise, and the exit status says so."""
+    (tmp_path / "sitecustomize.py").write_text(LOSES_STATES)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    assert main(["demo", "--tokens", "600"]) == 1
+    shown = capsys.readouterr().out
+    assert "the same again" in shown
+    assert "11 of 11" not in shown
+
+
+REPLY = Reply("The", "So.", "stop", ((("The", -1.5), ("The", -1.5), ("A", -2.0)),), 9, 0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("other", "difference"),
+    [
+        (replace(REPLY, cached_tokens=8, first_token_seconds=0.1), 0),
+        (replace(REPLY, steps=((("The", -1.5), ("The", -1.5), ("A", -2.25)),)), 0.25),
+        (replace(REPLY, steps=((("The", -1.5), ("The", -1.5), ("An", -2.0)),)), float("inf")),
+        (replace(REPLY, steps=((("A", -1.5), ("The", -1.5), ("A", -2.0)),)), float("inf")),
+        (replace(REPLY, steps=()), float("inf")),
+        (replace(REPLY, text="the"), float("inf")),
+        (replace(REPLY, reasoning=""), float("inf")),
+        (replace(REPLY, finish_reason="length"), float("inf")),
+    ],
+)
+def test_replies_are_compared_by_all_that_they_say(other, difference):
+    """A quarter of a nat at one of the likeliest is seen; what was re-used and the clock are not."""
+    assert REPLY.difference(other) == difference
+
+
+def test_ctrl_c_while_the_server_starts_stops_it(monkeypatch, servers):
+    """Exit status 130, as shells say it, and no process is left."""
+    from mlx_hybridcache.demo.process import Server
+
+    wait = Server.wait_until_ready
+    monkeypatch.setattr(
+        Server, "wait_until_ready", lambda self: signal_soon(signal.SIGINT) or wait(self)
+    )
+    # Whoever runs the tests in the background may have them ignore Ctrl-C.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert main(["demo"]) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert len(servers) == 1
+
+
+def test_being_told_to_end_in_the_middle_of_a_call_stops_the_server(monkeypatch, servers):
+    """SIGTERM would end the demo at once, and leave the server behind."""
+    ask = Client.ask
+    monkeypatch.setattr(
+        Client,
+        "ask",
+        lambda self, *args, **kwargs: signal_soon(signal.SIGTERM) or ask(self, *args, **kwargs),
+    )
+    with pytest.raises(SystemExit) as ended:
+        main(["demo"])
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert [server.returncode for server in servers] == [0]
+
+
+def test_without_openais_client_the_demo_says_what_to_install(monkeypatch, capsys, servers):
+    """One sentence, before anything is started."""
+    monkeypatch.setitem(sys.modules, "openai", None)
+    assert main(["demo"]) == 2
+    assert 'pip install "mlx-hybridcache[demo]"' in capsys.readouterr().err
+    assert not servers
+
+
+def test_verify_holds_for_the_bundled_model_in_both_modes(capsys):
+    """No difference at any restore point."""
+    small = ["--tokens", "300", "--prefill-step-size", "128"]
+    assert main(["verify", *small]) == 0
+    assert main(["verify", *small, "--exact"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("it holds") == 2
+    assert "mlx-lm 0.32" in shown
+
+
+def test_verify_fails_when_a_state_is_lost(monkeypatch, capsys):
+    """The same proof with restores that leave the recurrent state out."""
+    monkeypatch.setattr(RecurrentKind, "fill", lambda *args: None)
+    assert main(["verify", "--tokens", "300", "--prefill-step-size", "128"]) == 1
+    assert "IT DOES NOT HOLD" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["demo", "--model", "/no/such/model"], "found nothing there"),
+        (["verify", "--model", "./nor/this"], "found nothing there"),
+        (["demo", "--file", "/no/such/file"], "/no/such/file"),
+        (["demo", "--tokens", "100"], "--tokens"),
+        (["demo", "--memory-budget", "10KB"], "memory_budget"),
+        (["demo", "--memory-budget", "lots"], "16GB"),
+    ],
+)
+def test_what_cannot_be_done_is_one_sentence_and_exit_status_2(arguments, said, capsys, servers):
+    """No traceback, no process left; the command and the reason."""
+    assert main(arguments) == 2
+    shown = capsys.readouterr().err
+    assert said in shown
+    assert shown.startswith(f"mlx-hybridcache {arguments[0]}: ")
+    assert shown.count("\n") == 1
+
+
+def test_a_text_that_is_too_short_is_said(tmp_path, capsys):
+    """How many tokens it has, and how many are needed."""
+    file = tmp_path / "short.txt"
+    file.write_text("Three little words.")
+    assert main(["demo", "--file", str(file)]) == 2
+    assert "needs 5,632" in capsys.readouterr().err
+
+
+def test_the_module_runs_as_a_process_and_ends_cleanly():
+    """No MLX thread is left to abort the interpreter at exit."""
+    command = [sys.executable, "-m", "mlx_hybridcache.cli", "verify", "--tokens", "150"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "terminate called" not in done.stderr
+
+
+def test_quantized_weights_verify_too(monkeypatch, capsys):
+    """The bundled model at 8 bits: the same proof on other arithmetic."""
+    model, tokenizer = models.load(str(BUNDLED_MODEL))
+    nn.quantize(
+        model, group_size=64, bits=8, class_predicate=lambda _, m: hasattr(m, "to_quantized")
+    )
+    monkeypatch.setattr(models, "load", lambda path: (model, tokenizer))
+    assert main(["verify", "--tokens", "200", "--prefill-step-size", "64"]) == 0
+    assert "it holds" in capsys.readouterr().out

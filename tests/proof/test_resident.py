@@ -1,0 +1,158 @@
+"""Resident memory: a store of 1 GB is 1 GB to MLX and to the system, filled, evicting and cleared.
+
+The measuring runs in a process of its own, this file as a script: what other tests leave in theirs
+would be most of the difference.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+import oracle
+import psutil
+import pytest
+import tiny
+from mlx_lm.models import qwen3_next
+from places import SUPPORT
+
+from mlx_hybridcache import HybridPromptCache
+
+BUDGET = 1_000_000_000
+PROMPT = 64
+"""Tokens of each prompt."""
+
+SAMPLES = 6
+"""While twice the budget is written."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Between two requests: reported bytes, and those active in MLX and resident since the start."""
+
+    written: int
+    reported: int
+    active: int
+    resident: int
+    evictions: int
+
+
+def wide_model() -> nn.Module:
+    """A Qwen3-Next of one Gated-DeltaNet and one attention layer, narrow but for what is cached.
+
+    A token's rows weigh 128 KiB, a checkpoint 256 KiB.
+    """
+    mx.random.seed(tiny.SEED)
+    wide = {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "full_attention_interval": 2,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 64,
+        "head_dim": 256,
+        "linear_num_key_heads": 4,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 128,
+        "linear_value_head_dim": 128,
+    }
+    model = qwen3_next.Model(
+        qwen3_next.ModelArgs(
+            model_type="qwen3_next",
+            shared_expert_intermediate_size=32,
+            mlp_only_layers=[],
+            rope_theta=10000.0,
+            partial_rotary_factor=0.25,
+            **{**tiny.COMMON, **tiny.GATED_DELTA, **tiny.EXPERTS, **wide},
+        )
+    )
+    model.eval()
+    mx.eval(model.parameters())
+    return model
+
+
+def measure() -> None:
+    """Print a sample a line: while twice the budget is written, and one of the store cleared."""
+    process = psutil.Process()
+    with HybridPromptCache(wide_model(), oracle.word_tokenizer(), memory_budget=BUDGET) as cache:
+        written = read = active = resident = 0
+
+        def ask() -> None:
+            nonlocal written, read
+            read += 1
+            list(cache.stream_generate(oracle.prompt(PROMPT, seed=read), 1))
+            written += PROMPT * cache.engine.layout.row_bytes
+
+        def sample() -> Sample:
+            held = cache.stats()
+            assert held.running_bytes == 0
+            return Sample(
+                written,
+                held.held_bytes,
+                mx.get_active_memory() - active,
+                process.memory_info().rss - resident,
+                held.evictions,
+            )
+
+        ask()  # what the first forward loads stays, whatever is stored
+        cache.clear()
+        gc.collect()
+        first = sample()
+        written, active, resident = 0, first.active, first.resident
+        for part in range(1, SAMPLES + 1):
+            while written < 2 * BUDGET * part / SAMPLES:
+                ask()
+            print(json.dumps(asdict(sample())), flush=True)
+        cache.clear()
+        print(json.dumps(asdict(sample())), flush=True)
+
+
+@pytest.fixture(scope="module")
+def samples() -> list[Sample]:
+    """What a process of its own measured; the last one with everything let go."""
+    ended = subprocess.run(
+        [sys.executable, __file__],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(SUPPORT), *sys.path])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    return [Sample(**json.loads(line)) for line in ended.stdout.splitlines()]
+
+
+def test_the_store_fills_evicts_and_is_empty_in_the_end(samples: list[Sample]) -> None:
+    """Two GB through a budget of one: it is full from the third of six samples on, and never more."""
+    *filling, cleared = samples
+    assert len(filling) == SAMPLES
+    assert filling[1].evictions == 0
+    assert filling[-1].evictions > 100
+    assert filling[-1].written >= 2 * BUDGET
+    assert all(0.9 * BUDGET < each.reported <= BUDGET for each in filling[SAMPLES // 2 - 1 :])
+    assert cleared.reported == 0
+
+
+def test_mlx_holds_what_is_reported(samples: list[Sample]) -> None:
+    """Active memory is within 1 % of the reported bytes, and of the budget once cleared."""
+    *filling, cleared = samples
+    for each in filling:
+        assert abs(each.active - each.reported) <= each.reported / 100, each
+    assert abs(cleared.active) <= BUDGET / 100, cleared
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Metal's buffers are not all resident memory")
+def test_the_system_holds_what_is_reported(samples: list[Sample]) -> None:
+    """Resident memory is within 10 % of the reported bytes, and of the budget once cleared."""
+    *filling, cleared = samples
+    for each in filling:
+        assert abs(each.resident - each.reported) <= each.reported / 10, each
+    assert abs(cleared.resident) <= BUDGET / 10, cleared
+
+
+if __name__ == "__main__":
+    measure()

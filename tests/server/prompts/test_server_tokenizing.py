@@ -1,0 +1,255 @@
+"""Texts in pieces: the same tokens as in one piece, and refused before the work where it is certain."""
+
+import random
+from functools import cache
+
+import pytest
+from bundled import load, text
+from mlx_hybridcache_server.errors import ApiError
+from mlx_hybridcache_server.prompts.tokenizing import (
+    NO_LIMIT,
+    PIECE,
+    UNCUT,
+    Room,
+    Tokenizing,
+)
+from mlx_hybridcache_server.prompts.vocabulary import longest_token, seams
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers.trainers import BpeTrainer
+from transformers import PreTrainedTokenizerFast
+
+GPT_2 = r"'s|'t| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+QWEN = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+SAMPLE = [
+    "The lamp of Ada is red.\n\nIt stands\tnear the door, and 1234 more.   Été à Zoë's. 中文。\n"
+]
+
+
+def byte_level(pattern=QWEN, normalizer=None):
+    """As GPT-2, Llama 3 and Qwen: words by a pattern, spelled in bytes."""
+    made = Tokenizer(models.BPE())
+    made.normalizer = normalizer
+    made.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    return trained(made, BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False))
+
+
+def sentence_piece(prepends=False):
+    """As Gemma, or with a space before each text as Llama 2: one word, bytes for what is unknown."""
+    made = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    steps = [normalizers.Replace(" ", "▁")]
+    made.normalizer = normalizers.Sequence([*[normalizers.Prepend("▁")] * prepends, *steps])
+    names = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    split = pre_tokenizers.Split("▁", "merged_with_next")
+    made.pre_tokenizer = split  # while it learns, so that no token spans words
+    wrapped = trained(made, BpeTrainer(vocab_size=600, special_tokens=names, show_progress=False))
+    wrapped.backend_tokenizer.pre_tokenizer = None
+    return wrapped
+
+
+def trained(made, trainer):
+    made.train_from_iterator(SAMPLE * 3, trainer)
+    made.add_special_tokens(["<|im_start|>", "<|im_end|>", "<s>"])
+    made.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", made.token_to_id("<s>"))]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=made)
+
+
+def bundled():
+    _, tokenizer = load()
+    return tokenizer
+
+
+TOKENIZERS = {
+    "bundled": bundled,
+    "qwen": cache(lambda: byte_level(normalizer=normalizers.NFC())),
+    "gpt-2": cache(lambda: byte_level(GPT_2)),
+    "gemma": cache(sentence_piece),
+    "llama-2": cache(lambda: sentence_piece(prepends=True)),
+}
+each_tokenizer = pytest.mark.parametrize("make", TOKENIZERS.values(), ids=TOKENIZERS)
+
+ODD = [
+    *(
+        "The lamp of Ada",
+        " is red",
+        " ",
+        "  ",
+        "\n",
+        "\r\n",
+        "\n\n  ",
+        "\t",
+        "1234567",
+        "don't",
+        "İ",
+    ),
+    *(
+        "<|im_end|>\n<|im_start|>user\n",
+        "<|im",
+        "e\u0301",
+        "\u1fbe\u0308\u0301",
+        "中文",
+        "。\n",
+        "👩\u200d🚀",
+    ),
+    *(
+        "a" * 300,
+        " " * 200,
+        "_x = f(y)\n",
+        "한국어 ",
+        "\u1112\u1161\u11ab",
+        "z z z z ",
+        "\u0301",
+        "=" * 90,
+    ),
+]
+
+
+def odd_text(seed, length):
+    """What tokenizers stumble over, at random."""
+    rng, parts, size = random.Random(seed), [], 0
+    while size < length:
+        parts.append(rng.choice(ODD))
+        size += len(parts[-1])
+    return "".join(parts)
+
+
+def read(tokenizer, said, room=NO_LIMIT, *, special=False):
+    """The tokens, and what each piece weighed."""
+    steps = Tokenizing.learn(tokenizer, room).steps(said, "prompt", special=special)
+    weights = []
+    try:
+        while True:
+            weights.append(next(steps))
+    except StopIteration as end:
+        return end.value, weights
+
+
+@each_tokenizer
+@pytest.mark.parametrize("special", [False, True], ids=["plain", "special"])
+def test_a_text_read_in_pieces_has_the_tokens_that_it_has_as_a_whole(make, special):
+    """Prose and code, and 100,000 characters of white space, numbers, markers and other scripts."""
+    tokenizer = make()
+    for said in (text(14_000, 3_000), *(odd_text(seed, 3 * PIECE) for seed in range(2))):
+        whole = tokenizer.encode(said, add_special_tokens=special)
+        assert read(tokenizer, said, special=special)[0] == whole
+
+
+@each_tokenizer
+def test_no_piece_of_a_long_text_is_long(make):
+    """45,000 characters of prose: at most two pieces' worth at once, where words can be told apart."""
+    said = text(14_000, 3_000)
+    assert len(said) > 2 * PIECE
+    _, weights = read(make(), said)
+    assert sum(weights) == len(said)
+    if make is not TOKENIZERS["llama-2"]:  # what it puts before each text is not between two pieces
+        assert max(weights) <= 2 * PIECE
+
+
+@each_tokenizer
+def test_a_text_has_at_least_as_many_tokens_as_its_length_proves(make):
+    """The longest tokens in a row, composed characters, and anything else."""
+    tokenizer = make()
+    longest = longest_token(tokenizer)
+    assert longest is not None
+    own = sorted(set(range(len(tokenizer))) - set(tokenizer.all_special_ids))
+    widest = max(own, key=lambda token: len(tokenizer.decode([token])))
+    texts = [tokenizer.decode([widest] * 50), "\u1fbe\u0308\u0301" * 500, odd_text(7, 9_000)]
+    for said in [*texts, "\U0001f469" * 999, "\x00\x01" * 999, "\u212a" * 999, " " * 9_000]:
+        least = len(said.encode()) / longest
+        assert len(tokenizer.encode(said, add_special_tokens=False)) >= least, said[:9]
+
+
+def word_piece():
+    made = Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=made)
+
+
+def eats_white_space():
+    made = byte_level()
+    made.backend_tokenizer.add_special_tokens([AddedToken("<mask>", lstrip=True)])
+    return made
+
+
+def drops_words():
+    made = byte_level()
+    split = pre_tokenizers.Split(Regex(r"\s+"), "removed")
+    made.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(use_regex=False)]
+    )
+    return made
+
+
+def melts_the_unknown():
+    made = Tokenizer(models.BPE({"a": 0, "?": 1}, [], unk_token="?", fuse_unk=True))
+    return PreTrainedTokenizerFast(tokenizer_object=made)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        word_piece,
+        eats_white_space,
+        drops_words,
+        melts_the_unknown,
+        lambda: byte_level(normalizer=normalizers.Strip()),
+        lambda: byte_level(normalizer=normalizers.NFKC()),
+        lambda: byte_level(normalizer=normalizers.Replace(Regex(" +"), " ")),
+        object,
+    ],
+)
+def test_nothing_is_claimed_of_tokenizers_that_leave_things_out(make):
+    """A million spaces may be no token at all; a tokenizer in Python says nothing of itself."""
+    assert longest_token(make()) is None
+
+
+def test_a_tokenizer_whose_tokens_span_words_is_not_cut():
+    """A token for two words and the space between: a text is then read as a whole."""
+    spanning = sentence_piece()
+    assert seams(spanning)
+    spanning.backend_tokenizer.add_tokens(["the lamp"])
+    assert not seams(spanning)
+    said = text(14_000, 3_000)
+    assert read(spanning, said)[1] == [len(said)]
+
+
+def test_a_text_that_cannot_fit_is_refused_before_it_is_read():
+    """No token of this vocabulary has more than 34 bytes, so 35,000 letters are 1,000 tokens or more."""
+    steps = Tokenizing.learn(bundled(), Room(most=1_000)).steps(
+        "a" * 35_000, "prompt", special=True
+    )
+    with pytest.raises(ApiError, match=r"at least 1,029 tokens.*at most 1,000 \(--max-prompt"):
+        next(steps)
+
+
+def test_a_text_that_proves_too_long_is_read_no_further():
+    """100,000 characters may be 4,000 tokens, by their length; behind the first piece they may not."""
+    said = text(40_000, 1_000)[:100_000]
+    steps = Tokenizing.learn(bundled(), Room(most=4_000)).steps(said, "prompt", special=True)
+    pieces = [next(steps)]
+    with pytest.raises(ApiError, match="at least"):
+        pieces.extend(steps)
+    assert sum(pieces) <= 2 * PIECE
+
+
+def test_what_fits_is_counted_to_the_token():
+    """A prompt of as many tokens as may be is read, one more is told its number."""
+    said = text(14_000, 3_000)
+    count = len(bundled().encode(said))
+    assert len(read(bundled(), said, Room(most=count), special=True)[0]) == count
+    with pytest.raises(ApiError, match=rf"has {count:,} tokens.*{count - 1:,} \(--prompt-cache"):
+        read(bundled(), said, Room(budget=count - 1), special=True)
+
+
+def test_a_text_without_a_place_to_cut_is_refused_before_it_takes_memory():
+    """Four million letters in a row and one: there is no telling where a token ends."""
+    steps = Tokenizing.learn(bundled(), NO_LIMIT).steps("a" * (UNCUT + 1), "prompt", special=True)
+    with pytest.raises(ApiError, match="without a place"):
+        next(steps)

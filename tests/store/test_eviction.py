@@ -1,0 +1,214 @@
+"""What goes first is what looking at everything would say, whatever happened before."""
+
+import random
+from collections import Counter
+from contextlib import suppress
+
+import full_scan
+import pytest
+from full_scan import FullScan
+from mlx_hybridcache_bench.simulate import (
+    SHAPES,
+    Simulation,
+    SizedCheckpoint,
+    SizedLender,
+    SizedRows,
+)
+from mlx_hybridcache_bench.workloads import WORKLOADS, workload
+from test_store import ROW, STATE, N, save
+
+from mlx_hybridcache.errors import BudgetError, NotStoredError
+from mlx_hybridcache.store.eviction import values as census
+from mlx_hybridcache.store.eviction.choose import Eviction
+from mlx_hybridcache.store.eviction.ranking import Ranking
+from mlx_hybridcache.store.eviction.values import Census
+from mlx_hybridcache.store.materialize import Loans
+from mlx_hybridcache.store.outline import Outline
+from mlx_hybridcache.store.store import Store
+from mlx_hybridcache.store.tree import Node
+from mlx_hybridcache.tokens import Namespace, as_tokens
+
+SPACES = [N, N, N, Namespace("n", "salt"), Namespace("m")]
+
+
+class Checked(Eviction):
+    """Every choice beside the full scan's."""
+
+    def _look(self):
+        found = super()._look()
+        scan = self.scan
+        assert found == scan.first()
+        assert self.fixed_bytes() == scan.fixed_bytes()
+        self.store.seen["choices"] += 1
+        self.store.seen["kept"] += bool(self.kept)
+        self.store.seen["dead"] += found is not None and found[0] < 0
+        return found
+
+
+class CheckedStore(Store):
+    """Every choice that is made for it beside the full scan's, and how often it was made."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.seen = Counter()
+
+    def _eviction(self, keep=(), spare=None):
+        eviction = Checked(self._census, frozenset(keep), spare, self.clock, self.partings.interior)
+        eviction.store = self
+        eviction.scan = FullScan(self, eviction.kept, spare)
+        return eviction
+
+    def _surplus(self, written):
+        found = super()._surplus(written)
+        assert found is full_scan.surplus(self, written)
+        self.seen["surplus"] += found is not None
+        return found
+
+
+def change(store, draw, claims):
+    """One of the things that happen to a store."""
+    store.tick()
+    space = draw.choice(SPACES)
+    tokens = [draw.randrange(2) for _ in range(draw.randrange(1, 5))]
+    tokens += [draw.randrange(3)] * draw.randrange(1, draw.choice([4, 10, 150]))
+    prompt = as_tokens(tokens)
+    what = draw.randrange(16)
+    if what < 6:
+        cuts = sorted(draw.sample(range(1, len(tokens) + 1), min(len(tokens), draw.randrange(4))))
+        for cut in cuts:
+            is_parting = draw.random() < 0.2
+            save(store, tokens[:cut], space=space, is_end=cut == len(tokens), is_parting=is_parting)
+    elif what < 9:
+        found = store.find(space, prompt)
+        if found.position:
+            store.use(found)
+        with suppress(BudgetError):
+            claims.append(store.claim(draw.randrange(1, 1500), found))
+    elif what < 11:
+        cuts = sorted(draw.sample(range(1, len(tokens) + 1), min(len(tokens), 3)))
+        store.afford(space, prompt, cuts, partings=cuts[:1], row_bytes=ROW, snapshot_bytes=STATE)
+    elif what == 11:
+        with suppress(NotStoredError, BudgetError):
+            draw.choice([store.pin, store.unpin, store.unpin])(space, prompt)
+    else:
+        lose(store, draw, space, prompt, what)
+    while claims and (len(claims) > 3 or draw.random() < 0.3):
+        claims.pop(0).release()
+
+
+def lose(store, draw, space, prompt, what):
+    """One of the ways in which something goes."""
+    if what == 12:
+        store.shrink(draw.randrange(2000))
+    elif what == 13:
+        stored, start = store.shared(space, prompt)
+        if stored == len(prompt) and not store.pins(space, prompt, start):
+            store.drop(space, prompt, start)
+    elif what == 14 and (nodes := [*store.nodes()]):
+        node = draw.choice(nodes)
+        if not any(below.pinned for below in node.descendants()):
+            store.forget(node, rows=draw.random() < 0.3)
+    elif draw.random() < 0.02:
+        store.clear()
+
+
+@pytest.mark.parametrize("limits", [{}, {"max_conversations": 6}, {"max_checkpoints": 3}])
+@pytest.mark.parametrize("needs_checkpoints", [True, False])
+def test_each_choice_is_that_of_a_full_scan(needs_checkpoints, limits):
+    """1,500 saves, restores, claims, pins, drops at random; each of the evictions goes as all nodes looked
+    at afresh say, and after each change so does everything that is counted.
+    """
+    draw = random.Random(f"{needs_checkpoints} {limits}")
+    store, claims = CheckedStore(9_000, needs_checkpoints=needs_checkpoints, **limits), []
+    for _ in range(1_500):
+        change(store, draw, claims)
+        full_scan.check_census(store)
+    floors = {"choices": 300}
+    floors |= {"dead": 5, "kept": 100} if needs_checkpoints else {}
+    floors |= {"surplus": 50} if "max_conversations" in limits else {}
+    assert not {what for what, floor in floors.items() if store.seen[what] < floor}, store.seen
+
+
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_each_choice_on_a_trace_is_that_of_a_full_scan(name):
+    """Rows that lie in running caches weigh nothing until the request ends: 60 requests at 2 GB."""
+    trace = workload(name, 5, requests=60)
+    simulation = Simulation(trace, SHAPES["qwen3-next-80b"], 2 * 10**9)
+    store = simulation.store
+    store.__class__, store.seen = CheckedStore, Counter()
+    for index in range(len(trace)):
+        simulation.serve(index)
+        full_scan.check_census(store)
+    assert store.seen["choices"] > 50
+
+
+def looked_at(node, *_, is_less):
+    """Of its children at most so many are looked at."""
+    return len(node.children or ()) if is_less else 0
+
+
+def weighed(monkeypatch, size):
+    """How many nodes are weighed, outlined and looked at by the ranking for a request to a full store."""
+    seen = Counter()
+
+    def counted(watching, owner, name, count):
+        plain = getattr(owner, name)
+
+        def watched(*args, **options):
+            seen[name] += count(*args, **options)
+            return plain(*args, **options)
+
+        watching.setattr(owner, name, watched)
+
+    store = Store(10**9, needs_checkpoints=True, max_conversations=size)
+    shared = list(range(30))
+    save(store, shared)
+    for first in range(100, 100 + size):
+        store.tick()
+        save(store, [*shared, first, *range(20 + 3 * (first % 7))], is_end=True)
+    store.stats()
+    store.outlines(0.0)
+    store.budget_bytes = store.used_bytes()
+    with monkeypatch.context() as watching:
+        counted(watching, Census, "weights", lambda *_: 1)
+        counted(watching, Census, "_look_up", lambda *_: 1)
+        counted(watching, census, "_farthest", looked_at)
+        counted(watching, Ranking, "_least_of", lambda _, blocks, *__: len(blocks))
+        counted(watching, Outline, "__init__", lambda *_: 1)
+        counted(watching, Node, "unshared", lambda *_: 1)
+        for first in range(5):
+            store.tick()
+            save(store, [*shared, 90 + first, *range(20)], is_end=True)
+            store.stats()
+            store.outlines(1.0)
+    assert store.evictions == 5
+    return seen
+
+
+def test_what_a_request_costs_does_not_grow_with_what_is_stored(monkeypatch):
+    """Five requests to a full store of 100 or of 3,000 conversations behind one system prompt: as many
+    nodes are weighed and outlined, and no more than twice as many blocks of the ranking are looked at.
+    """
+    few, many = (weighed(monkeypatch, size) for size in (100, 3_000))
+    blocks = few.pop("_least_of"), many.pop("_least_of")
+    assert few == many
+    assert blocks[1] <= 2 * blocks[0]
+
+
+def test_rows_that_running_caches_hold_weigh_nothing_until_they_are_the_stores_again():
+    """A leaf's 40 rows are let go for those of a request that has them too, and copied back."""
+    shape = SHAPES["qwen3-next-80b"]
+    store = Store(10**9, needs_checkpoints=True)
+    tokens = as_tokens(range(40))
+    checkpoint = SizedCheckpoint(40, STATE)
+    store.save(N, tokens, lambda start: SizedRows(start, 40, ROW), checkpoint, row_bytes=ROW)
+    full_scan.check_census(store)
+    loans, lender = Loans(store), SizedLender(N, tokens, ROW, shape=shape, capacity=64)
+    lender.alike = [(0, 40)]
+    loans.lend(lender)
+    loans.lean()
+    assert store.rows_bytes == 0
+    full_scan.check_census(store)
+    assert loans.own(lender)
+    assert store.rows_bytes == 40 * ROW
+    full_scan.check_census(store)
