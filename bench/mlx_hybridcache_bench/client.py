@@ -90,21 +90,30 @@ class Reply:
         """Whether two servers wrote the same, but for white space at the ends and ids of calls.
 
         Of a reply that `max_tokens` cuts within a tool call, one server may show what there is of
-        the call as text and the other nothing; so the longer content may go on.
+        the call, as a call or as text, and the other nothing; so either may go on.
         """
-        ours, theirs = self.content.strip(), other.content.strip()
         is_cut = self.finish_reason == other.finish_reason == "length"
         return (
             self.completion_tokens == other.completion_tokens
             and self.reasoning.strip() == other.reasoning.strip()
-            and self._calls() == other._calls()
+            and (self._calls() == other._calls() or (is_cut and self._cut_as(other)))
             and (
-                ours == theirs or (is_cut and (ours.startswith(theirs) or theirs.startswith(ours)))
+                self.content.strip() == other.content.strip()
+                or (is_cut and _one_goes_on(self.content.strip(), other.content.strip()))
             )
         )
 
+    def _cut_as(self, other: Reply) -> bool:
+        """Whether the calls are the same but for one at the end, which is not whole."""
+        fewer, more = sorted((self._calls(), other._calls()), key=len)
+        return len(more) == len(fewer) + 1 and more[:-1] == fewer
+
     def _calls(self) -> list[Any]:
         return [call["function"] for call in self.tool_calls]
+
+
+def _one_goes_on(ours: str, theirs: str) -> bool:
+    return ours.startswith(theirs) or theirs.startswith(ours)
 
 
 class RequestFailed(Exception):  # noqa: N818  # a fact of the run, reported in its table

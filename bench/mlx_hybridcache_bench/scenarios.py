@@ -220,8 +220,8 @@ def _system(content: str) -> Message:
 
 
 def _call_or(reply: Reply, number: int, city: str) -> Message:
-    """The reply's own call, which a cache may know; a made one where the model did not call."""
-    if reply.tool_calls:
+    """The reply's own call, which a cache may know; a made one where the model wrote no whole call."""
+    if reply.tool_calls and reply.finish_reason != "length":
         return reply.message()
     function = {"name": "get_weather", "arguments": json.dumps({"city": city})}
     call = {"id": f"call_{number}", "type": "function", "function": function}

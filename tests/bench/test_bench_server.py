@@ -402,6 +402,32 @@ def test_half_a_tool_call_may_be_shown_or_not() -> None:
     assert different_replies([asked("cold", *cut)]) == []
 
 
+def test_a_call_that_is_cut_may_be_shown_or_not() -> None:
+    """One server streams half of the second call, the other tells of whole calls only. No other call may differ."""
+
+    def reply(*arguments: str, reason: str = "length") -> Reply:
+        calls = tuple({"function": {"name": "add", "arguments": each}} for each in arguments)
+        return replace(answer(), finish_reason=reason, tool_calls=calls)
+
+    whole, half, other = '{"a": 1}', '{"a": ', '{"a": 2}'
+    assert reply(whole, half).same_as(reply(whole))
+    assert reply(whole).same_as(reply(whole, half))
+    assert not reply(whole, half).same_as(reply())
+    assert not reply(whole).same_as(reply(other))
+    assert not reply(whole, reason="tool_calls").same_as(reply(reason="tool_calls"))
+
+
+def test_a_tool_loop_goes_on_from_whole_calls_only(material: Material) -> None:
+    """A call that was cut is replaced by a made one, so that both servers are asked the same."""
+    for reason, expected in (("length", "get_weather"), ("tool_calls", "add")):
+        script = SCENARIOS["tool-loop"](material, "Case 1.", 400)
+        next(script)
+        call = {"id": "call_a", "function": {"name": "add", "arguments": "{}"}}
+        asked = script.send(replace(answer(), finish_reason=reason, tool_calls=(call,)))
+        (used,) = asked.body["messages"][-2]["tool_calls"]
+        assert used["function"]["name"] == expected
+
+
 def test_sizes_too_short_for_shorter_raw_text_are_refused() -> None:
     """500 tokens shorter than 500 is nothing."""
     with pytest.raises(PromptError, match="must exceed 500"):
