@@ -16,7 +16,7 @@ from .errors import (
     SettingError,
 )
 from .report import CacheReport, Reason
-from .request import Generation, Ready
+from .request.generation import Generation, Ready
 from .store.budget import StoreStats
 
 __version__ = "0.1.0"
