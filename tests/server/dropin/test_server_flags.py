@@ -88,7 +88,7 @@ def test_a_flag_without_effect_says_so(configured):
     assert re.search("WARNING.*--pipeline", ours.log)
 
 
-def test_a_request_wins_over_theflags_of(configured):
+def test_a_request_wins_over_the_flags(configured):
     """Its temperature, its length, its template arguments."""
     body = {
         "model": "default_model",
