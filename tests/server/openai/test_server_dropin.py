@@ -50,7 +50,7 @@ from servers import (
 from mlx_hybridcache.demo import BUNDLED_MODEL
 from mlx_hybridcache.demo.functions import FUNCTIONS
 
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "mlx-lm-differences.md"
 FUNCTION = {function.name: function.declaration() for function in FUNCTIONS}
 
 
@@ -582,7 +582,7 @@ def test_adapters_templates_and_quantized_keys_and_values_agree(adapter, theirs)
 
 @dataclass(frozen=True)
 class Difference:
-    """A row of the README's table, and how to see on both servers that it is true."""
+    """A row of docs/mlx-lm-differences.md, and how to see on both servers that it is true."""
 
     about: str
     theirs: str
@@ -704,7 +704,7 @@ def replies_of_no_named_length(theirs: Server, ours: Server) -> None:
 @difference(
     "The address itself, in a browser",
     theirs="404",
-    ours="The [page](#watch-it) of the cache",
+    ours="The [page](page.md) of the cache",
 )
 def the_page(theirs: Server, ours: Server) -> None:
     found = [server.client.get("/") for server in (theirs, ours)]
@@ -1273,16 +1273,16 @@ def test_every_listed_difference_is_there(row, theirs, ours):
 
 
 def table() -> str:
-    """The README's table."""
+    """The table of the page."""
     rows = [f"| {row.about} | {row.theirs} | {row.ours} |" for row in DIFFERENCES]
     return "\n".join(
         ["| | `mlx_lm.server` 0.32.2 | `mlx_hybridcache.server` |", "|---|---|---|", *rows]
     )
 
 
-def test_the_readme_lists_exactly_these_differences():
+def test_the_page_lists_exactly_these_differences():
     """Between its markers, row by row; the text to put there is in the failure."""
     begin, end = "<!-- differences:begin -->", "<!-- differences:end -->"
-    written = README.read_text(encoding="utf-8")
+    written = PAGE.read_text(encoding="utf-8")
     assert begin in written
     assert written.partition(begin)[2].partition(end)[0].strip() == table()
