@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from urllib.parse import unquote
 
 import pages
@@ -57,3 +58,21 @@ def test_what_is_not_run_with_the_fast_tests_says_why(marked):
     """In words, in the comment before it."""
     assert len(marked.reason.split()) >= 2
     assert marked.language in ("sh", "console", "python")
+
+
+@pytest.mark.parametrize("page", pages.every_page(), ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_path_that_a_page_names_is_there(page):
+    """What stands in backticks and begins with a folder of the checkout."""
+    named = re.findall(
+        r"`((?:mlx_hybridcache|server|bench|tests|docs|tools)/[\w./-]+)`", page.read_text("utf-8")
+    )
+    assert [path for path in named if not (ROOT / path).exists()] == []
+
+
+def test_the_design_says_where_code_goes_for_every_folder():
+    """Of the library and of the server."""
+    told = (pages.DOCS / "design.md").read_text("utf-8")
+    for package in ("mlx_hybridcache", "server/mlx_hybridcache_server"):
+        for folder in (ROOT / package).iterdir():
+            if (folder / "__init__.py").exists():
+                assert re.search(rf"[/`]{folder.name}`", told), folder
