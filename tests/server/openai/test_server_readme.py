@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 import yaml
 from places import ROOT
-from servers import OURS, running
 
 README = ROOT / "README.md"
 CLIENTS = README.parent / "docs" / "clients.md"
@@ -40,12 +39,6 @@ def curl_lines() -> list[str]:
     blocks = re.findall(r"^```(?:sh|console)\n(.*?)^```", README.read_text("utf-8"), re.M | re.S)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     return [line.removeprefix("$ ") for line in lines if re.match(r"(\$ )?curl ", line)]
-
-
-@pytest.fixture(scope="module")
-def server():
-    with running(OURS) as server:
-        yield server
 
 
 def test_there_are_curl_lines():
