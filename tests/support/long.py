@@ -8,10 +8,12 @@ import pytest
 
 def forms(short: Any, whole: Any) -> list[Any]:
     """Parameters: how much is done always, and how much in the long form."""
-    return [
-        pytest.param(short, id="short"),
-        pytest.param(whole, id="whole", marks=pytest.mark.long),
-    ]
+    return [pytest.param(short, id="short"), in_full(whole)]
+
+
+def in_full(value: Any) -> Any:
+    """A parameter that the long form alone has."""
+    return pytest.param(value, id="whole", marks=pytest.mark.long)
 
 
 def mostly_long(values: Iterable[Any], always: Collection[Any]) -> list[Any]:
