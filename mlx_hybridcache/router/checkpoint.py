@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import RouterError
-from ..flags import refusal
+from ..errors import RouterError, refusal
 from ..sizes import format_bytes
 from .discovery import Discovery
 from .patch import LayerPatch, Patch, RouterTensor, copied_rows, differing_rows, rows_digest
