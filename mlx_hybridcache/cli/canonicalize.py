@@ -25,11 +25,11 @@ from ..router import (
     moe_layers,
     write_checkpoint,
 )
-from ..router.calibration import ROW_TOKENS, ROWS
-from ..router.discovery import MIN_TOKENS, RELATIVE_ERROR, SIMILARITY
-from ..router.report import report
-from ..router.tables import markdown, sentences, tables
-from ..router.trial import (
+from ..router.checkpoint.report import report
+from ..router.discovery.calibration import ROW_TOKENS, ROWS
+from ..router.discovery.discover import MIN_TOKENS, RELATIVE_ERROR, SIMILARITY
+from ..router.trial.tables import markdown, sentences, tables
+from ..router.trial.trial import (
     TEXTS,
     Trial,
     fresh_texts,

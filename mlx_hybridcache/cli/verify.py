@@ -17,7 +17,7 @@ from .versions import versions
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ..verify import Verdict
+    from ..verify import Proof
 
 LEAST_TOKENS = 64
 
@@ -36,7 +36,7 @@ def main(argv: Sequence[str], prog: str) -> int:
     prompts = _prompts(tokenizer, options)
     with Progress(console=console, transient=True) as progress:
         bar = progress.add_task("restore points", total=None)
-        verdict = verify(
+        proof = verify(
             model,
             prompts,
             step=options.prefill_step_size,
@@ -44,10 +44,10 @@ def main(argv: Sequence[str], prog: str) -> int:
             tolerance=options.tolerance,
             on_point=lambda done, total: progress.update(bar, completed=done, total=total),
         )
-    console.print(_table(verdict, options.model))
-    for line in [*_machine(), *_sentences(verdict)]:
+    console.print(_table(proof, options.model))
+    for line in [*_machine(), *_sentences(proof)]:
         console.print(line, highlight=False)
-    return 0 if verdict.holds else 1
+    return 0 if proof.holds else 1
 
 
 def _parser(prog: str) -> argparse.ArgumentParser:
@@ -78,14 +78,14 @@ def _prompts(tokenizer: Any, options: argparse.Namespace) -> list[list[int]]:
     return [long, long[: 2 * len(long) // 3] + other[: len(long) // 3]]
 
 
-def _table(verdict: Verdict, model: str) -> Table:
+def _table(proof: Proof, model: str) -> Table:
     from rich.table import Table
 
     table = Table(title=f"Hot against cold at every restore point, {model}")
     for name in ("position", "restored", "prompt", "max |logit|", "KL (nats)", "first other token"):
         table.add_column(name, justify="right")
-    for point in verdict.points:
-        found = point.difference
+    for point in proof.points:
+        found = point.found
         table.add_row(
             f"{point.position:,}",
             f"{point.restored:,}",
@@ -106,9 +106,9 @@ def _machine() -> list[str]:
     ]
 
 
-def _sentences(verdict: Verdict) -> list[str]:
+def _sentences(proof: Proof) -> list[str]:
     return [
-        f"probe: cold runs sliced differently differ by at most {verdict.probe:.3g}",
-        f"allowed {verdict.allowed:.3g}, worst restore {verdict.worst:.3g}: "
-        + ("it holds" if verdict.holds else "IT DOES NOT HOLD"),
+        f"probe: cold runs sliced differently differ by at most {proof.probe:.3g}",
+        f"allowed {proof.allowed:.3g}, worst restore {proof.worst:.3g}: "
+        + ("it holds" if proof.holds else "IT DOES NOT HOLD"),
     ]
