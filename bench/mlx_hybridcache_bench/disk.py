@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from rich.console import Console
 
 from mlx_hybridcache import models
-from mlx_hybridcache.flags import tokens
+from mlx_hybridcache.cli.flags import tokens
 
 from .disk_changes import measure_changes
 from .disk_handoff import measure_handoff

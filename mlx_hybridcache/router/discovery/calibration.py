@@ -7,8 +7,7 @@ import sysconfig
 from pathlib import Path
 from typing import Any
 
-from ..errors import RouterError
-from ..flags import refusal
+from ...errors import RouterError, refusal
 
 ROWS = 32
 """Rows of calibration tokens; every second one is held out."""

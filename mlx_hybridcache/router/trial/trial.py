@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import RouterError
+from ...errors import RouterError
+from ..discovery.calibration import ROW_TOKENS, ROWS, calibration_tokens
+from ..patch import Patch
 from .arms import DRAWS, Switched, arms, quantized
-from .calibration import ROW_TOKENS, ROWS, calibration_tokens
 from .measure import PAIRS, Readings, measure
-from .patch import Patch
 from .reading import Way
 from .ties import Ties, ties
 from .verdict import Verdict, verdict

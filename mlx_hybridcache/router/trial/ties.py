@@ -9,10 +9,10 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from ..patch import Patch
+from ..select import Routing
 from .arms import Switched
-from .patch import Patch
 from .reading import Way, read
-from .select import Routing
 
 SHAPES = (1, 7, 64, 512)
 """Tokens of a slice in which equal rows are looked at."""

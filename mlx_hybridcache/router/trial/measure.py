@@ -9,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from ..patch import Patch
 from .arms import Arm, Switched, regrouped
 from .differences import (
     NO_FLIPS,
@@ -21,7 +22,6 @@ from .differences import (
     log_probabilities,
     perplexity_change,
 )
-from .patch import Patch
 from .reading import Reading, Way, read
 
 AT_ONCE = 4

@@ -1,4 +1,8 @@
-"""Where a checkpoint's tensors lie in its files: the headers of safetensors, and nothing is loaded."""
+"""Where a checkpoint's tensors lie in its files: the headers of safetensors, and nothing is loaded.
+
+Read here by hand, as the `safetensors` package gives names, shapes and values but not where in the file a
+tensor's bytes lie, and a patch writes some of these bytes anew in a copy of the file.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import RouterError
+from ...errors import RouterError
 
 _LENGTH = struct.Struct("<Q")
 _LARGEST_HEADER = 100 << 20  # what the format allows

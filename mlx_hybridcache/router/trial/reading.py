@@ -15,8 +15,8 @@ import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 from numpy.typing import NDArray
 
-from .families import MoeLayer
-from .select import Routing, listen
+from ..families import MoeLayer
+from ..select import Routing, listen
 
 GRID = 512
 """Tokens of a slice where nothing else is said, as the first cuts of the schedule have it."""

@@ -1,4 +1,4 @@
-"""Train the byte-level BPE tokenizer: `python -m mlx_hybridcache.demo.tokenizer`.
+"""Train the byte-level BPE tokenizer: `python -m tools.bundled_model.tokenizer`.
 
 ChatML's markers, the reasoning and the tool-call tags are added tokens in the manner of Qwen's
 tokenizers: turn markers are special, tags are not, so that decoding shows them.
@@ -12,6 +12,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from mlx_hybridcache.demo import BUNDLED_MODEL
 
 from .corpus import documents, split
 
@@ -79,7 +81,7 @@ def main() -> None:
     from .dialogues import training_texts
 
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "model")
+    parser.add_argument("--out", type=Path, default=BUNDLED_MODEL)
     parser.add_argument("--dialogues", type=int, default=4000, help="dialogues in the sample")
     arguments = parser.parse_args()
     texts = [d.text for d in split(documents())[0]]

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 import numpy.typing as npt
 
-from .patch import Group
+from ..patch import Group
 
 Pairs = Mapping[tuple[int, int], float]
 """(lower, higher) index of two experts that agree -> how far apart they are."""

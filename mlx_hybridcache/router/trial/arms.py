@@ -11,14 +11,14 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
-from ..errors import RouterError
-from ..models import evaluate
-from .discovery import random_groups
-from .families import MoeLayer, moe_layers
-from .memory import applied, apply, make_patch
-from .patch import Group, Patch
+from ...errors import RouterError
+from ...models import evaluate
+from ..discovery.discover import random_groups
+from ..families import MoeLayer, moe_layers
+from ..in_memory import applied, apply, make_patch
+from ..patch import Group, Patch
+from ..select import select_tie_safe
 from .reading import GRID, Way
-from .select import select_tie_safe
 
 ORIGINAL = "original"
 CANONICALIZED = "canonicalized"

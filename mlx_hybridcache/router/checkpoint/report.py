@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
-from ..sizes import format_bytes
-from .comparison import DIRECTIONS, PROBES
-from .discovery import Discovery
-from .experts import EXPERTS_AT_ONCE
-from .patch import Patch
+from ...sizes import format_bytes
+from ..discovery.agreement import DIRECTIONS, PROBES
+from ..discovery.discover import Discovery
+from ..discovery.experts import EXPERTS_AT_ONCE
+from ..patch import Patch
 
 PLANNED = {"layers": 48, "experts": 512, "hidden": 2048, "expert_hidden": 512, "top_k": 10}
 """The shape that every report plans for: Qwen3-Next-80B-A3B's."""

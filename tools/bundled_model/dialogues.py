@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .functions import FUNCTIONS, POOLS, Function, values
+from mlx_hybridcache.demo.functions import FUNCTIONS, POOLS, Function, values
 
 HELD_OUT_SHARE = 20
 Message = dict[str, Any]

@@ -1,4 +1,4 @@
-"""Train the bundled model: `python -m mlx_hybridcache.demo.train --out runs/demo`.
+"""Train the bundled model: `python -m tools.bundled_model.train --out runs/demo`.
 
 Writes checkpoints with the optimizer's state, a log, and at the end a directory that
 `mlx_lm.load` reads. `--resume` goes on from the newest checkpoint and gives the very weights of a
@@ -25,7 +25,8 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_unflatten
 
-from . import BUNDLED_MODEL
+from mlx_hybridcache.demo import BUNDLED_MODEL
+
 from .architecture import fresh_model, write_config
 from .corpus import documents, split
 from .data import Batch, Data, Tokens, Weights, batch, encode_dialogue, encode_text, load_tokenizer

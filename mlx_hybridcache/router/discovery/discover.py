@@ -16,15 +16,15 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import RouterError, SettingError
-from . import comparison
-from .comparison import Agreement, Pair, Work, candidates, confirmed, similar_scores, spread
+from ...errors import RouterError, SettingError
+from ..families import MoeLayer, moe_layers
+from ..in_memory import make_patch
+from ..patch import Group, Patch
+from ..select import Routing, listen
+from . import agreement
+from .agreement import Agreement, Pair, Work, candidates, confirmed, similar_scores, spread
 from .experts import Bank, LayerBank, NullBank, expert_parameters, null_logits
-from .families import MoeLayer, moe_layers
 from .groups import make_groups, usage
-from .memory import make_patch
-from .patch import Group, Patch
-from .select import Routing, listen
 
 Method = Literal["outputs", "scores"]
 
@@ -296,8 +296,8 @@ class _Examined:
             allowed = set(_within(layer, list(found.pairs)))
             found.pairs = {pair: far for pair, far in found.pairs.items() if pair in allowed}
             return unseen, found
-        probes = x[mx.array(spread(np.flatnonzero(~self.held_out), comparison.PROBES))]
-        loose = max(comparison.LOOSE, 2 * settings.threshold)
+        probes = x[mx.array(spread(np.flatnonzero(~self.held_out), agreement.PROBES))]
+        loose = max(agreement.LOOSE, 2 * settings.threshold)
         pairs = _within(layer, candidates(bank, probes, eligible, loose, seed, work))
         involved = {expert for pair in pairs for expert in pair}
         routed = {expert: held_out[(chosen[held_out] == expert).any(axis=1)] for expert in involved}

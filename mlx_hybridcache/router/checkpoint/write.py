@@ -13,13 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import RouterError
-from ..flags import refusal
-from ..sizes import format_bytes
-from .discovery import Discovery
-from .patch import LayerPatch, Patch, RouterTensor, copied_rows, differing_rows, rows_digest
+from ...errors import RouterError, refusal
+from ...sizes import format_bytes
+from ..discovery.discover import Discovery
+from ..patch import LayerPatch, Patch, RouterTensor, copied_rows, differing_rows, rows_digest
+from .headers import Stored, stored_tensors
 from .report import card, report
-from .safetensors import Stored, stored_tensors
 
 PATCH_FILE = "router_patch.json"
 REPORT_FILE = "router_report.json"

@@ -11,7 +11,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
-from .families import MoeLayer
+from ..families import MoeLayer
 
 EXPERTS_AT_ONCE = 32
 """Experts that run, or are drawn, at a time: what bounds the memory of outputs and of random weights."""

@@ -9,8 +9,8 @@ from argparse import ArgumentTypeError
 from collections.abc import Callable
 from pathlib import Path
 
-from .errors import SettingError
-from .sizes import parse_bytes, parse_tokens
+from ..errors import SettingError, refusal
+from ..sizes import parse_bytes, parse_tokens
 
 
 def tokens(least: int = 1) -> Callable[[str], int]:
@@ -44,24 +44,6 @@ def read_text(flag: str, file: Path) -> str:
         raise SettingError(f"{flag} {file} is no text in UTF-8: {error.reason}.") from error
     except OSError as error:
         raise SettingError(f"{flag} {refusal(error)}") from error
-
-
-def refusal(error: OSError) -> str:
-    """What the system would not do, as a sentence: which file, and why."""
-    if error.filename is None or error.strerror is None:
-        return str(error)
-    name = error.filename.decode() if isinstance(error.filename, bytes) else error.filename
-    why = _REFUSALS.get(type(error), f": {error.strerror}")
-    return f"{name}{why}."
-
-
-_REFUSALS: dict[type[OSError], str] = {
-    FileNotFoundError: " does not exist, or the directory that it is to be in does not",
-    FileExistsError: " exists already",
-    IsADirectoryError: " is a directory, where a file is needed",
-    NotADirectoryError: " is no directory, or a part of that path is a file",
-    PermissionError: ": this user has no permission for that",
-}
 
 
 def check_can_be_written(flag: str, file: Path | None) -> None:

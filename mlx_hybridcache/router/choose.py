@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RouterError
-from .calibration import calibration_tokens
-from .checkpoint import PATCH_FILE
-from .discovery import discover
+from .checkpoint.write import PATCH_FILE
+from .discovery.calibration import calibration_tokens
+from .discovery.discover import discover
 from .families import moe_layers
 from .patch import Patch
 
