@@ -6,6 +6,7 @@ import mlx.core as mx
 import oracle
 import pytest
 import tiny
+import tiny_models
 from long import mostly_long
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
@@ -119,8 +120,8 @@ def test_a_lone_reply_is_not_batched():
 
 def test_many_experts_in_a_large_batch_have_the_same_bits(monkeypatch):
     """Eight replies, ten experts for each token: mlx-lm sorts them by expert from 64 on."""
-    monkeypatch.setitem(tiny.EXPERTS, "num_experts", 16)
-    monkeypatch.setitem(tiny.EXPERTS, "num_experts_per_tok", 10)
+    monkeypatch.setitem(tiny_models.EXPERTS, "num_experts", 16)
+    monkeypatch.setitem(tiny_models.EXPERTS, "num_experts_per_tok", 10)
     model = tiny.fresh("qwen3_next")
     asks = asks_of(range(60, 100, 5), [12] * 8)
     found = []
