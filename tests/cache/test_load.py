@@ -13,7 +13,8 @@ from long import mostly_long
 
 from mlx_hybridcache import HybridPromptCache
 from mlx_hybridcache.decode.decoder import UNTAKEN
-from mlx_hybridcache.worker.worker import AHEAD, PAUSE
+from mlx_hybridcache.worker.stream import AHEAD
+from mlx_hybridcache.worker.turns import PAUSE
 
 STEP = 64
 QUARTER = STEP // 4
@@ -247,7 +248,7 @@ def test_a_cancelled_request_reads_at_most_one_more_slice(cache):
         assert list(running[0]) == []
     assert len([n for n in log[log.index("cancelled") + 1 :] if n != "x"]) <= 1
     assert cache.lookup(prompt).restored_tokens >= 256
-    assert not cache.engine.readers.under_way
+    assert not cache.engine.followers.under_way
 
 
 @pytest.mark.parametrize("name", ["qwen3_next", "qwen3", "gemma3_text", "mamba2"])
@@ -408,7 +409,7 @@ def test_a_forward_that_fails_ends_its_request_and_no_other(cache, monkeypatch):
         list(ask(cache, prompt, [], "x"))
     monkeypatch.undo()
     assert cache.stats().running_bytes == 0
-    assert not cache.engine.readers.under_way
+    assert not cache.engine.followers.under_way
     same(list(ask(cache, prompt, [], "x")), alone("qwen3_next", prompt))
 
 

@@ -13,8 +13,8 @@ from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
 from mlx_hybridcache import HybridPromptCache
 from mlx_hybridcache.caches.layout import Layout
+from mlx_hybridcache.decode import batch
 from mlx_hybridcache.decode import batch_check as batching
-from mlx_hybridcache.decode import decoder as generate
 
 GREEDY = {"sampler": oracle.never_ending, "seed": 0}
 
@@ -197,7 +197,7 @@ class FaultyJoin:
 
     def __init__(self, monkeypatch, after):
         self.left, self.raised = after, 0
-        original = generate.merged
+        original = batch.merged
 
         def faulty(every):
             self.left -= 1
@@ -206,7 +206,7 @@ class FaultyJoin:
                 raise ValueError("[concatenate] no")
             return original(every)
 
-        monkeypatch.setattr(generate, "merged", faulty)
+        monkeypatch.setattr(batch, "merged", faulty)
 
 
 @pytest.mark.parametrize("after", [0, 2])

@@ -65,9 +65,9 @@ class Point:
 def new_cache(model: nn.Module, *, paused: bool = False, **settings: Any) -> HybridPromptCache:
     """A cache with the tests' small steps; `paused` takes the capture hook away."""
     cache = HybridPromptCache(model, **{**SETTINGS, **settings})
-    cache.engine.marks = TurnMarks(frozenset({OPENER}))
+    cache.engine.prefill.marks = TurnMarks(frozenset({OPENER}))
     if paused:
-        cache.engine.layout = without_hook(cache.engine.layout)
+        cache.engine.prefill.layout = without_hook(cache.engine.layout)
     return cache
 
 
@@ -112,11 +112,11 @@ def check(
     points: list[Point] = []
     colds: dict[tuple[int, ...], Array] = {}
     for history, at in _points(cache, histories, positions):
-        whole = _with_tail(history, cache.engine.grid.step)
+        whole = _with_tail(history, cache.engine.prefill.grid.step)
         cold = colds.get(tuple(whole))
         if cold is None:
             cold = colds[tuple(whole)] = cold_logits(
-                cache.engine.model, whole, cache.engine.grid.step
+                cache.engine.model, whole, cache.engine.prefill.grid.step
             )
         ready = cache.restore(whole[: at + 1], max_tokens=2 * fed)
         assert (ready.position, ready.rest) == (at, [whole[at]]), f"{at} was not restored"
