@@ -8,6 +8,7 @@ import odd_batches
 import oracle
 import pytest
 import tiny
+from long import mostly_long
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
 from mlx_hybridcache import HybridPromptCache
@@ -55,7 +56,10 @@ def same(replies, expected):
         assert oracle.agree(reply.logprobs, other.logprobs)
 
 
-@pytest.mark.parametrize("name", odd_batches.ODD)
+@pytest.mark.parametrize(
+    "name",
+    mostly_long(odd_batches.ODD, ["gpt_bigcode", "deepseek_v32", "gemma2, other head counts"]),
+)
 def test_models_that_compute_something_else_in_batches_decode_one_by_one(name, caplog):
     """Three prompts of unequal lengths at once, and a turn behind each: as one after another; said once."""
     model = odd_batches.build(name)
@@ -148,7 +152,7 @@ def _arrays(cache):
     return [x for x in cache.state[0] if x is not None]
 
 
-@pytest.mark.parametrize("after", [0, 1, 5])
+@pytest.mark.parametrize("after", mostly_long([0, 1, 5], [1]))
 @pytest.mark.parametrize("name", ["qwen3_next", "mamba2"])
 def test_an_error_inside_a_batch_ends_nobody(name, after, monkeypatch, caplog):
     """Three replies with seeds and penalties of their own: each goes on alone, with the bits it has alone."""

@@ -16,6 +16,7 @@ import numpy as np
 import oracle
 import pytest
 import tiny
+from long import mostly_long
 from oracle import STEP
 from places import SUPPORT
 
@@ -49,7 +50,13 @@ FAMILIES: dict[str, tuple[str, mx.Dtype, dict[str, Any]]] = {
 }
 """Every kind of layer, computed in both widths where the CPU can: name -> family, dtype, settings."""
 
-each_family = pytest.mark.parametrize("name", FAMILIES)
+each_family = pytest.mark.parametrize(
+    "name",
+    mostly_long(
+        FAMILIES,
+        ("qwen3_next", "qwen3_5-bf16", "jamba", "gemma3_text", "llama-bf16", "deepseek_v3"),
+    ),
+)
 
 Open = Callable[..., Any]
 

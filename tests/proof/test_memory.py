@@ -12,6 +12,7 @@ import mlx.nn as nn
 import oracle
 import pytest
 import tiny
+import tiny_models
 from long import forms
 from mlx_lm.models import qwen3_next
 
@@ -40,10 +41,10 @@ def wide_model(layers: int = 2) -> nn.Module:
             mlp_only_layers=[],
             rope_theta=10000.0,
             partial_rotary_factor=0.25,
-            **tiny.COMMON,
-            **tiny.EXPERTS,
+            **tiny_models.COMMON,
+            **tiny_models.EXPERTS,
             **{
-                **tiny.GATED_DELTA,
+                **tiny_models.GATED_DELTA,
                 "num_hidden_layers": layers,
                 "full_attention_interval": 2,
                 "linear_num_key_heads": 1,

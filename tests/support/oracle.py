@@ -13,6 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import tiny
+import tiny_models
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tokenizers import Tokenizer
@@ -107,7 +108,7 @@ def check(
     `positions`, every 23rd one and the ends by default. `singly` reads on one token at a time.
     """
     has_window = any(hasattr(kind, "size") for kind in cache.engine.layout.kinds)
-    fed = FED + has_window * tiny.WINDOW
+    fed = FED + has_window * tiny_models.WINDOW
     points: list[Point] = []
     colds: dict[tuple[int, ...], Array] = {}
     for history, at in _points(cache, histories, positions):
