@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .report import CacheReport, Divergence, Reason
-from .request import Request
+from .request.request import Request
 from .store.match import Found
 from .store.store import Store
 

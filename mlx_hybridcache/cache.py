@@ -18,18 +18,8 @@ from mlx_lm.generate import GenerationResponse, wired_limit
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from . import models
-from .arguments import (
-    check_counts,
-    check_keywords,
-    check_model,
-    check_text,
-    check_whole,
-    known_keywords,
-    positions,
-    token_ids,
-)
 from .caches.layout import Layout
-from .caches.room import REPLY_ROOM, ROW_STEP
+from .caches.room import REPLY_ROOM, ROW_STEP, longest_prompt
 from .decode import batch_check as batching
 from .decode.decoder import Prepared
 from .decode.sampling import random_state
@@ -47,7 +37,19 @@ from .errors import (
 from .machine import Pressure, default_reserve
 from .prefill.schedule import Grid
 from .report import CacheReport
-from .request import Generation, HeldClaim, Progress, Ready, Request
+from .request.arguments import (
+    check_counts,
+    check_keywords,
+    check_model,
+    check_text,
+    check_whole,
+    known_keywords,
+    positions,
+    token_ids,
+)
+from .request.generation import Generation, HeldClaim, Ready
+from .request.info import CacheInfo
+from .request.request import Progress, Request
 from .router import Patch, applied, apply, choose_patch
 from .sizes import format_bytes, parse_bytes
 from .store.budget import StoreStats
@@ -186,6 +188,8 @@ class HybridPromptCache:
                 default_reserve() if memory_reserve is None else parse_bytes(memory_reserve)
             ),
         )
+        self.info = _info(self.engine)
+        """What this cache is for all of its life."""
         self._salt = cache_salt
         self._disk_end: Callable[[], object] = lambda: None
         if layout.unsupported:
@@ -616,6 +620,29 @@ def _through(
 ) -> Iterator[T | Pause]:
     with closing(steps):  # type: ignore[type-var]  # both ways of answering are generators
         yield from through(steps)
+
+
+def _info(engine: Engine) -> CacheInfo:
+    layout, budget_bytes = engine.layout, engine.store.budget_bytes
+    return CacheInfo(
+        settings=engine.settings,
+        marks=engine.marks,
+        vocabulary=layout.vocabulary,
+        needs_checkpoints=layout.needs_snapshots,
+        unsupported=layout.unsupported,
+        layers=len(layout.kinds),
+        checkpoint_layers=sum(kind.needs_snapshot for kind in layout.kinds),
+        row_bytes=layout.row_bytes,
+        checkpoint_bytes=layout.snapshot_bytes,
+        slicing_limit=layout.slicing_limit,
+        longest_prompt=longest_prompt(layout, budget_bytes),
+        budget_bytes=budget_bytes,
+        reserve_bytes=engine.pressure.reserve_bytes,
+        exact=engine.exact,
+        batches=engine.batches,
+        merges=layout.merges,
+        model=engine.model,
+    )
 
 
 def _check_budget(layout: Layout, store: Store) -> None:

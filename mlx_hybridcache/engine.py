@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import time
-from bisect import bisect_left
 from collections.abc import Callable, Container, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -22,7 +21,7 @@ from .caches import checkpoint as checkpoints
 from .caches.kinds.rows import RowBlock
 from .caches.layout import Layout, fresh_caches
 from .caches.live import CacheLender
-from .caches.room import ROW_STEP, request_rows
+from .caches.room import ROW_STEP, longest_prompt
 from .decode.decoder import Decoder, Prepared, Writer
 from .decode.responses import respond
 from .decode.sampling import seeded
@@ -33,7 +32,7 @@ from .prefill.followers import Readers
 from .prefill.replay import plan, replay
 from .prefill.schedule import Grid, Reading, partings
 from .report import CacheReport
-from .request import Request
+from .request.request import Request
 from .store.budget import Claim, StoreStats
 from .store.match import Found
 from .store.materialize import Loans
@@ -44,9 +43,6 @@ from .tokens import Namespace, Tokens, TurnMarks, settings_digest
 from .worker.worker import PAUSE, Load, Pause
 
 log = logging.getLogger("mlx_hybridcache")
-
-MOST_TOKENS = 2**31
-"""More than any prompt has."""
 
 GIVEN_BACK = 32
 """What was freed goes back to the system when it is such a part of the budget: 8 ms of work then."""
@@ -285,14 +281,7 @@ class Engine:
 
     def longest_prompt(self) -> int | None:
         """The most tokens that a prompt may have for its caches to fit the budget; None: any number."""
-
-        def is_beyond(tokens: int) -> bool:
-            rows = request_rows(tokens, max_tokens=1)
-            return self.layout.running_bytes(rows) > self.store.budget_bytes
-
-        if not is_beyond(MOST_TOKENS):
-            return None
-        return bisect_left(range(MOST_TOKENS), True, key=is_beyond) - 1
+        return longest_prompt(self.layout, self.store.budget_bytes)
 
     def _close(self, request: Request) -> None:
         """The account of a request is complete."""

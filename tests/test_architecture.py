@@ -25,7 +25,6 @@ ORDER = [
     {"engine"},
     {"decode", "prefill"},
     {"account"},
-    {"arguments"},
     {"router"},
     {"disk"},
     {"request"},

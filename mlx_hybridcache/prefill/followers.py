@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from ..caches.layout import Layout
-from ..request import Request
+from ..request.request import Request
 from ..store.tree import common_length
 from ..worker.worker import PAUSE, Pause
 from .schedule import Grid

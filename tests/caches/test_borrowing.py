@@ -13,6 +13,7 @@ import numpy as np
 import oracle
 import pytest
 import tiny
+from long import forms, mostly_long
 from test_memory import wide_model
 
 from mlx_hybridcache import HybridPromptCache
@@ -136,7 +137,12 @@ def test_a_pinned_checkpoint_does_not_go_for_a_request():
         assert cache.stats().pinned == 1
 
 
-@pytest.mark.parametrize("name", ["qwen3_next", "qwen3", "deepseek_v3", "gemma3_text", "jamba"])
+@pytest.mark.parametrize(
+    "name",
+    mostly_long(
+        ["qwen3_next", "qwen3", "deepseek_v3", "gemma3_text", "jamba"], ["qwen3_next", "qwen3"]
+    ),
+)
 def test_a_follower_restores_from_the_caches_of_its_leader(name):
     """A budget without room for copies: the second of two prompts begins in the first one's caches."""
     model = tiny.build(name)
@@ -163,7 +169,7 @@ def test_a_follower_restores_from_the_caches_of_its_leader(name):
         assert not any(is_borrowing([node]) for node in cache.engine.store.nodes())
 
 
-@pytest.mark.parametrize("at", [64, 320, 640])
+@pytest.mark.parametrize("at", mostly_long([64, 320, 640], [320]))
 def test_a_reading_that_is_cancelled_leaves_all_that_it_read(at):
     """Left after `at` of 700 tokens, where the budget holds its rows once: the next one begins there."""
     tokens = oracle.prompt(700, seed=9)
@@ -256,12 +262,13 @@ def test_a_roomy_store_owns_what_was_read_before_the_reply_ends():
         list(stream)
 
 
-def test_long_random_use_under_a_small_budget_stays_right():
-    """30 requests on three families of prompts, some left half way: every reply and every point agrees."""
+@pytest.mark.parametrize("requests", forms(8, 30))
+def test_long_random_use_under_a_small_budget_stays_right(requests):
+    """Requests on three families of prompts, some left half way: every reply and every point agrees."""
     chance = np.random.default_rng(16)
     families = [oracle.prompt(400, seed=30 + i, openers=range(100, 400, 75)) for i in range(3)]
     with tight(budget_for(400, 3)) as cache:
-        for _ in range(30):
+        for _ in range(requests):
             family = families[chance.integers(3)]
             tokens = family[: chance.choice([65, 130, 200, 270, 399])]
             if chance.random() < 0.5:

@@ -37,7 +37,7 @@ from mlx_hybridcache.planning.unloaded_model import INDEX, describe
 from mlx_hybridcache.sizes import format_bytes
 from mlx_hybridcache.store.store import Store
 
-MAC_STUDIO = ROOT / "bench" / "mac-studio.md"
+PLANNING = ROOT / "docs" / "planning.md"
 GIB = 2**30
 MIB = 2**20
 AMPLE = Room(2**40, None, "a test")
@@ -411,7 +411,7 @@ def test_the_command_plans_for_this_machine_by_default(capsys):
 
 
 def known_plan(row, tmp_path):
-    """The plan of a row in the table of mac-studio.md, and its cells."""
+    """The plan of a row in the table of docs/planning.md, and its cells."""
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     names = {"80B": "qwen3-next-80b", "35B": "qwen3.5-35b", "122B": "qwen3.5-122b"}
     (name,) = (name for part, name in names.items() if part in cells[0])
@@ -422,8 +422,8 @@ def known_plan(row, tmp_path):
 
 
 def test_the_table_for_mac_studios_is_what_plan_says(tmp_path):
-    """bench/mac-studio.md: three models at 8, 6 and 4 bits."""
-    lines = MAC_STUDIO.read_text(encoding="utf-8").splitlines()
+    """docs/planning.md: three models at 8, 6 and 4 bits."""
+    lines = PLANNING.read_text(encoding="utf-8").splitlines()
     rows = [line for line in lines if re.match(r"\| .* bits, .* GiB \|", line)]
     assert len(rows) == 8
     model = ""
@@ -447,20 +447,19 @@ def test_the_table_for_mac_studios_is_what_plan_says(tmp_path):
         assert cells[5:] == [budget, str(plan.at_once), str(stored)]
 
 
-def test_the_output_shown_for_mac_studios_is_the_commands(tmp_path, monkeypatch, capsys):
-    """bench/mac-studio.md and README.md: every line shown is printed, borders aside."""
+def test_the_output_that_the_page_shows_is_the_commands(tmp_path, monkeypatch, capsys):
+    """docs/planning.md: every line shown is printed, borders aside."""
     monkeypatch.chdir(tmp_path)
     Path("mlx-community").mkdir()
     repo = "mlx-community/Qwen3-Next-80B-A3B-Instruct-8bit"
     known_models.directory(Path(repo), "qwen3-next-80b", **EIGHT_BITS)
-    for page in (MAC_STUDIO, MAC_STUDIO.parents[1] / "README.md"):
-        text = page.read_text(encoding="utf-8")
-        block = re.search(r"```console\n\$ mlx-hybridcache (plan .*?)\n(.*?)```", text, re.DOTALL)
-        assert block is not None, page
-        assert main(block[1].split()) == 0
-        printed = " ".join(re.sub(r"[^\x00-\x7f]", " ", capsys.readouterr().out).split())
-        for line in block[2].splitlines():
-            assert line == "..." or " ".join(line.split()) in printed, line
+    text = PLANNING.read_text(encoding="utf-8")
+    block = re.search(r"```console\n\$ mlx-hybridcache (plan .*?)\n(.*?)```", text, re.DOTALL)
+    assert block is not None
+    assert main(block[1].split()) == 0
+    printed = " ".join(re.sub(r"[^\x00-\x7f]", " ", capsys.readouterr().out).split())
+    for line in block[2].splitlines():
+        assert line == "..." or " ".join(line.split()) in printed, line
 
 
 @pytest.mark.parametrize(

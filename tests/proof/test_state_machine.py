@@ -1,7 +1,8 @@
-"""Both tiers under ten thousand operations in any order, checked after each: structure, bytes, replies.
+"""Both tiers under thousands of operations in any order, checked after each: structure, bytes, replies.
 
-The same operations every time that the same tests are collected: hypothesis tries the numbers that it reads in
-them. `STATE_MACHINE_SEED=7` runs others, `STATE_MACHINE_OPERATIONS=100000` more.
+A thousand always, ten thousand by `pytest -m long`. The same every time that the same tests are collected:
+hypothesis tries the numbers that it reads in them. `STATE_MACHINE_SEED=7` runs others,
+`STATE_MACHINE_OPERATIONS=100000` has more in the long form.
 """
 
 import gc
@@ -30,6 +31,7 @@ from full_scan import check_census
 from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
+from long import forms
 from test_outline import seen, there
 
 from mlx_hybridcache import BudgetError, CacheMismatchError
@@ -37,7 +39,9 @@ from mlx_hybridcache.errors import NotStoredError, PinnedError
 from mlx_hybridcache.store.tree import PrefixTree
 from mlx_hybridcache.tokens import as_tokens
 
-OPERATIONS = int(os.environ.get("STATE_MACHINE_OPERATIONS", "10000"))
+OPERATIONS = forms(1000, int(os.environ.get("STATE_MACHINE_OPERATIONS", "10000")))
+"""Of all cases together."""
+
 SEED = int(os.environ.get("STATE_MACHINE_SEED", "0"))
 
 STEPS = 125
@@ -544,18 +548,20 @@ FLOORS = Counter(
 """How often each of these must happen at least among a case's share of ten thousand operations."""
 
 
+@pytest.mark.parametrize("operations", OPERATIONS)
 @pytest.mark.parametrize("name", cases.CASES)
-def test_thousands_of_operations_in_any_order(name: str) -> None:
+def test_thousands_of_operations_in_any_order(name: str, operations: int) -> None:
     """Prompts of three families under two salts, replies, pins, cancelled streams, full budgets, failing
     disks, damaged files, restarts: nothing is ever out of its bounds, and no reply differs from cold.
 
     Which operations follow each other depends on the numbers in the collected tests, so what has not
-    happened often enough in a case's share may still do so in as many operations again.
+    happened often enough in a case's share may still do so in twice as many operations again.
     """
     seen: Counter[str] = Counter()
+    floors = Counter({what: least * operations // 10_000 for what, least in FLOORS.items()})
     body = {"case": cases.CASES[name], "operations": 0, "seen": seen}
     machine = type(f"{name.title()}Machine", (CacheMachine,), body)
-    share = OPERATIONS // len(cases.CASES)
+    share = operations // len(cases.CASES)
     how = settings(
         max_examples=max(1, share // STEPS),
         stateful_step_count=STEPS,
@@ -569,11 +575,11 @@ def test_thousands_of_operations_in_any_order(name: str) -> None:
         with counted_splits(seen):
             for again in itertools.count():  # hypothesis gives up on some examples on the way
                 run_state_machine_as_test(seed(1000 * SEED + again)(machine), settings=how)
-                rare = FLOORS - seen if OPERATIONS == 10_000 else Counter()
-                if machine.operations >= (2 * share if rare else share):
+                rare = floors - seen
+                if machine.operations >= (3 * share if rare else share):
                     break
                 if machine.operations >= share:
-                    how = settings(how, max_examples=2)
+                    how = settings(how, max_examples=1)
     finally:
         gc.unfreeze()
     assert not rare, f"{dict(rare)} too few in {machine.operations} operations"

@@ -542,9 +542,7 @@ def run(kind: type[Round], name: str, seeds: Sequence[int]) -> Counter[str]:
         try:
             seen += kind(name, seed).run()
         except BaseException as error:
-            again = (
-                f"HOSTILE_ROUND={seed} pytest -n0 tests/test_hostile.py -k 'any_order and {name}'"
-            )
+            again = f"HOSTILE_ROUND={seed} pytest -n0 tests/proof/test_hostile.py -k 'any_order and {name}'"
             error.add_note(f"Round {seed} of {name}; alone: {again}")
             raise
     return seen

@@ -13,10 +13,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
-from mlx_hybridcache import CacheReport
+from mlx_hybridcache import CacheReport, Generation
 from mlx_hybridcache.cache import Through
 from mlx_hybridcache.report import Divergence
-from mlx_hybridcache.request import Generation
 
 from ..adapter import NORMAL, Sampling
 from ..calls.formats import ToolFormat

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 from contextlib import ExitStack, aclosing
 
+from in_process import COMPLETIONS, ENDLESS, Client, busy, served, until
 from mlx_hybridcache_server.http.keepalive import COMMENT, kept_alive
-from test_server_admission import COMPLETIONS, ENDLESS, Client, busy, served, until
 
 OFTEN = ("--keepalive-seconds", "0.02")
 

@@ -9,19 +9,13 @@ import pytest
 from mlx_hybridcache_server.errors import ApiError
 from mlx_hybridcache_server.generation.limits import NotBefore, ThinkingLimit
 from mlx_hybridcache_server.schema.dialects import NOT_FOLLOWED, REFUSED, Dialect
-from servers import CHAT, COMPLETIONS, INSTANT, OURS, running, user
+from servers import CHAT, COMPLETIONS, INSTANT, user
 
 from mlx_hybridcache.demo.functions import FUNCTIONS
 
 WARNED = "x-mlx-hybridcache-warning"
 WEATHER = next(each.declaration() for each in FUNCTIONS if each.name == "get_weather")["function"]
 MESSAGES = {"messages": user("x")}
-
-
-@pytest.fixture(scope="module")
-def server():
-    with running(OURS) as server:
-        yield server
 
 
 def read(**sent):

@@ -10,7 +10,7 @@ from functools import wraps
 from os import PathLike
 from typing import Any, ParamSpec, TypeVar
 
-from .errors import ArgumentError, PromptError, SettingError
+from ..errors import ArgumentError, PromptError, SettingError
 
 P = ParamSpec("P")
 R = TypeVar("R")
