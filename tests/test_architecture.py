@@ -22,9 +22,10 @@ ORDER = [
     {"__init__"},
     {"verify"},
     {"cache"},
+    {"settings"},
     {"engine"},
     {"decode", "prefill"},
-    {"account"},
+    {"tiers"},
     {"router"},
     {"disk"},
     {"request"},
@@ -221,12 +222,12 @@ def test_one_file_names_the_cache_classes_of_mlx_lm() -> None:
 
 
 def test_one_file_names_the_batches_of_mlx_lm() -> None:
-    """`GenerationBatch` changes between minor versions; `decode/decoder.py` alone knows it, and its kin."""
+    """`GenerationBatch` changes between minor versions; `decode/batch.py` alone knows it, and its kin."""
     kin = {"GenerationBatch", "BatchGenerator", "PromptProcessingBatch", "_merge_caches"}
     assert kin <= set(dir(import_module("mlx_lm.generate"))), (
         "else the names to look for have changed"
     )
-    assert files_naming(kin, sources(LIBRARY)) == {"mlx_hybridcache.decode.decoder"}
+    assert files_naming(kin, sources(LIBRARY)) == {"mlx_hybridcache.decode.batch"}
 
 
 @pytest.mark.parametrize("path", [*sources(LIBRARY), *sources("bench")], ids=module_name)

@@ -34,7 +34,7 @@ from ..store.outline import Outline, wall_clock
 from ..store.store import Store
 from ..store.tree import Held, Node, common_length
 from ..tokens import Namespace, Tokens
-from ..worker.worker import PAUSE, Job, Pause
+from ..worker.turns import PAUSE, Job, Pause
 from .arrays import (
     Freight,
     Landing,

@@ -18,9 +18,9 @@ import mlx.core as mx
 import mlx_lm
 import pytest
 import tiny
-from mlx_hybridcache_bench.simulate import SHAPES, SPACE, Simulation
-from mlx_hybridcache_bench.standin import VOCABULARY, StandIn
-from mlx_hybridcache_bench.workloads import Chance, Talk
+from mlx_hybridcache_bench.kit.standin import VOCABULARY, StandIn
+from mlx_hybridcache_bench.policies.simulate import SHAPES, SPACE, Simulation
+from mlx_hybridcache_bench.policies.workloads import Chance, Talk
 from mlx_hybridcache_server.settings import build_parser, read_settings
 from mlx_lm.utils import quantize_model, save_config, save_model
 from places import ROOT

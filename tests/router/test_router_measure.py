@@ -12,9 +12,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from mlx_hybridcache_bench.cloned import clone_experts
-from mlx_hybridcache_bench.router_models import changed_logits
-from mlx_hybridcache_bench.specialised import held_out_texts, specialised
+from mlx_hybridcache_bench.router.cloned import clone_experts
+from mlx_hybridcache_bench.router.models import changed_logits
+from mlx_hybridcache_bench.router.specialised import held_out_texts, specialised
 from planted import exact, flipped_signs, noise, plant, random_model, random_rows, scaled
 
 from mlx_hybridcache import RouterError
