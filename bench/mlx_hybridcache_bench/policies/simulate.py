@@ -14,7 +14,7 @@ from typing import Any, cast
 
 from mlx_hybridcache.caches.room import rounded
 from mlx_hybridcache.errors import BudgetError
-from mlx_hybridcache.prefill.replay import Plan
+from mlx_hybridcache.prefill.replay import Route
 from mlx_hybridcache.prefill.schedule import (
     Grid,
     Reading,
@@ -226,7 +226,7 @@ class Simulation:
         )
         parted = partings(reading, GRID, is_inside=found.is_inside)
         cuts = tuple(self._cuts(reading))
-        plan = Plan(reading.start, reading.end, cuts, must_pause=False, cuts_every_slice=False)
+        plan = Route(reading.start, reading.end, cuts, must_pause=False, cuts_every_slice=False)
         a = plan.start
         while a < plan.end:
             b = plan.slice_end(a, GRID.step)
