@@ -13,8 +13,7 @@ PACKAGE = "bench.mlx_hybridcache_bench"  # as `module_name` writes it, which beg
 
 ORDER = [
     {"cli"},
-    {"load", "server"},
-    {"ttft", "decode", "page", "afternoon", "kills", "router"},
+    {"afternoon", "against", "decode", "kills", "page", "router", "start", "ttft"},
     {"report"},
     {"disk"},
     {"serving"},

@@ -442,8 +442,8 @@ def test_an_interrupted_run_keeps_what_it_has(
         monkeypatch.setattr(
             Measurement,
             "__init__",
-            lambda self, who, plan, tokenizer, advance, pace: original(
-                self, who, plan, tokenizer, lambda said, tokens: interrupt(self), pace
+            lambda self, who, plan, tokenizer, advance, pace, **more: original(
+                self, who, plan, tokenizer, lambda said, tokens: interrupt(self), pace, **more
             ),
         )
         status, found = measured("--url", server.url, "--scenarios", "repeat")
@@ -494,9 +494,9 @@ def test_flags_are_split_as_a_shell_would() -> None:
 
 
 def test_the_usual_scenarios_are_those_that_servers_differ_in() -> None:
-    """Eleven unless chosen otherwise, two more to choose."""
+    """Eleven unless chosen otherwise, three more to choose."""
     assert len(USUAL) == 11
-    assert set(NAMES) - set(USUAL) == {"sessions", "throughput"}
+    assert set(NAMES) - set(USUAL) == {"sessions", "throughput", "mixed"}
 
 
 def test_events_are_read_however_they_are_cut() -> None:

@@ -11,8 +11,8 @@ from mlx_hybridcache_bench.report.page import report
 from mlx_hybridcache_bench.report.results import Measured, Request, Results
 from mlx_hybridcache_bench.report.summary import sheets
 from mlx_hybridcache_bench.report.verdict import verdicts
-from mlx_hybridcache_bench.serving.load import LoadWatch, sentence
 from mlx_hybridcache_bench.serving.servers import OURS, THEIRS, Launch, ServerProcess
+from mlx_hybridcache_bench.serving.watch import LoadWatch, sentence
 from mlx_hybridcache_bench.ttft.contenders import Contender
 from mlx_hybridcache_bench.ttft.measure import Measurement
 from mlx_hybridcache_bench.ttft.pace import Pace, duration_text

@@ -22,7 +22,8 @@ from ..kit.tables import Spread, size_text
 from ..serving.crowd import IDENTICAL, SHORT_BEHIND_LONG
 from ..serving.scenarios import AGAIN, COLD
 from .results import Measured, Results
-from .summary import REPEAT, hot_steps, results_of, shares_memory, sizes_in, ttft
+from .sheet import results_of, sizes_in, ttft
+from .summary import REPEAT, hot_steps, shares_memory
 
 COLOURS = ("#2f7fd0", "#d9660a", "#1f9d55", "#b0559f", "#8a6d3b", "#5b6ee1")
 """Of a middle brightness, which a white page and a dark one both carry."""
