@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mlx_hybridcache.cli.console import wide_console
+from mlx_hybridcache.cli.flags import check_can_be_written
 from mlx_hybridcache.demo import BUNDLED_MODEL
-from mlx_hybridcache.demo.run import wide_console
-from mlx_hybridcache.flags import check_can_be_written
 
 from . import against, decode, page, start
 from .disk import command as disk

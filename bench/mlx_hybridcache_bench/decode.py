@@ -15,8 +15,8 @@ import mlx.core as mx
 from rich.console import Console
 
 from mlx_hybridcache import HybridPromptCache, models
+from mlx_hybridcache.cli.flags import tokens
 from mlx_hybridcache.demo import BUNDLED_MODEL
-from mlx_hybridcache.flags import tokens
 
 from .kit.machine import machine, one_line
 from .kit.models import VOCABULARY, random_qwen3, random_qwen3_moe

@@ -149,7 +149,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
 
 def _prompt(draw: random.Random, cache: HybridPromptCache) -> list[int]:
-    most = cache.engine.layout.vocabulary - 1
+    most = cache.info.vocabulary - 1
     return [*TRUNK, *(draw.randrange(most) for _ in range(TOKENS - len(TRUNK)))]
 
 
@@ -201,7 +201,7 @@ class _Changes:
     def one(self) -> list[int]:
         """Some conversation reads a few tokens more."""
         prompt = self._draw.choice(self._prompts)
-        prompt += [self._draw.randrange(self._cache.engine.layout.vocabulary) for _ in range(8)]
+        prompt += [self._draw.randrange(self._cache.info.vocabulary) for _ in range(8)]
         self._cache.prefill(prompt, max_tokens=1).release()
         return prompt
 
@@ -252,15 +252,15 @@ def _made(
 
 def _published(cache: HybridPromptCache, changes: _Changes, count: int) -> tuple[float, float]:
     """What outlines and figures take of the worker's time behind one request, medians."""
-    engine, spent = cache.engine, []
+    memory, spent = cache.engine.tiers.memory, []
 
     def publish(prompt: list[int]) -> None:
         tokens = np.array(prompt, dtype=np.int32)
-        engine.store.find(Namespace(engine.settings), tokens).nodes()[-1].touch()
+        memory.find(Namespace(cache.info.settings), tokens).nodes()[-1].touch()
         began = time.thread_time()
-        engine.store.outlines(None)
+        memory.outlines(None)
         then = time.thread_time()
-        engine.store.stats()
+        memory.stats()
         spent.append((1e3 * (then - began), 1e3 * (time.thread_time() - then)))
 
     for _ in range(count):

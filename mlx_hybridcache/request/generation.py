@@ -9,7 +9,8 @@ from typing import Any, Generic, Self, TypeVar
 
 from ..report import CacheReport, Divergence
 from ..store.budget import Claim
-from ..worker.worker import Stream, Worker
+from ..worker.stream import Stream
+from ..worker.worker import Worker
 from .request import Request
 
 T = TypeVar("T")
@@ -80,12 +81,12 @@ class Generation(Generic[T]):
     @property
     def report(self) -> CacheReport | None:
         """What the cache did for this request; None until its prompt is read."""
-        return self._request.report
+        return self._request.account.report
 
     @property
     def divergence(self) -> Divergence | None:
         """Where the prompt parted ways with what is stored, if it did."""
-        return self._request.divergence
+        return self._request.account.divergence
 
 
 class HeldClaim:

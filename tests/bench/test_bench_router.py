@@ -20,7 +20,7 @@ from mlx_hybridcache_bench.router.specialised import COPIES, held_out_texts, spe
 from mlx_hybridcache import ModelError
 from mlx_hybridcache.demo import BUNDLED_MODEL
 from mlx_hybridcache.router import discover, moe_layers
-from mlx_hybridcache.router.arms import CANONICALIZED, ORIGINAL
+from mlx_hybridcache.router.trial.arms import CANONICALIZED, ORIGINAL
 
 
 def perplexity(model: Any, texts: list[list[int]]) -> float:

@@ -1,6 +1,6 @@
 """Clients that people use, as they are published, in conversations with one server process.
 
-Only with `-m long`: each is installed in an environment of its own, which takes minutes once; `--cache-clear`
+Only with `-m clients`: each is installed in an environment of its own, which takes minutes once; `--cache-clear`
 has them made anew. Versions stand in `client_environments.py`. `-rA` shows what each request restored.
 """
 
@@ -26,7 +26,7 @@ from servers import OURS, Server, running
 from mlx_hybridcache.demo import BUNDLED_MODEL
 from mlx_hybridcache.demo.functions import FUNCTIONS
 
-pytestmark = [pytest.mark.long, pytest.mark.timeout(3600)]
+pytestmark = [pytest.mark.clients, pytest.mark.timeout(3600)]
 
 SCRIPTS = ROOT / "tests" / "clients"
 CLIENT_SECONDS = 600

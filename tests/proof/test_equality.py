@@ -111,7 +111,7 @@ def test_turn_cuts_at_every_offset_equal_cold(name: str, paused: bool) -> None:
         read = [oracle.read(cache, each) for each in prompts]
         if cache.engine.layout.needs_snapshots:
             cuts = {tuple(tokens) for tokens in cache.checkpoints()}
-            worth = range(cache.engine.grid.first_worth, 80)
+            worth = range(cache.engine.prefill.grid.first_worth, 80)
             assert all(
                 tuple(p[:at]) in cuts for p, at in zip(prompts, TURNS, strict=True) if at in worth
             )

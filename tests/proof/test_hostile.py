@@ -13,7 +13,7 @@ from hostile_families import FAMILIES
 from long import forms, mostly_long
 
 from mlx_hybridcache.caches.layout import Layout
-from mlx_hybridcache.engine import Engine
+from mlx_hybridcache.tiers import Tiers
 
 ROUNDS = forms(2, -(-int(os.environ.get("HOSTILE_ROUNDS", "200")) // len(FAMILIES)))
 """Of each family."""
@@ -53,12 +53,12 @@ def test_whatever_threads_leave_behind_equals_cold(name: str) -> None:
 @pytest.mark.parametrize("name", ["mamba2", "qwen3_next"])
 def test_rounds_see_states_under_other_tokens(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the guard, and with histories that lack the last token: within six rounds one is off."""
-    save = Engine._save_last
+    save = Tiers.save_end
 
-    def short(self: Engine, request: Any, history: Any, *caches: Any) -> None:
-        save(self, request, history[: max(1, len(history) - 1)], *caches)
+    def short(self: Tiers, request: Any, live: Any, history: Any) -> None:
+        save(self, request, live, history[: max(1, len(history) - 1)])
 
-    monkeypatch.setattr(Engine, "_save_last", short)
+    monkeypatch.setattr(Tiers, "save_end", short)
     hostile.run(hostile.Round, name, range(2))  # the guard refuses all of them
     monkeypatch.setattr(Layout, "mismatch", lambda *what: None)
     monkeypatch.setattr(hostile.Round, "save_own", lambda self: None)

@@ -12,12 +12,13 @@ import mlx.nn as nn
 import oracle
 import pytest
 import tiny
+import tiny_models
 from long import forms
 from mlx_lm.models import qwen3_next
 
 from mlx_hybridcache import BudgetError, HybridPromptCache
 from mlx_hybridcache.caches import room
-from mlx_hybridcache.decode import decoder as generate
+from mlx_hybridcache.decode import reply
 
 CONVERSATIONS = forms(25, 50)
 BUDGET = 12_000_000
@@ -40,10 +41,10 @@ def wide_model(layers: int = 2) -> nn.Module:
             mlp_only_layers=[],
             rope_theta=10000.0,
             partial_rotary_factor=0.25,
-            **tiny.COMMON,
-            **tiny.EXPERTS,
+            **tiny_models.COMMON,
+            **tiny_models.EXPERTS,
             **{
-                **tiny.GATED_DELTA,
+                **tiny_models.GATED_DELTA,
                 "num_hidden_layers": layers,
                 "full_attention_interval": 2,
                 "linear_num_key_heads": 1,
@@ -303,16 +304,16 @@ def test_a_reply_that_outgrows_the_budget_ends_with_an_error(
 
     The reader's thread, which gets the error with its traceback, can go on using MLX.
     """
-    for module in (room, generate):
+    for module in (room, reply):
         monkeypatch.setattr(module, "REPLY_ROOM", 16)
-    reply: list[int] = []
+    read: list[int] = []
     with new_cache(smallest_budget()) as cache:
         held = cache.prefill(oracle.prompt(100, seed=5), max_tokens=16)
         beside = cache.stats().running_bytes
         pieces = cache.stream_generate(oracle.prompt(200, seed=4), 100, sampler=oracle.never_ending)
         with pytest.raises(BudgetError):
-            reply.extend(piece.token for piece in pieces)
-        assert len(reply) == 56
+            read.extend(piece.token for piece in pieces)
+        assert len(read) == 56
         assert cache.stats().running_bytes == beside
         held.release()
     gc.collect()
@@ -351,7 +352,7 @@ def test_a_reply_of_unknown_length_claims_its_beginning_and_grows(length: int) -
         claimed, tokens = [], []
         for piece in cache.stream_generate(prompt, length, best_effort=True, **options):
             tokens.append(piece.token)
-            claimed.append(cache.engine.store.running_bytes)
+            claimed.append(cache.engine.tiers.memory.running_bytes)
         assert tokens == named
         assert claimed[0] == cache.engine.layout.running_bytes(room.rounded(100 + 512))
         assert claimed[-2] >= cache.engine.layout.running_bytes(length + 100)
@@ -365,7 +366,7 @@ def test_a_restore_holds_no_more_for_a_moment_than_there_was_room_for(name: str)
     """
     model = wide_model() if name == "wide" else tiny.build(name)
     with new_cache(BUDGET, model) as cache:
-        store = bounds.WatchedStore.of(cache.engine.store)
+        store = bounds.WatchedStore.of(cache.engine.tiers.memory)
         tokens = oracle.prompt(400, seed=31)
         oracle.read(cache, tokens)
         for asked in (oracle.prompt(400, seed=32), tokens, tokens[:150], tokens[:50]):
@@ -384,10 +385,10 @@ def test_what_a_slice_has_taken_is_held_by_the_store_alone() -> None:
 
     def lack(read: int, total: int) -> None:
         if read == oracle.STEP:
-            assert cache.engine.store.stats().checkpoints == 3
-            cache.engine.store.shrink(BUDGET)
+            assert cache.engine.tiers.memory.stats().checkpoints == 3
+            cache.engine.tiers.memory.shrink(BUDGET)
             mx.clear_cache()
-            off.append(mx.get_active_memory() - baseline - cache.engine.store.used_bytes())
+            off.append(mx.get_active_memory() - baseline - cache.engine.tiers.memory.used_bytes())
 
     with new_cache(BUDGET) as cache:
         gc.collect()

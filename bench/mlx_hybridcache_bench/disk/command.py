@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from rich.console import Console
 
 from mlx_hybridcache import models
-from mlx_hybridcache.flags import tokens
+from mlx_hybridcache.cli.flags import tokens
 
 from ..kit.machine import machine, one_line
 from ..kit.standin import SHAPES

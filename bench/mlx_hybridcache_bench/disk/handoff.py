@@ -115,7 +115,7 @@ def measure_handoff(shapes: str, tokens: int, *, runs: int, seed: int = 1162) ->
             StandIn(SHAPES[shapes]), memory_budget="1TiB", cache_dir=directory
         ) as cache,
     ):
-        clock = _Clock(cache.engine.disk)
+        clock = _Clock(cache.engine.tiers.disk)
         for number in range(1 + runs):
             prompt = [generator.randrange(VOCABULARY) for _ in range(tokens)]
             cache.prefill(prompt).release()

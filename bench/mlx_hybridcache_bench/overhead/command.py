@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from rich.console import Console
 
 from mlx_hybridcache import models
-from mlx_hybridcache.flags import tokens
+from mlx_hybridcache.cli.flags import tokens
 
 from ..kit.machine import machine, one_line
 from ..kit.standin import SHAPES

@@ -116,8 +116,8 @@ def measure_slices(*, tokens: int, step: int = 2048, seed: int = 1162) -> Slices
             changed = prompt[: 2 * tokens // 3] + _prompt(generator, tokens // 3 + 1, turns // 3)
             with HybridPromptCache(model, memory_budget="4GiB", prefill_step_size=step) as cache:
                 if not hook:
-                    cache.engine.layout = replace(cache.engine.layout, hook=None)
-                cache.engine.marks = TurnMarks(openers=frozenset({OPENER}))
+                    cache.engine.prefill.layout = replace(cache.engine.layout, hook=None)
+                cache.engine.prefill.marks = TurnMarks(openers=frozenset({OPENER}))
                 for name, each in (("cold", prompt), ("hot", changed)):
                     runs.append(_run(model, cache, name, each, hook=hook))
     return Slices(step, tuple(runs))
@@ -142,7 +142,7 @@ def _run(model: Any, cache: HybridPromptCache, name: str, prompt: list[int], *, 
         turns=prompt.count(OPENER),
         prompt_tokens=len(prompt),
         replayed_tokens=ready.report.replayed_tokens,
-        step=cache.engine.grid.step,
+        step=cache.engine.prefill.grid.step,
         lengths=tuple(lengths),
     )
 

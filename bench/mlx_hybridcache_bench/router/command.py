@@ -15,10 +15,10 @@ from rich.console import Console
 from mlx_hybridcache import PromptError
 from mlx_hybridcache.demo import BUNDLED_MODEL
 from mlx_hybridcache.router import Patch
-from mlx_hybridcache.router.arms import CANONICALIZED, ORIGINAL, RANDOM
-from mlx_hybridcache.router.measure import NOISE
-from mlx_hybridcache.router.tables import sentences, tables
-from mlx_hybridcache.router.verdict import MOST, percent
+from mlx_hybridcache.router.trial.arms import CANONICALIZED, ORIGINAL, RANDOM
+from mlx_hybridcache.router.trial.measure import NOISE
+from mlx_hybridcache.router.trial.tables import sentences, tables
+from mlx_hybridcache.router.trial.verdict import MOST, percent
 
 from ..kit.machine import machine, one_line
 from ..kit.tables import Figure, Spread, show, show_figures, write_json

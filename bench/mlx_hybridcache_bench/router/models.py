@@ -15,8 +15,8 @@ import numpy as np
 
 from mlx_hybridcache import models
 from mlx_hybridcache.router import Discovery, Patch, calibration_tokens, discover
-from mlx_hybridcache.router.arms import Switched
-from mlx_hybridcache.router.trial import Trial, fresh_texts, trial
+from mlx_hybridcache.router.trial.arms import Switched
+from mlx_hybridcache.router.trial.trial import Trial, fresh_texts, trial
 
 from .cloned import clone_experts
 from .specialised import held_out_texts, specialised

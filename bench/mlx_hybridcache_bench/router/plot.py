@@ -12,7 +12,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # after the backend is chosen
 from matplotlib.ticker import MaxNLocator
 
-from mlx_hybridcache.router.arms import CANONICALIZED, FIXED, ORIGINAL, RANDOM
+from mlx_hybridcache.router.trial.arms import CANONICALIZED, FIXED, ORIGINAL, RANDOM
 
 from .models import Tried
 

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mlx_hybridcache.router.arms import CANONICALIZED, ORIGINAL
+from mlx_hybridcache.router.trial.arms import CANONICALIZED, ORIGINAL
 
 from ..serving.client import CHAT, COMPLETIONS, Reply
 from ..serving.scenarios import Material, Step

@@ -13,11 +13,9 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_unflatten
+from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models import qwen3_moe
 from numpy.typing import NDArray
-
-from mlx_hybridcache.demo.train import weights_of
 
 from .kinds import ALPHABET, kinds
 
@@ -81,7 +79,7 @@ def specialised(seed: int, *, unlike: float = 1e-5) -> Specialised:
     )
     weights = {
         name: np.zeros(array.shape) if array.ndim > 1 else np.ones(array.shape)
-        for name, array in weights_of(model).items()
+        for name, array in tree_flatten(model.parameters())
     }
     characters = np.eye(VOCABULARY)
     # A character of size 1 among HIDDEN places comes out of a norm sqrt(HIDDEN) high.

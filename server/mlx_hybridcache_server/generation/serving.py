@@ -224,7 +224,7 @@ class Run:
             through = guide.watching(through)
         recorder, uses_cache = self._serving.recorder, self._serving.settings.uses_cache
         if recorder is not None and (ask.use_cache or not uses_cache):  # else it declined the cache
-            served = Served.now(loaded.cache.engine, ask.tokens, ask.cache_salt)
+            served = Served.now(loaded.cache.info, ask.tokens, ask.cache_salt)
             through = recorder.watching(through, served)
         return loaded.cache.stream_generate(
             ask.tokens,
