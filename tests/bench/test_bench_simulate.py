@@ -71,7 +71,7 @@ def test_what_is_read_again_is_what_the_engine_reads_again(
     model = tiny.build("qwen3_next")
     with HybridPromptCache(model, memory_budget="1TiB") as cache:
         marks: Any = Turns()
-        cache.engine.marks = marks
+        cache.engine.prefill.marks = marks
         for index, asked in enumerate(trace):
             replayed = simulation.serve(index)
             tokens, reply = ((x % 151).tolist() for x in (asked.tokens, asked.reply))

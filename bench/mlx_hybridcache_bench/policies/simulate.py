@@ -14,7 +14,7 @@ from typing import Any, cast
 
 from mlx_hybridcache.caches.room import rounded
 from mlx_hybridcache.errors import BudgetError
-from mlx_hybridcache.prefill.replay import Plan
+from mlx_hybridcache.prefill.replay import Route
 from mlx_hybridcache.prefill.schedule import (
     Grid,
     Reading,
@@ -226,11 +226,11 @@ class Simulation:
         )
         parted = partings(reading, GRID, is_inside=found.is_inside)
         cuts = tuple(self._cuts(reading))
-        plan = Plan(reading.start, reading.end, cuts, must_pause=False, cuts_every_slice=False)
-        a = plan.start
-        while a < plan.end:
-            b = plan.slice_end(a, GRID.step)
-            for cut in self._afford(tokens, b, plan.cuts_in(a, b), parted):
+        route = Route(reading.start, reading.end, cuts, must_pause=False, cuts_every_slice=False)
+        a = route.start
+        while a < route.end:
+            b = route.slice_end(a, GRID.step)
+            for cut in self._afford(tokens, b, route.cuts_in(a, b), parted):
                 is_end, is_parting = cut == reading.end, cut in parted
                 self._save(tokens[:cut], lender, is_end=is_end, is_parting=is_parting)
             self.loans.own(lender)
