@@ -17,6 +17,7 @@ from mlx_hybridcache_bench.serving.crowd import (
     measure_situation,
     percentile,
 )
+from mlx_hybridcache_bench.serving.events import events
 from mlx_hybridcache_bench.serving.mixture import CLIENTS, Habit
 from mlx_hybridcache_bench.serving.scenarios import SCENARIOS, Material, Script, Step
 from mlx_hybridcache_bench.serving.servers import Launch, ServerError, ServerProcess
@@ -346,3 +347,14 @@ def test_a_situation_in_which_the_server_dies_is_told_and_the_next_has_a_new_one
         target.close()
     assert found == [{}, {}]
     assert [(each.scenario, each.restarted) for each in side.troubles] == [(n, True) for n in names]
+
+
+def test_events_are_read_however_they_are_cut() -> None:
+    """CR LF, comments, two data lines, a cut within a letter, U+2028 within a token, no last blank."""
+    stream = ": ping\r\n\r\ndata: a\r\n\r\nevent: x\ndata:b\ndata: \u2028ü\n\ndata: end".encode()
+    seen: list[str] = []
+    expected = [None, "a", "b\n\u2028ü", "end"]
+    for size in (1, 2, 3, 7, len(stream)):
+        chunks = [stream[at : at + size] for at in range(0, len(stream), size)]
+        assert list(events(chunks, lambda: seen.append("comment"))) == expected
+    assert seen == ["comment"] * 5

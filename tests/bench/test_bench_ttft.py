@@ -16,7 +16,7 @@ import pytest
 from mlx_hybridcache_bench import cli
 from mlx_hybridcache_bench.report.results import ResultsError
 from mlx_hybridcache_bench.serving.client import NO_CACHED, NO_DONE, NO_STREAM, NO_USAGE
-from mlx_hybridcache_bench.serving.events import NO_JSON, events
+from mlx_hybridcache_bench.serving.events import NO_JSON
 from mlx_hybridcache_bench.serving.servers import Launch, ServerError, ServerProcess
 from mlx_hybridcache_bench.ttft import command
 from mlx_hybridcache_bench.ttft.contenders import LLAMA, compared, flags_of
@@ -497,14 +497,3 @@ def test_the_usual_scenarios_are_those_that_servers_differ_in() -> None:
     """Eleven unless chosen otherwise, three more to choose."""
     assert len(USUAL) == 11
     assert set(NAMES) - set(USUAL) == {"sessions", "throughput", "mixed"}
-
-
-def test_events_are_read_however_they_are_cut() -> None:
-    """CR LF, comments, two data lines, a cut within a letter, U+2028 within a token, no last blank."""
-    stream = ": ping\r\n\r\ndata: a\r\n\r\nevent: x\ndata:b\ndata: \u2028ü\n\ndata: end".encode()
-    seen: list[str] = []
-    expected = [None, "a", "b\n\u2028ü", "end"]
-    for size in (1, 2, 3, 7, len(stream)):
-        chunks = [stream[at : at + size] for at in range(0, len(stream), size)]
-        assert list(events(chunks, lambda: seen.append("comment"))) == expected
-    assert seen == ["comment"] * 5

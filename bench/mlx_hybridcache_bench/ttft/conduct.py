@@ -55,15 +55,19 @@ def conduct(
                 measurements, pace, together=together, promised=promised, written=written
             )
         except KeyboardInterrupt:
-            for stopped in measurements:
-                if stopped.is_under_way:
-                    stopped.found.status, stopped.found.reason = PARTIAL, "interrupted"
+            _interrupt(measurements)
             return True
         finally:
             results.load = load.found()
             results.settings["runs_left_out"] = pace.left_out
             results.replies = _compared(measurements)
     return False
+
+
+def _interrupt(measurements: Sequence[Measurement]) -> None:
+    for each in measurements:
+        if each.is_under_way:
+            each.found.status, each.found.reason = PARTIAL, "interrupted"
 
 
 def _promise(seconds: float) -> str:
