@@ -8,7 +8,8 @@ from mlx_hybridcache_bench import cli
 from mlx_hybridcache_bench.policies.baselines import LlamaCpp, MlxLm, Overlaps
 from mlx_hybridcache_bench.policies.offline import Clairvoyant, floor
 from mlx_hybridcache_bench.policies.outcomes import BASELINES, OFFLINE, OURS, POLICIES, measure
-from mlx_hybridcache_bench.policies.simulate import SHAPES, Simulation
+from mlx_hybridcache_bench.policies.simulate import Simulation
+from mlx_hybridcache_bench.policies.sized import SHAPES
 from mlx_hybridcache_bench.policies.traces import TracedRequest, write_trace
 from mlx_hybridcache_bench.policies.workloads import workload
 

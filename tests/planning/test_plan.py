@@ -12,7 +12,8 @@ import mlx_lm
 import pytest
 import tiny
 from mlx_hybridcache_bench.kit.standin import VOCABULARY, StandIn
-from mlx_hybridcache_bench.policies.simulate import SHAPES, SPACE, Simulation
+from mlx_hybridcache_bench.policies.simulate import SPACE, Simulation
+from mlx_hybridcache_bench.policies.sized import SHAPES
 from mlx_hybridcache_bench.policies.workloads import Chance, Talk
 from mlx_hybridcache_server.settings import build_parser, read_settings
 from mlx_lm.utils import quantize_model, save_config, save_model
