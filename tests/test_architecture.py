@@ -28,7 +28,6 @@ ORDER = [
     {"tiers"},
     {"router"},
     {"disk"},
-    {"flags"},
     {"request"},
     {"caches", "store"},
     {"report"},
@@ -44,7 +43,7 @@ ORDER = [
 RANK = {unit: rank for rank, units in enumerate(ORDER) for unit in units}
 ENTRY_POINTS = ORDER[0]
 WITHOUT_MLX = {
-    "cli.cache",
+    "cli",
     "disk",
     "errors",
     "machine",
@@ -58,7 +57,14 @@ WITHOUT_MLX = {
 }
 """Folders and modules that reckon with numbers. Of `disk`, not the two that hold arrays."""
 
-WITH_MLX = {"disk.arrays", "disk.tier", "store.match", "store.materialize", "store.store"}
+WITH_MLX = {
+    "cli.verify",
+    "disk.arrays",
+    "disk.tier",
+    "store.match",
+    "store.materialize",
+    "store.store",
+}
 
 UPPER_PACKAGES = {"mlx_hybridcache_server", "mlx_hybridcache_bench"}
 UNSAFE_FORMATS = {"pickle", "cloudpickle", "dill", "shelve", "marshal"}

@@ -7,11 +7,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mlx_hybridcache.cli.console import wide_console
+from mlx_hybridcache.cli.flags import check_can_be_written
 from mlx_hybridcache.demo import BUNDLED_MODEL
-from mlx_hybridcache.demo.run import wide_console
-from mlx_hybridcache.flags import check_can_be_written
 
-from . import decode, disk, kills, load, overhead, page, policies, project, router, server, traces
+from . import decode, load, page, server
+from .disk import command as disk
+from .kills import command as kills
+from .overhead import command as overhead
+from .policies import command as policies
+from .policies import generate as traces
+from .router import command as router
 from .ttft import command as ttft
 
 COMMANDS = {
@@ -26,7 +32,6 @@ COMMANDS = {
     "router": (router, "what canonicalizing a router does, and whether it helps here"),
     "traces": (traces, "write generated traces for `policies`"),
     "policies": (policies, "tokens replayed by policy and budget, on traces"),
-    "project": (project, "the times to expect of a machine whose cold speed is known"),
 }
 
 

@@ -9,15 +9,15 @@ from dataclasses import asdict, replace
 
 from rich.console import Console
 
-from .comparison import SHORT, Spread
-from .crowd import AT_ONCE, SITUATIONS, Failure, Run, Sizes, measure_runs
-from .machine import machine, one_line
-from .mixture import CLIENTS, ROOM
-from .scenarios import Material
-from .server import tokenizer_of
-from .servers import COMMANDS, OURS, THEIRS, Launch, ServerError, ServerProcess
-from .tables import Figure, show, show_figures, write_json
-from .target import Target
+from .kit.machine import machine, one_line
+from .kit.tables import Figure, Spread, show, show_figures, write_json
+from .kit.text import tokenizer_of
+from .serving.comparison import SHORT
+from .serving.crowd import AT_ONCE, SITUATIONS, Failure, Run, Sizes, measure_runs
+from .serving.mixture import CLIENTS, ROOM
+from .serving.scenarios import Material
+from .serving.servers import COMMANDS, OURS, THEIRS, Launch, ServerError, ServerProcess
+from .serving.target import Target
 
 SIZES = Sizes(identical=3_000, long=12_000, mixed=1_000, requests=8)
 QUICK_SIZES = Sizes(identical=600, long=2_200, mixed=200, requests=2)

@@ -34,9 +34,9 @@ from rich.console import Console
 from mlx_hybridcache import HybridPromptCache
 from mlx_hybridcache.tokens import Namespace
 
-from .chromium import launched, missing
-from .machine import machine, one_line
-from .tables import Figure, show_figures, write_json
+from .kit.chromium import launched, missing
+from .kit.machine import machine, one_line
+from .kit.tables import Figure, show_figures, write_json
 
 CONVERSATIONS, UPDATES = 1_000, 30
 TRUNK = (5, 7, 11, 13, 17, 19, 23, 29, 31, 37)

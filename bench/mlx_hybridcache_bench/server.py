@@ -3,29 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
-from mlx_lm.utils import load_tokenizer
 from rich.console import Console
 
-from mlx_hybridcache import ModelError, PromptError
+from mlx_hybridcache import PromptError
 
-from .comparison import (
-    different_replies,
-    figures,
-    pairs,
-    rows,
-    show_rows,
-    show_throughput,
-)
-from .machine import machine, one_line
-from .rounds import Asked, Death, measure_rounds, started
-from .scenarios import LONGER, SCENARIOS, Material
-from .servers import COMMANDS, OURS, THEIRS, Launch
-from .tables import show_figures, write_json
+from .kit.machine import machine, one_line
+from .kit.tables import show_figures, write_json
+from .kit.text import tokenizer_of
+from .serving.comparison import different_replies, figures, pairs, rows, show_rows, show_throughput
+from .serving.rounds import Asked, Death, measure_rounds, started
+from .serving.scenarios import LONGER, SCENARIOS, Material
+from .serving.servers import COMMANDS, OURS, THEIRS, Launch
 
 SIZES, QUICK_SIZES = (3_000, 12_000), (1_050,)
 REPEATS, QUICK_REPEATS = 5, 1
@@ -114,17 +104,6 @@ def run(args: argparse.Namespace, console: Console) -> int:
         },
     )
     return int(any(figure.counted and not figure.kept for figure in promised))
-
-
-def tokenizer_of(model: str) -> object:
-    """The model's tokenizer alone, to cut text by the token; the servers load the weights."""
-    try:
-        tokenizer: Any = load_tokenizer(Path(model) if Path(model).is_dir() else model)
-        # Texts are cut by it, never read whole: without a limit it does not warn of their length.
-        tokenizer.model_max_length = sys.maxsize
-        return tokenizer
-    except Exception as error:  # the loader and the hub raise whatever they meet
-        raise ModelError(f"The tokenizer of {model} could not be loaded: {error}") from error
 
 
 def _show_notes(console: Console, asked: Sequence[Asked], deaths: Sequence[Death]) -> None:

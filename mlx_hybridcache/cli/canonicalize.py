@@ -14,7 +14,6 @@ from rich.table import Table
 
 from .. import models
 from ..errors import RouterError, SettingError
-from ..flags import tokens as tokens_flag
 from ..router import (
     Discovery,
     LayerFindings,
@@ -26,17 +25,18 @@ from ..router import (
     moe_layers,
     write_checkpoint,
 )
-from ..router.calibration import ROW_TOKENS, ROWS
-from ..router.discovery import MIN_TOKENS, RELATIVE_ERROR, SIMILARITY
-from ..router.report import report
-from ..router.tables import markdown, sentences, tables
-from ..router.trial import (
+from ..router.checkpoint.report import report
+from ..router.discovery.calibration import ROW_TOKENS, ROWS
+from ..router.discovery.discover import MIN_TOKENS, RELATIVE_ERROR, SIMILARITY
+from ..router.trial.tables import markdown, sentences, tables
+from ..router.trial.trial import (
     TEXTS,
     Trial,
     fresh_texts,
     trial,
 )
 from ..sizes import format_bytes
+from .flags import tokens as tokens_flag
 
 TABLE_WIDTH = 110
 """Columns that the widest table takes, also where no terminal says how wide it is."""
@@ -45,7 +45,7 @@ PROVING_ROWS = 2
 """Rows of calibration tokens on which logits inside groups are compared afterwards."""
 
 
-def main(argv: Sequence[str], prog: str = "mlx-hybridcache canonicalize") -> int:
+def main(argv: Sequence[str], prog: str) -> int:
     """Run the command. 0: done; 1: no two experts are alike, so nothing was written; 2: it cannot be done.
 
     Raises `HybridCacheError` and `OSError`, whose words say why.

@@ -25,8 +25,7 @@ import numpy as np
 from ..caches.checkpoint import Checkpoint
 from ..caches.kinds.rows import RowBlock
 from ..caches.layout import Layout
-from ..errors import BudgetError, SettingError
-from ..flags import refusal
+from ..errors import BudgetError, SettingError, refusal
 from ..sizes import format_bytes
 from ..store.budget import Holders
 from ..store.lazy_rows import is_borrowing

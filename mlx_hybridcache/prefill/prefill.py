@@ -13,7 +13,7 @@ from ..store.match import Found
 from ..tiers import Tiers
 from ..tokens import TurnMarks
 from ..worker.turns import PAUSE, Load, Pause
-from .replay import plan, replay
+from .replay import replay, route_of
 from .schedule import Grid, Reading, partings
 
 
@@ -54,7 +54,7 @@ class Prefill:
             self.model,
             live.caches,
             tokens,
-            plan(self.layout, self.grid, reading, exact=request.exact),
+            route_of(self.layout, self.grid, reading, exact=request.exact),
             step=lambda: self._step(request),
             stops=account.stops,
             afford=lambda a, b, cuts: self.tiers.afford(request, live, b, cuts, parted),

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 from mlx_hybridcache_bench import cli
-from mlx_hybridcache_bench.full_size import measure_full_size
-from mlx_hybridcache_bench.paired import Paired, Spent, measure
-from mlx_hybridcache_bench.slices import measure_slices
-from mlx_hybridcache_bench.standin import QWEN3_NEXT_80B, TINY
-from mlx_hybridcache_bench.tables import Figure
+from mlx_hybridcache_bench.kit.paired import Paired, Spent, measure
+from mlx_hybridcache_bench.kit.standin import QWEN3_NEXT_80B, TINY
+from mlx_hybridcache_bench.kit.tables import Figure
+from mlx_hybridcache_bench.overhead.full_size import measure_full_size
+from mlx_hybridcache_bench.overhead.slices import measure_slices
 
 SMALL_OVERHEAD = [
     *("overhead", "--pairs", "1", "--prompt-tokens", "300", "--max-tokens", "2"),

@@ -6,15 +6,23 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from mlx_hybridcache_bench import cli, crowd
-from mlx_hybridcache_bench.client import Reply, RequestFailed
-from mlx_hybridcache_bench.crowd import AT_ONCE, SITUATIONS, Failure, Run, measure_runs, percentile
+from mlx_hybridcache_bench import cli
+from mlx_hybridcache_bench.kit.text import tokenizer_of
 from mlx_hybridcache_bench.load import QUICK_SIZES, ROWS, figures
-from mlx_hybridcache_bench.mixture import CLIENTS, Habit
-from mlx_hybridcache_bench.scenarios import Material
-from mlx_hybridcache_bench.server import tokenizer_of
-from mlx_hybridcache_bench.servers import OURS, THEIRS, Launch, ServerProcess
-from mlx_hybridcache_bench.target import Target
+from mlx_hybridcache_bench.serving import crowd
+from mlx_hybridcache_bench.serving.client import Reply, RequestFailed
+from mlx_hybridcache_bench.serving.crowd import (
+    AT_ONCE,
+    SITUATIONS,
+    Failure,
+    Run,
+    measure_runs,
+    percentile,
+)
+from mlx_hybridcache_bench.serving.mixture import CLIENTS, Habit
+from mlx_hybridcache_bench.serving.scenarios import Material
+from mlx_hybridcache_bench.serving.servers import OURS, THEIRS, Launch, ServerProcess
+from mlx_hybridcache_bench.serving.target import Target
 from places import ROOT
 
 from mlx_hybridcache.demo import BUNDLED_MODEL

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 from mlx_hybridcache_bench import cli
-from mlx_hybridcache_bench.client import CHAT, COMPLETIONS, Client, Reply, RequestFailed
-from mlx_hybridcache_bench.comparison import different_replies, figures, rows
-from mlx_hybridcache_bench.rounds import Asked, Death, Side, fresh_nonce, measure_rounds
-from mlx_hybridcache_bench.scenarios import SCENARIOS, SESSIONS, Material, Script, Step
-from mlx_hybridcache_bench.server import tokenizer_of
-from mlx_hybridcache_bench.servers import OURS, THEIRS, Launch, ServerError, ServerProcess
-from mlx_hybridcache_bench.target import Target
+from mlx_hybridcache_bench.kit.text import tokenizer_of
+from mlx_hybridcache_bench.serving.client import CHAT, COMPLETIONS, Client, Reply, RequestFailed
+from mlx_hybridcache_bench.serving.comparison import different_replies, figures, rows
+from mlx_hybridcache_bench.serving.rounds import Asked, Death, Side, fresh_nonce, measure_rounds
+from mlx_hybridcache_bench.serving.scenarios import SCENARIOS, SESSIONS, Material, Script, Step
+from mlx_hybridcache_bench.serving.servers import OURS, THEIRS, Launch, ServerError, ServerProcess
+from mlx_hybridcache_bench.serving.target import Target
 
 from mlx_hybridcache import PromptError
 from mlx_hybridcache.demo import BUNDLED_MODEL

@@ -14,15 +14,15 @@ from typing import Any
 
 import pytest
 from mlx_hybridcache_bench import cli
-from mlx_hybridcache_bench.client import NO_CACHED, NO_DONE, NO_STREAM, NO_USAGE
-from mlx_hybridcache_bench.events import NO_JSON, events
-from mlx_hybridcache_bench.servers import Launch, ServerError, ServerProcess
+from mlx_hybridcache_bench.report.results import ResultsError
+from mlx_hybridcache_bench.serving.client import NO_CACHED, NO_DONE, NO_STREAM, NO_USAGE
+from mlx_hybridcache_bench.serving.events import NO_JSON, events
+from mlx_hybridcache_bench.serving.servers import Launch, ServerError, ServerProcess
 from mlx_hybridcache_bench.ttft import command
 from mlx_hybridcache_bench.ttft.contenders import LLAMA, compared, flags_of
 from mlx_hybridcache_bench.ttft.dialect import ESTIMATED, NO_COMPLETIONS, NO_OPTIONS
 from mlx_hybridcache_bench.ttft.measure import Measurement
 from mlx_hybridcache_bench.ttft.plan import NAMES, USUAL, Plan
-from mlx_hybridcache_bench.ttft.results import ResultsError
 from places import SUPPORT
 from rich.console import Console
 

@@ -1,15 +1,16 @@
 """`bench ttft` from one command, with the real servers on the bundled model."""
 
 import json
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
 from mlx_hybridcache_bench import cli
-from mlx_hybridcache_bench.servers import OURS, THEIRS
+from mlx_hybridcache_bench.report.results import Results
+from mlx_hybridcache_bench.serving.servers import OURS, THEIRS
 from mlx_hybridcache_bench.ttft import command
-from mlx_hybridcache_bench.ttft.results import Results
 
 SIZE = 900
 SCENARIOS = ("repeat", "changed-ending", "volatile-line", "restart", "identical")
@@ -38,7 +39,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def found(out: Path) -> dict[str, Any]:
     """Its results by server."""
     result = json.loads((out / "results.json").read_text(encoding="utf-8"))
-    schema = Path(command.__file__).with_name("results.schema.json")
+    schema = files("mlx_hybridcache_bench.report") / "results.schema.json"
     jsonschema.validate(result, json.loads(schema.read_text(encoding="utf-8")))
     return {each["name"]: each for each in result["servers"]}
 

@@ -4,21 +4,21 @@ import json
 from dataclasses import replace
 
 import pytest
-from mlx_hybridcache_bench.machine import machine
-from mlx_hybridcache_bench.servers import OURS, THEIRS, Launch, ServerProcess
-from mlx_hybridcache_bench.ttft.charts import charts
+from mlx_hybridcache_bench.kit.machine import machine
+from mlx_hybridcache_bench.report.charts import charts
+from mlx_hybridcache_bench.report.markdown import markdown
+from mlx_hybridcache_bench.report.page import report
+from mlx_hybridcache_bench.report.results import Measured, Request, Results
+from mlx_hybridcache_bench.report.summary import sheets
+from mlx_hybridcache_bench.report.verdict import verdicts
+from mlx_hybridcache_bench.serving.load import LoadWatch, sentence
+from mlx_hybridcache_bench.serving.servers import OURS, THEIRS, Launch, ServerProcess
 from mlx_hybridcache_bench.ttft.contenders import Contender
-from mlx_hybridcache_bench.ttft.load import LoadWatch, sentence
-from mlx_hybridcache_bench.ttft.markdown import markdown
 from mlx_hybridcache_bench.ttft.measure import Measurement
 from mlx_hybridcache_bench.ttft.pace import Pace, duration_text
 from mlx_hybridcache_bench.ttft.plan import Plan
 from mlx_hybridcache_bench.ttft.remote import at_url
-from mlx_hybridcache_bench.ttft.report import report
-from mlx_hybridcache_bench.ttft.results import Measured, Request, Results
-from mlx_hybridcache_bench.ttft.summary import sheets
 from mlx_hybridcache_bench.ttft.turns import fit_together, measure_in_turns
-from mlx_hybridcache_bench.ttft.verdict import verdicts
 from places import SUPPORT
 
 Told = dict[str, tuple[tuple[float, ...], int | None]]

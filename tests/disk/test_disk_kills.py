@@ -9,16 +9,23 @@ from pathlib import Path
 import httpx2
 import pytest
 from long import forms
-from mlx_hybridcache_bench import cli, power
-from mlx_hybridcache_bench.kills import figures
-from mlx_hybridcache_bench.server_kills import REPLY, ServerAccount, Victim, kill_servers, prompts
-from mlx_hybridcache_bench.servers import OURS, Launch
-from mlx_hybridcache_bench.writer_kills import (
+from mlx_hybridcache_bench import cli
+from mlx_hybridcache_bench.kills import power
+from mlx_hybridcache_bench.kills.command import figures
+from mlx_hybridcache_bench.kills.server_kills import (
+    REPLY,
+    ServerAccount,
+    Victim,
+    kill_servers,
+    prompts,
+)
+from mlx_hybridcache_bench.kills.writer_kills import (
     Account,
     kill_at_every_operation,
     kill_at_random,
     started_writers,
 )
+from mlx_hybridcache_bench.serving.servers import OURS, Launch
 
 from mlx_hybridcache.demo import BUNDLED_MODEL
 from mlx_hybridcache.disk.segment import SEGMENTS

@@ -18,9 +18,9 @@ import mlx.core as mx
 import mlx_lm
 import pytest
 import tiny
-from mlx_hybridcache_bench.simulate import SHAPES, SPACE, Simulation
-from mlx_hybridcache_bench.standin import VOCABULARY, StandIn
-from mlx_hybridcache_bench.workloads import Chance, Talk
+from mlx_hybridcache_bench.kit.standin import VOCABULARY, StandIn
+from mlx_hybridcache_bench.policies.simulate import SHAPES, SPACE, Simulation
+from mlx_hybridcache_bench.policies.workloads import Chance, Talk
 from mlx_hybridcache_server.settings import build_parser, read_settings
 from mlx_lm.utils import quantize_model, save_config, save_model
 from places import ROOT
@@ -28,9 +28,10 @@ from places import ROOT
 from mlx_hybridcache import HybridPromptCache, models
 from mlx_hybridcache.caches.layout import Layout
 from mlx_hybridcache.cli.main import main
-from mlx_hybridcache.cli.plan import advice, as_sold, flags
+from mlx_hybridcache.cli.plan import as_sold
 from mlx_hybridcache.demo import BUNDLED_MODEL
 from mlx_hybridcache.errors import ModelError
+from mlx_hybridcache.planning.advice import advice, server_flags
 from mlx_hybridcache.planning.plan import Room, make, room_on_a_mac
 from mlx_hybridcache.planning.unloaded_model import INDEX, describe
 from mlx_hybridcache.sizes import format_bytes
@@ -298,7 +299,7 @@ def test_the_flags_are_the_servers_own_and_mean_the_plan(tmp_path):
     """A Mac with 128 GB, 120,000 tokens: four at once, nearly all of the budget."""
     path = known_models.directory(tmp_path, "qwen3-next-80b", **EIGHT_BITS)
     plan = mac_plan(path, 128, 120_000)
-    settings = read_settings(build_parser("serve"), flags(plan))
+    settings = read_settings(build_parser("serve"), server_flags(plan))
     assert settings.model == path
     assert 0.98 * plan.room.budget_bytes < settings.memory_budget <= plan.room.budget_bytes
     assert (settings.decode_concurrency, settings.prompt_concurrency) == (4, 4)
@@ -312,9 +313,9 @@ def test_what_the_flags_allow_fits_into_the_budget(tmp_path, memory):
     path = known_models.directory(tmp_path, "qwen3-next-80b", **EIGHT_BITS)
     plan = mac_plan(path, memory, 30_000)
     if not plan.fits:
-        assert flags(plan) == []
+        assert server_flags(plan) == []
         return
-    settings = read_settings(build_parser("serve"), flags(plan))
+    settings = read_settings(build_parser("serve"), server_flags(plan))
     assert plan.load(settings.decode_concurrency).needed_bytes <= plan.room.budget_bytes
     longest = mac_plan(path, memory, settings.max_prompt_tokens or 262_144)
     assert longest.load(1).needed_bytes <= plan.room.budget_bytes

@@ -12,19 +12,20 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from bundled import load
+from bundled_model import evaluate
+from bundled_model.architecture import SHAPE
+from bundled_model.corpus import documents, split
+from bundled_model.data import encode_text
+from bundled_model.fast_math import cross_entropy, silu
+from bundled_model.gated_delta import chunked_gated_delta, training_forms
+from bundled_model.ngrams import NGrams
+from bundled_model.train import SMOKE, Run, Settings, load_data, weights_of
 from long import forms, mostly_long
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.models.gated_delta import gated_delta_ops, normalize_qk
 from mlx_lm.utils import quantize_model
 
-from mlx_hybridcache.demo import BUNDLED_MODEL, evaluate
-from mlx_hybridcache.demo.architecture import SHAPE
-from mlx_hybridcache.demo.corpus import documents, split
-from mlx_hybridcache.demo.data import encode_text
-from mlx_hybridcache.demo.fast_math import cross_entropy, silu
-from mlx_hybridcache.demo.gated_delta import chunked_gated_delta, training_forms
-from mlx_hybridcache.demo.ngrams import NGrams
-from mlx_hybridcache.demo.train import SMOKE, Run, Settings, load_data, weights_of
+from mlx_hybridcache.demo import BUNDLED_MODEL
 
 TOOL: dict[str, Any] = {
     "type": "function",

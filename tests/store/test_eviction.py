@@ -7,14 +7,14 @@ from contextlib import suppress
 import full_scan
 import pytest
 from full_scan import FullScan
-from mlx_hybridcache_bench.simulate import (
+from mlx_hybridcache_bench.policies.simulate import (
     SHAPES,
     Simulation,
     SizedCheckpoint,
     SizedLender,
     SizedRows,
 )
-from mlx_hybridcache_bench.workloads import WORKLOADS, workload
+from mlx_hybridcache_bench.policies.workloads import WORKLOADS, workload
 from test_store import ROW, STATE, N, save
 
 from mlx_hybridcache.errors import BudgetError, NotStoredError

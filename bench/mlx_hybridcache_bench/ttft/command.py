@@ -17,25 +17,25 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from mlx_hybridcache import PromptError
 
-from ..crowd import AT_ONCE
-from ..machine import machine, one_line
-from ..scenarios import LONGER
-from ..server import tokenizer_of
-from ..servers import OURS, THEIRS, ServerError
-from ..tables import show, write_json
-from .charts import charts
+from ..kit.machine import machine, one_line
+from ..kit.tables import show, size_text, write_json
+from ..kit.text import tokenizer_of
+from ..report.charts import charts
+from ..report.markdown import markdown
+from ..report.page import report
+from ..report.results import MEASURED, PARTIAL, Results
+from ..report.summary import notes, servers_sheet, sheets
+from ..report.verdict import verdicts
+from ..serving.crowd import AT_ONCE
+from ..serving.load import LoadWatch
+from ..serving.scenarios import LONGER
+from ..serving.servers import OURS, THEIRS, ServerError
 from .contenders import LLAMA, Contender, compared, flags_of
-from .load import LoadWatch
-from .markdown import markdown
 from .measure import Measurement
 from .pace import Pace, duration_text
-from .plan import NAMES, USUAL, Plan, size_text, sizes_of
+from .plan import NAMES, USUAL, Plan, sizes_of
 from .remote import at_url
-from .report import report
-from .results import MEASURED, PARTIAL, Results
-from .summary import notes, servers_sheet, sheets
 from .turns import fit_together, measure_in_turns
-from .verdict import verdicts
 
 SIZES, QUICK_SIZES = ("12K", "30K", "60K", "120K"), ("1050",)
 REPEATS = 3

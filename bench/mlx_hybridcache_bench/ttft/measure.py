@@ -9,20 +9,8 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 
-from ..client import Reply, RequestFailed
-from ..crowd import Sizes, measure_runs
-from ..rounds import Asked, Side, fresh_nonce, measure_rounds
-from ..scenarios import AT_EVERY_SIZE, COLD, SCENARIOS, Material, Step
-from ..servers import Launch, ServerError, ServerProcess
-from ..target import Target
-from .contenders import Contender
-from .dialect import ESTIMATED, Dialect, learn, material_for, says_sizes
-from .memory import MemoryWatch
-from .oddities import odd
-from .pace import REQUEST_SECONDS, Pace
-from .plan import AFTER_RESTART, IDENTICAL, RESTART, Plan
-from .remote import RemoteServer
-from .results import (
+from ..report.oddities import odd
+from ..report.results import (
     FAILED,
     MISSING,
     PARTIAL,
@@ -32,6 +20,26 @@ from .results import (
     Situation,
     Trouble,
 )
+from ..serving.client import Reply, RequestFailed
+from ..serving.crowd import IDENTICAL, Sizes, measure_runs
+from ..serving.rounds import Asked, Side, fresh_nonce, measure_rounds
+from ..serving.scenarios import (
+    AFTER_RESTART,
+    AT_EVERY_SIZE,
+    COLD,
+    RESTART,
+    SCENARIOS,
+    Material,
+    Step,
+)
+from ..serving.servers import Launch, ServerError, ServerProcess
+from ..serving.target import Target
+from .contenders import Contender
+from .dialect import ESTIMATED, Dialect, learn, material_for, says_sizes
+from .memory import MemoryWatch
+from .pace import REQUEST_SECONDS, Pace
+from .plan import Plan
+from .remote import RemoteServer
 
 MOST_RESTARTS = 5
 """A server that dies more often is left alone."""

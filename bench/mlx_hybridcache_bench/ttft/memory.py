@@ -8,8 +8,8 @@ from typing import Self
 
 import psutil
 
-from ..servers import ServerProcess
-from .results import Memory
+from ..report.results import Memory
+from ..serving.servers import ServerProcess
 
 POLL_SECONDS = 0.25
 

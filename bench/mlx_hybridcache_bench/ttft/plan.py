@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..crowd import SITUATIONS
-from ..scenarios import AT_EVERY_SIZE, SCENARIOS, steps_of
+from ..serving.crowd import IDENTICAL, SHORT_BEHIND_LONG
+from ..serving.scenarios import AT_EVERY_SIZE, RESTART, SCENARIOS, steps_of
 
-IDENTICAL, SHORT_BEHIND_LONG, _ = SITUATIONS
-RESTART, AFTER_RESTART = "restart", "after a restart"
 USUAL = (
     *("repeat", "chat", "changed-ending", "system-prompt", "volatile-line", "tool-loop"),
     *("branch-and-back", "completions", RESTART, IDENTICAL, SHORT_BEHIND_LONG),
@@ -106,8 +104,3 @@ def sizes_of(given: Sequence[str]) -> tuple[int, ...]:
     """`12000`, `12K` and `12k` are one size. Raises `ValueError`."""
     found = (float(each[:-1]) * 1000 if each[-1:] in ("k", "K") else float(each) for each in given)
     return tuple(sorted({int(each) for each in found}))
-
-
-def size_text(tokens: int) -> str:
-    """`12K` for 12,000, `1,050` for 1,050."""
-    return f"{tokens // 1000}K" if tokens % 1000 == 0 else f"{tokens:,}"
