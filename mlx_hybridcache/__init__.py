@@ -1,7 +1,8 @@
 """A prompt cache for hybrid language models on MLX: restore the nearest checkpoint, replay the rest."""
 
-from .cache import HybridPromptCache
-from .disk.tier import DiskStats
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from .errors import (
     ArgumentError,
     BudgetError,
@@ -16,8 +17,12 @@ from .errors import (
     SettingError,
 )
 from .report import CacheReport, Reason
-from .request import Generation, Ready
-from .store.budget import StoreStats
+
+if TYPE_CHECKING:
+    from .cache import HybridPromptCache
+    from .disk.tier import DiskStats
+    from .request import Generation, Ready
+    from .store.budget import StoreStats
 
 __version__ = "0.1.0"
 
@@ -42,3 +47,24 @@ __all__ = [
     "StoreStats",
     "__version__",
 ]
+
+_LOADED_WHEN_ASKED_FOR = {
+    "DiskStats": "disk.tier",
+    "Generation": "request",
+    "HybridPromptCache": "cache",
+    "Ready": "request",
+    "StoreStats": "store.budget",
+}
+"""What needs MLX, with its module: importing MLX and mlx-lm takes seconds, which `--help` has not."""
+
+
+def __getattr__(name: str) -> object:
+    if name not in _LOADED_WHEN_ASKED_FOR:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found: object = getattr(import_module(f".{_LOADED_WHEN_ASKED_FOR[name]}", __name__), name)
+    globals()[name] = found  # the next time Python finds it without asking here
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
-from ..caches.checkpoint import Checkpoint
-from ..caches.kinds.rows import RowBlock
 from .eviction.policy import NEAR_TOKENS
 from .lazy_rows import BorrowedRows
 from .tree import Match, Node
+
+if TYPE_CHECKING:
+    from ..caches.checkpoint import Checkpoint
+    from ..caches.kinds.rows import RowBlock
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,10 +11,10 @@ import hashlib
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..caches.checkpoint import Checkpoint
 from ..errors import BudgetError, NotStoredError, SettingError
 from ..tokens import Namespace, Tokens
 from .budget import Budget, Claim, Holders, StoreStats
@@ -28,6 +28,9 @@ from .match import Found
 from .namespaces import Trees
 from .outline import Outline
 from .tree import Match, Node, PrefixTree, Rows
+
+if TYPE_CHECKING:
+    from ..caches.checkpoint import Checkpoint
 
 log = logging.getLogger("mlx_hybridcache")
 
