@@ -56,9 +56,10 @@ def specialised(seed: int, *, unlike: float = 1e-5) -> Specialised:
     """
     rng = np.random.default_rng(seed)
     model = _empty()
+    parameters: Any = tree_flatten(model.parameters())
     weights = {
         name: np.zeros(array.shape) if array.ndim > 1 else np.ones(array.shape)
-        for name, array in tree_flatten(model.parameters())
+        for name, array in parameters
     }
     characters = np.eye(VOCABULARY)
     # A character of size 1 among HIDDEN places comes out of a norm sqrt(HIDDEN) high.
