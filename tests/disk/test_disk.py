@@ -16,7 +16,7 @@ import numpy as np
 import oracle
 import pytest
 import tiny
-from long import mostly_long
+from long import forms, mostly_long
 from oracle import STEP
 from places import SUPPORT
 
@@ -362,7 +362,8 @@ def test_flush_writes_what_waits_and_says_when_it_did_not(tmp_path: Path) -> Non
         assert sum(files(tmp_path).values()) == stats.held_bytes == stats.written_bytes
 
 
-def test_the_queue_is_bounded_and_what_waits_in_it_counts(tmp_path: Path) -> None:
+@pytest.mark.parametrize("prompts", forms(16, 40))
+def test_the_queue_is_bounded_and_what_waits_in_it_counts(prompts: int, tmp_path: Path) -> None:
     """A budget of 2 MB and a disk that stands still: at most a sixteenth and a segment is lent, what the
     store let go of meanwhile counts until it is given back, and the budget holds.
     """
@@ -370,7 +371,7 @@ def test_the_queue_is_bounded_and_what_waits_in_it_counts(tmp_path: Path) -> Non
     with opened(tmp_path, memory_budget=budget) as cache:
         lingering = 0
         with held_up(cache):
-            for seed in range(40):
+            for seed in range(prompts):
                 oracle.read(cache, oracle.prompt(LENGTH, seed=30 + seed))
                 stats = cache.stats()
                 assert stats.held_bytes <= budget
@@ -484,14 +485,15 @@ def test_rows_without_any_state_restore_nothing(name: str, tmp_path: Path) -> No
         assert_as_cold(cache, tokens)
 
 
-def test_what_was_let_go_before_it_was_written_is_let_go_of(tmp_path: Path) -> None:
-    """Forty prompts through 2 MB while the disk stands still: what it never got is not held for it."""
+@pytest.mark.parametrize("prompts", forms(16, 40))
+def test_what_was_let_go_before_it_was_written_is_let_go_of(prompts: int, tmp_path: Path) -> None:
+    """Many prompts through 2 MB while the disk stands still: what it never got is not held for it."""
     with opened(tmp_path, memory_budget=2_000_000) as cache, held_up(cache):
         oracle.read(cache, oracle.prompt(LENGTH, seed=60))
         gc.collect()
         mx.clear_cache()
         before = mx.get_active_memory() - cache.stats().held_bytes
-        for seed in range(61, 101):
+        for seed in range(61, 61 + prompts):
             oracle.read(cache, oracle.prompt(LENGTH, seed=seed))
         held = mx.get_active_memory() - before - cache.stats().held_bytes
         assert held < 200_000
@@ -776,12 +778,13 @@ def watch_files() -> None:
     sys.addaudithook(hook)
 
 
-def test_no_file_is_touched_on_the_worker_thread(tmp_path: Path) -> None:
-    """Forty requests with writes, evictions in both tiers, promotions, a damaged file, pins and a
+@pytest.mark.parametrize("requests", forms(18, 40))
+def test_no_file_is_touched_on_the_worker_thread(requests: int, tmp_path: Path) -> None:
+    """Requests with writes, evictions in both tiers, promotions, a damaged file, pins and a
     `clear`: the disk thread opens files all the time, the worker not once.
     """
     watch_files()
-    prompts = [oracle.prompt(LENGTH, seed=200 + seed % 7) for seed in range(40)]
+    prompts = [oracle.prompt(LENGTH, seed=200 + seed % 7) for seed in range(requests)]
     write(tmp_path, *prompts[:7])
     how = {"memory_budget": 1_000_000, "disk_budget": 900_000, "tokenizer": oracle.word_tokenizer()}
     with opened(tmp_path, **how) as cache:
@@ -791,7 +794,7 @@ def test_no_file_is_touched_on_the_worker_thread(tmp_path: Path) -> None:
         try:
             tiers = set()
             for at, tokens in enumerate(prompts):
-                if at == 20:
+                if at == requests // 2:
                     forget_memory(cache)
                     for path in tmp_path.rglob("*.state.safetensors"):
                         path.write_bytes(path.read_bytes()[:-1])

@@ -10,6 +10,7 @@ import oracle
 import pytest
 import tiny
 from faults import Said, segments, served
+from long import forms
 from test_catalogue import STEP, Shelf
 
 from mlx_hybridcache.disk import index as index_module
@@ -77,9 +78,10 @@ def visits(monkeypatch):
 # The index tells what changed
 
 
-def test_the_index_reads_as_many_rows_as_changed(tmp_path):
-    """2,000 files are noted; then one is used twice, one pinned, one dropped and one added: five rows."""
-    entries = path_of_files(1000)
+@pytest.mark.parametrize("count", forms(150, 1000))
+def test_the_index_reads_as_many_rows_as_changed(tmp_path, count):
+    """Twice as many files are noted; then one is used twice, one pinned, one dropped and one added: five rows."""
+    entries = path_of_files(count)
     writer = Index(tmp_path / "index.sqlite")
     writer.put(entries[:-1])
     number = writer.number()

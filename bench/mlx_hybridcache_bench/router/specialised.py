@@ -9,7 +9,6 @@ The class is mlx-lm's own Qwen3-MoE, so nothing that reads it can tell.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -56,10 +55,10 @@ def specialised(seed: int, *, unlike: float = 1e-5) -> Specialised:
     """
     rng = np.random.default_rng(seed)
     model = _empty()
-    parameters: Any = tree_flatten(model.parameters())
+    parameters: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
     weights = {
         name: np.zeros(array.shape) if array.ndim > 1 else np.ones(array.shape)
-        for name, array in parameters
+        for name, array in parameters.items()
     }
     characters = np.eye(VOCABULARY)
     # A character of size 1 among HIDDEN places comes out of a norm sqrt(HIDDEN) high.
