@@ -9,6 +9,7 @@ The class is mlx-lm's own Qwen3-MoE, so nothing that reads it can tell.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
