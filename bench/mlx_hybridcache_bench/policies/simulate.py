@@ -87,7 +87,8 @@ class Simulation:
         live = self._tiers.live(request)
         try:
             found = _last(self._tiers.resume(request, live))
-            _last(self._prefill.read(request, live, found))
+            for _ in self._prefill.read(request, live, found):
+                pass  # nobody else has a turn
             if asked.keeps_reply:
                 live.caches[0].position = len(asked.history)
                 self._tiers.save_end(request, live, asked.history)
