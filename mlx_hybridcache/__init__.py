@@ -21,7 +21,7 @@ from .report import CacheReport, Reason
 if TYPE_CHECKING:
     from .cache import HybridPromptCache
     from .disk.tier import DiskStats
-    from .request import Generation, Ready
+    from .request.generation import Generation, Ready
     from .store.budget import StoreStats
 
 __version__ = "0.1.0"
@@ -50,9 +50,9 @@ __all__ = [
 
 _LOADED_WHEN_ASKED_FOR = {
     "DiskStats": "disk.tier",
-    "Generation": "request",
+    "Generation": "request.generation",
     "HybridPromptCache": "cache",
-    "Ready": "request",
+    "Ready": "request.generation",
     "StoreStats": "store.budget",
 }
 """What needs MLX, with its module: importing MLX and mlx-lm takes seconds, which `--help` has not."""

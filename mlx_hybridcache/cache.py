@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar, overload
@@ -17,23 +15,11 @@ import mlx.core as mx
 from mlx_lm.generate import GenerationResponse, wired_limit
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from . import models
-from .arguments import (
-    check_counts,
-    check_keywords,
-    check_model,
-    check_text,
-    check_whole,
-    known_keywords,
-    positions,
-    token_ids,
-)
 from .caches.layout import Layout
-from .caches.room import REPLY_ROOM, ROW_STEP
-from .decode import batch_check as batching
-from .decode.decoder import Prepared
+from .caches.live import LiveCaches
+from .caches.room import REPLY_ROOM
 from .decode.sampling import random_state
-from .disk.tier import DiskStats, DiskTier, Lent
+from .disk.tier import DiskStats, Lent
 from .engine import Engine
 from .errors import (
     ArgumentError,
@@ -41,28 +27,29 @@ from .errors import (
     CacheMismatchError,
     ClosedError,
     HybridCacheError,
-    PromptError,
     SettingError,
 )
-from .machine import Pressure, default_reserve
-from .prefill.schedule import Grid
+from .prefill.schedule import MIN_STEP, STEP
 from .report import CacheReport
-from .request import Generation, HeldClaim, Progress, Ready, Request
-from .router import Patch, applied, apply, choose_patch
-from .sizes import format_bytes, parse_bytes
+from .request.arguments import (
+    check_keywords,
+    check_model,
+    check_text,
+    known_keywords,
+    positions,
+)
+from .request.generation import Generation, HeldClaim, Ready
+from .request.info import CacheInfo
+from .request.prompts import Prompts
+from .request.request import Progress, Request
+from .router import Patch
+from .settings import Settings, info
 from .store.budget import StoreStats
 from .store.outline import Outline
-from .store.store import Store
-from .tokens import Namespace, Tokens, learn_turn_marks, prompt_tokens, settings_digest
-from .worker.worker import (
-    Load,
-    Pause,
-    Stream,
-    Worker,
-    closed,
-)
-
-log = logging.getLogger("mlx_hybridcache")
+from .tokens import Namespace, prompt_tokens
+from .worker.stream import Stream
+from .worker.turns import Load, Pause
+from .worker.worker import Worker, closed
 
 T = TypeVar("T")
 
@@ -123,9 +110,9 @@ class HybridPromptCache:
         memory_budget: int | str | None = None,
         memory_reserve: int | str | None = None,
         exact: bool = False,
-        prefill_step_size: int = 2048,
-        checkpoint_every: int = 2048,
-        checkpoint_min_step: int = 512,
+        prefill_step_size: int = STEP,
+        checkpoint_every: int = STEP,
+        checkpoint_min_step: int = MIN_STEP,
         swa_full: bool = False,
         max_conversations: int | None = None,
         max_checkpoints: int | None = None,
@@ -136,92 +123,46 @@ class HybridPromptCache:
     ):
         check_model(model, tokenizer)
         check_text("cache_salt", cache_salt)
-        check_counts(
+        settings = Settings(
+            memory_budget=memory_budget,
+            memory_reserve=memory_reserve,
+            exact=exact,
             prefill_step_size=prefill_step_size,
             checkpoint_every=checkpoint_every,
             checkpoint_min_step=checkpoint_min_step,
+            swa_full=swa_full,
+            max_conversations=max_conversations,
+            max_checkpoints=max_checkpoints,
+            cache_dir=cache_dir,
+            disk_budget=disk_budget,
+            router=router,
         )
         if tokenizer is not None and not isinstance(tokenizer, TokenizerWrapper):
             tokenizer = TokenizerWrapper(tokenizer)
-        models.evaluate(model)
-        layout = Layout.of(model, prefill_step_size, swa_full=swa_full)
+        layout = settings.layout(model)
         # Also when this one fails, or is dropped rather than closed.
         self._let_go = weakref.finalize(self, layout.release)
-        every = -(-checkpoint_every // prefill_step_size) * prefill_step_size
-        budget = models.default_budget(model) if memory_budget is None else memory_budget
-        store = Store(
-            parse_bytes(budget),
-            needs_checkpoints=layout.needs_snapshots,
-            stride=prefill_step_size if exact else 1,
-            max_conversations=max_conversations,
-            max_checkpoints=max_checkpoints,
-            holders=(lent := Lent()),
-        )
-        _check_budget(layout, store)
-        if disk_budget is not None and cache_dir is None:
-            raise SettingError("disk_budget needs a cache_dir to hold.")
-        if router is not None:
-            apply(model, choose_patch(model, tokenizer, router))
-        load = Load()
-        device = (str(mx.default_device()), version("mlx"), prefill_step_size)
-        self.engine = Engine(
-            model=model,
-            tokenizer=tokenizer,
-            layout=layout,
-            grid=Grid(prefill_step_size, every, checkpoint_min_step, layout.alignment),
-            store=store,
-            marks=learn_turn_marks(tokenizer),
-            settings=settings_digest(
-                model=models.fingerprint(model),
-                swa_full=swa_full,
-                exact=device if exact else False,
-                # The rows are in the fingerprint, how they are selected from is not.
-                **({} if (selection := applied(model)) is None else {"router": selection}),
-            ),
-            exact=exact,
-            # Which bits a batch gives depends on the device, so exact mode decodes one by one.
-            batches=not exact and not layout.unsupported and batching.shown(model, layout),
-            load=load,
-            pressure=Pressure(
-                default_reserve() if memory_reserve is None else parse_bytes(memory_reserve)
-            ),
-        )
-        self._salt = cache_salt
+        load, references = Load(), Lent()
+        self.engine = engine = settings.engine(model, tokenizer, layout, load, references)
+        self.info: CacheInfo = info(engine)
+        """What this cache is for all of its life."""
+        self.load: Load = load
+        """How many requests read, wait for what others read, and write."""
+        self._prompts = Prompts(tokenizer, layout.vocabulary, cache_salt)
+        self._close_files: Callable[[], object] = lambda: None
         self._disk_end: Callable[[], object] = lambda: None
-        if layout.unsupported:
-            log.warning(
-                "%s cannot be stored by this version: requests are served without the cache.",
-                ", ".join(layout.unsupported),
-            )
         self._worker = Worker(
-            held=lambda: _mlx_thread(model),
-            name="mlx-hybridcache",
-            load=load,
-            between=self.engine.relieve,
+            lambda: _mlx_thread(model), "mlx-hybridcache", load, between=engine.relief.relieve
         )
         if cache_dir is not None and not layout.unsupported:
-            disk = DiskTier.open(
-                Path(cache_dir).expanduser(),
-                None if disk_budget is None else parse_bytes(disk_budget),
-                store,
-                lent,
-                layout,
-                model,
-                every,
-                self._worker.post,
-            )
+            engine.tiers.disk = disk = settings.disk(engine, references, self._worker.post)
+            self._close_files = disk.thread.close
             self._disk_end = weakref.finalize(self, disk.thread.close)
-            self.engine.disk = disk
 
     @property
     def last_report(self) -> CacheReport | None:
         """The report of the call that finished last."""
         return self.engine.last_report
-
-    @property
-    def load(self) -> Load:
-        """How many requests read, wait for what others read, and write."""
-        return self.engine.load
 
     @property
     def is_alive(self) -> bool:
@@ -288,25 +229,11 @@ class HybridPromptCache:
         read, and `SettingError` for a `draft_model` beside layers that cannot take tokens back.
         """
         engine = self.engine
-        if engine.tokenizer is None:
-            raise HybridCacheError(
-                "stream_generate needs a tokenizer; give one to the constructor."
-            )
         check_keywords("stream_generate", options, KEYWORDS)
-        if not isinstance(max_tokens, int):
-            raise ArgumentError(f"max_tokens is {max_tokens!r}; a whole number is needed.")
-        if max_tokens == 0:
-            raise SettingError("max_tokens must not be zero (use -1 for no limit).")
-        if options.get("draft_model") is not None and not engine.layout.goes_back:
-            raise SettingError(
-                "draft_model cannot be used with this model: drafted tokens that are refused must be "
-                "taken back, which its recurrent or sliding-window layers cannot do in mlx-lm, so that "
-                "the reply would be another one. Leave it out."
-            )
+        _check_generating(engine, max_tokens, options)
         request = self._request(
-            prompt, max_tokens, boundaries, prompt_progress_callback, cache_salt
+            prompt, max_tokens, boundaries, prompt_progress_callback, cache_salt, best_effort
         )
-        request.best_effort = best_effort
         uncached = [name for name in UNCACHED_OPTIONS if options.get(name) is not None]
         if not use_cache:
             uncached.append("use_cache=False")
@@ -406,27 +333,12 @@ class HybridPromptCache:
         states that this library read along its own grid can be told to be exact; `BudgetError`
         when there is no room.
         """
-        engine, layout = self.engine, self.engine.layout
+        layout = self.engine.layout
         history = prompt_tokens(tokens, layout.vocabulary)
-        if layout.depends_on_slices(len(history)):
-            raise CacheMismatchError(
-                f"Beyond {layout.slicing_limit:,} tokens what this model computes depends on the "
-                f"slices they are read in; use prefill, whose slices are known. Found {len(history):,}."
-            )
-        if engine.exact or layout.unsupported:
-            raise CacheMismatchError(
-                "An exact store keeps only what it has read itself; use prefill."
-                if engine.exact
-                else f"{', '.join(layout.unsupported)} cannot be stored by this version."
-            )
-        why = layout.mismatch(prompt_cache, len(history))
-        if why is not None:
-            raise CacheMismatchError(
-                f"Cannot save {len(history)} tokens: {why}. Nothing was stored."
-            )
+        _check_savable(layout, len(history), prompt_cache, exact=self.info.exact)
         mx.eval([cache.state for cache in prompt_cache])  # lazy arrays belong to this thread
-        namespace = self._namespace(cache_salt)
-        if not self._worker.call(engine.save_caches, namespace, history, prompt_cache):
+        request = self.engine.sharing.request(history, self._prompts.salt_of(cache_salt), 1)
+        if not self._worker.call(self.engine.tiers.save_foreign, request, prompt_cache):
             raise BudgetError(
                 "Nothing was saved: there was no room (raise memory_budget or release caches)"
                 + layout.stores_every_slice * ", or rows have left a sliding window"
@@ -443,36 +355,36 @@ class HybridPromptCache:
 
     def stats(self) -> StoreStats:
         """What is held, in bytes and counts. `summary` says the same from then on."""
-        self._worker.call(self.engine.publish)
+        self._worker.call(self.engine.tiers.publish)
         return self.summary
 
     @property
     def summary(self) -> StoreStats:
         """The same as the last request left it, without waiting for the worker."""
-        return self.engine.summary
+        return self.engine.tiers.summary
 
     def disk_stats(self) -> DiskStats | None:
         """What the cache directory holds; None without one."""
-        disk = self.engine.disk
-        return None if disk is None else self._worker.call(disk.stats)
+        return self._worker.call(self.engine.tiers.disk.stats)
 
     @property
     def disk_summary(self) -> DiskStats | None:
         """The same as the last request or write left it, without waiting for the worker."""
-        return None if self.engine.disk is None else self.engine.disk.summary
+        return self.engine.tiers.disk.summary
 
     @property
     def outlines(self) -> Outlines:
         """The trees of both tiers as the last request left them, without waiting for the worker."""
-        disk = self.engine.disk
-        return Outlines(self.engine.outlines, {} if disk is None else disk.outlines)
+        tiers = self.engine.tiers
+        return Outlines(tiers.outlines, tiers.disk.outlines)
 
     @known_keywords
     def checkpoints(self, *, cache_salt: str | None = None) -> list[list[int]]:
         """The tokens that lead to each stored checkpoint."""
-        spaces, store = self.engine.namespaces(self._salt_of(cache_salt)), self.engine.store
+        spaces = self.engine.sharing.namespaces(self._prompts.salt_of(cache_salt))
+        memory = self.engine.tiers.memory
         return self._worker.call(
-            lambda: [tokens.tolist() for each in spaces for tokens, _ in store.checkpoints(each)]
+            lambda: [tokens.tolist() for each in spaces for tokens, _ in memory.checkpoints(each)]
         )
 
     def clear(self) -> None:
@@ -488,14 +400,14 @@ class HybridPromptCache:
 
         Raises `BudgetError` when pins would take more than half the budget.
         """
-        tokens, salt = self._tokens(prompt), self._salt_of(cache_salt)
-        return self._worker.call(self.engine.pin, salt, tokens, is_pinned=True)
+        tokens, salt = self._prompts.tokens(prompt), self._prompts.salt_of(cache_salt)
+        return self._worker.call(self.engine.tiers.pin, salt, tokens, is_pinned=True)
 
     @known_keywords
     def unpin(self, prompt: str | Iterable[int], *, cache_salt: str | None = None) -> int:
         """Treat what restores `prompt` like everything else again; returns its position."""
-        tokens, salt = self._tokens(prompt), self._salt_of(cache_salt)
-        return self._worker.call(self.engine.pin, salt, tokens, is_pinned=False)
+        tokens, salt = self._prompts.tokens(prompt), self._prompts.salt_of(cache_salt)
+        return self._worker.call(self.engine.tiers.pin, salt, tokens, is_pinned=False)
 
     @known_keywords
     def drop(self, prompt: str | Iterable[int], *, cache_salt: str | None = None) -> int:
@@ -507,7 +419,7 @@ class HybridPromptCache:
         as long as they do. Raises `NotStoredError` when `prompt` is
         not stored, up to its last token, and `PinnedError` when a pin would go; then nothing is forgotten.
         """
-        tokens, salt = self._tokens(prompt), self._salt_of(cache_salt)
+        tokens, salt = self._prompts.tokens(prompt), self._prompts.salt_of(cache_salt)
         return self._worker.call(self.engine.drop, salt, tokens)
 
     @known_keywords
@@ -516,14 +428,14 @@ class HybridPromptCache:
 
         The most useful is written first. Without a cache directory there is nothing to wait for.
         """
-        disk = self.engine.disk
+        disk = self.engine.tiers.disk
         until = None if seconds is None else time.monotonic() + seconds
-        while disk is not None and self._worker.call(disk.is_writing):
+        while self._worker.call(disk.is_writing):
             self._worker.check_may_wait()
             if until is not None and time.monotonic() >= until:
                 return False
             time.sleep(FLUSH_INTERVAL_SECONDS)
-        return disk is None or self._worker.call(lambda: disk.is_written)
+        return self._worker.call(lambda: disk.is_written)
 
     @known_keywords
     def close(self, flush_seconds: float = 20.0) -> None:
@@ -534,12 +446,11 @@ class HybridPromptCache:
         """
         with suppress(ClosedError):  # closing twice is no mistake
             self.flush(flush_seconds)
-            self._worker.call(self.engine.store.clear)
+            self._worker.call(self.engine.tiers.memory.clear)
         self._worker.close()
         self._let_go()
         self._disk_end()
-        if self.engine.disk is not None:  # another thread that closes it may have come first
-            self.engine.disk.thread.close()
+        self._close_files()  # another thread that closes it may have come first
 
     def __enter__(self) -> Self:
         return self
@@ -552,30 +463,6 @@ class HybridPromptCache:
     ) -> None:
         self.close()
 
-    def _salt_of(self, cache_salt: str | None) -> str:
-        if cache_salt is None:
-            return self._salt
-        check_text("cache_salt", cache_salt)
-        return cache_salt
-
-    def _namespace(self, cache_salt: str | None) -> Namespace:
-        return Namespace(self.engine.settings, self._salt_of(cache_salt))
-
-    def _tokens(self, prompt: str | Iterable[int]) -> Tokens:
-        if isinstance(prompt, str):
-            tokenizer = self.engine.tokenizer
-            if tokenizer is None:
-                raise PromptError("A text prompt needs a tokenizer; give one to the constructor.")
-            check_whole(prompt)
-            # The rule by which mlx_lm.stream_generate adds special tokens.
-            bos = tokenizer.bos_token
-            ids = tokenizer.encode(
-                prompt, add_special_tokens=bos is None or not prompt.startswith(bos)
-            )
-        else:
-            ids = token_ids(prompt)
-        return prompt_tokens(ids, self.engine.layout.vocabulary)
-
     def _request(
         self,
         prompt: str | Iterable[int],
@@ -583,26 +470,64 @@ class HybridPromptCache:
         boundaries: Sequence[int] = (),
         on_progress: Progress | None = None,
         cache_salt: str | None = None,
+        best_effort: bool = False,
     ) -> Request:
-        tokens, salt = self._tokens(prompt), self._salt_of(cache_salt)
-        request = self.engine.request(tokens, salt, max_tokens, positions(boundaries, len(tokens)))
-        if on_progress is not None:
-            request.on_progress = on_progress
-        return request
+        tokens, salt = self._prompts.tokens(prompt), self._prompts.salt_of(cache_salt)
+        return self.engine.sharing.request(
+            tokens,
+            salt,
+            max_tokens,
+            boundaries=tuple(positions(boundaries, len(tokens))),
+            best_effort=best_effort,
+            **({} if on_progress is None else {"on_progress": on_progress}),
+        )
+
+
+def _check_generating(engine: Engine, max_tokens: object, options: Mapping[str, Any]) -> None:
+    if engine.tokenizer is None:
+        raise HybridCacheError("stream_generate needs a tokenizer; give one to the constructor.")
+    if not isinstance(max_tokens, int):
+        raise ArgumentError(f"max_tokens is {max_tokens!r}; a whole number is needed.")
+    if max_tokens == 0:
+        raise SettingError("max_tokens must not be zero (use -1 for no limit).")
+    if options.get("draft_model") is not None and not engine.layout.goes_back:
+        raise SettingError(
+            "draft_model cannot be used with this model: drafted tokens that are refused must be "
+            "taken back, which its recurrent or sliding-window layers cannot do in mlx-lm, so that "
+            "the reply would be another one. Leave it out."
+        )
+
+
+def _check_savable(layout: Layout, tokens: int, caches: Sequence[Any], *, exact: bool) -> None:
+    if layout.depends_on_slices(tokens):
+        raise CacheMismatchError(
+            f"Beyond {layout.slicing_limit:,} tokens what this model computes depends on the "
+            f"slices they are read in; use prefill, whose slices are known. Found {tokens:,}."
+        )
+    if exact or layout.unsupported:
+        raise CacheMismatchError(
+            "An exact store keeps only what it has read itself; use prefill."
+            if exact
+            else f"{', '.join(layout.unsupported)} cannot be stored by this version."
+        )
+    why = layout.mismatch(caches, tokens)
+    if why is not None:
+        raise CacheMismatchError(f"Cannot save {tokens} tokens: {why}. Nothing was stored.")
 
 
 def _handed_over(
-    steps: Iterator[Prepared | Pause], request: Request, worker: Worker
+    steps: Iterator[LiveCaches | Pause], request: Request, worker: Worker
 ) -> Iterator[Ready | Pause]:
     """Caches as their caller gets them; made here, what nobody takes any more is given back too."""
     for step in steps:
         if isinstance(step, Pause):
             yield step
         else:
-            assert request.report is not None
-            rest = request.tokens[step.position :].tolist()
-            held = HeldClaim(step.claim, worker)
-            yield Ready(step.caches, rest, step.position, request.report, held)
+            report, rest = request.account.report, request.tokens[step.position :].tolist()
+            assert report is not None
+            caches, claim = step.hand_over()
+            yield Ready(caches, rest, step.position, report, HeldClaim(claim, worker))
+            del caches  # whoever took them has the only hold on them
 
 
 def _only(found: list[Ready]) -> Ready:
@@ -616,15 +541,6 @@ def _through(
 ) -> Iterator[T | Pause]:
     with closing(steps):  # type: ignore[type-var]  # both ways of answering are generators
         yield from through(steps)
-
-
-def _check_budget(layout: Layout, store: Store) -> None:
-    smallest = layout.running_bytes(ROW_STEP) + layout.snapshot_bytes + ROW_STEP * layout.row_bytes
-    if store.budget_bytes < smallest:
-        raise BudgetError(
-            f"memory_budget is {format_bytes(store.budget_bytes)}; one running request of "
-            f"{ROW_STEP} tokens and one checkpoint of this model need {format_bytes(smallest)}."
-        )
 
 
 @contextmanager

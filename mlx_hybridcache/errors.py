@@ -43,3 +43,21 @@ class RouterError(HybridCacheError):
 
 class ClosedError(HybridCacheError, RuntimeError):
     """The cache was closed before the call."""
+
+
+def refusal(error: OSError) -> str:
+    """What the system would not do, as a sentence: which file, and why."""
+    if error.filename is None or error.strerror is None:
+        return str(error)
+    name = error.filename.decode() if isinstance(error.filename, bytes) else error.filename
+    why = _REFUSALS.get(type(error), f": {error.strerror}")
+    return f"{name}{why}."
+
+
+_REFUSALS: dict[type[OSError], str] = {
+    FileNotFoundError: " does not exist, or the directory that it is to be in does not",
+    FileExistsError: " exists already",
+    IsADirectoryError: " is a directory, where a file is needed",
+    NotADirectoryError: " is no directory, or a part of that path is a file",
+    PermissionError: ": this user has no permission for that",
+}

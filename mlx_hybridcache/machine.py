@@ -40,20 +40,20 @@ CGROUPS = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
+class MemoryLeft:
     """What the system said at one moment: bytes that this process can still take, macOS's level."""
 
     left_bytes: int
     level: int = NORMAL
 
 
-def excess(reading: Reading, *, reserve_bytes: int, held_bytes: int, coming_bytes: int = 0) -> int:
+def excess(left: MemoryLeft, *, reserve_bytes: int, held_bytes: int, coming_bytes: int = 0) -> int:
     """Of `held_bytes`, how many must go so that `reserve_bytes` are left beside `coming_bytes`.
 
     `coming_bytes` are about to be allocated.
     """
-    missing = reserve_bytes + coming_bytes - reading.left_bytes
-    share = int(held_bytes * SHARES.get(reading.level, 0))
+    missing = reserve_bytes + coming_bytes - left.left_bytes
+    share = int(held_bytes * SHARES.get(left.level, 0))
     return min(held_bytes, max(0, missing, share))
 
 
@@ -67,7 +67,7 @@ class Pressure:
         self,
         reserve_bytes: int,
         *,
-        read: Callable[[], Reading] | None = None,
+        read: Callable[[], MemoryLeft] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
         has = memory_bytes()
@@ -77,7 +77,7 @@ class Pressure:
                 f"{format_bytes(has)} in all: nothing could be kept. Name less, or 0 for no reserve."
             )
         self.reserve_bytes = reserve_bytes
-        self._read = read or reading
+        self._read = read or memory_left
         self._clock = clock
         self._due = clock()
 
@@ -99,11 +99,11 @@ class Pressure:
         )
 
 
-def reading() -> Reading:
+def memory_left() -> MemoryLeft:
     """What the system says now."""
     left = psutil.virtual_memory().available
     left = min([left, *(limit - used for limit, used in cgroup_limits())])
-    return Reading(max(0, left), _level())
+    return MemoryLeft(max(0, left), _level())
 
 
 def memory_bytes() -> int:

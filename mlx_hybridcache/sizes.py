@@ -1,4 +1,9 @@
-"""Sizes in bytes and lengths in tokens, as people write them; shown in binary units throughout."""
+"""Sizes in bytes and lengths in tokens, as people write them; shown in binary units throughout.
+
+Our own, as no well-kept library has these rules: humanfriendly has seen no release since 2021, humanize only
+writes, pint takes longer to import than `cache ls` takes in all, and pydantic's `ByteSize` reads 16Gbit too;
+and none of them reads tokens.
+"""
 
 from __future__ import annotations
 

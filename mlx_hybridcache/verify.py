@@ -27,7 +27,7 @@ AHEAD = 9
 
 
 @dataclass(frozen=True, slots=True)
-class Difference:
+class Comparison:
     """How two runs over one prompt compare. Logits are those of the prompt's last token.
 
     `first_differing_token` is an index into the greedy replies, None where they agree.
@@ -45,11 +45,11 @@ class Point:
     position: int
     restored: int
     prompt_tokens: int
-    difference: Difference
+    found: Comparison
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class Proof:
     """The whole proof: the probe's largest difference, what was allowed, and every point."""
 
     probe: float
@@ -64,7 +64,7 @@ class Verdict:
     @property
     def worst(self) -> float:
         """The largest difference of any point."""
-        return max((point.difference.max_abs for point in self.points), default=0.0)
+        return max((point.found.max_abs for point in self.points), default=0.0)
 
     @property
     def holds(self) -> bool:
@@ -111,7 +111,7 @@ def verify(
     exact: bool = False,
     tolerance: float | None = None,
     on_point: Callable[[int, int], None] = lambda done, total: None,
-) -> Verdict:
+) -> Proof:
     """Read `prompts` through a cache, then compare every restore point with a cold run.
 
     `tolerance` overrides what the probe allows; in exact mode nothing but equality is.
@@ -138,7 +138,7 @@ def verify(
         for done, (position, prompt) in enumerate(stops):
             points.append(_compare(model, cache, position, prompt, settings))
             on_point(done + 1, len(stops))
-    return Verdict(measured, allowed, tuple(points))
+    return Proof(measured, allowed, tuple(points))
 
 
 def _restore_points(
@@ -177,17 +177,17 @@ def _compare(
     return Point(position, hot.report.restored_tokens, len(prompt), difference)
 
 
-def compare(model: Any, hot: Caches, cold: Caches, last: int) -> Difference:
+def compare(model: Any, hot: Caches, cold: Caches, last: int) -> Comparison:
     """Logits and greedy replies of two sets of caches that stand before the token `last`."""
     a, b = next_logits(model, hot, last), next_logits(model, cold, last)
     max_abs, kl = _max_abs(a, b), _kl(b, a)
     for index in range(GREEDY_TOKENS):
         token, other = int(np.array(a).argmax()), int(np.array(b).argmax())
         if token != other:
-            return Difference(max_abs, kl, index)
+            return Comparison(max_abs, kl, index)
         a, b = next_logits(model, hot, token), next_logits(model, cold, token)
         max_abs = max(max_abs, _max_abs(a, b))
-    return Difference(max_abs, kl, None)
+    return Comparison(max_abs, kl, None)
 
 
 def _max_abs(a: mx.array, b: mx.array) -> float:

@@ -1,10 +1,50 @@
-"""The order of the suite: the longest file first, so that no worker is left with it at the end."""
+"""The order of the suite, longest file first, and what each file costs: `pytest --cpu`."""
+
+import os
+from collections import Counter
+from collections.abc import Generator
 
 import pytest
 
 LONGEST = "test_state_machine.py"
+spent = pytest.StashKey[float]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--cpu`: unlike the seconds of a clock, these do not depend on what else the machine does."""
+    parser.addoption(
+        "--cpu", action="store_true", help="CPU seconds of each file, with its processes'"
+    )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files are handed to the workers in this order."""
     items.sort(key=lambda item: item.path.name != LONGEST)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item,
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Note what was spent since the last report; a process counts where it ends."""
+    report = yield
+    now = sum(os.times()[:4])
+    report.cpu_seconds = now - item.config.stash.get(spent, now)
+    item.config.stash[spent] = now
+    return report
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Files in the order of what they cost, and the dearest tests."""
+    if not terminalreporter.config.getoption("cpu"):
+        return
+    files, tests = Counter[str](), Counter[str]()
+    for reports in terminalreporter.stats.values():
+        for each in reports:
+            if seconds := getattr(each, "cpu_seconds", 0.0):
+                files[each.location[0]] += seconds
+                tests[each.nodeid] += seconds
+    terminalreporter.section(f"{files.total():.0f} CPU seconds")
+    for counted, most in ((files, None), (tests, 60)):
+        for name, seconds in counted.most_common(most):
+            terminalreporter.write_line(f"{seconds:8.1f} {name}")

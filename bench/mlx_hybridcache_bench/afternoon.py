@@ -26,10 +26,10 @@ from PIL import Image
 from mlx_hybridcache import HybridCacheError
 from mlx_hybridcache.demo import BUNDLED_MODEL
 
-from .chromium import launched, missing
-from .client import CHAT, COMPLETIONS, Message
-from .scenarios import Material
-from .servers import OURS, Launch, ServerProcess
+from .kit.chromium import launched, missing
+from .serving.client import CHAT, COMPLETIONS, Message
+from .serving.scenarios import Material
+from .serving.servers import OURS, Launch, ServerProcess
 
 TIMEOUT_SECONDS = 300.0
 CLIENTS = 6

@@ -7,26 +7,31 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mlx_hybridcache.cli.console import wide_console
+from mlx_hybridcache.cli.flags import check_can_be_written
 from mlx_hybridcache.demo import BUNDLED_MODEL
-from mlx_hybridcache.demo.run import wide_console
-from mlx_hybridcache.flags import check_can_be_written
 
-from . import decode, disk, kills, load, overhead, page, policies, project, router, server, traces
+from . import against, decode, page, start
+from .disk import command as disk
+from .kills import command as kills
+from .overhead import command as overhead
+from .policies import command as policies
+from .policies import generate as traces
+from .router import command as router
 from .ttft import command as ttft
 
 COMMANDS = {
     "overhead": (overhead, "what the cache costs, each part beside its target"),
     "decode": (decode, "tokens per second with and without the KV cache"),
     "ttft": (ttft, "time to first token of any server, with a report to show"),
-    "server": (server, "time to first token and re-use beside mlx_lm.server"),
+    "start": (start, "what it takes to start servers and commands, beside others"),
+    "against": (against, "a bench or the demo of this checkout beside an older one"),
     "disk": (disk, "a restart with a cache directory, and what the directory costs"),
-    "load": (load, "many clients at once beside mlx_lm.server"),
     "kills": (kills, "what a cache directory loses by kill -9 and power cuts: nothing"),
     "page": (page, "what the live page costs the server and the browser"),
     "router": (router, "what canonicalizing a router does, and whether it helps here"),
     "traces": (traces, "write generated traces for `policies`"),
     "policies": (policies, "tokens replayed by policy and budget, on traces"),
-    "project": (project, "the times to expect of a machine whose cold speed is known"),
 }
 
 

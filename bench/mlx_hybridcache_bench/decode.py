@@ -15,13 +15,13 @@ import mlx.core as mx
 from rich.console import Console
 
 from mlx_hybridcache import HybridPromptCache, models
+from mlx_hybridcache.cli.flags import tokens
 from mlx_hybridcache.demo import BUNDLED_MODEL
-from mlx_hybridcache.flags import tokens
 
-from .machine import machine, one_line
-from .models import VOCABULARY, random_qwen3, random_qwen3_moe
-from .tables import Figure, show, show_figures, write_json
-from .text import prompt_of
+from .kit.machine import machine, one_line
+from .kit.models import VOCABULARY, random_qwen3, random_qwen3_moe
+from .kit.tables import Figure, show, show_figures, write_json
+from .kit.text import prompt_of
 
 LARGEST_PRIME = 2039
 """Below the random models' vocabulary; real ids modulo it keep the text's repetitions."""
@@ -170,7 +170,7 @@ def _show(console: Console, seen: list[Context], new_tokens: int) -> None:
 
 def _plot(console: Console, seen: list[Context], path: Path) -> bool:
     try:
-        from .plot import plot_lines
+        from .kit.plot import plot_lines
     except ModuleNotFoundError as error:
         console.print(f"no plot: {error.name} is missing; pip install 'mlx-hybridcache[bench]'")
         return False

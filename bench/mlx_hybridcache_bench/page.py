@@ -32,11 +32,12 @@ from mlx_hybridcache_server.watching.watch import Watcher
 from rich.console import Console
 
 from mlx_hybridcache import HybridPromptCache
+from mlx_hybridcache.store.budget import StoreStats
 from mlx_hybridcache.tokens import Namespace
 
-from .chromium import launched, missing
-from .machine import machine, one_line
-from .tables import Figure, show_figures, write_json
+from .kit.chromium import launched, missing
+from .kit.machine import machine, one_line
+from .kit.tables import Figure, show_figures, write_json
 
 CONVERSATIONS, UPDATES = 1_000, 30
 TRUNK = (5, 7, 11, 13, 17, 19, 23, 29, 31, 37)
@@ -117,20 +118,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         changes = _Changes(cache, prompts, draw)
         costs = _measure(serving, server, changes, args.updates, browses=not why)
         held = cache.stats()
-    console.print(
-        f"{held.conversations:,} conversations in {held.nodes:,} nodes, {held.checkpoints:,} checkpoints. "
-        f"An event loop that is not watched spends {costs.unwatched_ms:.2f} ms in the same time, one "
-        f"that is {costs.watched_ms:.2f}. With each summary the worker spends {costs.outlines_ms:.3f} ms on "
-        f"outlines, watched or not, beside {costs.stats_ms:.2f} ms on its figures.",
-        highlight=False,
-    )
-    if costs.browser_script_ms is not None:
-        console.print(
-            f"The browser's own account: {costs.browser_script_ms:.1f} ms of scripting and "
-            f"{costs.browser_layout_ms:.1f} ms of layout for an update; the page's: median "
-            f"{_median(costs.script_ms):.1f} ms.",
-            highlight=False,
-        )
+    _tell(console, held, costs)
     figures = costs.figures()
     show_figures(console, figures)
     write_json(
@@ -148,8 +136,25 @@ def run(args: argparse.Namespace, console: Console) -> int:
     return int(any(figure.counted and not figure.kept for figure in figures))
 
 
+def _tell(console: Console, held: StoreStats, costs: Costs) -> None:
+    console.print(
+        f"{held.conversations:,} conversations in {held.nodes:,} nodes, {held.checkpoints:,} checkpoints. "
+        f"An event loop that is not watched spends {costs.unwatched_ms:.2f} ms in the same time, one "
+        f"that is {costs.watched_ms:.2f}. With each summary the worker spends {costs.outlines_ms:.3f} ms on "
+        f"outlines, watched or not, beside {costs.stats_ms:.2f} ms on its figures.",
+        highlight=False,
+    )
+    if costs.browser_script_ms is not None:
+        console.print(
+            f"The browser's own account: {costs.browser_script_ms:.1f} ms of scripting and "
+            f"{costs.browser_layout_ms:.1f} ms of layout for an update; the page's: median "
+            f"{_median(costs.script_ms):.1f} ms.",
+            highlight=False,
+        )
+
+
 def _prompt(draw: random.Random, cache: HybridPromptCache) -> list[int]:
-    most = cache.engine.layout.vocabulary - 1
+    most = cache.info.vocabulary - 1
     return [*TRUNK, *(draw.randrange(most) for _ in range(TOKENS - len(TRUNK)))]
 
 
@@ -201,7 +206,7 @@ class _Changes:
     def one(self) -> list[int]:
         """Some conversation reads a few tokens more."""
         prompt = self._draw.choice(self._prompts)
-        prompt += [self._draw.randrange(self._cache.engine.layout.vocabulary) for _ in range(8)]
+        prompt += [self._draw.randrange(self._cache.info.vocabulary) for _ in range(8)]
         self._cache.prefill(prompt, max_tokens=1).release()
         return prompt
 
@@ -252,15 +257,15 @@ def _made(
 
 def _published(cache: HybridPromptCache, changes: _Changes, count: int) -> tuple[float, float]:
     """What outlines and figures take of the worker's time behind one request, medians."""
-    engine, spent = cache.engine, []
+    memory, spent = cache.engine.tiers.memory, []
 
     def publish(prompt: list[int]) -> None:
         tokens = np.array(prompt, dtype=np.int32)
-        engine.store.find(Namespace(engine.settings), tokens).nodes()[-1].touch()
+        memory.find(Namespace(cache.info.settings), tokens).nodes()[-1].touch()
         began = time.thread_time()
-        engine.store.outlines(None)
+        memory.outlines(None)
         then = time.thread_time()
-        engine.store.stats()
+        memory.stats()
         spent.append((1e3 * (then - began), 1e3 * (time.thread_time() - then)))
 
     for _ in range(count):

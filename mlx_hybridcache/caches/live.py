@@ -1,4 +1,4 @@
-"""The caches of a running request as a lender of rows: views while it runs, its buffers when it ends."""
+"""The caches of one running request: where they stand, what pays for them, what the store leaves in them."""
 
 from __future__ import annotations
 
@@ -8,15 +8,20 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..errors import BudgetError
+from ..store.budget import Claim
 from ..store.lazy_rows import (
     BorrowedRows,
     Column,
     Lender,
     Ranges,
 )
+from ..store.match import Found
+from ..store.materialize import Loans
 from ..store.tree import Rows
 from ..tokens import Namespace, Tokens
-from .checkpoint import take_rows, view_rows
+from . import checkpoint as checkpoints
+from .checkpoint import Checkpoint
 from .kinds.kind import Arrays
 from .kinds.rows import (
     AXIS,
@@ -25,6 +30,9 @@ from .kinds.rows import (
     evaluate_to_keep,
 )
 from .layout import Layout, leaves
+
+RowsFrom = Callable[[int], Rows | None]
+"""The rows from a start on; None where they are gone."""
 
 
 @dataclass(eq=False)
@@ -47,18 +55,138 @@ class BufferColumn:
         self.buffer = None
 
 
-class CacheLender(Lender):
-    """The plain caches of one request. `caches` is the list by which whoever runs them holds them."""
+class LiveCaches(Lender):
+    """One request's caches, from before they are restored until they are let go of.
 
-    def __init__(self, namespace: Namespace, tokens: Tokens, layout: Layout):
+    `caches` stand at `position`, with room for `capacity` tokens, and `claim` pays for them. Nobody
+    else holds their arrays: MLX copies a buffer that is held twice when it is written to. The list is
+    empty before they are restored, while their reply is in a batch, and once they were handed over.
+
+    Where the caches keep all their rows, the store leaves its own in them (`store/lazy_rows`), unless
+    `shares` is False, for caches that are changed elsewhere. Whether they do is asked nowhere else.
+    """
+
+    def __init__(
+        self,
+        loans: Loans,
+        layout: Layout,
+        namespace: Namespace,
+        tokens: Tokens,
+        *,
+        shares: bool = True,
+    ):
         super().__init__(namespace, tokens, layout.row_bytes)
         self.caches: list[Any] = []
+        self.position = 0
+        self.capacity = 0
+        self.claim = Claim(loans.store, 0)
         self._layout = layout
+        self._loans = loans
+        self._shares = shares and layout.lends_rows
+        self._is_known = False
         self._columns: list[BufferColumn] = []
 
-    def rows_to(self, end: int) -> Callable[[int], Rows]:
-        """What the store borrows up to `end`, from a start that it names."""
-        return lambda start: BorrowedRows(start, end, self)
+    # Their life
+
+    def claim_for(self, nbytes: int, found: Found) -> list[RowBlock]:
+        """Claim room for what is restored, and return its rows; a checkpoint goes for it at the last.
+
+        Raises `BudgetError` when there is none.
+        """
+        if not self._shares:
+            self.claim = self._loans.store.claim(nbytes, found)
+            return found.blocks()
+        try:
+            self.claim, blocks = self._loans.claim_for(nbytes, found, self)
+        except BudgetError:
+            self.claim, blocks = self._loans.claim_for(nbytes, found, self, spends_checkpoint=True)
+        return blocks
+
+    def stand(self, caches: list[Any], position: int, capacity: int) -> None:
+        """These are the caches now. Their rows are not known to be the store's."""
+        self.caches, self.position, self.capacity = caches, position, capacity
+        self.alike = []
+
+    def restored(self, caches: list[Any], position: int, capacity: int) -> None:
+        """The same for caches whose first `position` rows are as the store has them."""
+        self.stand(caches, position, capacity)
+        self.alike = [(0, position)]
+        self.attach()
+
+    def attach(self) -> None:
+        """From now on the store may leave its rows here."""
+        if self._shares:
+            self._loans.lend(self)
+            self._is_known = True
+
+    def detach(self) -> bool:
+        """Let the store have all rows itself, so that these caches may go; False without room.
+
+        Nothing that is stored goes for it.
+        """
+        if not self._is_known:
+            return True
+        if not self._loans.own(self):
+            return False
+        self._loans.lends_no_more(self)  # at once: what makes room next would leave rows here again
+        self._is_known = False
+        return True
+
+    def grow(self, rows: int) -> None:
+        """Room for so many tokens more, while old buffers and new ones are both held for a moment."""
+        passing = self.capacity * max(kind.row_bytes for kind in self._layout.kinds)
+        self.claim.grow(rows * self._layout.row_bytes, passing=passing)
+        self.capacity += rows
+        checkpoints.grow(self._layout, self.caches, self.capacity)
+
+    def hand_over(self) -> tuple[list[Any], Claim]:
+        """The caches and their claim, for who holds them from now on."""
+        (caches, self.caches), claim = (self.caches, []), self.claim
+        self.claim = Claim(self._loans.store, 0)
+        return caches, claim
+
+    def materialize(self) -> None:
+        """What was read so far outlives these caches, where that costs nobody anything."""
+        if self._shares:
+            self._loans.own(self)
+
+    def release(self) -> None:
+        """They go. Rows that only they hold move to the store, and the claim is given back."""
+        self._is_known = False
+        try:
+            if self._shares:
+                self._loans.take_over(self, self.claim)
+            else:
+                self.let_go()
+        finally:
+            self.claim.release()
+
+    # What the store gets of them
+
+    @property
+    def stored_row_bytes(self) -> int:
+        """What a token's rows add to the store now: nothing where they stay here."""
+        return 0 if self._shares else self.row_bytes
+
+    def rows_to(self, end: int, copied: RowsFrom | None = None) -> RowsFrom:
+        """What the store gets up to `end`: lazy rows, or what `copied` makes, by itself copies."""
+        if self._shares:
+            return lambda start: BorrowedRows(start, end, self)
+        return copied or (
+            lambda start: checkpoints.take_rows(self._layout, self.caches, start, end)
+        )
+
+    def stands_at(self, position: int) -> bool:
+        """Whether these are caches, and all of them have read so many tokens."""
+        return self.is_standing and self._layout.mismatch(self.caches, position) is None
+
+    def move_state(self) -> Checkpoint:
+        """The state at `position`. The caches are of no use afterwards, but for their rows."""
+        taken = checkpoints.move_state(self._layout, self.caches, self.position)
+        self.claim.shrink(self.claim.nbytes - taken.nbytes)
+        return taken
+
+    # As the store sees them
 
     @property
     def is_standing(self) -> bool:
@@ -68,8 +196,8 @@ class CacheLender(Lender):
         self.caches = []
 
     def view(self, start: int, end: int) -> RowBlock:
-        block = view_rows(self._layout, self.caches, start, end)
-        assert block is not None, "rows have left the caches that lend them"
+        block = checkpoints.view_rows(self._layout, self.caches, start, end)
+        assert block is not None, "rows have left the caches that hold them for the store"
         return block
 
     def passing_bytes(self, tokens: int) -> int:
@@ -79,8 +207,8 @@ class CacheLender(Lender):
     def copies(self, ranges: Ranges) -> list[Rows]:
         made: list[Rows] = []
         for a, b in ranges:
-            block = take_rows(self._layout, self.caches, a, b)
-            assert block is not None, "rows have left the caches that lend them"
+            block = checkpoints.take_rows(self._layout, self.caches, a, b)
+            assert block is not None, "rows have left the caches that hold them for the store"
             made.append(block)
         return made
 

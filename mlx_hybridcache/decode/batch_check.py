@@ -18,7 +18,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..caches.layout import Layout, fresh_caches, selects_rows
-from .decoder import merged
+from .batch import merged
 
 log = logging.getLogger("mlx_hybridcache")
 

@@ -9,14 +9,15 @@ from typing import Any, TypeVar
 import mlx.core as mx
 from mlx_lm.generate import GenerationResponse
 
-from .decoder import Decoder, Writer
+from .decoder import Decoder
+from .reply import Reply
 
 T = TypeVar("T")
 
 
 def respond(
     decoder: Decoder,
-    writer: Writer,
+    reply: Reply,
     tokenizer: Any,
     *,
     prompt_tokens: int,
@@ -35,16 +36,16 @@ def respond(
     began = time.perf_counter()
     count, finish = 0, None
     while finish is None:
-        while (taken := decoder.take(writer)) is None:
+        while (taken := decoder.take(reply)) is None:
             yield from revive()
         token, logprobs = taken
         count += 1
-        if token in writer.ends:
+        if token in reply.ends:
             finish = "stop"
         else:
             detokenizer.add_token(token)
-            is_last = writer.left == len(writer.made) == 0
-            is_last = is_last or (best_effort and not decoder.makes_room(writer))
+            is_last = reply.left == len(reply.made) == 0
+            is_last = is_last or (best_effort and not decoder.makes_room(reply))
             finish = "length" if is_last else None
         if finish is not None:
             detokenizer.finalize()

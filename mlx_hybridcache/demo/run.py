@@ -40,11 +40,11 @@ class Outcome:
 
 def run(
     model: str,
+    console: Console,
     *,
     file: Path | None = None,
     tokens: int = 4096,
     memory_budget: str | None = None,
-    console: Console | None = None,
 ) -> list[Outcome]:
     """Start a server, ask it every call, print the table, and return what was seen.
 
@@ -55,7 +55,6 @@ def run(
         raise HybridCacheError(
             'The demo asks its server through OpenAI\'s client: pip install "mlx-hybridcache[demo]"'
         )
-    console = console or wide_console()
     text = file.read_text(encoding="utf-8", errors="replace") if file else default_text()
     flags = ["--model", model]
     if memory_budget is not None:
@@ -100,12 +99,6 @@ def outcomes(
         after()
         report = client.last_report()
         yield Outcome(call.name, cold, hot, report["matched_tokens"], report["reason"])
-
-
-def wide_console() -> Console:
-    """The terminal, or wide enough for the table where there is none."""
-    console = Console()
-    return console if console.is_terminal else Console(width=110)
 
 
 def _progress(console: Console) -> Progress:

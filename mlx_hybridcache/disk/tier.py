@@ -25,8 +25,7 @@ import numpy as np
 from ..caches.checkpoint import Checkpoint
 from ..caches.kinds.rows import RowBlock
 from ..caches.layout import Layout
-from ..errors import BudgetError, SettingError
-from ..flags import refusal
+from ..errors import BudgetError, SettingError, refusal
 from ..sizes import format_bytes
 from ..store.budget import Holders
 from ..store.lazy_rows import is_borrowing
@@ -35,7 +34,7 @@ from ..store.outline import Outline, wall_clock
 from ..store.store import Store
 from ..store.tree import Held, Node, common_length
 from ..tokens import Namespace, Tokens
-from ..worker.worker import PAUSE, Job, Pause
+from ..worker.turns import PAUSE, Job, Pause
 from .arrays import (
     Freight,
     Landing,

@@ -14,7 +14,7 @@ from ..caches.room import ROW_STEP, batch_bytes, request_rows
 from ..errors import ModelError
 from ..prefill import replay as replays
 from ..prefill.schedule import Grid, Reading
-from .unloaded_model import Weightless
+from .unloaded_model import UnloadedModel
 
 SMALL_MACHINE = 32 * 2**30
 """Up to here macOS recommends two thirds of the memory for the GPU, beyond it three quarters or more."""
@@ -65,7 +65,7 @@ class Load:
 class Plan:
     """One model, one length of prompt. Use `make`."""
 
-    model: Weightless
+    model: UnloadedModel
     layout: Layout
     room: Room
     context: int
@@ -142,7 +142,7 @@ class Plan:
 
 
 def make(
-    model: Weightless, room: Room, *, context: int, max_tokens: int, step: int, every: int
+    model: UnloadedModel, room: Room, *, context: int, max_tokens: int, step: int, every: int
 ) -> Plan:
     """The plan for prompts of `context` tokens and replies of up to `max_tokens`, 0 for no limit.
 
@@ -163,7 +163,7 @@ def make(
         )
     grid = Grid(step, -(-every // step) * step, alignment=layout.alignment)
     reading = Reading(start=0, end=context - 1)
-    cuts = replays.plan(layout, grid, reading, exact=False).cuts
+    cuts = replays.route_of(layout, grid, reading, exact=False).cuts
     return Plan(model, layout, room, context, max_tokens, len(cuts))
 
 

@@ -33,7 +33,7 @@ _DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16
 
 
 @dataclass(frozen=True, slots=True)
-class Weightless:
+class UnloadedModel:
     """`model` can be asked for shapes, not for numbers. `notes` say what had to be assumed."""
 
     name: str
@@ -45,7 +45,7 @@ class Weightless:
     notes: tuple[str, ...]
 
 
-def describe(path_or_repo: str) -> Weightless:
+def describe(path_or_repo: str) -> UnloadedModel:
     """The model in a local directory, or of a repository on the hub, by its configuration.
 
     Of a repository only the configuration and the list of files are fetched. No code of the model's
@@ -65,7 +65,7 @@ def describe(path_or_repo: str) -> Weightless:
         nbytes, source = models.parameter_bytes(model), "the shapes that its configuration gives"
         if index is not None and isinstance(index.get("metadata", {}).get("total_size"), int):
             nbytes, source = index["metadata"]["total_size"], f"its {INDEX}"
-    return Weightless(
+    return UnloadedModel(
         name=path_or_repo,
         model=model,
         family=config["model_type"],

@@ -6,22 +6,22 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from ..caches.layout import Layout
-from ..request import Request
+from ..request.request import Request
 from ..store.tree import common_length
-from ..worker.worker import PAUSE, Pause
+from ..worker.turns import PAUSE, Pause
 from .schedule import Grid
 
 
 @dataclass(eq=False)
-class Readers:
+class Followers:
     """The requests that read their prompts now, and the rule by which others wait for one of them.
 
-    `restorable(request)` is the position from which a request could go on at this moment.
+    `reach(request)` is the position from which a request could go on at this moment.
     """
 
     layout: Layout
     grid: Grid
-    restorable: Callable[[Request], int]
+    reach: Callable[[Request], int]
     under_way: list[Request] = field(default_factory=list, init=False)
 
     def join(self, request: Request) -> Iterator[Pause]:
@@ -32,7 +32,7 @@ class Readers:
         """
         try:
             while True:
-                position = self.restorable(request)
+                position = self.reach(request)
                 request.advance(position)
                 request.job.waits = self._follows(request, position)
                 if not request.job.waits:
@@ -63,13 +63,13 @@ class Readers:
             stop -= stop % (self.grid.step if request.exact else 1)
             # At its end a checkpoint is taken anyway; one that is taken for us must be worth it.
             worth = 1 if stop == end else self.grid.shared_step
-            is_ahead = other.read < stop and stop - position >= worth
+            is_ahead = other.account.read < stop and stop - position >= worth
             if is_ahead and (best is None or stop > best[0]):
                 best = (stop, other)
         if best is None:
             return False
         stop, leader = best
         if self.layout.needs_snapshots:
-            leader.stops.add(stop)
-            leader.advance(leader.read)
+            leader.account.stops.add(stop)
+            leader.advance(leader.account.read)
         return True

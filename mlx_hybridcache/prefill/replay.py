@@ -17,7 +17,7 @@ from .schedule import Grid, Reading
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class Route:
     """What to read, `[start, end)`, and the cuts in `(start, end]` to take on the way.
 
     A slice is one forward. It ends at multiples of its step, and at `pauses`: the cuts of layers
@@ -41,7 +41,7 @@ class Plan:
         return sorted(every | {b} if self.cuts_every_slice else every)
 
 
-def plan(layout: Layout, grid: Grid, reading: Reading, *, exact: bool) -> Plan:
+def route_of(layout: Layout, grid: Grid, reading: Reading, *, exact: bool) -> Route:
     """How to read `[reading.start, reading.end)` with this model's layers."""
     start, end = reading.start, reading.end
     if exact:
@@ -53,11 +53,11 @@ def plan(layout: Layout, grid: Grid, reading: Reading, *, exact: bool) -> Plan:
     else:
         cuts = schedule.cuts_for(reading, grid)
     every_slice = not exact and (layout.stores_every_slice or not layout.needs_snapshots)
-    return Plan(start, end, tuple(cuts), layout.must_pause, every_slice)
+    return Route(start, end, tuple(cuts), layout.must_pause, every_slice)
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
+class Slice:
     """One slice was read, up to `position`; `taken` are the checkpoints crossed, ascending."""
 
     position: int
@@ -69,23 +69,23 @@ def replay(
     model: Any,
     caches: Sequence[Any],
     tokens: Tokens,
-    plan: Plan,
+    route: Route,
     *,
     step: Callable[[], int],
     stops: Collection[int],
     afford: Callable[[int, int, list[int]], list[int]],
-) -> Iterator[Progress]:
-    """Read what the plan says of `tokens` (int32, `(n,)`) into `caches`, a slice at a time.
+) -> Iterator[Slice]:
+    """Read what the route says of `tokens` (int32, `(n,)`) into `caches`, a slice at a time.
 
     Before each slice `step()` says how long it may be, `stops` are the cuts that came up meanwhile,
     and `afford(a, b, cuts)` returns the cuts whose bytes there is room for, so that no snapshot
     exists that was not paid for.
     """
-    a = plan.start
-    while a < plan.end:
-        b = plan.slice_end(a, step(), stops)
-        cuts = afford(a, b, plan.cuts_in(a, b, stops))
-        yield Progress(b, _read(layout, model, caches, tokens, (a, b), cuts))
+    a = route.start
+    while a < route.end:
+        b = route.slice_end(a, step(), stops)
+        cuts = afford(a, b, route.cuts_in(a, b, stops))
+        yield Slice(b, _read(layout, model, caches, tokens, (a, b), cuts))
         mx.clear_cache()
         a = b
 

@@ -12,6 +12,12 @@ import bisect
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+STEP = 2048
+"""The longest slice, and the distance of grid cuts, in tokens, unless a cache is made with others."""
+
+MIN_STEP = 512
+"""The same for the first grid cut."""
+
 TAILS = (64, 512)
 """Distances from the prompt's end, in tokens, at which a changed ending finds a checkpoint."""
 
@@ -35,9 +41,9 @@ class Grid:
     computed (1 where any position gives the same bits), honoured by all grid cuts.
     """
 
-    step: int = 2048
-    every: int = 2048
-    min_step: int = 512
+    step: int = STEP
+    every: int = STEP
+    min_step: int = MIN_STEP
     alignment: int = 1
 
     @property

@@ -9,8 +9,7 @@ with listen(moe_layers(model), print):               # what every router does, a
     model(mx.array([tokens[0]]))
 """
 
-from .calibration import calibration_tokens
-from .checkpoint import (
+from .checkpoint.write import (
     CARD_FILE,
     PATCH_FILE,
     REPORT_FILE,
@@ -18,10 +17,11 @@ from .checkpoint import (
     check_output,
     write_checkpoint,
 )
-from .choice import AUTO, choose_patch
-from .discovery import Discovery, LayerFindings, discover, random_groups
+from .choose import AUTO, choose_patch
+from .discovery.calibration import calibration_tokens
+from .discovery.discover import Discovery, LayerFindings, discover, random_groups
 from .families import FAMILIES, Family, MoeLayer, moe_layers
-from .memory import applied, apply, largest_difference, make_patch
+from .in_memory import applied, apply, largest_difference, make_patch
 from .patch import Group, LayerPatch, Patch, RouterTensor
 from .select import Routing, listen
 

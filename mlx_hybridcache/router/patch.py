@@ -10,8 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..errors import RouterError
-from ..flags import refusal
+from ..errors import RouterError, refusal
 
 FORMAT = "mlx-hybridcache router patch"
 VERSION = 1

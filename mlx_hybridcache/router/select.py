@@ -28,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import RouterError
-from .experts import router_rows
+from .discovery.experts import router_rows
 from .families import MoeLayer
 from .patch import Group
 

@@ -1,4 +1,4 @@
-"""Whose turn it is to read a slice of its prompt: pure functions over numbers.
+"""Whose turn it is, and what the worker must know of a request for that.
 
 Shortest remaining first, so that a short question does not wait behind a long document. Alone that
 would starve the long one under a stream of short ones; so each slice that a prompt is passed over
@@ -9,8 +9,46 @@ times at most.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 AGEING_TOKENS = 256
+
+
+class Pause:
+    """A step that gives its reader nothing."""
+
+
+PAUSE = Pause()
+"""What a request yields to give up its turn without delivering anything."""
+
+
+@dataclass(eq=False, slots=True)
+class Job:
+    """What the worker must know of a request to give it its turn. Written on the worker thread.
+
+    `left` are the tokens to read until somebody gets a first token of it, 0 once it writes;
+    `waits` while another one reads what this one needs, `asleep` until something outside the worker
+    wakes it: it gets no turns.
+    """
+
+    left: int = 0
+    waits: bool = False
+    asleep: bool = False
+    passed_over: int = 0
+
+
+@dataclass(slots=True)
+class Load:
+    """How busy the worker is, in requests. Written on the worker thread, read on any."""
+
+    reading: int = 0
+    waiting: int = 0
+    writing: int = 0
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether a request that has its turn keeps another one waiting."""
+        return self.reading + self.waiting + self.writing > 1
 
 
 def next_reader(left_tokens: Sequence[int], passed_over: Sequence[int]) -> int:

@@ -8,20 +8,19 @@ of a reply at most one slice is read. A client that stops taking parks its reque
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import queue
 import threading
 import weakref
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeVar
 
 from ..errors import ClosedError
 from .inbox import Asked, Inbox
-from .turns import next_reader
+from .stream import Stream, Task
+from .turns import Job, Load, Pause, next_reader
 
 log = logging.getLogger("mlx_hybridcache")
 
@@ -30,120 +29,17 @@ T = TypeVar("T")
 IDLE_SECONDS = 5.0
 """A worker without work looks after itself so often."""
 
-AHEAD = 16
-"""Items a request may have waiting for its reader before it is parked."""
-
-
-class Pause:
-    """A step that gives its reader nothing."""
-
-
-PAUSE = Pause()
-"""What a request yields to give up its turn without delivering anything."""
-
-
-@dataclass(eq=False, slots=True)
-class Job:
-    """What the worker must know of a request to give it its turn. Written on the worker thread.
-
-    `left` are the tokens to read until somebody gets a first token of it, 0 once it writes;
-    `waits` while another one reads what this one needs, `asleep` until something outside the worker
-    wakes it: it gets no turns.
-    """
-
-    left: int = 0
-    waits: bool = False
-    asleep: bool = False
-    passed_over: int = 0
-
-
-@dataclass(slots=True)
-class Load:
-    """How busy the worker is, in requests. Written on the worker thread, read on any."""
-
-    reading: int = 0
-    waiting: int = 0
-    writing: int = 0
-
-    @property
-    def is_shared(self) -> bool:
-        """Whether a request that has its turn keeps another one waiting."""
-        return self.reading + self.waiting + self.writing > 1
-
-
-class _Task:
-    """One request under way. Its end stays in the outbox, for every reader there is and will be.
-
-    `wakers` wake readers on event loops; each is called once, and comes back to wait again.
-    """
-
-    def __init__(self, steps: Iterator[Any], job: Job):
-        self.steps = steps
-        self.job = job
-        self.outbox: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
-        self.wakers: set[Callable[[], None]] = set()
-        self.parked = False
-        self.finished = False
-
-    @property
-    def is_ahead(self) -> bool:
-        """Whether enough waits for its readers."""
-        return self.outbox.qsize() >= AHEAD
-
-    def advance(self) -> None:
-        """One turn. What goes wrong in a request ends that request only."""
-        try:
-            item = next(self.steps)
-        except StopIteration:
-            self._finish("end", None)
-        except BaseException as error:  # handed to the reader, who raises it
-            self._finish("error", error)
-        else:
-            if item is not PAUSE:
-                self.put("item", item)
-
-    def cancel(self) -> None:
-        """Stop where it stands; its own clean-up runs here, on the worker."""
-        if not self.finished:
-            close = getattr(self.steps, "close", None)
-            try:
-                if close is not None:
-                    close()
-            except BaseException as error:  # a clean-up that fails is the reader's to hear of
-                self._finish("error", error)
-            else:
-                self._finish("end", None)
-
-    def fail(self, error: BaseException) -> None:
-        """End it with an error that is not its own."""
-        if not self.finished:
-            with suppress(BaseException):  # its clean-up; the error that ends it is told
-                self.steps.close()  # type: ignore[attr-defined]
-            self._finish("error", error)
-
-    def _finish(self, kind: str, value: Any) -> None:
-        self.finished = True
-        self.steps = iter(())
-        self.put(kind, value)
-
-    def put(self, kind: str, value: Any = None) -> None:
-        """Something to read: for one of its readers, but all look."""
-        self.outbox.put((kind, value))
-        while self.wakers:
-            with suppress(KeyError):  # the last one has just gone
-                self.wakers.pop()()
-
 
 class _Turns:
     """The worker thread's own state."""
 
     def __init__(self, load: Load, between: Callable[[], None]) -> None:
         self.between = between
-        self.tasks: list[_Task] = []
+        self.tasks: list[Task] = []
         self.load = load
         self.stopped = False
 
-    def ready(self) -> list[_Task]:
+    def ready(self) -> list[Task]:
         """Requests that can go on, oldest first. A prompt is read whether its client listens or not."""
         for task in self.tasks:
             task.parked = not task.job.left and task.is_ahead
@@ -174,7 +70,7 @@ class _Turns:
         for task in self.tasks:
             task.cancel()
 
-    def _round(self, ready: list[_Task]) -> None:
+    def _round(self, ready: list[Task]) -> None:
         """A token for each that writes, a slice for one that reads."""
         self._count(ready)
         for task in ready:
@@ -195,7 +91,7 @@ class _Turns:
         self.tasks = [task for task in self.tasks if not task.finished]
         self._count(self.tasks)
 
-    def _count(self, tasks: list[_Task]) -> None:
+    def _count(self, tasks: list[Task]) -> None:
         load = self.load
         load.waiting = sum(task.job.waits for task in tasks)
         load.writing = sum(not task.job.left for task in tasks)
@@ -214,78 +110,6 @@ class _Turns:
 
 
 _Inbox = Inbox[_Turns]
-
-
-class Stream(Generic[T]):
-    """A request's items, in order, for any threads and event loops.
-
-    Each item goes to one reader, and the end to all; an error to one. Closing or dropping it cancels
-    the request.
-    """
-
-    def __init__(self, task: _Task, inbox: _Inbox):
-        self._task = task
-        self._inbox = inbox
-        cancel: Asked[_Turns] = Asked(lambda turns: task.cancel())
-        self._cancel = weakref.finalize(self, inbox.put, cancel)
-        self._cancel.atexit = False
-
-    def __iter__(self) -> Iterator[T]:
-        return self
-
-    def __next__(self) -> T:
-        if self._task.outbox.empty():
-            self._inbox.check_may_wait()
-        return self._take(*self._task.outbox.get(), StopIteration)
-
-    def __aiter__(self) -> AsyncIterator[T]:
-        return self
-
-    async def __anext__(self) -> T:
-        while True:
-            try:
-                found = self._task.outbox.get_nowait()
-            except queue.Empty:
-                await self._woken()
-            else:
-                return self._take(*found, StopAsyncIteration)
-
-    async def _woken(self) -> None:
-        """Wait for something to be put into the outbox, without holding a thread."""
-        loop = asyncio.get_running_loop()
-        came = asyncio.Event()
-
-        def wake() -> None:
-            with suppress(RuntimeError):  # the loop is closed: nobody waits any more
-                loop.call_soon_threadsafe(came.set)
-
-        self._task.wakers.add(wake)
-        try:
-            if self._task.outbox.empty():  # else it came before anyone could know whom to wake
-                await came.wait()
-        finally:
-            self._task.wakers.discard(wake)
-
-    def _take(self, kind: str, value: Any, end: type[Exception]) -> T:
-        if kind == "item":
-            if self._task.parked:
-                self._inbox.put(Asked(lambda turns: None))
-            return value  # type: ignore[no-any-return]
-        self._task.put("end")  # for whoever else waits for it
-        self._cancel.detach()
-        if kind == "error":
-            raise value
-        raise end
-
-    def cancel(self) -> None:
-        """Ask the worker to stop here, without waiting. What is under way may still come out."""
-        self._cancel()
-
-    def close(self) -> None:
-        """Cancel, and wait until the request has left behind what it is going to leave."""
-        self._cancel()
-        for _ in self:
-            pass
 
 
 class Worker:
@@ -341,7 +165,7 @@ class Worker:
 
         `ClosedError` is raised here, or by the stream, when it came too late to have a turn.
         """
-        task = _Task(steps, job or Job())
+        task = Task(steps, job or Job())
         stream: Stream[T] = Stream(task, self._inbox)  # first, as it cancels what nobody reads
         start: Asked[_Turns] = Asked(
             lambda turns: turns.tasks.append(task), lambda: task.fail(closed())

@@ -8,8 +8,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from mlx_hybridcache import models
-from mlx_hybridcache.caches.layout import Layout
-from mlx_hybridcache.engine import Engine
+from mlx_hybridcache.request.info import CacheInfo
 from mlx_hybridcache.sizes import format_bytes
 
 from .generation.models import Loaded
@@ -18,21 +17,21 @@ from .settings import Settings
 
 def banner(settings: Settings, loaded: Loaded, address: str) -> list[str]:
     """The lines, in the order in which one asks. `address` is where the server listens."""
-    engine = loaded.cache.engine
+    info = loaded.cache.info
     return [
         f"Model: {_model(loaded)}.",
         f"Context: {_context(settings, loaded)}.",
         f"Memory: {_memory(settings, loaded)}.",
-        f"Cache: {_cache(settings, engine.layout)}.",
+        f"Cache: {_cache(settings, info)}.",
         f"Cache directory: {_directory(settings, loaded)}.",
-        f"Batches: {_batches(engine)}.",
+        f"Batches: {_batches(info)}.",
         f"API key: {_key(settings)}.",
         f"Page: {address}/ shows what the cache does.",
     ]
 
 
 def _model(loaded: Loaded) -> str:
-    model = loaded.cache.engine.model
+    model = loaded.cache.info.model
     family = getattr(model, "model_type", None) or type(model).__module__.rpartition(".")[2]
     name = loaded.id if loaded.id == loaded.source else f"{loaded.id} in {loaded.source}"
     size = format_bytes(models.parameter_bytes(model))
@@ -68,7 +67,7 @@ def _context(settings: Settings, loaded: Loaded) -> str:
 
 
 def _memory(settings: Settings, loaded: Loaded) -> str:
-    engine = loaded.cache.engine
+    info = loaded.cache.info
     if settings.memory_budget:
         why = "as --prompt-cache-bytes says"
     elif models.has_metal():
@@ -76,15 +75,15 @@ def _memory(settings: Settings, loaded: Loaded) -> str:
         why = f"nine tenths of what the weights leave of the {working_set} that macOS gives the GPU"
     else:
         why = "a quarter of what was free"
-    reserve = engine.pressure.reserve_bytes
+    reserve = info.reserve_bytes
     left = f"{format_bytes(reserve)} of the system's stay free" if reserve else "none is left free"
-    budget = format_bytes(engine.store.budget_bytes)
+    budget = format_bytes(info.budget_bytes)
     return f"{budget} for the cache and running requests, {why}; {left} (--memory-reserve)"
 
 
-def _cache(settings: Settings, layout: Layout) -> str:
-    if layout.unsupported:
-        kinds = ", ".join(layout.unsupported)
+def _cache(settings: Settings, info: CacheInfo) -> str:
+    if info.unsupported:
+        kinds = ", ".join(info.unsupported)
         return f"none, as {kinds} of this model cannot be stored: every prompt is read as a whole"
     off = {
         "--prompt-cache-size 0 or no memory": not settings.uses_cache,
@@ -94,15 +93,14 @@ def _cache(settings: Settings, layout: Layout) -> str:
     for why, is_so in off.items():
         if is_so:
             return f"off with {why}: every prompt is read as a whole"
-    token = f"a token weighs {format_bytes(layout.row_bytes)}"
-    if not layout.needs_snapshots:
+    token = f"a token weighs {format_bytes(info.row_bytes)}"
+    if not info.needs_checkpoints:
         told = f"every prompt is restored at any token; {token}"
     else:
-        at = sum(kind.needs_snapshot for kind in layout.kinds)
-        size = format_bytes(layout.snapshot_bytes)
-        told = f"{at} of {len(layout.kinds)} layers restore at checkpoints only; {token}, a checkpoint {size}"
-    if layout.slicing_limit is not None:
-        told += f"; beyond {layout.slicing_limit:,} tokens only what was read in the same slices is shared"
+        size = format_bytes(info.checkpoint_bytes)
+        told = f"{info.checkpoint_layers} of {info.layers} layers restore at checkpoints only; {token}, a checkpoint {size}"
+    if info.slicing_limit is not None:
+        told += f"; beyond {info.slicing_limit:,} tokens only what was read in the same slices is shared"
     return told
 
 
@@ -115,16 +113,15 @@ def _directory(settings: Settings, loaded: Loaded) -> str:
     return f"{settings.cache_dir}, {held} of {most} used{reads}"
 
 
-def _batches(engine: Engine) -> str:
+def _batches(info: CacheInfo) -> str:
     """Why replies share no forwards, in the order in which that is decided."""
-    if engine.batches:
+    if info.batches:
         return "replies that are written at once share each forward"
-    layout = engine.layout
-    if engine.exact:
+    if info.exact:
         why = "with --exact"
-    elif layout.unsupported or not layout.merges:
+    elif info.unsupported or not info.merges:
         why = "as caches of this model's kinds cannot be merged without changing a reply"
-    elif layout.slicing_limit is not None:
+    elif info.slicing_limit is not None:
         why = "as what this model computes depends on how tokens are put together"
     else:
         why = "as two at once differ from one alone in this model"

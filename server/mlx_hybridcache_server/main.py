@@ -18,8 +18,7 @@ import mlx.core as mx
 import uvicorn
 
 from mlx_hybridcache import HybridCacheError
-from mlx_hybridcache.errors import SettingError
-from mlx_hybridcache.flags import refusal
+from mlx_hybridcache.errors import SettingError, refusal
 
 from .app import build_app
 from .banner import banner

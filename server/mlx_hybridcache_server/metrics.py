@@ -12,7 +12,7 @@ from prometheus_client.registry import Collector
 from mlx_hybridcache import CacheReport
 from mlx_hybridcache.disk.tier import DiskStats
 from mlx_hybridcache.store.budget import StoreStats
-from mlx_hybridcache.worker.worker import Load
+from mlx_hybridcache.worker.turns import Load
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250)
 

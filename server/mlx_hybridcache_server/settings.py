@@ -14,10 +14,10 @@ from urllib.parse import urlsplit
 
 from mlx_lm.generate import DEFAULT_QUANTIZED_KV_START
 
+from mlx_hybridcache.cli.flags import size, tokens
 from mlx_hybridcache.cli.versions import versions
 from mlx_hybridcache.demo import BUNDLED_MODEL
 from mlx_hybridcache.errors import SettingError
-from mlx_hybridcache.flags import size, tokens
 from mlx_hybridcache.router import AUTO
 
 from .adapter import TAKEN

@@ -6,16 +6,17 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from mlx_hybridcache_bench import cli, disk_promotion
-from mlx_hybridcache_bench.disk_handoff import HandOff, Taken, measure_handoff
-from mlx_hybridcache_bench.disk_paired import OFF, ON, Asked, OnAndOff
-from mlx_hybridcache_bench.disk_promotion import AGAIN, NEW, Promotion, measure_stand_in
-from mlx_hybridcache_bench.disk_restart import KILLED, STOPPED, STRIDE, Restart, Restarts
-from mlx_hybridcache_bench.tables import Figure
+from mlx_hybridcache_bench import cli
+from mlx_hybridcache_bench.disk import promotion as disk_promotion
+from mlx_hybridcache_bench.disk.handoff import HandOff, Taken, measure_handoff
+from mlx_hybridcache_bench.disk.on_off import OFF, ON, Asked, OnAndOff
+from mlx_hybridcache_bench.disk.promotion import AGAIN, NEW, Promotion, measure_stand_in
+from mlx_hybridcache_bench.disk.restart import KILLED, STOPPED, STRIDE, Restart, Restarts
+from mlx_hybridcache_bench.kit.tables import Figure
 from places import ROOT
 
 SMALL = [
-    *("disk", "--repeats", "1", "--tokens", "2500", "--sizes", "300"),
+    *("disk", "--quick", "--repeats", "1", "--tokens", "2500", "--sizes", "300"),
     *("--reply-tokens", "8", "--promotion-sizes", "1200"),
     *("--stand-in-tokens", "1200", "--shapes", "tiny"),
 ]

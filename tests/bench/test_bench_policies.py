@@ -5,12 +5,13 @@ import json
 import numpy as np
 import pytest
 from mlx_hybridcache_bench import cli
-from mlx_hybridcache_bench.baselines import LlamaCpp, MlxLm, Overlaps
-from mlx_hybridcache_bench.offline import Clairvoyant, floor
-from mlx_hybridcache_bench.policies import BASELINES, OFFLINE, OURS, POLICIES, measure
-from mlx_hybridcache_bench.simulate import SHAPES, Simulation
-from mlx_hybridcache_bench.traces import Asked, write_trace
-from mlx_hybridcache_bench.workloads import workload
+from mlx_hybridcache_bench.policies.baselines import LlamaCpp, MlxLm, Overlaps
+from mlx_hybridcache_bench.policies.offline import Clairvoyant, floor
+from mlx_hybridcache_bench.policies.outcomes import BASELINES, OFFLINE, OURS, POLICIES, measure
+from mlx_hybridcache_bench.policies.simulate import Simulation
+from mlx_hybridcache_bench.policies.sized import SHAPES
+from mlx_hybridcache_bench.policies.traces import TracedRequest, write_trace
+from mlx_hybridcache_bench.policies.workloads import workload
 
 from mlx_hybridcache.store.tree import common_length
 
@@ -21,7 +22,7 @@ GB = 10**9
 def asked(tokens, reply=(), turns=(), keeps_reply=True):
     reply = np.array(reply, dtype=np.int32)
     tokens = np.array(tokens, dtype=np.int32)
-    return Asked(0.0, None, tokens, tuple(turns), reply, len(reply), keeps_reply)
+    return TracedRequest(0.0, None, tokens, tuple(turns), reply, len(reply), keeps_reply)
 
 
 def replays(server, trace):

@@ -9,18 +9,18 @@ import mlx.core as mx
 import mlx_lm
 import numpy as np
 import pytest
-from mlx_hybridcache_bench import router
 from mlx_hybridcache_bench.cli import main
-from mlx_hybridcache_bench.cloned import clone_experts
-from mlx_hybridcache_bench.kinds import ALPHABET, kinds
-from mlx_hybridcache_bench.router_models import Size
-from mlx_hybridcache_bench.router_servers import Load
-from mlx_hybridcache_bench.specialised import COPIES, held_out_texts, specialised
+from mlx_hybridcache_bench.router import command as router
+from mlx_hybridcache_bench.router.cloned import clone_experts
+from mlx_hybridcache_bench.router.kinds import ALPHABET, kinds
+from mlx_hybridcache_bench.router.models import Size
+from mlx_hybridcache_bench.router.servers import Load
+from mlx_hybridcache_bench.router.specialised import COPIES, held_out_texts, specialised
 
 from mlx_hybridcache import ModelError
 from mlx_hybridcache.demo import BUNDLED_MODEL
 from mlx_hybridcache.router import discover, moe_layers
-from mlx_hybridcache.router.arms import CANONICALIZED, ORIGINAL
+from mlx_hybridcache.router.trial.arms import CANONICALIZED, ORIGINAL
 
 
 def perplexity(model: Any, texts: list[list[int]]) -> float:

@@ -4,25 +4,22 @@ import json
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
-from mlx_hybridcache_bench import machine as machine_module
-from mlx_hybridcache_bench import text
-from mlx_hybridcache_bench.comparison import Spread
-from mlx_hybridcache_bench.machine import machine
-from mlx_hybridcache_bench.scenarios import SCENARIOS, Material, steps_of
-from mlx_hybridcache_bench.text import ByCharacters, library_text, prompt_of
-from mlx_hybridcache_bench.ttft import command
-from mlx_hybridcache_bench.ttft.charts import charts
-from mlx_hybridcache_bench.ttft.markdown import markdown
-from mlx_hybridcache_bench.ttft.model import describe, describe_gguf
-from mlx_hybridcache_bench.ttft.oddities import odd
-from mlx_hybridcache_bench.ttft.plan import size_text, sizes_of
-from mlx_hybridcache_bench.ttft.report import report
-from mlx_hybridcache_bench.ttft.results import (
+from mlx_hybridcache_bench.kit import machine as machine_module
+from mlx_hybridcache_bench.kit import text
+from mlx_hybridcache_bench.kit.machine import machine
+from mlx_hybridcache_bench.kit.tables import Spread, size_text
+from mlx_hybridcache_bench.kit.text import ByCharacters, library_text, prompt_of
+from mlx_hybridcache_bench.report.charts import charts
+from mlx_hybridcache_bench.report.markdown import markdown
+from mlx_hybridcache_bench.report.oddities import odd
+from mlx_hybridcache_bench.report.page import report
+from mlx_hybridcache_bench.report.results import (
     Equality,
     Measured,
     Memory,
@@ -32,13 +29,17 @@ from mlx_hybridcache_bench.ttft.results import (
     Situation,
     Trouble,
 )
-from mlx_hybridcache_bench.ttft.summary import hot_steps, notes, seconds_text, sheets
+from mlx_hybridcache_bench.report.sheet import seconds_text
+from mlx_hybridcache_bench.report.summary import hot_steps, notes, sheets
+from mlx_hybridcache_bench.serving.scenarios import SCENARIOS, Material, steps_of
+from mlx_hybridcache_bench.ttft.model import describe, describe_gguf
+from mlx_hybridcache_bench.ttft.plan import sizes_of
 
 from mlx_hybridcache import PromptError
 from mlx_hybridcache.demo import BUNDLED_MODEL
 
 SCHEMA = json.loads(
-    Path(command.__file__).with_name("results.schema.json").read_text(encoding="utf-8")
+    (files("mlx_hybridcache_bench.report") / "results.schema.json").read_text(encoding="utf-8")
 )
 HOSTILE = "<script>alert(1)</script>"
 

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 from mlx_hybridcache_bench import cli
-from mlx_hybridcache_bench.traces import FORMAT, Asked, read_trace, write_trace
-from mlx_hybridcache_bench.workloads import OPEN, WORKLOADS, workload
+from mlx_hybridcache_bench.policies.traces import FORMAT, TracedRequest, read_trace, write_trace
+from mlx_hybridcache_bench.policies.workloads import OPEN, WORKLOADS, workload
 
 from mlx_hybridcache.errors import PromptError
 from mlx_hybridcache.store.tree import common_length
@@ -15,7 +15,7 @@ SMALL = 30
 every_workload = pytest.mark.parametrize("name", list(WORKLOADS))
 
 
-def same(one: Asked, other: Asked) -> bool:
+def same(one: TracedRequest, other: TracedRequest) -> bool:
     return one.as_json() == other.as_json()
 
 
@@ -40,7 +40,7 @@ def test_turns_stand_just_behind_an_opener(name):
 @pytest.mark.parametrize("name", ["agents", "alternating", "chats"])
 def test_a_kept_reply_is_where_the_conversation_goes_on(name):
     """The next prompt of a conversation begins with the reply, unless the reply is not kept."""
-    latest: dict[str | None, Asked] = {}
+    latest: dict[str | None, TracedRequest] = {}
     went_on = 0
     for asked in workload(name, 1, requests=120):
         before = latest.get(asked.conversation)

@@ -24,7 +24,7 @@ from mlx_hybridcache import (
     PromptError,
     Reason,
 )
-from mlx_hybridcache.worker.worker import PAUSE
+from mlx_hybridcache.worker.turns import PAUSE
 
 SMALL = {"prefill_step_size": 64, "checkpoint_every": 64, "checkpoint_min_step": 16}
 

@@ -4,6 +4,7 @@ import oracle
 import pytest
 import tiny
 from bundled import chat, load, text_tokens
+from long import forms
 from mlx_lm import stream_generate
 
 from mlx_hybridcache import HybridPromptCache, Reason
@@ -40,15 +41,16 @@ def test_a_limit_below_one_is_refused(name):
         new_cache(**{name: 0})
 
 
+@pytest.mark.parametrize("count", forms(6, 12))
 @pytest.mark.parametrize("family", [None, "qwen3"])
-def test_of_twelve_conversations_the_last_three_are_kept(family):
+def test_of_many_conversations_the_last_three_are_kept(family, count):
     """Two turns each, of a hybrid and of attention alone: after each turn three are stored at most,
     the last three are there in full, the others are gone, and every reply is the cold one.
     """
     model = None if family is None else tiny.build(family)
     with new_cache(model, max_conversations=3) as cache:
         prompts = []
-        for i in range(12):
+        for i in range(count):
             first = (
                 chat(("system", f"You are number {i}."), ("user", "Say something."))
                 if family is None
@@ -59,36 +61,40 @@ def test_of_twelve_conversations_the_last_three_are_kept(family):
             _, report = ask(cache, prompts[-1])
             assert report.restored_tokens >= len(first) - 1
             assert cache.stats().conversations == min(i + 1, 3)
-        assert cache.stats().evictions >= 9
+        assert cache.stats().evictions >= count - 3
         found = [cache.lookup(prompt) for prompt in prompts]
-        assert [report.restored_tokens for report in found[9:]] == [len(p) - 1 for p in prompts[9:]]
-        assert {report.reason for report in found[9:]} == {Reason.EXACT}
+        assert [report.restored_tokens for report in found[-3:]] == [
+            len(p) - 1 for p in prompts[-3:]
+        ]
+        assert {report.reason for report in found[-3:]} == {Reason.EXACT}
         if family == "qwen3":  # rows restore the one token or two that random prompts share
-            assert max(report.restored_tokens for report in found[:9]) <= 2
+            assert max(report.restored_tokens for report in found[:-3]) <= 2
         else:
-            assert {report.reason for report in found[:9]} == {Reason.EVICTED}
+            assert {report.reason for report in found[:-3]} == {Reason.EVICTED}
         ask(cache, prompts[0])
 
 
-def test_a_conversation_in_use_outlives_the_idle_ones():
-    """One is asked again between ten others, three are kept: it restores in full to the end."""
+@pytest.mark.parametrize("others", forms(5, 10))
+def test_a_conversation_in_use_outlives_the_idle_ones(others):
+    """One is asked again between others, three are kept: it restores in full to the end."""
     with new_cache(max_conversations=3) as cache:
         kept = list(text_tokens(200))
         ask(cache, kept)
-        for i in range(1, 11):
+        for i in range(1, others + 1):
             ask(cache, list(text_tokens(100, 300 * i)))
             _, report = ask(cache, kept)
             assert report.restored_tokens == 199
         assert cache.stats().conversations == 3
 
 
-def test_a_long_conversation_keeps_two_checkpoints_on_every_path():
-    """A prompt of 600 tokens, eight turns and a second reply to each: two at most on each path, the
+@pytest.mark.parametrize("turns", forms(3, 8))
+def test_a_long_conversation_keeps_two_checkpoints_on_every_path(turns):
+    """A prompt of 600 tokens, further turns and a second reply to each: two at most on each path, the
     end of the path among them, so that the next turn begins there; every reply is the cold one.
     """
     with new_cache(max_checkpoints=2) as cache:
         history, end = list(text_tokens(600)), 0
-        for turn in range(8):
+        for turn in range(turns):
             said, report = ask(cache, history)
             assert report.restored_tokens == end
             assert most_on_a_path(cache) <= 2
@@ -96,8 +102,8 @@ def test_a_long_conversation_keeps_two_checkpoints_on_every_path():
             ask(cache, [*history, 9, 9, 9])
             assert most_on_a_path(cache) <= 2
             history = [*history, *said, *text_tokens(40, 1000 + 50 * turn)]
-        assert cache.stats().conversations > 8
-        assert cache.stats().evictions > 20
+        assert cache.stats().conversations > turns
+        assert cache.stats().evictions > 2 * turns
 
 
 def test_one_checkpoint_on_a_path_is_its_end():
@@ -109,13 +115,14 @@ def test_one_checkpoint_on_a_path_is_its_end():
         ask(cache, list(text_tokens(500)))
 
 
-def test_a_pinned_conversation_outlives_the_limit():
-    """Two are kept, one is pinned: ten others go by beside it, and `stats` counts the pin."""
+@pytest.mark.parametrize("others", forms(4, 10))
+def test_a_pinned_conversation_outlives_the_limit(others):
+    """Two are kept, one is pinned: others go by beside it, and `stats` counts the pin."""
     with new_cache(max_conversations=2) as cache:
         pinned = list(text_tokens(200))
         ask(cache, pinned)
         assert cache.pin(pinned) == 199
-        for i in range(1, 11):
+        for i in range(1, others + 1):
             ask(cache, list(text_tokens(100, 300 * i)))
             assert cache.stats().conversations == 2
         assert (cache.stats().pinned, cache.lookup(pinned).restored_tokens) == (1, 199)

@@ -12,8 +12,8 @@ from mlx_hybridcache.errors import SettingError
 from mlx_hybridcache.machine import (
     CRITICAL,
     WARNING,
+    MemoryLeft,
     Pressure,
-    Reading,
     excess,
 )
 
@@ -36,14 +36,14 @@ GB = 10**9
 )
 def test_so_much_goes_that_the_reserve_is_left(left, held, coming, goes):
     """With 1 GB to leave free."""
-    assert excess(Reading(left), reserve_bytes=GB, held_bytes=held, coming_bytes=coming) == goes
+    assert excess(MemoryLeft(left), reserve_bytes=GB, held_bytes=held, coming_bytes=coming) == goes
 
 
 def test_a_share_goes_while_macos_speaks_of_pressure():
     """Of 8 GB held and enough left: half a GB at a warning, 2 GB when it is critical."""
     for level, goes in [(WARNING, GB // 2), (CRITICAL, 2 * GB)]:
-        assert excess(Reading(9 * GB, level), reserve_bytes=GB, held_bytes=8 * GB) == goes
-        assert excess(Reading(0, level), reserve_bytes=4 * GB, held_bytes=8 * GB) == 4 * GB
+        assert excess(MemoryLeft(9 * GB, level), reserve_bytes=GB, held_bytes=8 * GB) == goes
+        assert excess(MemoryLeft(0, level), reserve_bytes=4 * GB, held_bytes=8 * GB) == 4 * GB
 
 
 class System:
@@ -54,7 +54,7 @@ class System:
 
     def read(self):
         self.readings += 1
-        return Reading(0)
+        return MemoryLeft(0)
 
     def watched(self, reserve_bytes):
         return Pressure(reserve_bytes, read=self.read, clock=lambda: self.now)
@@ -107,10 +107,10 @@ def test_what_is_taken_is_not_left_any_more():
     """400 MB written to: so much less is left, give or take what others do meanwhile; so try again."""
     size = 400_000_000
     for _ in range(50):
-        before, free = pressure.reading().left_bytes, psutil.virtual_memory().free
+        before, free = pressure.memory_left().left_bytes, psutil.virtual_memory().free
         with mmap.mmap(-1, size) as taken:  # the C library may have as much left from other tests
             taken[::4096] = b"x" * math.ceil(size / 4096)
-            fell = before - pressure.reading().left_bytes
+            fell = before - pressure.memory_left().left_bytes
             counted = free - psutil.virtual_memory().free
         if abs(fell - size) < size / 2:
             break
@@ -118,14 +118,14 @@ def test_what_is_taken_is_not_left_any_more():
         if counted < size / 2:
             pytest.skip(f"this kernel counts {counted:,} bytes less as free, of {size:,} in use")
         pytest.fail(f"{fell:,} bytes less are left")
-    assert 0 < pressure.reading().left_bytes <= pressure.memory_bytes()
+    assert 0 < pressure.memory_left().left_bytes <= pressure.memory_bytes()
     assert pressure.memory_bytes() <= psutil.virtual_memory().total
 
 
 @pytest.mark.skipif(sys.platform != "darwin", reason="other kernels have no such level")
 def test_macos_tells_one_of_its_levels():
     """1, 2 or 4."""
-    assert pressure.reading().level in (1, 2, 4)
+    assert pressure.memory_left().level in (1, 2, 4)
 
 
 def group(folder, **files):

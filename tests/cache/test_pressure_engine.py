@@ -16,7 +16,7 @@ def test_a_store_on_a_system_without_room_keeps_pins_only():
             oracle.read(cache, oracle.prompt(100, seed=seed))
         assert cache.stats().checkpoints > 3
         cache.pin(tokens)
-        cache.engine.pressure = pressure.Pressure(pressure.memory_bytes() - 1)
+        cache.engine.relief.pressure = pressure.Pressure(pressure.memory_bytes() - 1)
         oracle.read(cache, oracle.prompt(100, seed=4))
         assert cache.lookup(tokens).restored_tokens == 99
         assert cache.lookup(oracle.prompt(100, seed=2)).restored_tokens == 0

@@ -1,4 +1,4 @@
-"""What a user's type checker sees of the packages as they are installed: of the wheel itself."""
+"""The wheel itself: what is in it, and what a user's type checker sees of it."""
 
 import os
 import subprocess
@@ -79,6 +79,44 @@ def check(installed, folder, **files):
         check=False,
     )
     return done.stdout
+
+
+PACKAGES = {"mlx_hybridcache", "mlx_hybridcache_server", "mlx_hybridcache_bench"}
+
+MODEL = {
+    "README.md",
+    "chat_template.jinja",
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+}
+
+
+def test_the_wheel_holds_the_packages_and_what_they_read(installed):
+    """The bundled model as it is loaded, without the log of its training; no test, no tool, no corpus."""
+    found = {path.relative_to(installed) for path in installed.rglob("*") if path.is_file()}
+    about = {path for path in found if path.parts[0].endswith(".dist-info")}
+    assert {path.parts[0] for path in found - about} == PACKAGES
+    assert {path.name for path in found if path.match("mlx_hybridcache/demo/model/*")} == MODEL
+    assert {path.stem for path in found if path.match("mlx_hybridcache/demo/*.py")} == {
+        "__init__",
+        "client",
+        "functions",
+        "process",
+        "run",
+        "workloads",
+    }
+    rest = {
+        path
+        for path in found - about
+        if path.suffix != ".py" and path.name != "py.typed" and "model" not in path.parts
+    }
+    assert {path.suffix for path in rest} <= {
+        *(".css", ".html", ".jinja", ".js", ".json", ".md", ".svg")
+    }
+    assert {path.name for path in rest if path.suffix == ".json"} == {"results.schema.json"}
 
 
 @pytest.mark.parametrize("package", ["mlx_hybridcache", "mlx_hybridcache_server"])

@@ -13,6 +13,7 @@ import numpy as np
 import oracle
 import pytest
 import tiny
+from long import forms, mostly_long
 from test_memory import wide_model
 
 from mlx_hybridcache import HybridPromptCache
@@ -52,12 +53,12 @@ def tight(budget: int, model: Any = None) -> Iterator[HybridPromptCache]:
         gc.collect()
         mx.clear_cache()
         baseline = mx.get_active_memory()
-        store = bounds.WatchedStore.of(cache.engine.store)
+        store = bounds.WatchedStore.of(cache.engine.tiers.memory)
         yield cache
         cache.stats()
         assert store.running_bytes == 0
         assert store.over == []
-        assert cache.engine.loans._lenders == []
+        assert cache.engine.tiers._loans._lenders == []
         assert not any(is_borrowing([node]) for node in store.nodes())
         mx.clear_cache()
         off = cache._worker.call(mx.get_active_memory) - baseline - store.used_bytes()
@@ -100,7 +101,7 @@ def test_a_conversation_goes_on_where_its_rows_fit_once_only():
     with tight(budget_for(990, 1.5)) as cache:
         history = [*tokens, *(each.token for each in answer(cache, tokens))]
         stats = cache.stats()
-        assert stats.rows_bytes > cache.engine.store.budget_bytes / 2
+        assert stats.rows_bytes > cache.engine.tiers.memory.budget_bytes / 2
         longer = [*history, *oracle.prompt(30, seed=2)]
         reply = answer(cache, longer)
         assert cache.last_report.restored_tokens >= 899
@@ -129,14 +130,19 @@ def test_a_pinned_checkpoint_does_not_go_for_a_request():
     with tight(2 * weight) as cache:
         answer(cache, tokens)
         position = cache.pin(tokens)
-        longest = (cache.engine.store.budget_bytes - weight) // cache.engine.layout.row_bytes
+        longest = (cache.engine.tiers.memory.budget_bytes - weight) // cache.engine.layout.row_bytes
         for seed in range(3):
             answer(cache, [*tokens, *oracle.prompt(longest // 2, seed=seed)])
         assert cache.lookup([*tokens, 1]).restored_tokens >= position
         assert cache.stats().pinned == 1
 
 
-@pytest.mark.parametrize("name", ["qwen3_next", "qwen3", "deepseek_v3", "gemma3_text", "jamba"])
+@pytest.mark.parametrize(
+    "name",
+    mostly_long(
+        ["qwen3_next", "qwen3", "deepseek_v3", "gemma3_text", "jamba"], ["qwen3_next", "qwen3"]
+    ),
+)
 def test_a_follower_restores_from_the_caches_of_its_leader(name):
     """A budget without room for copies: the second of two prompts begins in the first one's caches."""
     model = tiny.build(name)
@@ -152,7 +158,7 @@ def test_a_follower_restores_from_the_caches_of_its_leader(name):
         def begin(read: int, total: int) -> None:
             if not started:
                 started.append(cache.stream_generate(second, REPLY, sampler=oracle.never_ending))
-            borrowed.append(any(is_borrowing([node]) for node in cache.engine.store.nodes()))
+            borrowed.append(any(is_borrowing([node]) for node in cache.engine.tiers.memory.nodes()))
 
         replies = [answer(cache, first, prompt_progress_callback=begin), list(started[0])]
         assert started[0].report.restored_tokens >= 500 - 64
@@ -160,10 +166,10 @@ def test_a_follower_restores_from_the_caches_of_its_leader(name):
         for tokens, reply in zip((first, second), replies, strict=True):
             assert_as_plain(cache, tokens, reply)
         assert cache.stats().running_bytes == 0
-        assert not any(is_borrowing([node]) for node in cache.engine.store.nodes())
+        assert not any(is_borrowing([node]) for node in cache.engine.tiers.memory.nodes())
 
 
-@pytest.mark.parametrize("at", [64, 320, 640])
+@pytest.mark.parametrize("at", mostly_long([64, 320, 640], [320]))
 def test_a_reading_that_is_cancelled_leaves_all_that_it_read(at):
     """Left after `at` of 700 tokens, where the budget holds its rows once: the next one begins there."""
     tokens = oracle.prompt(700, seed=9)
@@ -235,7 +241,7 @@ def test_rows_move_in_pieces_that_are_cheap_to_cut():
         need = cache.engine.layout.running_bytes(rounded(3000 + REPLY))
     with roomy(model, prefill_step_size=8192, memory_budget=int(need * 1.8)) as cache:
         answer(cache, tokens)
-        lengths = [r.end - r.start for node in cache.engine.store.nodes() for r in node.rows]
+        lengths = [r.end - r.start for node in cache.engine.tiers.memory.nodes() for r in node.rows]
         assert sum(lengths) >= 3000
         assert max(lengths) <= 2048
         branch = [*tokens[:1500], *oracle.prompt(50, seed=14)]
@@ -250,18 +256,19 @@ def test_a_roomy_store_owns_what_was_read_before_the_reply_ends():
         stream = cache.stream_generate(tokens, REPLY, sampler=oracle.never_ending)
         next(stream), next(stream)
         cache.stats()
-        nodes = list(cache.engine.store.nodes())
+        nodes = list(cache.engine.tiers.memory.nodes())
         assert sum(node.rows_nbytes for node in nodes) >= 499 * cache.engine.layout.row_bytes
         assert not any(is_borrowing([node]) for node in nodes)
         list(stream)
 
 
-def test_long_random_use_under_a_small_budget_stays_right():
-    """30 requests on three families of prompts, some left half way: every reply and every point agrees."""
+@pytest.mark.parametrize("requests", forms(8, 30))
+def test_long_random_use_under_a_small_budget_stays_right(requests):
+    """Requests on three families of prompts, some left half way: every reply and every point agrees."""
     chance = np.random.default_rng(16)
     families = [oracle.prompt(400, seed=30 + i, openers=range(100, 400, 75)) for i in range(3)]
     with tight(budget_for(400, 3)) as cache:
-        for _ in range(30):
+        for _ in range(requests):
             family = families[chance.integers(3)]
             tokens = family[: chance.choice([65, 130, 200, 270, 399])]
             if chance.random() < 0.5:

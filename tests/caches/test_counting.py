@@ -29,7 +29,7 @@ def stored(cache, salt=None):
     """The token lists of all checkpoints."""
     namespace = cache._namespace(salt)
     return cache._worker.call(
-        lambda: [tokens.tolist() for tokens, _ in cache.engine.store.checkpoints(namespace)]
+        lambda: [tokens.tolist() for tokens, _ in cache.engine.tiers.memory.checkpoints(namespace)]
     )
 
 

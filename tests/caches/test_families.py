@@ -5,6 +5,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import tiny
+from long import mostly_long
 
 from mlx_hybridcache import HybridPromptCache
 from mlx_hybridcache.verify import verify
@@ -46,7 +47,7 @@ def test_a_family_is_served_as_cold_and_from_files_after_a_restart(name, tmp_pat
         assert cache.disk_stats().rejected == 0
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", mostly_long(NAMES, ["gemma3n", "longcat_flash_ngram"]))
 def test_the_proof_runs_on_every_family(name):
     """It reads on its own thread and on the worker's in turn."""
     verdict = verify(families.build(name), [PROMPT[:100], BRANCH[:100]], step=STEP)

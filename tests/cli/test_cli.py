@@ -12,6 +12,7 @@ import pytest
 
 from mlx_hybridcache import models
 from mlx_hybridcache.caches.kinds.recurrent import RecurrentKind
+from mlx_hybridcache.cli.console import wide_console
 from mlx_hybridcache.cli.main import main
 from mlx_hybridcache.demo import BUNDLED_MODEL
 from mlx_hybridcache.demo.client import REPLY_TOKENS, TOP_LOGPROBS, Client, Reply
@@ -63,7 +64,7 @@ def test_the_demo_reads_a_file_of_ones_own_and_compares_all_of_a_reply(tmp_path,
     """Text, reasoning, and for each of 12 tokens its log-probability and the five likeliest."""
     file = tmp_path / "text.txt"
     file.write_text("\n".join(f"Line {i} says {i * i}." for i in range(1500)))
-    seen = run(str(BUNDLED_MODEL), tokens=600, file=file)
+    seen = run(str(BUNDLED_MODEL), wide_console(), tokens=600, file=file)
     assert "11 of 11 replies" in capsys.readouterr().out
     assert [one.name for one in seen if one.hot.cached_tokens == one.hot.prompt_tokens - 1] == [
         "the same again"

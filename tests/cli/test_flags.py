@@ -11,7 +11,7 @@ from mlx_hybridcache_server.settings import Settings, build_parser, read_setting
 from mlx_hybridcache import HybridPromptCache, SettingError
 from mlx_hybridcache.cli.main import main
 from mlx_hybridcache.demo import BUNDLED_MODEL
-from mlx_hybridcache.flags import refusal
+from mlx_hybridcache.errors import refusal
 from mlx_hybridcache.sizes import parse_tokens
 
 PLAN = ["plan", "--model", str(BUNDLED_MODEL)]

@@ -1,6 +1,6 @@
 """Clients that people use, as they are published, in conversations with one server process.
 
-Only with `-m long`: each is installed in an environment of its own, which takes minutes once; `--cache-clear`
+Only with `-m clients`: each is installed in an environment of its own, which takes minutes once; `--cache-clear`
 has them made anew. Versions stand in `client_environments.py`. `-rA` shows what each request restored.
 """
 
@@ -15,6 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import pages
 import pytest
 import strict
 from bundled import chat, load
@@ -25,7 +26,7 @@ from servers import OURS, Server, running
 from mlx_hybridcache.demo import BUNDLED_MODEL
 from mlx_hybridcache.demo.functions import FUNCTIONS
 
-pytestmark = [pytest.mark.long, pytest.mark.timeout(3600)]
+pytestmark = [pytest.mark.clients, pytest.mark.timeout(3600)]
 
 SCRIPTS = ROOT / "tests" / "clients"
 CLIENT_SECONDS = 600
@@ -213,6 +214,14 @@ def test_a_conversation_with_functions_grows(name, script, installed, server, tm
     told = converse(installed(name), script, server, tmp_path)
     assert_answered(told)
     assert_grows(server.steps(), told["cached"])
+
+
+def test_langchains_lines_in_the_docs_run_as_they_stand(installed, bundled, tmp_path):
+    """docs/clients.md, but for the address: a reply, and how much was restored."""
+    (block,) = pages.of_language(pages.DOCS / "clients.md", "python")
+    typed = block.text.replace("http://localhost:8080", bundled.url)
+    shown = run([installed("langchain-openai").command("python"), "-c", typed], tmp_path)
+    assert shown.split()[-1].isdigit()
 
 
 def test_an_agent_that_may_also_answer_at_once_grows(installed, bundled, tmp_path):

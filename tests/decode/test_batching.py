@@ -8,12 +8,13 @@ import odd_batches
 import oracle
 import pytest
 import tiny
+from long import mostly_long
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
 from mlx_hybridcache import HybridPromptCache
 from mlx_hybridcache.caches.layout import Layout
+from mlx_hybridcache.decode import batch
 from mlx_hybridcache.decode import batch_check as batching
-from mlx_hybridcache.decode import decoder as generate
 
 GREEDY = {"sampler": oracle.never_ending, "seed": 0}
 
@@ -55,7 +56,10 @@ def same(replies, expected):
         assert oracle.agree(reply.logprobs, other.logprobs)
 
 
-@pytest.mark.parametrize("name", odd_batches.ODD)
+@pytest.mark.parametrize(
+    "name",
+    mostly_long(odd_batches.ODD, ["gpt_bigcode", "deepseek_v32", "gemma2, other head counts"]),
+)
 def test_models_that_compute_something_else_in_batches_decode_one_by_one(name, caplog):
     """Three prompts of unequal lengths at once, and a turn behind each: as one after another; said once."""
     model = odd_batches.build(name)
@@ -148,7 +152,7 @@ def _arrays(cache):
     return [x for x in cache.state[0] if x is not None]
 
 
-@pytest.mark.parametrize("after", [0, 1, 5])
+@pytest.mark.parametrize("after", mostly_long([0, 1, 5], [1]))
 @pytest.mark.parametrize("name", ["qwen3_next", "mamba2"])
 def test_an_error_inside_a_batch_ends_nobody(name, after, monkeypatch, caplog):
     """Three replies with seeds and penalties of their own: each goes on alone, with the bits it has alone."""
@@ -193,7 +197,7 @@ class FaultyJoin:
 
     def __init__(self, monkeypatch, after):
         self.left, self.raised = after, 0
-        original = generate.merged
+        original = batch.merged
 
         def faulty(every):
             self.left -= 1
@@ -202,7 +206,7 @@ class FaultyJoin:
                 raise ValueError("[concatenate] no")
             return original(every)
 
-        monkeypatch.setattr(generate, "merged", faulty)
+        monkeypatch.setattr(batch, "merged", faulty)
 
 
 @pytest.mark.parametrize("after", [0, 2])

@@ -16,6 +16,7 @@ import numpy as np
 import oracle
 import pytest
 import tiny
+from long import forms, mostly_long
 from oracle import STEP
 from places import SUPPORT
 
@@ -49,7 +50,13 @@ FAMILIES: dict[str, tuple[str, mx.Dtype, dict[str, Any]]] = {
 }
 """Every kind of layer, computed in both widths where the CPU can: name -> family, dtype, settings."""
 
-each_family = pytest.mark.parametrize("name", FAMILIES)
+each_family = pytest.mark.parametrize(
+    "name",
+    mostly_long(
+        FAMILIES,
+        ("qwen3_next", "qwen3_5-bf16", "jamba", "gemma3_text", "llama-bf16", "deepseek_v3"),
+    ),
+)
 
 Open = Callable[..., Any]
 
@@ -99,7 +106,7 @@ def assert_as_cold(cache: HybridPromptCache, tokens: Sequence[int], **options: A
 
 def forget_memory(cache: HybridPromptCache) -> None:
     """What a crowd of other requests would do to the memory tier."""
-    cache._worker.call(cache.engine.store.clear)
+    cache._worker.call(cache.engine.tiers.memory.clear)
 
 
 def files(directory: Path) -> dict[str, int]:
@@ -126,7 +133,7 @@ def test_a_repeat_after_a_restart_comes_from_files_and_equals_cold(
     tokens = oracle.prompt(LENGTH, seed=1)
     write(tmp_path, tokens, name=name)
     with opened(tmp_path, name) as cache:
-        expected = LENGTH - 1 if not cache.engine.exact else 4 * STEP
+        expected = LENGTH - 1 if not cache.info.exact else 4 * STEP
         if name.startswith(("mamba2", "granite")):
             expected = 0 if expected % 256 else 256
         assert cache.lookup(tokens).restored_tokens == expected
@@ -146,14 +153,14 @@ def test_every_position_that_was_kept_comes_back_from_files(name: str, tmp_path:
     whole = oracle.prompt(LENGTH + 1, seed=2)
     write(tmp_path, whole, name=name)
     with opened(tmp_path, name) as cache:
-        catalogue = cache.engine.disk.catalogue
+        catalogue = cache.engine.tiers.disk.catalogue
         ends = {one.end for one in catalogue.segments() if one.kind == "state"}
         if not cache.engine.layout.needs_snapshots:
             ends = {
                 *range(
-                    STEP if cache.engine.exact else WORTH,
+                    STEP if cache.info.exact else WORTH,
                     LENGTH,
-                    STEP if cache.engine.exact else 37,
+                    STEP if cache.info.exact else 37,
                 )
             }
         positions = sorted(at for at in ends if at >= WORTH)
@@ -187,7 +194,7 @@ def test_a_branch_inside_a_file_and_what_follows_equal_cold(name: str, tmp_path:
         both = (branch, base)
         for tokens, found in zip(both, [cache.lookup(tokens) for tokens in both], strict=True):
             assert found.tier == "disk"  # before anything is in memory
-            least = 256 if cache.engine.exact else len(tokens) - 1
+            least = 256 if cache.info.exact else len(tokens) - 1
             assert found.restored_tokens >= least
             assert_as_cold(cache, tokens)
 
@@ -202,7 +209,7 @@ def test_turns_over_several_runs_equal_cold(name: str, tmp_path: Path) -> None:
         history = [*history, *oracle.prompt(90, seed=6 + turn)]
         with opened(tmp_path, name) as cache:
             report = cache.lookup(history)
-            if not cache.engine.exact:
+            if not cache.info.exact:
                 assert (report.restored_tokens, report.tier) == (before, "disk")
             else:
                 grid = cache.engine.layout.alignment if cache.engine.layout.alignment > 1 else STEP
@@ -221,7 +228,7 @@ def held_up(cache: HybridPromptCache) -> Iterator[threading.Event]:
         waits.set()
         assert go_on.wait(60)
 
-    cache.engine.disk.thread.change(wait)
+    cache.engine.tiers.disk.thread.change(wait)
     assert waits.wait(60)
     try:
         yield go_on
@@ -232,7 +239,7 @@ def held_up(cache: HybridPromptCache) -> Iterator[threading.Event]:
 def until_idle(cache: HybridPromptCache) -> None:
     """Let the disk thread do everything it was asked for, and the worker hear of it."""
     done = threading.Event()
-    cache.engine.disk.thread.change(lambda directory: done.set())
+    cache.engine.tiers.disk.thread.change(lambda directory: done.set())
     assert done.wait(60)
     cache.stats()
 
@@ -355,7 +362,8 @@ def test_flush_writes_what_waits_and_says_when_it_did_not(tmp_path: Path) -> Non
         assert sum(files(tmp_path).values()) == stats.held_bytes == stats.written_bytes
 
 
-def test_the_queue_is_bounded_and_what_waits_in_it_counts(tmp_path: Path) -> None:
+@pytest.mark.parametrize("prompts", forms(16, 40))
+def test_the_queue_is_bounded_and_what_waits_in_it_counts(prompts: int, tmp_path: Path) -> None:
     """A budget of 2 MB and a disk that stands still: at most a sixteenth and a segment is lent, what the
     store let go of meanwhile counts until it is given back, and the budget holds.
     """
@@ -363,7 +371,7 @@ def test_the_queue_is_bounded_and_what_waits_in_it_counts(tmp_path: Path) -> Non
     with opened(tmp_path, memory_budget=budget) as cache:
         lingering = 0
         with held_up(cache):
-            for seed in range(40):
+            for seed in range(prompts):
                 oracle.read(cache, oracle.prompt(LENGTH, seed=30 + seed))
                 stats = cache.stats()
                 assert stats.held_bytes <= budget
@@ -379,7 +387,7 @@ def test_closing_writes_what_there_is_time_for(tmp_path: Path) -> None:
     tokens = oracle.prompt(LENGTH, seed=40)
     for name, seconds in (("now", 0.0), ("later", 20.0)):
         cache = oracle.new_cache(model_of("qwen3_next"), cache_dir=tmp_path / name)
-        cache.engine.disk._rest_until = float("inf") if seconds == 0 else 0.0
+        cache.engine.tiers.disk._rest_until = float("inf") if seconds == 0 else 0.0
         oracle.read(cache, tokens)
         cache.close(seconds)
     with opened(tmp_path / "now") as cache:
@@ -434,7 +442,7 @@ def test_a_pin_set_or_lifted_while_its_files_are_written_is_kept(
                 cache.unpin(tokens)
         assert cache.flush(30)
     with opened(tmp_path) as cache:
-        nodes = cache.engine.disk.catalogue.store.nodes()
+        nodes = cache.engine.tiers.disk.catalogue.store.nodes()
         assert [node.end for node in nodes if node.pinned] == [LENGTH - 1] * is_pinned
 
 
@@ -477,14 +485,15 @@ def test_rows_without_any_state_restore_nothing(name: str, tmp_path: Path) -> No
         assert_as_cold(cache, tokens)
 
 
-def test_what_was_let_go_before_it_was_written_is_let_go_of(tmp_path: Path) -> None:
-    """Forty prompts through 2 MB while the disk stands still: what it never got is not held for it."""
+@pytest.mark.parametrize("prompts", forms(16, 40))
+def test_what_was_let_go_before_it_was_written_is_let_go_of(prompts: int, tmp_path: Path) -> None:
+    """Many prompts through 2 MB while the disk stands still: what it never got is not held for it."""
     with opened(tmp_path, memory_budget=2_000_000) as cache, held_up(cache):
         oracle.read(cache, oracle.prompt(LENGTH, seed=60))
         gc.collect()
         mx.clear_cache()
         before = mx.get_active_memory() - cache.stats().held_bytes
-        for seed in range(61, 101):
+        for seed in range(61, 61 + prompts):
             oracle.read(cache, oracle.prompt(LENGTH, seed=seed))
         held = mx.get_active_memory() - before - cache.stats().held_bytes
         assert held < 200_000
@@ -620,7 +629,7 @@ def test_buffers_that_a_cancelled_promotion_no_longer_holds_do_not_linger(tmp_pa
     write(tmp_path, tokens)
     with opened(tmp_path, tokenizer=oracle.word_tokenizer()) as cache:
         oracle.read(cache, [*tokens, 1])
-        store = cache.engine.store
+        store = cache.engine.tiers.memory
 
         def forget_states() -> None:
             for node in store.nodes():
@@ -665,7 +674,7 @@ def test_no_row_is_written_twice_however_dense_the_checkpoints_are(tmp_path: Pat
     with opened(tmp_path) as cache:
         rows = sorted(
             (one.start, one.end)
-            for one in cache.engine.disk.catalogue.segments()
+            for one in cache.engine.tiers.disk.catalogue.segments()
             if one.kind == "rows"
         )
         assert rows[0][0] == 0
@@ -681,7 +690,7 @@ def test_a_file_of_which_only_a_part_is_needed_is_not_written_over(tmp_path: Pat
         oracle.read(cache, base)
         oracle.read(cache, [*base[:160], *oracle.prompt(20, seed=96)])
         assert cache.flush(30)
-        store = cache.engine.disk.catalogue.store
+        store = cache.engine.tiers.disk.catalogue.store
         lower = next(node for node in store.nodes() if node.start == 160 and node.end > 180)
         cache._worker.call(store.forget, lower, rows=True)
         forget_memory(cache)
@@ -714,7 +723,7 @@ def test_a_promotion_that_is_cancelled_gives_its_bytes_back(late: bool, tmp_path
                 cache._worker.post(wait)
                 assert worker_waits.wait(60)
             done = threading.Event()
-            cache.engine.disk.thread.change(lambda directory: done.set())
+            cache.engine.tiers.disk.thread.change(lambda directory: done.set())
             assert done.wait(60)  # the outcome is posted, the worker has not seen it
             stream.cancel()
             go_on.set()
@@ -769,22 +778,23 @@ def watch_files() -> None:
     sys.addaudithook(hook)
 
 
-def test_no_file_is_touched_on_the_worker_thread(tmp_path: Path) -> None:
-    """Forty requests with writes, evictions in both tiers, promotions, a damaged file, pins and a
+@pytest.mark.parametrize("requests", forms(18, 40))
+def test_no_file_is_touched_on_the_worker_thread(requests: int, tmp_path: Path) -> None:
+    """Requests with writes, evictions in both tiers, promotions, a damaged file, pins and a
     `clear`: the disk thread opens files all the time, the worker not once.
     """
     watch_files()
-    prompts = [oracle.prompt(LENGTH, seed=200 + seed % 7) for seed in range(40)]
+    prompts = [oracle.prompt(LENGTH, seed=200 + seed % 7) for seed in range(requests)]
     write(tmp_path, *prompts[:7])
     how = {"memory_budget": 1_000_000, "disk_budget": 900_000, "tokenizer": oracle.word_tokenizer()}
     with opened(tmp_path, **how) as cache:
         list(cache.stream_generate(prompts[0], 4))  # whatever is imported late is imported now
-        worker, disk = cache._worker._thread.ident, cache.engine.disk.thread.ident
+        worker, disk = cache._worker._thread.ident, cache.engine.tiers.disk.thread.ident
         _watched.update({worker: [], disk: []})
         try:
             tiers = set()
             for at, tokens in enumerate(prompts):
-                if at == 20:
+                if at == requests // 2:
                     forget_memory(cache)
                     for path in tmp_path.rglob("*.state.safetensors"):
                         path.write_bytes(path.read_bytes()[:-1])
@@ -802,7 +812,7 @@ def test_no_file_is_touched_on_the_worker_thread(tmp_path: Path) -> None:
             _watched.clear()
     assert tiers >= {"disk"}
     assert stats.written_bytes > 0 < stats.rejected
-    assert cache.engine.store.evictions > 0
+    assert cache.engine.tiers.memory.evictions > 0
     assert {"open", "os.remove", "os.rename"} <= {each.split()[0] for each in seen[disk]}
     assert seen[worker] == []
 

@@ -10,6 +10,7 @@ import oracle
 import pytest
 import tiny
 from faults import Said, segments, served
+from long import forms
 from test_catalogue import STEP, Shelf
 
 from mlx_hybridcache.disk import index as index_module
@@ -77,9 +78,10 @@ def visits(monkeypatch):
 # The index tells what changed
 
 
-def test_the_index_reads_as_many_rows_as_changed(tmp_path):
-    """2,000 files are noted; then one is used twice, one pinned, one dropped and one added: five rows."""
-    entries = path_of_files(1000)
+@pytest.mark.parametrize("count", forms(150, 1000))
+def test_the_index_reads_as_many_rows_as_changed(tmp_path, count):
+    """Twice as many files are noted; then one is used twice, one pinned, one dropped and one added: five rows."""
+    entries = path_of_files(count)
     writer = Index(tmp_path / "index.sqlite")
     writer.put(entries[:-1])
     number = writer.number()
@@ -387,7 +389,7 @@ def test_a_second_process_takes_over_what_changed_a_piece_at_a_time(tmp_path, qu
         files = len(segments(tmp_path))
         wait_until(lambda: reader.disk_stats().files == files)
         worker = reader._worker._thread.ident
-        assert {ident for ident, _ in changing} == {reader.engine.disk.thread.ident}
+        assert {ident for ident, _ in changing} == {reader.engine.tiers.disk.thread.ident}
         assert {ident for ident, _ in taking} == {worker}
         assert max(count for _, count in taking) <= 2
         assert sum(count for _, count in changing) <= 2 * files  # nothing is read again and again
@@ -409,7 +411,7 @@ def test_a_reader_that_could_not_read_a_file_finds_it_again(tmp_path, quick, sai
             assert served(reader, first)[1] < 299
             (tmp_path / "elsewhere").rename(state)
             assert said.take_one()
-            reader._worker.call(reader.engine.store.clear)
+            reader._worker.call(reader.engine.tiers.memory.clear)
             oracle.read(writer, second)
             assert writer.flush(PATIENCE_SECONDS)
             wait_until(lambda: reader.lookup(second).tier == "disk")
@@ -424,7 +426,7 @@ def test_what_is_due_is_looked_at_a_few_at_a_time(tmp_path, monkeypatch):
         for seed in range(4):
             oracle.read(cache, oracle.prompt(300, seed=seed))
         assert cache.flush(PATIENCE_SECONDS)
-        disk = cache.engine.disk
+        disk = cache.engine.tiers.disk
         lacking, write = disk.catalogue.lacking, disk.write
 
         def counted(*args, **how):

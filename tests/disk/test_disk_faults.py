@@ -497,7 +497,7 @@ def test_a_reader_takes_over_when_the_writer_is_killed(root, said, quick, busy):
             with opened(root) as reader:
                 assert not reader.disk_stats().is_writer
                 assert served(reader, FIRST) == ("disk", END)
-                disk = reader.engine.disk.thread
+                disk = reader.engine.tiers.disk.thread
                 writer.send_signal(signal.SIGKILL)
                 if busy:
                     beat = [True]

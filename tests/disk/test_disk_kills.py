@@ -8,16 +8,24 @@ from pathlib import Path
 
 import httpx2
 import pytest
-from mlx_hybridcache_bench import cli, power
-from mlx_hybridcache_bench.kills import figures
-from mlx_hybridcache_bench.server_kills import REPLY, ServerAccount, Victim, kill_servers, prompts
-from mlx_hybridcache_bench.servers import OURS, Launch
-from mlx_hybridcache_bench.writer_kills import (
+from long import forms
+from mlx_hybridcache_bench import cli
+from mlx_hybridcache_bench.kills import power
+from mlx_hybridcache_bench.kills.command import figures
+from mlx_hybridcache_bench.kills.server_kills import (
+    REPLY,
+    ServerAccount,
+    Victim,
+    kill_servers,
+    prompts,
+)
+from mlx_hybridcache_bench.kills.writer_kills import (
     Account,
     kill_at_every_operation,
     kill_at_random,
     started_writers,
 )
+from mlx_hybridcache_bench.serving.servers import OURS, Launch
 
 from mlx_hybridcache.demo import BUNDLED_MODEL
 from mlx_hybridcache.disk.segment import SEGMENTS
@@ -31,28 +39,31 @@ def writers():
         yield found
 
 
-def test_two_hundred_kills_at_random_moments_lose_nothing_that_was_durable(writers, tmp_path):
-    """One directory, 200 writers, each killed within a quarter of a second."""
-    account = kill_at_random(writers, tmp_path, 200, seed=1)
+@pytest.mark.parametrize("kills", forms(20, 200))
+def test_kills_at_random_moments_lose_nothing_that_was_durable(writers, tmp_path, kills):
+    """One directory, many writers, each killed within a quarter of a second."""
+    account = kill_at_random(writers, tmp_path, kills, seed=1)
     assert account.faults == []
-    assert account.kills == 200
+    assert account.kills == kills
     assert min(account.reported, account.deleted, account.unfinished, account.checked) > 0
 
 
-def test_a_kill_at_every_file_operation_leaves_all_or_nothing(writers, tmp_path):
-    """Writers of three checkpoints, killed at their first file operation, their second, to the last."""
-    account = kill_at_every_operation(writers, tmp_path, 3, seed=1)
+@pytest.mark.parametrize("checkpoints", forms(1, 3))
+def test_a_kill_at_every_file_operation_leaves_all_or_nothing(writers, tmp_path, checkpoints):
+    """Writers of some checkpoints, killed at their first file operation, their second, to the last."""
+    account = kill_at_every_operation(writers, tmp_path, checkpoints, seed=1)
     assert account.faults == []
     assert account.finished == 1
     assert min(account.reported, account.deleted, account.unfinished) > 0
 
 
-def test_twenty_power_cuts_lose_nothing_that_was_durable(writers):
+@pytest.mark.parametrize("cuts", forms(3, 20))
+def test_power_cuts_lose_nothing_that_was_durable(writers, cuts):
     """A real file system is shut down without a flush under a writer, mounted again and looked at."""
     if why := power.why_not():
         pytest.skip(why)
     with power.small_disk() as disk:
-        account = power.cut_power(writers, disk, 20, seed=1)
+        account = power.cut_power(writers, disk, cuts, seed=1)
     assert account.faults == []
     assert min(account.reported, account.checked) > 0
 
@@ -72,11 +83,12 @@ def test_the_account_tells_what_is_lost_damaged_left_over_and_too_much(writers, 
     assert len(account.faults) == 3
 
 
-def test_a_server_killed_under_load_answers_as_before(tmp_path):
-    """15 kills while three clients send: replies are cold's to the bit, durable checkpoints are found."""
-    account = kill_servers(MODEL, tmp_path, 15, seed=1)
+@pytest.mark.parametrize("kills", forms(2, 15))
+def test_a_server_killed_under_load_answers_as_before(tmp_path, kills):
+    """Kills while three clients send: replies are cold's to the bit, durable checkpoints are found."""
+    account = kill_servers(MODEL, tmp_path, kills, seed=1)
     assert account.faults == []
-    assert account.kills == 15
+    assert account.kills == kills
     assert min(account.replies, account.restored, account.checkpoints, account.verified) > 0
 
 

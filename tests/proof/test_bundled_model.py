@@ -12,18 +12,20 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from bundled import load
+from bundled_model import evaluate
+from bundled_model.architecture import SHAPE
+from bundled_model.corpus import documents, split
+from bundled_model.data import encode_text
+from bundled_model.fast_math import cross_entropy, silu
+from bundled_model.gated_delta import chunked_gated_delta, training_forms
+from bundled_model.ngrams import NGrams
+from bundled_model.train import SMOKE, Run, Settings, load_data, weights_of
+from long import forms, mostly_long
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.models.gated_delta import gated_delta_ops, normalize_qk
 from mlx_lm.utils import quantize_model
 
-from mlx_hybridcache.demo import BUNDLED_MODEL, evaluate
-from mlx_hybridcache.demo.architecture import SHAPE
-from mlx_hybridcache.demo.corpus import documents, split
-from mlx_hybridcache.demo.data import encode_text
-from mlx_hybridcache.demo.fast_math import cross_entropy, silu
-from mlx_hybridcache.demo.gated_delta import chunked_gated_delta, training_forms
-from mlx_hybridcache.demo.ngrams import NGrams
-from mlx_hybridcache.demo.train import SMOKE, Run, Settings, load_data, weights_of
+from mlx_hybridcache.demo import BUNDLED_MODEL
 
 TOOL: dict[str, Any] = {
     "type": "function",
@@ -255,18 +257,23 @@ def test_the_split_keeps_held_out_questions_out_of_training():
     assert all(d.held_out for d in evaluate.held_out_dialogues(50))
 
 
-@pytest.mark.parametrize("kind", ["reference", "library"])
+@cache
+def fitted_ngrams() -> NGrams:
+    """What the model is held against, from as many documents."""
+    sample = split(documents(), Settings().seed)[0][:250]
+    return NGrams.fit(encode_text(load()[1], sample).tolist(), SHAPE["vocab_size"])
+
+
+@pytest.mark.parametrize("kind", mostly_long(["reference", "library"], ["reference"]))
 def test_held_out_text_is_predicted_better_than_by_ngrams(kind: str):
     """By at least 0.3 nats per token better than the bigram, itself better than the unigram."""
     model, tokenizer = load()
-    sample = split(documents(), Settings().seed)[0][:250]
-    fitted = NGrams.fit(encode_text(tokenizer, sample).tolist(), SHAPE["vocab_size"])
     rows = evaluate.held_out_rows(tokenizer, kind, 8)
-    unigram, bigram = fitted.losses(rows)
+    unigram, bigram = fitted_ngrams().losses(rows)
     assert evaluate.model_loss(model, rows) < bigram - 0.3 < unigram - 0.3
 
 
-@pytest.mark.parametrize("thinking", [True, False])
+@pytest.mark.parametrize("thinking", mostly_long([True, False], [False]))
 def test_function_prompts_give_a_parseable_call(thinking: bool):
     """At least 9 of 10, of a declared function, and the reply ends by itself."""
     passed = replies("call", thinking)
@@ -274,7 +281,7 @@ def test_function_prompts_give_a_parseable_call(thinking: bool):
     assert passed["ends by itself"] >= 9
 
 
-@pytest.mark.parametrize("kind", ["chat", "call"])
+@pytest.mark.parametrize("kind", mostly_long(["chat", "call"], ["chat"]))
 def test_reasoning_is_closed_and_the_reply_ends(kind: str):
     """At least 9 of 10 close `</think>`, and at least 9 end by themselves."""
     passed = replies(kind, True)
@@ -282,17 +289,18 @@ def test_reasoning_is_closed_and_the_reply_ends(kind: str):
     assert passed["ends by itself"] >= 9
 
 
-@pytest.mark.parametrize("kind", ["chat", "result"])
+@pytest.mark.parametrize("kind", mostly_long(["chat", "result"], ["result"]))
 def test_plain_replies_end_by_themselves(kind: str):
     """At least 9 of 10 without reasoning."""
     assert replies(kind, False)["ends by itself"] >= 9
 
 
-def test_a_stale_recurrent_state_changes_the_logits():
+@pytest.mark.parametrize("ages", forms((1, 200), (1, 64, 1000)))
+def test_a_stale_recurrent_state_changes_the_logits(ages: tuple[int, ...]):
     """One token too old is visible, and so are 64 and 1,000."""
     model, tokenizer = load()
-    tokens = evaluate.held_out_rows(tokenizer, "library", 4).reshape(-1).tolist()[:1200]
-    changes = evaluate.stale_state(model, tokens, (1, 64, 1000))
+    tokens = evaluate.held_out_rows(tokenizer, "library", 4).reshape(-1).tolist()
+    changes = evaluate.stale_state(model, tokens[: ages[-1] + 200], ages)
     assert min(changes.values()) > 0.01
 
 

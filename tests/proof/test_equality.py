@@ -11,6 +11,7 @@ import pytest
 import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from long import forms, mostly_long
 from oracle import OPENER, STEP
 
 from mlx_hybridcache import HybridPromptCache
@@ -38,9 +39,13 @@ PLAIN = [name for name in tiny.FAMILIES if name not in BLOCKED]
 WAYS = [(name, False) for name in PLAIN] + [("qwen3_next", True)]
 
 each_way = pytest.mark.parametrize(
-    ("name", "paused"), WAYS, ids=[name + "-paused" * paused for name, paused in WAYS]
+    ("name", "paused"),
+    mostly_long(WAYS, [(name, False) for name in ONE_PER_KIND] + [("qwen3_next", True)]),
+    ids=[name + "-paused" * paused for name, paused in WAYS],
 )
-each_kind = pytest.mark.parametrize("name", ONE_PER_KIND)
+each_kind = pytest.mark.parametrize(
+    "name", mostly_long(ONE_PER_KIND, ("qwen3_next", "gemma3_text", "qwen3", "deepseek_v3"))
+)
 
 LENGTHS = (1, 63, 64, 65, 2 * STEP - 1, 2 * STEP, 2 * STEP + 1, 4 * STEP + 9)
 LENGTHS_WITH_A_SINGLE_TOKEN = (2, STEP + 2, 2 * STEP + 2)
@@ -106,7 +111,7 @@ def test_turn_cuts_at_every_offset_equal_cold(name: str, paused: bool) -> None:
         read = [oracle.read(cache, each) for each in prompts]
         if cache.engine.layout.needs_snapshots:
             cuts = {tuple(tokens) for tokens in cache.checkpoints()}
-            worth = range(cache.engine.grid.first_worth, 80)
+            worth = range(cache.engine.prefill.grid.first_worth, 80)
             assert all(
                 tuple(p[:at]) in cuts for p, at in zip(prompts, TURNS, strict=True) if at in worth
             )
@@ -209,7 +214,10 @@ def test_two_requests_read_in_turns_equal_cold(name: str) -> None:
         _assert_equal(name, oracle.check(cache, read), rounds=True)
 
 
-@pytest.mark.parametrize("name", ["qwen3_next", "gemma3_text", "qwen3", "mamba2"])
+@pytest.mark.parametrize(
+    "name",
+    mostly_long(["qwen3_next", "gemma3_text", "qwen3", "mamba2"], ["qwen3_next", "gemma3_text"]),
+)
 def test_a_reply_that_fails_midway_leaves_no_wrong_state(name: str) -> None:
     """A logits processor that raises at the fifth token: what is stored still agrees with cold."""
     seen: list[int] = []
@@ -253,7 +261,7 @@ def test_a_forward_that_fails_between_two_layers_leaves_no_state(
         assert cache.stats().running_bytes == 0
 
 
-@pytest.mark.parametrize("name", BLOCKED)
+@pytest.mark.parametrize("name", mostly_long(BLOCKED, ["mamba2"]))
 def test_blocked_layers_equal_cold_at_their_blocks_and_read_the_same_elsewhere(name: str) -> None:
     """600 tokens and branches at 100, 256, 300 and 512: bits at multiples of 256, 1e-4 elsewhere."""
     with new_cache(name, prefill_step_size=BLOCK) as cache:
@@ -270,7 +278,7 @@ def test_blocked_layers_equal_cold_at_their_blocks_and_read_the_same_elsewhere(n
         oracle.assert_same_reading(points)
 
 
-@pytest.mark.parametrize("name", BLOCKED)
+@pytest.mark.parametrize("name", mostly_long(BLOCKED, ["mamba2"]))
 def test_blocked_layers_read_the_same_after_decoding(name: str) -> None:
     """270 tokens and 12 decoded ones: every point within 1e-4."""
     with new_cache(name, prefill_step_size=BLOCK) as cache:
@@ -313,31 +321,40 @@ def generated(examples: int) -> settings:
     return settings(max_examples=examples, deadline=None, derandomize=True, database=None)
 
 
-@given(plan=plans, paused=st.booleans(), every=st.sampled_from([STEP, 2 * STEP]))
-@generated(20)
-def test_generated_prompts_equal_cold_for_recurrent_layers(
-    plan: list[tuple[int, int, int, list[int], int]], paused: bool, every: int
-) -> None:
+EXAMPLES = forms(5, 20)
+
+
+@pytest.mark.parametrize("examples", EXAMPLES)
+def test_generated_prompts_equal_cold_for_recurrent_layers(examples: int) -> None:
     """Qwen3-Next, captured and paused: up to four prompts that branch, take turns and decode."""
-    with new_cache("qwen3_next", paused=paused, checkpoint_every=every) as cache:
-        points = oracle.check(cache, run_plan(cache, plan))
-        if points:  # a prompt of one token leaves nothing to restore
-            oracle.assert_equal_bits(points)
+
+    @given(plan=plans, paused=st.booleans(), every=st.sampled_from([STEP, 2 * STEP]))
+    @generated(examples)
+    def each(plan: list[tuple[int, int, int, list[int], int]], paused: bool, every: int) -> None:
+        with new_cache("qwen3_next", paused=paused, checkpoint_every=every) as cache:
+            points = oracle.check(cache, run_plan(cache, plan))
+            if points:  # a prompt of one token leaves nothing to restore
+                oracle.assert_equal_bits(points)
+
+    each()
 
 
-@given(plan=plans)
-@generated(20)
-def test_generated_prompts_equal_cold_for_windows(
-    plan: list[tuple[int, int, int, list[int], int]],
-) -> None:
+@pytest.mark.parametrize("examples", EXAMPLES)
+def test_generated_prompts_equal_cold_for_windows(examples: int) -> None:
     """Gemma 3: cold's bits where every slice had two tokens or more, else within 1e-4."""
     model = tiny.build("gemma3_text")
-    with oracle.new_cache(model) as cache:
-        with oracle.forwards(model) as lengths:
-            read = run_plan(cache, plan)
-        points = oracle.check(cache, read)
-        if points:
-            _assert_equal("gemma3_text", points, rounds=1 in lengths)
+
+    @given(plan=plans)
+    @generated(examples)
+    def each(plan: list[tuple[int, int, int, list[int], int]]) -> None:
+        with oracle.new_cache(model) as cache:
+            with oracle.forwards(model) as lengths:
+                read = run_plan(cache, plan)
+            points = oracle.check(cache, read)
+            if points:
+                _assert_equal("gemma3_text", points, rounds=1 in lengths)
+
+    each()
 
 
 # What a user sees
@@ -354,7 +371,10 @@ def plain_reply(name: str, tokens: list[int], count: int) -> list[tuple[int, mx.
     return [(piece.token, piece.logprobs) for piece in pieces]
 
 
-@pytest.mark.parametrize(("name", "paused"), [("qwen3_next", False), ("qwen3_next", True)])
+@pytest.mark.parametrize(
+    ("name", "paused"),
+    mostly_long([("qwen3_next", False), ("qwen3_next", True)], [("qwen3_next", False)]),
+)
 def test_a_hot_reply_is_mlx_lms_own(name: str, paused: bool) -> None:
     """24 greedy tokens and their log-probabilities: cold, repeated, continued and branched alike."""
     first = oracle.prompt(200, seed=15, openers=[0, 120])

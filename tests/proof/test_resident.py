@@ -19,6 +19,7 @@ import oracle
 import psutil
 import pytest
 import tiny
+import tiny_models
 from mlx_lm.models import qwen3_next
 from places import SUPPORT
 
@@ -68,7 +69,7 @@ def wide_model() -> nn.Module:
             mlp_only_layers=[],
             rope_theta=10000.0,
             partial_rotary_factor=0.25,
-            **{**tiny.COMMON, **tiny.GATED_DELTA, **tiny.EXPERTS, **wide},
+            **{**tiny_models.COMMON, **tiny_models.GATED_DELTA, **tiny_models.EXPERTS, **wide},
         )
     )
     model.eval()

@@ -1,7 +1,8 @@
-"""Both tiers under ten thousand operations in any order, checked after each: structure, bytes, replies.
+"""Both tiers under thousands of operations in any order, checked after each: structure, bytes, replies.
 
-The same operations every time that the same tests are collected: hypothesis tries the numbers that it reads in
-them. `STATE_MACHINE_SEED=7` runs others, `STATE_MACHINE_OPERATIONS=100000` more.
+Three thousand always, ten thousand by `pytest -m long`. The same every time that the same tests are collected:
+hypothesis tries the numbers that it reads in them. `STATE_MACHINE_SEED=7` runs others,
+`STATE_MACHINE_OPERATIONS=100000` has more in the long form.
 """
 
 import gc
@@ -30,6 +31,7 @@ from full_scan import check_census
 from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
+from long import forms
 from test_outline import seen, there
 
 from mlx_hybridcache import BudgetError, CacheMismatchError
@@ -37,7 +39,9 @@ from mlx_hybridcache.errors import NotStoredError, PinnedError
 from mlx_hybridcache.store.tree import PrefixTree
 from mlx_hybridcache.tokens import as_tokens
 
-OPERATIONS = int(os.environ.get("STATE_MACHINE_OPERATIONS", "10000"))
+OPERATIONS = forms(3000, int(os.environ.get("STATE_MACHINE_OPERATIONS", "10000")))
+"""Of all cases together."""
+
 SEED = int(os.environ.get("STATE_MACHINE_SEED", "0"))
 
 STEPS = 125
@@ -109,10 +113,10 @@ class CacheMachine(RuleBasedStateMachine):
             cache_dir=self.root,
             **self.case.settings,
         )
-        self.engine, self.disk = self.cache.engine, self.cache.engine.disk
+        self.engine, self.disk = self.cache.engine, self.cache.engine.tiers.disk
         mx.clear_cache()
         self.baseline = mx.get_active_memory()
-        self.memory = bounds.WatchedStore.of(self.engine.store, self.really_held)
+        self.memory = bounds.WatchedStore.of(self.engine.tiers.memory, self.really_held)
         self.files = bounds.WatchedStore.of(self.disk.catalogue.store)
         self.until_idle()  # what nothing leads to is deleted
         self.tally = bounds.Tally(self.disk.thread.directory)
@@ -290,7 +294,7 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(part=st.sampled_from([2, 1]))
     def press(self, part: int) -> None:
         """The system lacks memory: half of what is stored goes, or all of it."""
-        store = self.engine.store
+        store = self.engine.tiers.memory
         self.cache._worker.call(lambda: store.shrink(store.stored_bytes // part))
         assert part > 1 or self.pins or store.stored_bytes == 0
 
@@ -398,7 +402,7 @@ class CacheMachine(RuleBasedStateMachine):
 
     def check(self) -> None:
         """On the worker thread."""
-        store, disk = self.engine.store, self.disk
+        store, disk = self.engine.tiers.memory, self.disk
         bounds.check_memory(store)
         bounds.check_catalogue(disk.catalogue, disk)
         for tier in (store, disk.catalogue.store):
@@ -419,10 +423,10 @@ class CacheMachine(RuleBasedStateMachine):
         self.check_pins()
 
     def check_pins(self) -> None:
-        assert sum(node.pinned for node in self.engine.store.nodes()) == len(self.pins)
+        assert sum(node.pinned for node in self.engine.tiers.memory.nodes()) == len(self.pins)
         for (prefix, salt), position in self.pins.items():
             namespace, tokens = self.cache._namespace(salt), as_tokens(prefix)
-            (*_, node) = self.engine.store._match(namespace, tokens).path
+            (*_, node) = self.engine.tiers.memory._match(namespace, tokens).path
             assert node.end == position
             assert node.pinned
 
@@ -480,7 +484,7 @@ class CacheMachine(RuleBasedStateMachine):
             assert may or self.held or self.pins or not self.go_on.is_set()
             self.count("refused")
         except CacheMismatchError:
-            assert self.engine.exact
+            assert self.cache.info.exact
         except NotStoredError:
             pass
 
@@ -504,7 +508,7 @@ class CacheMachine(RuleBasedStateMachine):
         def look() -> list[Any]:
             return [
                 (node.start, node.end, node.checkpoint is not None, node.last_used, node.pinned)
-                for node in self.engine.store.nodes()
+                for node in self.engine.tiers.memory.nodes()
             ]
 
         return self.cache._worker.call(look)
@@ -544,18 +548,22 @@ FLOORS = Counter(
 """How often each of these must happen at least among a case's share of ten thousand operations."""
 
 
+@pytest.mark.parametrize("operations", OPERATIONS)
 @pytest.mark.parametrize("name", cases.CASES)
-def test_thousands_of_operations_in_any_order(name: str) -> None:
+def test_thousands_of_operations_in_any_order(name: str, operations: int) -> None:
     """Prompts of three families under two salts, replies, pins, cancelled streams, full budgets, failing
     disks, damaged files, restarts: nothing is ever out of its bounds, and no reply differs from cold.
 
     Which operations follow each other depends on the numbers in the collected tests, so what has not
-    happened often enough in a case's share may still do so in as many operations again.
+    happened often enough in a case's share may still do so in twice as many operations again.
     """
     seen: Counter[str] = Counter()
+    floors = Counter(FLOORS)
+    if operations < 10_000:
+        floors = Counter({what: least // 10 for what, least in FLOORS.items()})
     body = {"case": cases.CASES[name], "operations": 0, "seen": seen}
     machine = type(f"{name.title()}Machine", (CacheMachine,), body)
-    share = OPERATIONS // len(cases.CASES)
+    share = operations // len(cases.CASES)
     how = settings(
         max_examples=max(1, share // STEPS),
         stateful_step_count=STEPS,
@@ -569,11 +577,11 @@ def test_thousands_of_operations_in_any_order(name: str) -> None:
         with counted_splits(seen):
             for again in itertools.count():  # hypothesis gives up on some examples on the way
                 run_state_machine_as_test(seed(1000 * SEED + again)(machine), settings=how)
-                rare = FLOORS - seen if OPERATIONS == 10_000 else Counter()
-                if machine.operations >= (2 * share if rare else share):
+                rare = floors - seen
+                if machine.operations >= (3 * share if rare else share):
                     break
                 if machine.operations >= share:
-                    how = settings(how, max_examples=2)
+                    how = settings(how, max_examples=1)
     finally:
         gc.unfreeze()
     assert not rare, f"{dict(rare)} too few in {machine.operations} operations"

@@ -314,7 +314,7 @@ def test_a_disk_that_fills_up_half_way_leaves_nothing_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Somebody else fills 6 of 8 MB once the first files are there: a real ENOSPC, in the middle."""
-    from mlx_hybridcache.router import checkpoint
+    from mlx_hybridcache.router.checkpoint import write as checkpoint
 
     patch, plain = patch_of(source("float32")), checkpoint._copy
 
@@ -334,7 +334,7 @@ def test_an_interrupted_writer_leaves_nothing_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ctrl-C in the middle of copying."""
-    from mlx_hybridcache.router import checkpoint
+    from mlx_hybridcache.router.checkpoint import write as checkpoint
 
     def copy(origin: Path, target: Path) -> None:
         raise KeyboardInterrupt

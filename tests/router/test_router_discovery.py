@@ -25,7 +25,7 @@ from mlx_hybridcache.router import (
     moe_layers,
     random_groups,
 )
-from mlx_hybridcache.router.experts import LayerBank, NullBank
+from mlx_hybridcache.router.discovery.experts import LayerBank, NullBank
 
 PLANTED = {
     0: {2: (0, planted.exact), 5: (3, planted.noise(1e-4))},

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mlx_hybridcache.router.comparison import spread
-from mlx_hybridcache.router.groups import cliques, make_groups
+from mlx_hybridcache.router.discovery.agreement import spread
+from mlx_hybridcache.router.discovery.groups import cliques, make_groups
 from mlx_hybridcache.router.patch import Group, copied_rows, differing_rows
 
 

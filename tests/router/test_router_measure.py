@@ -12,9 +12,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from mlx_hybridcache_bench.cloned import clone_experts
-from mlx_hybridcache_bench.router_models import changed_logits
-from mlx_hybridcache_bench.specialised import held_out_texts, specialised
+from mlx_hybridcache_bench.router.cloned import clone_experts
+from mlx_hybridcache_bench.router.models import changed_logits
+from mlx_hybridcache_bench.router.specialised import held_out_texts, specialised
 from planted import exact, flipped_signs, noise, plant, random_model, random_rows, scaled
 
 from mlx_hybridcache import RouterError
@@ -31,7 +31,7 @@ from mlx_hybridcache.router import (
     make_patch,
     moe_layers,
 )
-from mlx_hybridcache.router.arms import (
+from mlx_hybridcache.router.trial.arms import (
     CANONICALIZED,
     FIXED,
     ORIGINAL,
@@ -41,7 +41,7 @@ from mlx_hybridcache.router.arms import (
     quantized,
     regrouped,
 )
-from mlx_hybridcache.router.differences import (
+from mlx_hybridcache.router.trial.differences import (
     NO_FLIPS,
     Difference,
     Flips,
@@ -51,12 +51,12 @@ from mlx_hybridcache.router.differences import (
     perplexity_change,
     student,
 )
-from mlx_hybridcache.router.measure import PAIRS, QUANTIZED, Compared, Readings, Seen
-from mlx_hybridcache.router.reading import Way, read
-from mlx_hybridcache.router.tables import markdown, sentences, tables
-from mlx_hybridcache.router.ties import ties
-from mlx_hybridcache.router.trial import Trial, fresh_texts, trial
-from mlx_hybridcache.router.verdict import verdict
+from mlx_hybridcache.router.trial.measure import PAIRS, QUANTIZED, Compared, Readings, Seen
+from mlx_hybridcache.router.trial.reading import Way, read
+from mlx_hybridcache.router.trial.tables import markdown, sentences, tables
+from mlx_hybridcache.router.trial.ties import ties
+from mlx_hybridcache.router.trial.trial import Trial, fresh_texts, trial
+from mlx_hybridcache.router.trial.verdict import verdict
 
 
 def chosen(*tokens: tuple[int, ...]) -> np.ndarray:

@@ -153,7 +153,7 @@ def test_the_patch_is_part_of_the_namespace() -> None:
 
     def settings(model: Any, **options: Any) -> str:
         with oracle.new_cache(model, **options) as cache:
-            return cache.engine.settings
+            return cache.info.settings
 
     plain, by_groups, rows = (tiny.fresh("qwen3_moe") for _ in range(3))
     patch = tiny_patch()

@@ -44,7 +44,7 @@ def beside(model, **settings):
                 cache=cache,
                 id="tiny",
                 source="/no/such/model",
-                renderer=SimpleNamespace(room=Room(budget=cache.engine.longest_prompt())),
+                renderer=SimpleNamespace(room=Room(budget=cache.info.longest_prompt)),
             ),
         )
 

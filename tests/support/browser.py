@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from mlx_hybridcache_bench.chromium import launched
+from mlx_hybridcache_bench.kit.chromium import launched
 from places import ROOT
 
 PATIENCE_MS = 30_000

@@ -12,6 +12,7 @@ import mlx.nn as nn
 import numpy as np
 import oracle
 import tiny
+import tiny_models
 from mlx_lm.models import qwen3, qwen3_5
 
 
@@ -22,8 +23,8 @@ def hybrid() -> nn.Module:
     """
     text = {
         "model_type": "qwen3_5_text",
-        **tiny.COMMON,
-        **tiny.GATED_DELTA,
+        **tiny_models.COMMON,
+        **tiny_models.GATED_DELTA,
         "num_hidden_layers": 2,
         "full_attention_interval": 2,
         "linear_num_key_heads": 1,
@@ -47,7 +48,7 @@ def rows_only() -> nn.Module:
             head_dim=32,
             tie_word_embeddings=True,
             rope_theta=10000.0,
-            **tiny.COMMON,
+            **tiny_models.COMMON,
         ),
     )
 

@@ -14,7 +14,7 @@ from servers import (
 
 @dataclass(frozen=True)
 class Difference:
-    """A row of the README's table, and how to see on both servers that it is true."""
+    """A row of docs/mlx-lm-differences.md, and how to see on both servers that it is true."""
 
     about: str
     theirs: str

@@ -13,6 +13,7 @@ from typing import Any
 
 import mlx.nn as nn
 import tiny
+import tiny_models
 from mlx_lm.models import (
     gemma3n,
     internlm2,
@@ -31,9 +32,9 @@ def _nemotron_nas() -> nn.Module:
     blocks = [attention, {"replace_with_linear": True}, {"no_op": True}, attention]
     return nemotron_nas.Model(
         nemotron_nas.ModelArgs(
-            hidden_size=tiny.HIDDEN,
+            hidden_size=tiny_models.HIDDEN,
             num_hidden_layers=len(blocks),
-            num_attention_heads=tiny.HEADS,
+            num_attention_heads=tiny_models.HEADS,
             vocab_size=tiny.VOCAB,
             block_configs=[{"attention": each, "ffn": {"ffn_mult": 1.0}} for each in blocks],
         )
@@ -42,8 +43,8 @@ def _nemotron_nas() -> nn.Module:
 
 def _minimax_m3_vl() -> nn.Module:
     text = {
-        **tiny.COMMON,
-        "head_dim": tiny.HEAD_DIM,
+        **tiny_models.COMMON,
+        "head_dim": tiny_models.HEAD_DIM,
         "num_hidden_layers": 2,
         "intermediate_size": 32,
         "dense_intermediate_size": 96,
@@ -62,14 +63,14 @@ def _minimax_m3_vl() -> nn.Module:
 
 def _kimi_k3() -> nn.Module:
     text = {
-        **tiny.COMMON,
+        **tiny_models.COMMON,
         "num_hidden_layers": 4,
-        "num_key_value_heads": tiny.HEADS,
+        "num_key_value_heads": tiny_models.HEADS,
         "linear_attn_config": {
             "full_attn_layers": [2, 4],
             "kda_layers": [1, 3],
-            "num_heads": tiny.HEADS,
-            "head_dim": tiny.HEAD_DIM,
+            "num_heads": tiny_models.HEADS,
+            "head_dim": tiny_models.HEAD_DIM,
             "short_conv_kernel_size": 4,
         },
         "attn_res_block_size": 2,
@@ -90,7 +91,7 @@ def _longcat_flash_ngram() -> nn.Module:
     return longcat_flash_ngram.Model(
         longcat_flash_ngram.ModelArgs(
             model_type="longcat_flash_ngram",
-            hidden_size=tiny.HIDDEN,
+            hidden_size=tiny_models.HIDDEN,
             ffn_hidden_size=96,
             moe_topk=2,
             expert_ffn_hidden_size=32,
@@ -99,7 +100,7 @@ def _longcat_flash_ngram() -> nn.Module:
             num_layers=2,
             vocab_size=tiny.VOCAB,
             max_position_embeddings=4096,
-            num_attention_heads=tiny.HEADS,
+            num_attention_heads=tiny_models.HEADS,
             kv_lora_rank=32,
             q_lora_rank=32,
             qk_rope_head_dim=8,
@@ -117,13 +118,13 @@ def _longcat_flash_ngram() -> nn.Module:
 
 def _gemma3n() -> nn.Module:
     text = {
-        **tiny.COMMON,
+        **tiny_models.COMMON,
         "model_type": "gemma3n_text",
         "num_hidden_layers": 4,
-        "head_dim": tiny.HEAD_DIM,
+        "head_dim": tiny_models.HEAD_DIM,
         "num_kv_shared_layers": 0,
         "vocab_size_per_layer_input": tiny.VOCAB,
-        "sliding_window": tiny.WINDOW,
+        "sliding_window": tiny_models.WINDOW,
         "max_position_embeddings": 4096,
         "rope_local_base_freq": 10000.0,
         "rope_theta": 10000.0,
@@ -150,7 +151,7 @@ def _internlm2() -> nn.Module:
             num_hidden_layers=2,
             max_position_embeddings=LIMITS["internlm2"],
             rope_scaling=DYNAMIC,
-            **tiny.COMMON,
+            **tiny_models.COMMON,
         )
     )
 
@@ -164,9 +165,9 @@ def _qwen3_next_dynamic() -> nn.Module:
             rope_theta=10000.0,
             rope_scaling=DYNAMIC,
             partial_rotary_factor=1.0,
-            **tiny.COMMON,
-            **{**tiny.GATED_DELTA, "max_position_embeddings": LIMITS["qwen3_next_dynamic"]},
-            **tiny.EXPERTS,
+            **tiny_models.COMMON,
+            **{**tiny_models.GATED_DELTA, "max_position_embeddings": LIMITS["qwen3_next_dynamic"]},
+            **tiny_models.EXPERTS,
         )
     )
 
@@ -175,15 +176,15 @@ def _plamo3() -> nn.Module:
     return plamo3.Model(
         plamo3.ModelArgs(
             num_hidden_layers=4,
-            head_dim=tiny.HEAD_DIM,
+            head_dim=tiny_models.HEAD_DIM,
             window_size=LIMITS["plamo3"],
             sliding_window_pattern=2,
-            **tiny.COMMON,
+            **tiny_models.COMMON,
         )
     )
 
 
-LIMITS = {"internlm2": 128, "qwen3_next_dynamic": 100, "plamo3": tiny.WINDOW}
+LIMITS = {"internlm2": 128, "qwen3_next_dynamic": 100, "plamo3": tiny_models.WINDOW}
 """Tokens beyond which mlx-lm itself computes something else when it slices a prompt otherwise."""
 
 BUILDERS: dict[str, Callable[[], nn.Module]] = {

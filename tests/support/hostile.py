@@ -24,12 +24,12 @@ from hostile_families import FAMILIES, Family
 from mlx_lm.sample_utils import make_sampler
 
 from mlx_hybridcache import BudgetError, HybridPromptCache
+from mlx_hybridcache.caches.room import ROW_STEP
 from mlx_hybridcache.decode import batch_check as batching
 from mlx_hybridcache.decode import decoder as generate
-from mlx_hybridcache.decode.decoder import ROW_STEP
 from mlx_hybridcache.errors import CacheMismatchError, NotStoredError, PinnedError
-from mlx_hybridcache.worker import worker
-from mlx_hybridcache.worker.worker import PAUSE, Load, Pause
+from mlx_hybridcache.worker import stream as streams
+from mlx_hybridcache.worker.turns import PAUSE, Load, Pause
 
 EOS = tiny.VOCAB - 1
 SALTS = ("", "other")
@@ -194,7 +194,7 @@ class Round:
             paused=self.chance.random() < 0.2,
             **options,
         )
-        layout, store = cache.engine.layout, cache.engine.store
+        layout, store = cache.engine.layout, cache.engine.tiers.memory
         least = layout.running_bytes(ROW_STEP) + layout.snapshot_bytes + ROW_STEP * layout.row_bytes
         store.budget_bytes = int(least * pick((1.0, 2.2, 4, 12, 60, 400)))
         return cache
@@ -231,7 +231,7 @@ class Round:
         busy = waits.reading + waits.waiting > 0 or bool(self.leaving)
         return busy or any(
             reader.pace
-            or (len(reader.log.tokens) - reader.taken < worker.AHEAD and not reader.log.over)
+            or (len(reader.log.tokens) - reader.taken < streams.AHEAD and not reader.log.over)
             for reader in self.readers
         )
 
@@ -335,12 +335,12 @@ class Round:
 
     def press(self) -> None:
         """The system lacks memory."""
-        store, part = self.cache.engine.store, self.chance.choice((1, 2, 4))
+        store, part = self.cache.engine.tiers.memory, self.chance.choice((1, 2, 4))
         self.cache._worker.call(lambda: store.shrink(store.stored_bytes // part))
 
     def save_own(self) -> None:
         """A framework brings caches that it read itself, first with tokens that are not theirs."""
-        if self.cache.engine.exact:
+        if self.cache.info.exact:
             return
         tokens = self.prompt()
         salt, lie = self.chance.choice(SALTS), self.chance.choice((-5, -1, 1, 4))
@@ -364,7 +364,7 @@ class Round:
 
     def compare_stored(self) -> None:
         """Restore every stored checkpoint through the public surface, read on, and compare with cold."""
-        store = self.cache.engine.store
+        store = self.cache.engine.tiers.memory
         budget, store.budget_bytes = store.budget_bytes, 1 << 30  # looking evicts nothing
         count = 0
         for salt, tokens in self.stored():
@@ -384,7 +384,7 @@ class Round:
         Where rows alone restore, those of every path's end, of every place where paths part, and of a few
         places in between.
         """
-        store = self.cache.engine.store
+        store = self.cache.engine.tiers.memory
         if store.needs_checkpoints:
             found = [(s, each) for s in SALTS for each in self.cache.checkpoints(cache_salt=s)]
         else:
@@ -393,7 +393,7 @@ class Round:
 
     def places(self) -> list[tuple[str, list[int]]]:
         """Those of a store without checkpoints."""
-        store = self.cache.engine.store
+        store = self.cache.engine.tiers.memory
         ends, between = [], []
         for namespace, tree in store._trees.items():
             for node in tree.nodes():
@@ -494,12 +494,12 @@ class ThreadedRound(Round):
 @contextmanager
 def _short(ahead: int, untaken: int) -> Iterator[None]:
     """So many tokens are made ahead of a reader, and of one in a batch; a model is tried only once."""
-    before = worker.AHEAD, generate.UNTAKEN, batching.shown
-    worker.AHEAD, generate.UNTAKEN, batching.shown = ahead, untaken, _shown
+    before = streams.AHEAD, generate.UNTAKEN, batching.shown
+    streams.AHEAD, generate.UNTAKEN, batching.shown = ahead, untaken, _shown
     try:
         yield
     finally:
-        worker.AHEAD, generate.UNTAKEN, batching.shown = before
+        streams.AHEAD, generate.UNTAKEN, batching.shown = before
 
 
 def _shown(model: Any, layout: Any, shown: Callable[..., bool] = batching.shown) -> bool:
@@ -542,9 +542,7 @@ def run(kind: type[Round], name: str, seeds: Sequence[int]) -> Counter[str]:
         try:
             seen += kind(name, seed).run()
         except BaseException as error:
-            again = (
-                f"HOSTILE_ROUND={seed} pytest -n0 tests/test_hostile.py -k 'any_order and {name}'"
-            )
+            again = f"HOSTILE_ROUND={seed} pytest -n0 tests/proof/test_hostile.py -k 'any_order and {name}'"
             error.add_note(f"Round {seed} of {name}; alone: {again}")
             raise
     return seen

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mlx_hybridcache_bench.standin import Shapes
+from mlx_hybridcache_bench.kit.standin import Shapes
 
 _HYBRID: dict[str, Any] = {
     "full_attention_interval": 4,

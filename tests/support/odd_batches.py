@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import mlx.nn as nn
 import tiny
+import tiny_models
 from mlx_lm.models import (
     afm7,
     deepseek_v32,
@@ -14,7 +15,7 @@ from mlx_lm.models import (
     minimax_m3_vl,
 )
 
-SHAPE = {"num_hidden_layers": 2, **tiny.COMMON}
+SHAPE = {"num_hidden_layers": 2, **tiny_models.COMMON}
 
 LATENT = {
     "moe_intermediate_size": 32,
@@ -29,23 +30,25 @@ LATENT = {
     "first_k_dense_replace": 1,
     "index_head_dim": 16,
     "index_n_heads": 2,
-    "num_key_value_heads": tiny.HEADS,
+    "num_key_value_heads": tiny_models.HEADS,
 }
 
 
 def _gemma2(heads: int, kv_heads: int) -> nn.Module:
     shape = {**SHAPE, "num_attention_heads": heads, "num_key_value_heads": kv_heads}
-    return gemma2.Model(gemma2.ModelArgs(model_type="gemma2", head_dim=tiny.HEAD_DIM, **shape))
+    return gemma2.Model(
+        gemma2.ModelArgs(model_type="gemma2", head_dim=tiny_models.HEAD_DIM, **shape)
+    )
 
 
 def _gpt_bigcode() -> nn.Module:
     return gpt_bigcode.Model(
         gpt_bigcode.ModelArgs(
             model_type="gpt_bigcode",
-            n_embd=tiny.HIDDEN,
+            n_embd=tiny_models.HIDDEN,
             n_layer=2,
             n_inner=96,
-            n_head=tiny.HEADS,
+            n_head=tiny_models.HEADS,
             n_positions=512,
             layer_norm_epsilon=1e-6,
             vocab_size=tiny.VOCAB,
@@ -65,11 +68,11 @@ def _afm7() -> nn.Module:
         afm7.ModelArgs(
             model_type="afm7",
             vocab_size=tiny.VOCAB,
-            hidden_dim=tiny.HIDDEN,
+            hidden_dim=tiny_models.HIDDEN,
             num_layers=3,
             num_kv_reuse_layers=1,
-            num_heads=tiny.HEADS,
-            num_kv_heads=tiny.KV_HEADS,
+            num_heads=tiny_models.HEADS,
+            num_kv_heads=tiny_models.KV_HEADS,
         )
     )
 
@@ -107,8 +110,8 @@ def _minimax_m3_vl() -> nn.Module:
         "shared_intermediate_size": 32,
         "num_local_experts": 4,
         "num_experts_per_tok": 2,
-        "head_dim": tiny.HEAD_DIM,
-        "index_n_heads": tiny.KV_HEADS,
+        "head_dim": tiny_models.HEAD_DIM,
+        "index_n_heads": tiny_models.KV_HEADS,
         "index_head_dim": 16,
         "index_block_size": 8,
         "index_topk_blocks": 2,

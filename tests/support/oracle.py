@@ -13,6 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import tiny
+import tiny_models
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tokenizers import Tokenizer
@@ -64,9 +65,9 @@ class Point:
 def new_cache(model: nn.Module, *, paused: bool = False, **settings: Any) -> HybridPromptCache:
     """A cache with the tests' small steps; `paused` takes the capture hook away."""
     cache = HybridPromptCache(model, **{**SETTINGS, **settings})
-    cache.engine.marks = TurnMarks(frozenset({OPENER}))
+    cache.engine.prefill.marks = TurnMarks(frozenset({OPENER}))
     if paused:
-        cache.engine.layout = without_hook(cache.engine.layout)
+        cache.engine.prefill.layout = without_hook(cache.engine.layout)
     return cache
 
 
@@ -107,15 +108,15 @@ def check(
     `positions`, every 23rd one and the ends by default. `singly` reads on one token at a time.
     """
     has_window = any(hasattr(kind, "size") for kind in cache.engine.layout.kinds)
-    fed = FED + has_window * tiny.WINDOW
+    fed = FED + has_window * tiny_models.WINDOW
     points: list[Point] = []
     colds: dict[tuple[int, ...], Array] = {}
     for history, at in _points(cache, histories, positions):
-        whole = _with_tail(history, cache.engine.grid.step)
+        whole = _with_tail(history, cache.engine.prefill.grid.step)
         cold = colds.get(tuple(whole))
         if cold is None:
             cold = colds[tuple(whole)] = cold_logits(
-                cache.engine.model, whole, cache.engine.grid.step
+                cache.engine.model, whole, cache.engine.prefill.grid.step
             )
         ready = cache.restore(whole[: at + 1], max_tokens=2 * fed)
         assert (ready.position, ready.rest) == (at, [whole[at]]), f"{at} was not restored"

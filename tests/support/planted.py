@@ -9,6 +9,7 @@ import mlx.core as mx
 import mlx_lm
 import numpy as np
 import tiny
+import tiny_models
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models import qwen3_moe
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
@@ -114,14 +115,18 @@ def bundled(copies: Mapping[int, Copies] | None = None) -> Any:
 
 def random_model(experts: int = 64, *, top_k: int = 4, layers: int = 2, seed: int = 5) -> Any:
     """A tiny random Qwen3-MoE with many experts."""
-    args = tiny.COMMON | tiny.EXPERTS | {"num_experts": experts, "num_experts_per_tok": top_k}
+    args = (
+        tiny_models.COMMON
+        | tiny_models.EXPERTS
+        | {"num_experts": experts, "num_experts_per_tok": top_k}
+    )
     mx.random.seed(seed)
     model = qwen3_moe.Model(
         qwen3_moe.ModelArgs(
             model_type="qwen3_moe",
             num_hidden_layers=layers,
             max_position_embeddings=32768,
-            head_dim=tiny.HEAD_DIM,
+            head_dim=tiny_models.HEAD_DIM,
             tie_word_embeddings=False,
             rope_theta=10000.0,
             mlp_only_layers=[],

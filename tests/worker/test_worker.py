@@ -8,7 +8,9 @@ from contextlib import contextmanager
 import pytest
 
 from mlx_hybridcache.errors import ClosedError
-from mlx_hybridcache.worker.worker import AHEAD, PAUSE, Worker
+from mlx_hybridcache.worker.stream import AHEAD
+from mlx_hybridcache.worker.turns import PAUSE
+from mlx_hybridcache.worker.worker import Worker
 
 
 @pytest.fixture

@@ -26,12 +26,9 @@ import mlx_hybridcache
 from mlx_hybridcache import HybridPromptCache
 from mlx_hybridcache.errors import ClosedError, HybridCacheError
 from mlx_hybridcache.worker.inbox import Asked, Inbox
-from mlx_hybridcache.worker.worker import (
-    AHEAD,
-    PAUSE,
-    Stream,
-    Worker,
-)
+from mlx_hybridcache.worker.stream import AHEAD, Stream
+from mlx_hybridcache.worker.turns import PAUSE
+from mlx_hybridcache.worker.worker import Worker
 
 LIBRARY = str(Path(mlx_hybridcache.__file__).parent)
 
@@ -426,8 +423,8 @@ def test_every_caller_of_a_cache_that_is_closed_hears_of_it(
         barrier.wait()
         cache.close()
         assert not cache.is_alive
-        assert cache.engine.disk is not None
-        assert not cache.engine.disk.thread.directory.is_writer
+        assert cache.engine.tiers.disk is not None
+        assert not cache.engine.tiers.disk.thread.directory.is_writer
 
     threads = [begun(lambda act=act: run(act)) for act in doing]  # type: ignore[misc]
     threads += [begun(close_it) for _ in range(2)]
@@ -458,7 +455,8 @@ def test_a_prefill_that_a_close_cuts_short_says_so(prompt: list[int]) -> None:
 
 EXIT = """
 import threading, time
-from mlx_hybridcache.worker.worker import PAUSE, Worker
+from mlx_hybridcache.worker.turns import PAUSE
+from mlx_hybridcache.worker.worker import Worker
 
 worker = Worker()
 def endless():

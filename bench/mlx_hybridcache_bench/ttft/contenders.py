@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ..servers import OURS, THEIRS, Launch, ServerError
+from ..serving.servers import OURS, THEIRS, Launch, ServerError
 from .model import describe, describe_gguf
 
 LLAMA = "llama-server"

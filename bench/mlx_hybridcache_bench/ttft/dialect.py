@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..client import CHAT, COMPLETIONS, NO_USAGE, Reply, RequestFailed
-from ..rounds import fresh_nonce
-from ..scenarios import Material, Step
-from ..servers import ServerError
-from ..target import Target
-from ..text import ByCharacters
+from ..kit.text import ByCharacters
+from ..serving.client import CHAT, COMPLETIONS, NO_USAGE, Reply, RequestFailed
+from ..serving.scenarios import Material, Step
+from ..serving.servers import ServerError
+from ..serving.side import fresh_nonce
+from ..serving.target import Target
 
 NO_OPTIONS = "refuses stream_options, and was asked without"
 NO_COMPLETIONS = "has no /v1/completions, so raw text was not measured"

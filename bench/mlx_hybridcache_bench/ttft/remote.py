@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 import httpx2
 
-from ..servers import ServerError
+from ..serving.servers import ServerError
 from .contenders import Contender
 
 ANSWER_SECONDS = 20.0

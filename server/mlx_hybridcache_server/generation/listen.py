@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.generate import GenerationResponse
 
-from mlx_hybridcache.worker.worker import PAUSE, Pause
+from mlx_hybridcache.worker.turns import PAUSE, Pause
 
 from ..adapter import NORMAL
 from ..calls.parts import Part, Parts

@@ -158,7 +158,7 @@ def load(
         cache_dir=settings.cache_dir if settings.uses_cache else None,
         disk_budget=settings.disk_budget if settings.uses_cache else None,
     )
-    engine = cache.engine
+    info = cache.info
     if settings.max_thinking_tokens is not None and not tokenizer.has_thinking:
         log.warning("--max-thinking-tokens has no effect: %s reasons in no block of its own.", name)
     context = settings.context_length
@@ -176,10 +176,10 @@ def load(
         cache=cache,
         renderer=Renderer(
             tokenizer,
-            engine.marks,
-            engine.layout.vocabulary,
+            info.marks,
+            info.vocabulary,
             settings.chat_template_args,
-            Room(settings.max_prompt_tokens, engine.longest_prompt(), context or None),
+            Room(settings.max_prompt_tokens, info.longest_prompt, context or None),
         ),
         constraints=Constraints(tokenizer),
         token_bytes=token_bytes(tokenizer),

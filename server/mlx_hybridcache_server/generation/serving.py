@@ -15,10 +15,9 @@ from typing import Any, Protocol, TypeVar
 
 from fastapi import Request
 
-from mlx_hybridcache import CacheReport
+from mlx_hybridcache import CacheReport, Generation
 from mlx_hybridcache.cache import Through
 from mlx_hybridcache.report import Divergence
-from mlx_hybridcache.request import Generation
 
 from ..adapter import NORMAL, Sampling
 from ..calls.formats import ToolFormat
@@ -227,7 +226,7 @@ class Run:
             through = guide.watching(through)
         recorder, uses_cache = self._serving.recorder, self._serving.settings.uses_cache
         if recorder is not None and (ask.use_cache or not uses_cache):  # else it declined the cache
-            served = Served.now(loaded.cache.engine, ask.tokens, ask.cache_salt)
+            served = Served.now(loaded.cache.info, ask.tokens, ask.cache_salt)
             through = recorder.watching(through, served)
         return loaded.cache.stream_generate(
             ask.tokens,

@@ -37,10 +37,10 @@ import numpy as np
 from mlx_lm.generate import GenerationResponse
 
 from mlx_hybridcache.cache import Through
-from mlx_hybridcache.engine import Engine
 from mlx_hybridcache.errors import SettingError
+from mlx_hybridcache.request.info import CacheInfo
 from mlx_hybridcache.tokens import Namespace, TurnMarks
-from mlx_hybridcache.worker.worker import Pause
+from mlx_hybridcache.worker.turns import Pause
 
 log = logging.getLogger("mlx_hybridcache.server")
 
@@ -68,10 +68,10 @@ class Served:
     reply: Sequence[int] = ()
 
     @classmethod
-    def now(cls, engine: Engine, tokens: Sequence[int], salt: str | None) -> Self:
+    def now(cls, info: CacheInfo, tokens: Sequence[int], salt: str | None) -> Self:
         """A request that begins at this moment."""
-        namespace = Namespace(engine.settings, salt or "")
-        return cls(time.monotonic(), namespace, engine.marks, tokens)
+        namespace = Namespace(info.settings, salt or "")
+        return cls(time.monotonic(), namespace, info.marks, tokens)
 
     def line(self, key: bytes, since: float) -> bytes:
         """Its line, for a recording that began at `since`."""

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from typing import Any
 
-from mlx_hybridcache import CacheReport
-from mlx_hybridcache.request import Generation
+from mlx_hybridcache import CacheReport, Generation
 
 from .admission import Places
 from .models import Loaded

@@ -16,7 +16,7 @@ from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
 from mlx_lm.generate import GenerationResponse
 
 from mlx_hybridcache.cache import Through
-from mlx_hybridcache.worker.worker import PAUSE, Pause
+from mlx_hybridcache.worker.turns import PAUSE, Pause
 
 from ..adapter import REASONING
 from ..errors import ApiError, refuse

@@ -135,7 +135,7 @@ async def _prefix(body: PrefixBody, serving: Serving, places: Places, weight: in
 
 
 def _stored(key: str, loaded: Loaded) -> _Prefix:
-    own = Namespace(loaded.cache.engine.settings)
+    own = Namespace(loaded.cache.info.settings)
     found = find(Forest().shelves(loaded.cache.outlines, own), key)
     if found is None:
         raise ApiError(404, f"Nothing is stored under {key!r} any more.", code="not_stored")
@@ -153,7 +153,7 @@ def _stored(key: str, loaded: Loaded) -> _Prefix:
 async def _warm(prefix: _Prefix, serving: Serving, places: Places) -> dict[str, Any]:
     tokens = prefix.to_read()
     prefix.loaded.renderer.room.check(len(tokens), "key")  # others were checked as they were read
-    served = Served.now(prefix.cache.engine, tokens, prefix.salt)
+    served = Served.now(prefix.cache.info, tokens, prefix.salt)
     report, position = await Warming(serving, prefix.loaded, tokens, prefix.salt, places).done()
     if serving.recorder is not None:
         serving.recorder.put(served)

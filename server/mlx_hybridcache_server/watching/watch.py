@@ -93,7 +93,7 @@ class Watcher:
         self._seen = body.since if body.started == serving.started else 0
         self._told: dict[str, Any] = {}
         self._looked_at: tuple[object, ...] | None = None
-        self._rows = Rows(serving.loaded.cache.engine.marks)
+        self._rows = Rows(serving.loaded.cache.info.marks)
         self._shown: dict[str, Row] = {}
         self._lists: dict[str, dict[str, Any]] = {}
         self._opened: set[str] = set()
@@ -117,8 +117,8 @@ class Watcher:
             "shows_prompts": serving.settings.show_prompts,
             "exact": serving.settings.exact,
             "memory_only": serving.loaded.cache.disk_summary is None,
-            "needs_checkpoints": serving.loaded.cache.engine.layout.needs_snapshots,
-            "unsupported": list(serving.loaded.cache.engine.layout.unsupported),
+            "needs_checkpoints": serving.loaded.cache.info.needs_checkpoints,
+            "unsupported": list(serving.loaded.cache.info.unsupported),
         }
 
     def _recent(self) -> dict[str, Any]:
@@ -134,7 +134,7 @@ class Watcher:
 
     def _tree(self) -> dict[str, Any]:
         cache = self._serving.loaded.cache
-        outlines, own = cache.outlines, Namespace(cache.engine.settings)
+        outlines, own = cache.outlines, Namespace(cache.info.settings)
         looked = (*outlines.memory.values(), None, *outlines.disk.values())
         if looked == self._looked_at:  # outlines equal themselves only
             return {}
@@ -230,7 +230,7 @@ class Watcher:
             if len(tokens) >= SHOWN_TOKENS:
                 break
         cache, tokenizer = self._serving.loaded.cache, self._serving.loaded.tokenizer
-        opens = [at for at, token in enumerate(tokens) if token in cache.engine.marks.openers]
+        opens = [at for at, token in enumerate(tokens) if token in cache.info.marks.openers]
         cuts = [0, *(at for at in opens if at), len(tokens)]
         turns = (
             str(tokenizer.decode(tokens[start:end], skip_special_tokens=True)).strip()

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import pytest
 from servers import (
-    OURS,
     THEIRS,
     running,
 )
 
 
 @pytest.fixture(scope="session")
-def ours():
-    with running(OURS) as server:
-        yield server
+def ours(server):
+    return server
 
 
 @pytest.fixture(scope="session")

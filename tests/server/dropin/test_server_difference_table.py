@@ -8,7 +8,7 @@ from differences import rows_of
 from parsers import flags_of, our_parser, their_parser
 from places import ROOT
 
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "mlx-lm-differences.md"
 ROWS = [
     *rows_of(test_server_differences.__name__),
     *rows_of(test_server_reply_differences.__name__),
@@ -16,17 +16,17 @@ ROWS = [
 
 
 def table() -> str:
-    """The README's table."""
+    """The table of the page."""
     rows = [f"| {row.about} | {row.theirs} | {row.ours} |" for row in ROWS]
     return "\n".join(
         ["| | `mlx_lm.server` 0.32.2 | `mlx_hybridcache.server` |", "|---|---|---|", *rows]
     )
 
 
-def test_the_readme_lists_exactly_these_differences():
+def test_the_page_lists_exactly_these_differences():
     """Between its markers, row by row; the text to put there is in the failure."""
     begin, end = "<!-- differences:begin -->", "<!-- differences:end -->"
-    written = README.read_text(encoding="utf-8")
+    written = PAGE.read_text(encoding="utf-8")
     assert begin in written
     assert written.partition(begin)[2].partition(end)[0].strip() == table()
 

@@ -123,7 +123,7 @@ def replies_of_no_named_length(theirs: Server, ours: Server) -> None:
 @difference(
     "The address itself, in a browser",
     theirs="404",
-    ours="The [page](#watch-it) of the cache",
+    ours="The [page](page.md) of the cache",
 )
 def the_page(theirs: Server, ours: Server) -> None:
     found = [server.client.get("/") for server in (theirs, ours)]

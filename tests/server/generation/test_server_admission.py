@@ -308,8 +308,7 @@ def test_the_longest_prompt_is_what_a_budget_has_room_for():
 
     async def work(serving, app):
         room = serving.loaded.renderer.room.budget
-        engine = serving.loaded.cache.engine
-        assert engine.longest_prompt() == room
+        assert serving.loaded.cache.info.longest_prompt == room
         with pytest.raises(ApiError, match=rf"{room + 1:,} tokens.*room for {room:,}"):
             next(serving.loaded.renderer.text([5] * (room + 1)))
         next(serving.loaded.renderer.text([5] * room))

@@ -1,4 +1,4 @@
-"""Eight clients at once, with cancels: every reply equals the one that is read alone without the cache."""
+"""Four or eight clients at once, with cancels: every reply equals the one that is read alone without the cache."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ from typing import Any
 import httpx2
 import pytest
 from bundled import load, never_ending, text_tokens
+from long import forms, in_full
 from prometheus_client.parser import text_string_to_metric_families
 from servers import CHAT, COMPLETIONS, INSTANT, OURS, Server, running, user
 
 from mlx_hybridcache.demo.functions import FUNCTIONS, Function, values
 
 SEED = 1604
-CLIENTS = 8
-EACH = 25
+FEW, MANY = (4, 9), (8, 25)
+"""Clients, and the requests of each."""
+
 LENGTH = 8
 
 GONE_WHILE_READ, GONE_WHILE_WRITTEN, GONE_UNSTREAMED = "while read", "while written", "unstreamed"
@@ -41,7 +43,7 @@ Script = Generator[tuple[str, Body], dict[str, Any] | None, None]
 
 @dataclass(frozen=True)
 class Asked:
-    """A request as one of eight clients sent it. A reply of None: its client left."""
+    """A request as one of the clients sent it. A reply of None: its client left."""
 
     path: str
     body: Body
@@ -115,14 +117,15 @@ def documents(number: int) -> Iterator[tuple[str, Body]]:
 
 
 class Client:
-    """One of eight: `EACH` requests, seeded. What it leaves it asks again, this time to the end."""
+    """One of several: `count` requests, seeded. What it leaves it asks again, this time to the end."""
 
-    def __init__(self, server: Server, number: int) -> None:
+    def __init__(self, server: Server, number: int, count: int) -> None:
         self._server = server
+        self._count = count
         self._rng = rng = random.Random(SEED + number)
         self._documents = documents(number)
         # Leaving and asking again are two requests; so the places are that far apart.
-        places = sorted(rng.sample(range(0, EACH - 1, 2), len(LEAVES)))
+        places = sorted(rng.sample(range(0, count - 1, 2), len(LEAVES)))
         self._leaving = list(zip(places, LEAVES, strict=True))
         self.asked: list[Asked] = []
 
@@ -132,7 +135,7 @@ class Client:
         following = next(requests)
         while True:
             reply = self._ask(*following)
-            if len(self.asked) == EACH:
+            if len(self.asked) == self._count:
                 return self.asked
             following = requests.send(reply)
 
@@ -229,8 +232,9 @@ def busy(found: dict[str, float]) -> float:
 
 @dataclass
 class Outcome:
-    """What 200 requests at once left behind, and the replies without the cache."""
+    """What many requests at once left behind, and the replies without the cache."""
 
+    clients: int
     asked: list[Asked]
     cold: dict[str, dict[str, Any]]
     busiest: float
@@ -244,20 +248,21 @@ def key(one: Asked) -> str:
     return json.dumps([one.path, one.body], sort_keys=True)
 
 
-@pytest.fixture(scope="module")
-def outcome() -> Iterator[Outcome]:
+@pytest.fixture(scope="module", params=forms(FEW, MANY))
+def outcome(request: pytest.FixtureRequest) -> Iterator[Outcome]:
+    clients, each = request.param
     load()  # before the clients would do it all at once
     text_tokens(17_000)
     with running(OURS) as server:
         busiest = 0.0
-        with ThreadPoolExecutor(CLIENTS) as pool:
-            clients = [pool.submit(Client(server, number).run) for number in range(CLIENTS)]
-            while not all(client.done() for client in clients):
+        with ThreadPoolExecutor(clients) as pool:
+            asking = [pool.submit(Client(server, number, each).run) for number in range(clients)]
+            while not all(client.done() for client in asking):
                 busiest = max(busiest, busy(gauges(server)))
                 time.sleep(0.1)
-        found = [one for client in clients for one in client.result()]
+        found = [one for client in asking for one in client.result()]
         until = time.monotonic() + 20
-        while busy(gauges(server)) or server.client.get("/v1/cache").json()["running_bytes"]:
+        while busy(gauges(server)) or server.client.get("/v1/cache").json()["askingbytes"]:
             if time.monotonic() > until:
                 break  # the test says what is left
             time.sleep(0.02)
@@ -268,7 +273,7 @@ def outcome() -> Iterator[Outcome]:
             if one.reply is not None and key(one) not in cold:
                 reply = server.answer(one.path, **one.body, cache_prompt=False)
                 cold[key(one)] = {**reply["choices"][0], "usage": reply["usage"]}
-        yield Outcome(found, cold, busiest, afterwards, held, healthy)
+        yield Outcome(clients, found, cold, busiest, afterwards, held, healthy)
 
 
 def answered(outcome: Outcome) -> Iterator[tuple[Asked, dict[str, Any]]]:
@@ -290,20 +295,24 @@ def test_every_reply_under_load_equals_one_without_the_cache(outcome):
 
 
 def test_the_cache_was_used_by_the_one_and_not_by_the_other(outcome):
-    """A third of all tokens of the prompts came from the cache; without it none."""
+    """Of the whole workload a third of all prompts' tokens came from the cache, of the short one a tenth;
+    without it none.
+    """
     asked = sum(reply["usage"]["prompt_tokens"] for _, reply in answered(outcome))
-    assert sum(cached(reply) for _, reply in answered(outcome)) > asked / 3
+    least = asked / (3 if outcome.clients == 8 else 10)
+    assert sum(cached(reply) for _, reply in answered(outcome)) > least
     assert not any(cached(reply) for reply in outcome.cold.values())
 
 
+@pytest.mark.parametrize("outcome", [in_full(MANY)], indirect=True)
 def test_the_workload_is_what_it_says(outcome):
     """200 requests of eight clients at once, 32 of them left; short and long, calls and reasoning."""
-    assert len(outcome.asked) == CLIENTS * EACH == 200
+    assert len(outcome.asked) == 200
     left = Counter(one.leaving for one in outcome.asked if one.leaving)
     assert left[GONE_UNSTREAMED] == 8
     assert left[GONE_WHILE_READ] >= 8  # of 16: half of those texts are read by others too
     assert left[GONE_WHILE_READ] + left[GONE_WHILE_WRITTEN] == 24
-    assert outcome.busiest >= CLIENTS / 2
+    assert outcome.busiest >= outcome.clients / 2
     lengths = [reply["usage"]["prompt_tokens"] for _, reply in answered(outcome)]
     assert min(lengths) < 60
     assert 1_100 < max(lengths) <= 1_200
@@ -316,11 +325,12 @@ def test_the_workload_is_what_it_says(outcome):
 def test_afterwards_nothing_is_left_running(outcome):
     """No request waits, reads or writes, none holds memory, and the server says that it is well."""
     assert {name: outcome.afterwards[name] for name in BUSY} == dict.fromkeys(BUSY, 0)
-    assert outcome.held["running_bytes"] == 0
+    assert outcome.held["askingbytes"] == 0
     assert outcome.healthy
 
 
 def test_every_client_that_left_was_noticed(outcome):
-    """32 replies were given up, whatever stage they were at."""
+    """Four replies of each client were given up, whatever stage they were at."""
     left = sum(one.leaving is not None for one in outcome.asked)
+    assert left == 4 * outcome.clients
     assert outcome.afterwards["cancelled_total"] == left

@@ -107,16 +107,31 @@ def test_numbers_agree_exactly_as_far_as_the_tokens_do(session):
     assert len(set(written)) == len(written)
 
 
-def test_a_prompt_that_goes_on_behind_a_reply_agrees_with_its_numbers_too(tmp_path):
+@pytest.fixture(scope="module")
+def recording(tmp_path_factory):
+    """A server that records, and a function that tells what it has recorded since it was last asked."""
+    path = tmp_path_factory.mktemp("recording") / "trace.jsonl"
+    told = 0
+
+    def news():
+        nonlocal told
+        _, lines = recorded(path)
+        new, told = lines[told:], len(lines)
+        return new
+
+    with running(OURS, "--record-trace", str(path)) as server:
+        yield server, news
+
+
+def test_a_prompt_that_goes_on_behind_a_reply_agrees_with_its_numbers_too(recording):
     """100 tokens, a reply made of one token four times, then all 104 and 20 more."""
-    path = tmp_path / "trace.jsonl"
+    server, news = recording
     prompt, token = list(bundled.text_tokens(100)), 65
     body = {"max_tokens": 4, "logit_bias": {str(token): 100.0}}
-    with running(OURS, "--record-trace", str(path)) as server:
-        server.answer(COMPLETIONS, prompt=prompt, **body)
-        longer = [*prompt, *[token] * 4, *bundled.text_tokens(20, start=500)]
-        server.answer(COMPLETIONS, prompt=longer, **body)
-    _, [first, second] = recorded(path)
+    server.answer(COMPLETIONS, prompt=prompt, **body)
+    longer = [*prompt, *[token] * 4, *bundled.text_tokens(20, start=500)]
+    server.answer(COMPLETIONS, prompt=longer, **body)
+    first, second = lines_of(news, 2)
     assert common(first["tokens"] + first["reply_tokens"], second["tokens"]) == 104
 
 
@@ -158,6 +173,14 @@ def until(holds, what):
         time.sleep(0.02)
 
 
+def lines_of(news, count):
+    """The next lines of a recording, which come behind the replies."""
+    found = []
+    until(lambda: len(found.extend(news()) or found) >= count, "too little was recorded")
+    assert len(found) == count
+    return found
+
+
 def test_a_cancelled_request_is_recorded_with_what_was_generated(tmp_path):
     """A stream of up to 100,000 tokens whose client leaves after three events."""
     path = tmp_path / "trace.jsonl"
@@ -175,15 +198,14 @@ def test_a_cancelled_request_is_recorded_with_what_was_generated(tmp_path):
     assert 3 <= line["reply"] == len(line["reply_tokens"]) < 100_000
 
 
-def test_what_declined_the_cache_is_left_out_and_what_was_warmed_is_in(tmp_path):
+def test_what_declined_the_cache_is_left_out_and_what_was_warmed_is_in(recording):
     """`cache_prompt: false`, then the first 60 tokens of a prompt read ahead, then all 100."""
-    path = tmp_path / "trace.jsonl"
-    prompt = list(bundled.text_tokens(100))
-    with running(OURS, "--record-trace", str(path)) as server:
-        server.answer(COMPLETIONS, prompt=prompt, max_tokens=2, cache_prompt=False)
-        server.answer("/v1/cache/warm", prompt=prompt[:60])
-        server.answer(COMPLETIONS, prompt=prompt, max_tokens=2)
-    _, [warmed, asked] = recorded(path)
+    server, news = recording
+    prompt = list(bundled.text_tokens(100, 1_000))
+    server.answer(COMPLETIONS, prompt=prompt, max_tokens=2, cache_prompt=False)
+    server.answer("/v1/cache/warm", prompt=prompt[:60])
+    server.answer(COMPLETIONS, prompt=prompt, max_tokens=2)
+    warmed, asked = lines_of(news, 2)
     assert (warmed["reply"], warmed["reply_tokens"]) == (0, [])
     assert common(warmed["tokens"], asked["tokens"]) == len(warmed["tokens"]) == 60
 
@@ -197,14 +219,13 @@ def test_a_server_without_a_cache_records_what_it_is_asked(tmp_path):
     assert (len(line["tokens"]), line["reply"]) == (len(chat_tokens(FIRST)), REPLY)
 
 
-def test_a_reply_whose_reasoning_will_be_stripped_says_so(tmp_path):
+def test_a_reply_whose_reasoning_will_be_stripped_says_so(recording):
     """The bundled model made to close its reasoning at once, and to go on."""
-    path = tmp_path / "trace.jsonl"
+    server, news = recording
     tokenizer = bundled.load()[1]
     closing = tokenizer.convert_tokens_to_ids("</think>")
-    with running(OURS, "--record-trace", str(path)) as server:
-        server.answer(CHAT, messages=FIRST, max_tokens=3, logit_bias={str(closing): 100.0})
-    _, [line] = recorded(path)
+    server.answer(CHAT, messages=FIRST, max_tokens=3, logit_bias={str(closing): 100.0})
+    [line] = lines_of(news, 1)
     assert line["keeps_reply"] is False
 
 

@@ -2,40 +2,46 @@
 
 import pytest
 from bundled import text
+from long import forms
 from servers import COMPLETIONS, OURS, run_to_its_end, running
 
 STRIDE = 2048
-PROMPT = text(12_000)
 
 
-def ask(server):
+@pytest.fixture(scope="module", params=forms(5_000, 12_000))
+def length(request):
+    """Tokens of the prompt: more than two strides."""
+    return request.param
+
+
+def ask(server, length):
     """The reply's choices with every logprob float, and how many prompt tokens were cached."""
-    reply = server.answer(COMPLETIONS, prompt=PROMPT, max_tokens=8, logprobs=3)
+    reply = server.answer(COMPLETIONS, prompt=text(length), max_tokens=8, logprobs=3)
     return reply["choices"], reply["usage"]["prompt_tokens_details"]["cached_tokens"]
 
 
 @pytest.fixture(scope="module")
-def cold():
+def cold(length):
     """The reply of a server that keeps nothing."""
     with running(OURS, "--prompt-cache-size", "0") as server:
-        choices, cached = ask(server)
+        choices, cached = ask(server, length)
     assert cached == 0
     return choices
 
 
-def test_a_restarted_server_replays_at_most_a_stride(tmp_path, cold):
-    """12,000 tokens, stopped and started anew: at most 2,048 are read, and every bit is the cold one."""
+def test_a_restarted_server_replays_at_most_a_stride(tmp_path, length, cold):
+    """Many tokens, stopped and started anew: at most 2,048 are read, and every bit is the cold one."""
     flags = ("--cache-dir", str(tmp_path / "prompts"), "--cache-disk-bytes", "1GB")
     with running(OURS, *flags) as server:
-        assert ask(server) == (cold, 0)
+        assert ask(server, length) == (cold, 0)
     with running(OURS, *flags) as server:
         disk = server.client.get("/v1/cache").json()["disk"]
         assert disk["is_writer"]
-        assert disk["checkpoints"] > 5
+        assert disk["checkpoints"] > length // STRIDE
         assert 0 < disk["held_bytes"] <= disk["budget_bytes"] == 10**9
-        choices, cached = ask(server)
+        choices, cached = ask(server, length)
         assert choices == cold
-        assert cached >= 12_000 - STRIDE
+        assert cached >= length - STRIDE
         (recent,) = server.client.get("/v1/cache/recent").json()["data"]
         assert (recent["tier"], recent["reason"]) == ("disk", "exact")
         assert "mlx_hybridcache_disk_read_bytes" in server.client.get("/metrics").text

@@ -23,7 +23,7 @@ from mlx_hybridcache_server.grammar.constrain import masked
 from mlx_lm.generate import GenerationResponse, stream_generate
 from mlx_lm.models import llama
 
-from mlx_hybridcache.worker.worker import PAUSE
+from mlx_hybridcache.worker.turns import PAUSE
 
 
 def test_a_mask_keeps_its_tokens_and_nothing_of_the_padding():

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jsonschema
+import pytest
 from constraints import (
     PARAMETERS,
     TOOLS,
@@ -16,6 +17,7 @@ from constraints import (
     by_schema,
     tokens_of,
 )
+from long import forms
 from servers import CHAT, COMPLETIONS, INSTANT, user
 
 
@@ -36,11 +38,12 @@ def schema_prompt(number: int) -> tuple[Any, str, dict[str, Any]]:
     return schema, CHAT, {**body, "messages": user(question), **({} if thinks else INSTANT)}
 
 
-def test_of_200_schema_prompts_every_reply_that_ends_by_itself_is_valid(server):
+@pytest.mark.parametrize("prompts", forms(20, 200))
+def test_every_reply_to_a_schema_prompt_that_ends_by_itself_is_valid(server, prompts):
     """At temperature 1, with and without reasoning, streamed and not; most do end by themselves."""
     ended: Counter[str] = Counter()
     reasoned = 0
-    for number in range(200):
+    for number in range(prompts):
         schema, path, body = schema_prompt(number)
         streamed = number % 3 == 0
         choice = (
@@ -55,7 +58,7 @@ def test_of_200_schema_prompts_every_reply_that_ends_by_itself_is_valid(server):
             content = choice["text"] if path == COMPLETIONS else message["content"]
             jsonschema.validate(json.loads(content), schema)
     print(f"\n{dict(ended)}, {reasoned} with reasoning")
-    assert ended["stop"] >= 180
+    assert ended["stop"] >= 0.9 * prompts
     assert ended.keys() <= {"stop", "length"}
     assert reasoned > 0
 
@@ -69,10 +72,11 @@ def test_a_completion_may_hold_the_text_of_a_marker(server):
     assert json.loads(choice["text"]) == wanted
 
 
-def test_every_forced_call_that_ends_by_itself_obeys_its_schema(server):
-    """Forty at temperature 1: required, named, one or several, streamed and not, with reasoning and without."""
+@pytest.mark.parametrize("replies", forms(8, 40))
+def test_every_forced_call_that_ends_by_itself_obeys_its_schema(server, replies):
+    """Eight or forty at temperature 1: required, named, one or several, streamed and not, with reasoning and without."""
     ended: Counter[str] = Counter()
-    for number in range(40):
+    for number in range(replies):
         tool = TOOLS[number % 3]["function"]["name"]
         named = number % 4 == 3
         body: dict[str, Any] = {
@@ -106,20 +110,20 @@ def test_every_forced_call_that_ends_by_itself_obeys_its_schema(server):
             assert len(calls) >= 1
             assert len(calls) == 1 or not (named or number % 5)
     print(f"\n{dict(ended)}")
-    assert ended["tool_calls"] >= 32
+    assert ended["tool_calls"] >= 0.75 * replies
 
 
 def test_replies_at_once_do_not_mix(server):
-    """Eight requests with schemas of their own, twice: each reply is the one it has alone."""
+    """Five requests with schemas of their own, twice: each reply is the one it has alone."""
 
     def ask(number: int) -> tuple[Any, Any]:
         _, path, body = schema_prompt(2 * number)
         choice = server.answer(path, **body)["choices"][0]
         return choice["finish_reason"], choice.get("message", choice.get("text"))
 
-    alone = [ask(number) for number in range(8)]
-    with ThreadPoolExecutor(8) as pool:
-        assert list(pool.map(ask, range(8))) == alone
+    alone = [ask(number) for number in range(5)]
+    with ThreadPoolExecutor(5) as pool:
+        assert list(pool.map(ask, range(5))) == alone
 
 
 def test_several_choices_are_each_held_to_the_schema(server):
@@ -134,7 +138,7 @@ def test_several_choices_are_each_held_to_the_schema(server):
 
 def test_from_the_cache_a_constrained_reply_is_the_same(server):
     """Tokens and log-probabilities, greedy and drawn, JSON and calls."""
-    system = {"role": "system", "content": "You know everybody in this town. " * 40}
+    system = {"role": "system", "content": "You know everybody in this town. " * 15}
     forms: list[dict[str, Any]] = [
         {"response_format": {"type": "json_object"}},
         {"response_format": by_schema(a_schema(random.Random(3)))},

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from bundled import text
+from long import forms
 from prometheus_client.parser import text_string_to_metric_families
 from servers import (
     CHAT,
@@ -31,7 +32,6 @@ from servers import (
     user,
 )
 
-TIMES = 10
 FLAGS = ("--max-tokens", "2", "--max-prompt-tokens", "2000", "--prefill-step-size", "256")
 linux_only = pytest.mark.skipif(
     not sys.platform.startswith("linux"), reason="threads and files are counted in /proc"
@@ -156,15 +156,16 @@ def visited(process):
 
 
 @linux_only
-@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize("times", forms(2, 10))
+@pytest.mark.parametrize("stream", [False, True], ids=["unstreamed", "streamed"])
 @pytest.mark.parametrize("stage", STAGES)
-def test_clients_that_vanish_leave_nothing_behind(visited, stage, stream):
-    """Ten at each stage, every second one with a reset: threads, files and bytes are as before."""
+def test_clients_that_vanish_leave_nothing_behind(visited, stage, stream, times):
+    """Two or ten at each stage, every second one with a reset: threads, files and bytes are as before."""
     server = visited
     expected = server.answer(COMPLETIONS, **HELLO)["choices"]
     wait_until(lambda: not any(gauges(server).values()), "the last request still runs")
     before = footprint(server)
-    for number in range(TIMES):
+    for number in range(times):
         vanish(STAGES[stage](server, stream), reset=number % 2 == 1)
         assert server.answer(COMPLETIONS, **HELLO)["choices"] == expected
     after: dict[str, float] = {}
@@ -178,12 +179,13 @@ def test_clients_that_vanish_leave_nothing_behind(visited, stage, stream):
 
 
 @linux_only
-def test_memory_stays_where_it_was_when_clients_vanish(visited):
-    """Two rounds of every stage: the second takes no more; without the cache's content nothing is held."""
+@pytest.mark.parametrize("rounds", forms(1, 2))
+def test_memory_stays_where_it_was_when_clients_vanish(visited, rounds):
+    """Twice so many rounds of every stage: the second takes no more; without the cache's content nothing is held."""
     server = visited
 
     def go_round() -> int:
-        for _ in range(2):
+        for _ in range(rounds):
             for act in STAGES.values():
                 for stream in (False, True):
                     vanish(act(server, stream), reset=stream)

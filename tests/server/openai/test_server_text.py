@@ -27,7 +27,7 @@ from mlx_lm.tool_parsers import json_tools
 from transformers import AutoTokenizer
 
 from mlx_hybridcache.demo import BUNDLED_MODEL
-from mlx_hybridcache.worker.worker import PAUSE
+from mlx_hybridcache.worker.turns import PAUSE
 
 
 def chunked(text, cuts):

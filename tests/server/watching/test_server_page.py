@@ -307,14 +307,14 @@ def crowded():
 
     def fill():
         for k in range(1000):
-            engine.store.tick()
+            engine.tiers.memory.tick()
             for end in (4, 6, 8, 10, 12):
-                save(engine.store, chain(k, end), space=Namespace(engine.settings))
-        engine.publish()
+                save(engine.tiers.memory, chain(k, end), space=Namespace(engine.sharing.settings))
+        engine.tiers.publish()
 
     serving.loaded.cache._worker.call(fill)
     yield serving
-    serving.loaded.cache._worker.call(engine.store.clear)
+    serving.loaded.cache._worker.call(engine.tiers.memory.clear)
     serving.close()
 
 
@@ -347,9 +347,9 @@ def test_an_update_touches_only_what_changed(crowded, monkeypatch):
     monkeypatch.setattr(forest, "_grown", lambda *how: grown.append(how) or whole(*how))
 
     def go_on():
-        engine.store.tick()
-        save(engine.store, chain(999, 13), space=Namespace(engine.settings))
-        engine.publish()
+        engine.tiers.memory.tick()
+        save(engine.tiers.memory, chain(999, 13), space=Namespace(engine.sharing.settings))
+        engine.tiers.publish()
 
     cache._worker.call(go_on)
     told = watcher.update()["tree"]

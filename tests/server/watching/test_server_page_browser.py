@@ -5,7 +5,7 @@ import threading
 import browser
 import pytest
 from bundled import never_ending, text
-from mlx_hybridcache_bench.chromium import missing
+from mlx_hybridcache_bench.kit.chromium import missing
 from servers import CHAT, COMPLETIONS, INSTANT, OURS, running, user
 
 if why := missing():

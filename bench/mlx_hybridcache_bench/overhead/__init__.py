@@ -1,0 +1,1 @@
+"""`bench overhead`: what the cache costs, a file for each part."""

@@ -1,0 +1,1 @@
+"""Servers under requests: one client, one set of scenarios, one mixture of clients."""

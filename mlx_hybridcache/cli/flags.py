@@ -1,0 +1,57 @@
+"""Flags of every command: lengths and sizes as people write them, and what is said of what is neither.
+
+`argparse` puts a flag's name before what these raise.
+"""
+
+from __future__ import annotations
+
+from argparse import ArgumentTypeError
+from collections.abc import Callable
+from pathlib import Path
+
+from ..errors import SettingError, refusal
+from ..sizes import parse_bytes, parse_tokens
+
+
+def tokens(least: int = 1) -> Callable[[str], int]:
+    """A length in tokens, `least` or more: 4096, 120k, 1.5M."""
+
+    def length(text: str) -> int:
+        try:
+            found = parse_tokens(text)
+        except SettingError as error:
+            raise ArgumentTypeError(str(error)) from error
+        if found < least:
+            raise ArgumentTypeError(f"{text} is out of range: it must be at least {least}.")
+        return found
+
+    return length
+
+
+def size(text: str) -> int:
+    """Bytes: 4096, 16GB, 512MiB."""
+    try:
+        return parse_bytes(text)
+    except SettingError as error:
+        raise ArgumentTypeError(str(error)) from error
+
+
+def read_text(flag: str, file: Path) -> str:
+    """What stands in a text file that a flag names. Raises `SettingError` where there is none."""
+    try:
+        return file.expanduser().read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise SettingError(f"{flag} {file} is no text in UTF-8: {error.reason}.") from error
+    except OSError as error:
+        raise SettingError(f"{flag} {refusal(error)}") from error
+
+
+def check_can_be_written(flag: str, file: Path | None) -> None:
+    """Raises `SettingError` where `file` cannot be one: to be known before an hour's work, not after it."""
+    if file is None:
+        return
+    file = file.expanduser()
+    if file.is_dir():
+        raise SettingError(f"{flag} {file} is a directory; name a file.")
+    if not file.parent.is_dir():
+        raise SettingError(f"{flag} {file}: there is no directory {file.parent} to put it in.")

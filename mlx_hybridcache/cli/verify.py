@@ -1,0 +1,114 @@
+"""The command `mlx-hybridcache verify`: hot against cold at every restore point, on this device."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..demo import BUNDLED_MODEL
+from ..errors import SettingError
+from .console import wide_console
+from .flags import read_text, tokens
+from .versions import versions
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from ..verify import Proof
+
+LEAST_TOKENS = 64
+
+
+def main(argv: Sequence[str], prog: str) -> int:
+    """0: hot equals cold within what is allowed; 1: it does not."""
+    options = _parser(prog).parse_args(argv)
+
+    from rich.progress import Progress
+
+    from .. import models
+    from ..verify import verify
+
+    console = wide_console()
+    model, tokenizer = models.load(options.model)
+    prompts = _prompts(tokenizer, options)
+    with Progress(console=console, transient=True) as progress:
+        bar = progress.add_task("restore points", total=None)
+        proof = verify(
+            model,
+            prompts,
+            step=options.prefill_step_size,
+            exact=options.exact,
+            tolerance=options.tolerance,
+            on_point=lambda done, total: progress.update(bar, completed=done, total=total),
+        )
+    console.print(_table(proof, options.model))
+    for line in [*_machine(), *_sentences(proof)]:
+        console.print(line, highlight=False)
+    return 0 if proof.holds else 1
+
+
+def _parser(prog: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__)
+    add = parser.add_argument
+    add("--model", default=str(BUNDLED_MODEL), help="directory, or owner/name")
+    add("--file", type=Path, help="the text to read (default: Python's reference)")
+    add("--tokens", type=tokens(LEAST_TOKENS), default=1400, help="length of the prompts (1400)")
+    add("--prefill-step-size", type=tokens(), default=512, help="tokens (512)")
+    add("--exact", action="store_true", help="prove exact mode: no tolerance")
+    add("--tolerance", type=float, help="largest allowed logit difference")
+    return parser
+
+
+def _prompts(tokenizer: Any, options: argparse.Namespace) -> list[list[int]]:
+    """Two of the wanted length, whose first two thirds are the same."""
+    from ..demo.workloads import LONGEST_TOKEN, default_text
+
+    text = read_text("--file", options.file) if options.file else default_text()
+    wanted = 2 * options.tokens
+    head = text[: wanted * LONGEST_TOKEN]
+    ids = list(tokenizer.encode(head, add_special_tokens=False))[:wanted]
+    if len(ids) < LEAST_TOKENS:
+        raise SettingError(
+            f"--file {options.file} has {len(ids)} tokens; {LEAST_TOKENS} are needed."
+        )
+    long, other = ids[: options.tokens], ids[options.tokens :] or ids[:32]
+    return [long, long[: 2 * len(long) // 3] + other[: len(long) // 3]]
+
+
+def _table(proof: Proof, model: str) -> Table:
+    from rich.table import Table
+
+    table = Table(title=f"Hot against cold at every restore point, {model}")
+    for name in ("position", "restored", "prompt", "max |logit|", "KL (nats)", "first other token"):
+        table.add_column(name, justify="right")
+    for point in proof.points:
+        found = point.found
+        table.add_row(
+            f"{point.position:,}",
+            f"{point.restored:,}",
+            f"{point.prompt_tokens:,}",
+            f"{found.max_abs:.3g}",
+            f"{found.kl:.3g}",
+            "none" if found.first_differing_token is None else str(found.first_differing_token),
+        )
+    return table
+
+
+def _machine() -> list[str]:
+    import mlx.core as mx
+
+    return [
+        f"{versions()}, Python {platform.python_version()}",
+        f"{platform.platform()}, {mx.default_device()}",
+    ]
+
+
+def _sentences(proof: Proof) -> list[str]:
+    return [
+        f"probe: cold runs sliced differently differ by at most {proof.probe:.3g}",
+        f"allowed {proof.allowed:.3g}, worst restore {proof.worst:.3g}: "
+        + ("it holds" if proof.holds else "IT DOES NOT HOLD"),
+    ]

@@ -1,0 +1,62 @@
+"""mlx-lm's own path, for what the cache cannot serve: only its bytes are claimed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.generate import GenerationResponse, stream_generate
+
+from ..caches.room import ROW_STEP
+from ..errors import BudgetError
+from ..request.request import Request
+from ..store.budget import Claim
+from .sampling import seeded
+
+
+def respond_uncached(
+    model: Any,
+    tokenizer: Any,
+    request: Request,
+    claim: Claim,
+    options: dict[str, Any],
+    *,
+    step: int,
+    row_bytes: int,
+) -> Iterator[GenerationResponse]:
+    """A reply to all of the prompt, read in slices of `step` tokens. `claim` pays for the request's rows.
+
+    `options` are mlx-lm's and a `seed`. A best-effort reply ends where `claim` cannot grow.
+    """
+    began, capacity, account = time.perf_counter(), request.rows, request.account
+    seed = options.pop("seed", None)
+    responses = stream_generate(
+        model,
+        tokenizer,
+        mx.array(request.tokens),
+        max_tokens=request.max_tokens,
+        prefill_step_size=step,
+        prompt_progress_callback=request.on_progress,
+        **options,
+    )
+    try:
+        for response in seeded(responses, seed):
+            if response.generation_tokens == 1:
+                account.amend(prefill_seconds=time.perf_counter() - began)
+            mx.eval(response.logprobs)
+            is_full = len(request.tokens) + response.generation_tokens >= capacity
+            if is_full and response.finish_reason is None:
+                capacity += ROW_STEP
+                try:
+                    claim.grow(ROW_STEP * row_bytes)
+                except BudgetError:
+                    if not request.best_effort:
+                        raise
+                    response.finish_reason = "length"
+            yield response
+            if response.finish_reason is not None:
+                return
+    finally:
+        responses.close()

@@ -1,0 +1,162 @@
+"""What callers hand over, made plain or refused in a sentence: keywords, prompts, positions, settings."""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from difflib import get_close_matches
+from functools import wraps
+from os import PathLike
+from typing import Any, ParamSpec, TypeVar
+
+from ..errors import ArgumentError, PromptError, SettingError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+SAMPLING = ("temp", "temperature", "top_p", "top_k", "min_p", "xtc_probability", "xtc_threshold")
+"""What many expect to find on `stream_generate`, and mlx-lm takes in `make_sampler`."""
+
+
+def known_keywords(function: Callable[P, R]) -> Callable[P, R]:
+    """The same function, which names what was meant where a keyword is none of its own."""
+    parameters = inspect.signature(function).parameters
+    names = [name for name in parameters if name != "self"]
+    called = function.__qualname__.removesuffix(".__init__").rpartition(".")[2]
+
+    @wraps(function)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+        check_keywords(called, kwargs, names)
+        return function(*args, **kwargs)
+
+    return checked
+
+
+def check_keywords(function: str, given: Iterable[str], known: Collection[str]) -> None:
+    """Raises `ArgumentError` for the first keyword that is not `known`, with the nearest that is."""
+    for name in given:
+        if name in known:
+            continue
+        meant = get_close_matches(name, known, n=1)
+        if name in SAMPLING:
+            said = "It is said by a sampler: sampler=mlx_lm.sample_utils.make_sampler(temp=0.7)."
+        elif meant:
+            said = f"Did you mean {meant[0]}?"
+        else:
+            said = f"It knows {', '.join(sorted(known))}."
+        raise ArgumentError(f"{function} has no keyword {name!r}. {said}")
+
+
+def check_model(model: Any, tokenizer: Any) -> None:
+    """Raises `ArgumentError` for what names or wraps a model or tokenizer and is none."""
+    load = "model, tokenizer = mlx_lm.load(...)"
+    if isinstance(model, (str, PathLike)):
+        raise ArgumentError(f"model is {str(model)!r}, a name. Load it first: {load}.")
+    if isinstance(model, (tuple, list)):
+        raise ArgumentError(f"model is {_kind(model)}. Take what is in it: {load}.")
+    if not (callable(model) and hasattr(model, "modules") and hasattr(model, "layers")):
+        raise ArgumentError(
+            f"model is {_kind(model)}, which is no model of mlx-lm. {load} gives one."
+        )
+    if isinstance(tokenizer, (str, PathLike)):
+        raise ArgumentError(f"tokenizer is {str(tokenizer)!r}, a name. Load it first: {load}.")
+
+
+def check_counts(**counts: object) -> None:
+    """Raises `SettingError` for what is no whole number of at least one."""
+    for name, count in counts.items():
+        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+            raise SettingError(f"{name} is {count!r}; a whole number of at least 1 is needed.")
+
+
+def check_text(name: str, value: object) -> None:
+    """Raises `ArgumentError` for what is no text."""
+    if not isinstance(value, str):
+        raise ArgumentError(f"{name} is {_kind(value)}; text is needed.")
+
+
+def check_whole(prompt: str) -> None:
+    """Raises `PromptError` for half a surrogate pair, which no tokenizer reads."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise PromptError(
+            f"The prompt has half a surrogate pair at position {error.start}, which is no character."
+        ) from error
+
+
+def token_ids(prompt: Any) -> Iterable[int]:
+    """The token ids in `prompt`: a list, an array, or what a tokenizer of transformers returns for one text.
+
+    Raises `PromptError` for several texts at once, for padded ones, and for what holds no ids.
+    """
+    if isinstance(prompt, Mapping):
+        if "input_ids" not in prompt:
+            raise PromptError(f"The prompt is {_kind(prompt)} without input_ids. {_WANTED}")
+        mask = _plain(prompt.get("attention_mask"))
+        if mask is not None and not all(_flat(mask)):
+            raise PromptError("The prompt is padded; tokenize it with padding=False.")
+        prompt = prompt["input_ids"]
+    found = _plain(prompt)
+    if isinstance(found, (bytes, bytearray, memoryview)):
+        raise PromptError("The prompt is bytes. Decode it: prompt.decode().")
+    if not isinstance(found, Iterable):
+        raise PromptError(f"The prompt is {_kind(found)}. {_WANTED}")
+    if not isinstance(found, (list, tuple)) or not found:
+        return found
+    if isinstance(found[0], Mapping) and "role" in found[0]:
+        raise PromptError(
+            "The prompt is a list of messages. Render it: tokenizer.apply_chat_template(messages, "
+            "add_generation_prompt=True)."
+        )
+    nested = isinstance(found[0], (list, tuple)) or hasattr(found[0], "tolist")
+    if nested and getattr(found[0], "ndim", 1) > 0:
+        if len(found) > 1:
+            raise PromptError(
+                f"The prompt has {len(found)} sequences; one is read at a time. Call once for each."
+            )
+        return token_ids(found[0])
+    return found
+
+
+_WANTED = "Text or a list of token ids is needed."
+
+
+def _plain(value: Any) -> Any:
+    """Arrays of any library as lists."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def _flat(value: Any) -> Iterable[Any]:
+    value = _plain(value)
+    if isinstance(value, (list, tuple)):
+        for each in value:
+            yield from _flat(each)
+    else:
+        yield value
+
+
+def positions(boundaries: Any, length: int) -> Sequence[int]:
+    """Positions in a prompt of `length` tokens.
+
+    Raises `ArgumentError` for what is no list of whole numbers, `PromptError` for one outside the prompt.
+    """
+    try:
+        found = [operator.index(each) for each in _plain(boundaries)]
+    except TypeError as error:
+        raise ArgumentError(
+            f"boundaries is {boundaries!r}; a list of positions is needed, in tokens."
+        ) from error
+    for each in found:
+        if not 0 <= each <= length:
+            raise PromptError(
+                f"boundaries names position {each:,}; the prompt has {length:,} tokens. "
+                "Positions are counted in tokens from its beginning, special ones too."
+            )
+    return found
+
+
+def _kind(value: object) -> str:
+    name = type(value).__name__
+    return "None" if value is None else f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}"

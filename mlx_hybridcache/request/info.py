@@ -1,0 +1,40 @@
+"""What a cache is for all of its life: what its model needs, and within what it works."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..tokens import TurnMarks
+
+
+@dataclass(frozen=True, slots=True)
+class CacheInfo:
+    """One cache, told to whoever serves or measures it. Counts are tokens unless they say bytes.
+
+    `settings` is the digest that its namespaces begin with. `unsupported` names the model's cache
+    classes that cannot be stored; with any, requests are served without the cache.
+    `checkpoint_layers` of `layers` restore at checkpoints only. Beyond `slicing_limit`, if not None,
+    only what was read in the same slices is shared. `longest_prompt` is the most that a prompt
+    may have for its caches to fit `budget_bytes`, None without a limit; `reserve_bytes` of the
+    system's memory stay free. Replies share forwards where it `batches`, which they never do where
+    no batch of such caches `merges` exactly.
+    """
+
+    settings: str
+    marks: TurnMarks
+    vocabulary: int
+    needs_checkpoints: bool
+    unsupported: tuple[str, ...]
+    layers: int
+    checkpoint_layers: int
+    row_bytes: int
+    checkpoint_bytes: int
+    slicing_limit: int | None
+    longest_prompt: int | None
+    budget_bytes: int
+    reserve_bytes: int
+    exact: bool
+    batches: bool
+    merges: bool
+    model: Any = field(repr=False)

@@ -1,0 +1,1 @@
+"""Finding experts that are one: calibration tokens, experts run on their own, agreement, groups."""

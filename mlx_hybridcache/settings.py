@@ -1,0 +1,176 @@
+"""What a cache is made with, and the engine that is made of it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from . import models
+from .caches.layout import Layout
+from .caches.relief import Relief
+from .caches.room import ROW_STEP, longest_prompt
+from .decode import batch_check as batching
+from .decode.decoder import Decoder
+from .disk.tier import DiskTier, Lent
+from .engine import Engine
+from .errors import BudgetError, SettingError
+from .machine import Pressure, default_reserve
+from .prefill.followers import Followers
+from .prefill.prefill import Prefill
+from .prefill.schedule import Grid
+from .request.arguments import check_counts
+from .request.info import CacheInfo
+from .request.sharing import Sharing
+from .router import Patch, applied, apply, choose_patch
+from .sizes import format_bytes, parse_bytes
+from .store.store import Store
+from .tiers import Tiers
+from .tokens import learn_turn_marks, settings_digest
+from .worker.turns import Load
+
+log = logging.getLogger("mlx_hybridcache")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What `HybridPromptCache` describes, checked."""
+
+    memory_budget: int | str | None
+    memory_reserve: int | str | None
+    exact: bool
+    prefill_step_size: int
+    checkpoint_every: int
+    checkpoint_min_step: int
+    swa_full: bool
+    max_conversations: int | None
+    max_checkpoints: int | None
+    cache_dir: str | Path | None
+    disk_budget: int | str | None
+    router: Patch | str | Path | None
+
+    def __post_init__(self) -> None:
+        check_counts(
+            prefill_step_size=self.prefill_step_size,
+            checkpoint_every=self.checkpoint_every,
+            checkpoint_min_step=self.checkpoint_min_step,
+        )
+        if self.disk_budget is not None and self.cache_dir is None:
+            raise SettingError("disk_budget needs a cache_dir to hold.")
+
+    @property
+    def every(self) -> int:
+        """The distance of grid cuts: whole slices."""
+        return -(-self.checkpoint_every // self.prefill_step_size) * self.prefill_step_size
+
+    def layout(self, model: Any) -> Layout:
+        """How the model's caches come apart. To be released, whatever comes."""
+        models.evaluate(model)
+        return Layout.of(model, self.prefill_step_size, swa_full=self.swa_full)
+
+    def engine(
+        self, model: Any, tokenizer: Any, layout: Layout, load: Load, references: Lent
+    ) -> Engine:
+        """All that works for one model, but for the disk. A router's patch is applied to it."""
+        if layout.unsupported:
+            log.warning(
+                "%s cannot be stored by this version: requests are served without the cache.",
+                ", ".join(layout.unsupported),
+            )
+        store = self._store(model, layout, references)
+        if self.router is not None:
+            apply(model, choose_patch(model, tokenizer, self.router))
+        step = self.prefill_step_size
+        sharing = Sharing(self._digest(model), layout, step, self.every, self.exact)
+        grid = Grid(step, self.every, self.checkpoint_min_step, layout.alignment)
+        tiers = Tiers(model, layout, sharing, store)
+        reserve = self.memory_reserve
+        pressure = Pressure(default_reserve() if reserve is None else parse_bytes(reserve))
+        # Which bits a batch gives depends on the device, so exact mode decodes one by one.
+        batches = not self.exact and not layout.unsupported and batching.shown(model, layout)
+        return Engine(
+            model=model,
+            tokenizer=tokenizer,
+            layout=layout,
+            sharing=sharing,
+            tiers=tiers,
+            relief=Relief(store, pressure, tiers.publish),
+            followers=Followers(layout, grid, tiers.reach),
+            prefill=Prefill(model, layout, grid, learn_turn_marks(tokenizer), tiers, load),
+            decoder=Decoder(model, layout, store, batches=batches),
+        )
+
+    def disk(
+        self, engine: Engine, references: Lent, post: Callable[[Callable[[], None]], None]
+    ) -> DiskTier:
+        """The tier in `cache_dir`. `post` runs things on the worker's thread."""
+        assert self.cache_dir is not None
+        return DiskTier.open(
+            Path(self.cache_dir).expanduser(),
+            None if self.disk_budget is None else parse_bytes(self.disk_budget),
+            engine.tiers.memory,
+            references,
+            engine.layout,
+            engine.model,
+            self.every,
+            post,
+        )
+
+    def _store(self, model: Any, layout: Layout, references: Lent) -> Store:
+        budget = self.memory_budget
+        store = Store(
+            parse_bytes(models.default_budget(model) if budget is None else budget),
+            needs_checkpoints=layout.needs_snapshots,
+            stride=self.prefill_step_size if self.exact else 1,
+            max_conversations=self.max_conversations,
+            max_checkpoints=self.max_checkpoints,
+            holders=references,
+        )
+        smallest = (
+            layout.running_bytes(ROW_STEP) + layout.snapshot_bytes + ROW_STEP * layout.row_bytes
+        )
+        if store.budget_bytes < smallest:
+            raise BudgetError(
+                f"memory_budget is {format_bytes(store.budget_bytes)}; one running request of "
+                f"{ROW_STEP} tokens and one checkpoint of this model need {format_bytes(smallest)}."
+            )
+        return store
+
+    def _digest(self, model: Any) -> str:
+        device = (str(mx.default_device()), version("mlx"), self.prefill_step_size)
+        return settings_digest(
+            model=models.fingerprint(model),
+            swa_full=self.swa_full,
+            exact=device if self.exact else False,
+            # The rows are in the fingerprint, how they are selected from is not.
+            **({} if (selection := applied(model)) is None else {"router": selection}),
+        )
+
+
+def info(engine: Engine) -> CacheInfo:
+    """What a cache with this engine is for all of its life."""
+    layout, budget_bytes = engine.layout, engine.tiers.memory.budget_bytes
+    return CacheInfo(
+        settings=engine.sharing.settings,
+        marks=engine.prefill.marks,
+        vocabulary=layout.vocabulary,
+        needs_checkpoints=layout.needs_snapshots,
+        unsupported=layout.unsupported,
+        layers=len(layout.kinds),
+        checkpoint_layers=sum(kind.needs_snapshot for kind in layout.kinds),
+        row_bytes=layout.row_bytes,
+        checkpoint_bytes=layout.snapshot_bytes,
+        slicing_limit=layout.slicing_limit,
+        longest_prompt=longest_prompt(layout, budget_bytes),
+        budget_bytes=budget_bytes,
+        reserve_bytes=engine.relief.pressure.reserve_bytes,
+        exact=engine.sharing.exact,
+        batches=engine.decoder.batches,
+        merges=layout.merges,
+        model=engine.model,
+    )

@@ -1,0 +1,381 @@
+"""Both tiers: where a prompt goes on, what is saved of it on the way, and what is kept or forgotten.
+
+Memory is asked first; files go on where memory ends. What is saved goes into memory, and from there
+to the disk in time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Generator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+from .caches import checkpoint as checkpoints
+from .caches.checkpoint import Checkpoint
+from .caches.layout import Layout
+from .caches.live import LiveCaches, RowsFrom
+from .disk.arrays import Landing
+from .disk.tier import DiskStats, DiskTier
+from .errors import BudgetError, NotStoredError, PinnedError
+from .report import CacheReport, Reason
+from .request.request import Request
+from .request.sharing import Sharing
+from .store.budget import StoreStats
+from .store.match import Found
+from .store.materialize import Loans
+from .store.outline import Outline, wall_clock
+from .store.store import Store
+from .store.tree import Node
+from .tokens import Namespace, Tokens
+from .worker.turns import Job, Pause
+
+
+class NoDisk:
+    """The disk tier of a cache without a directory: nothing is found there, and nothing kept."""
+
+    summary = None
+    outlines: ClassVar[Mapping[Namespace, Outline]] = {}
+    is_written = True
+
+    def find(self, namespace: Namespace, tokens: Tokens, beyond: int) -> Found | None:
+        """As `DiskTier.find`; so are the others."""
+        return None
+
+    def promote(
+        self, found: Found, deeper: Found, capacity: int, job: Job
+    ) -> Generator[Pause, None, Landing | None]:
+        yield from ()
+        return None
+
+    def offer(self, namespace: Namespace, node: Node) -> None: ...
+    def owned(self) -> None: ...
+    def tick(self) -> None: ...
+    def publish(self, now: float | None) -> None: ...
+    def clear(self) -> None: ...
+    def drop(self, namespace: Namespace, tokens: Tokens, start: int) -> None: ...
+    def pin(self, namespace: Namespace, tokens: Tokens, *, is_pinned: bool) -> None: ...
+
+    def shared(self, namespace: Namespace, tokens: Tokens) -> tuple[int, int]:
+        return 0, 0
+
+    def pins(self, namespace: Namespace, tokens: Tokens, start: int) -> int:
+        return 0
+
+    def is_writing(self) -> bool:
+        return False
+
+    def stats(self) -> DiskStats | None:
+        return None
+
+
+class Tiers:
+    """Memory and disk behind one set of verbs. `disk` is there once its directory is open."""
+
+    summary: StoreStats
+    """What memory held last: any thread may read it."""
+    outlines: Mapping[Namespace, Outline]
+    """Memory's trees: any thread may look at them."""
+
+    def __init__(self, model: Any, layout: Layout, sharing: Sharing, memory: Store):
+        self.memory = memory
+        self.disk: DiskTier | NoDisk = NoDisk()
+        self._model = model
+        self._layout = layout
+        self._sharing = sharing
+        self._loans = Loans(memory)
+        self._loans.on_owned = self._owned
+        self.publish()
+
+    def publish(self) -> None:
+        """Leave both tiers' figures and outlines where any thread may read them."""
+        now = wall_clock()
+        self.summary, self.outlines = self.memory.stats(), self.memory.outlines(now)
+        self.disk.publish(now)
+
+    def _owned(self) -> None:
+        """Rows that lay in live caches are memory's own: what waited for them may be written."""
+        self.disk.owned()
+
+    def live(self, request: Request, *, shares: bool = True) -> LiveCaches:
+        """Caches for a request, not there yet. Without `shares` the store leaves nothing in them."""
+        return LiveCaches(
+            self._loans, self._layout, request.namespace, request.tokens, shares=shares
+        )
+
+    # Finding
+
+    def find(self, request: Request) -> Found:
+        """Where memory resumes a prompt."""
+        return self._resumable(request, self.memory.find(request.namespace, request.tokens))
+
+    def reach(self, request: Request) -> int:
+        """The position from which a prompt would go on at this moment."""
+        return self._deepest(request).position
+
+    def lookup(self, request: Request) -> CacheReport:
+        """What a request would find, without changing anything."""
+        found = self._deepest(request)
+        return request.report(found, self._reason(request, found))
+
+    def report(self, request: Request, found: Found, seconds: float) -> None:
+        """A prompt is read: what was found for it, and what was done."""
+        request.account.report = request.report(found, self._reason(request, found), seconds)
+
+    def _deepest(self, request: Request) -> Found:
+        found = self.find(request)
+        return self._on_disk(request, found.position) or found
+
+    def _on_disk(self, request: Request, beyond: int) -> Found | None:
+        found = self.disk.find(request.namespace, request.tokens, beyond)
+        if found is None:
+            return None
+        found = self._resumable(request, found)
+        return replace(found, tier="disk") if found.position > beyond else None
+
+    def _resumable(self, request: Request, found: Found) -> Found:
+        """Rows restore anywhere, but an exact request goes on only where a slice of the grid ends."""
+        if not request.exact or self._layout.needs_snapshots:
+            return found
+        return replace(found, position=found.position - found.position % self._sharing.step)
+
+    def _reason(self, request: Request, found: Found) -> Reason:
+        memory, namespace, tokens = self.memory, request.namespace, request.tokens
+        if request.account.rejected:
+            return Reason.DISK_REJECTED
+        if found.position == 0:
+            if memory.was_evicted(namespace, tokens):
+                return Reason.EVICTED
+            if memory.known_elsewhere(namespace, tokens) > found.match.matched:
+                return Reason.NAMESPACE
+            return Reason.COLD
+        if found.match.matched >= len(tokens) - 1:
+            return Reason.EXACT
+        return Reason.BRANCH if found.match.contradicted else Reason.PREFIX
+
+    # Resuming
+
+    def resume(self, request: Request, live: LiveCaches) -> Generator[Pause, None, Found]:
+        """Fill `live` as far into the prompt as either tier reaches; returns what was found for it."""
+        self.memory.tick()
+        self.disk.tick()
+        while True:
+            found = self.find(request)
+            request.matched(found)
+            deeper = self._on_disk(request, found.position)
+            if deeper is None:
+                return self._restore(request, live, found)
+            try:
+                promoted = yield from self._promote(request, live, found, deeper)
+            except BudgetError:  # what memory has needs less
+                return self._restore(request, live, found)
+            if promoted is not None:
+                return promoted
+            request.account.rejected += 1  # again, without the file that was not what it should be
+
+    def _promote(
+        self, request: Request, live: LiveCaches, found: Found, deeper: Found
+    ) -> Generator[Pause, None, Found | None]:
+        """From files, which the disk thread reads while others have their turns.
+
+        What was read is in memory then like what was just computed. None when a file failed.
+        """
+        layout, capacity, position = self._layout, request.rows, deeper.position
+        need = layout.running_bytes(capacity) + layout.snapshot_bytes
+        if layout.stores_every_slice:
+            need += position * layout.row_bytes
+        live.claim = self.memory.claim(need, found)
+        try:
+            landing = yield from self.disk.promote(found, deeper, capacity, request.job)
+            if landing is None:
+                live.release()
+                return None
+            caches, checkpoint = landing.caches(self._model)
+            live.restored(caches, position, capacity)
+            rows = live.rows_to(position, copied=landing.block)
+            self._save(request.namespace, request.tokens[:position], checkpoint, live, rows)
+            del caches, landing, checkpoint, rows  # a buffer held twice is copied when written to
+            live.claim.shrink(layout.running_bytes(capacity))
+        except BaseException:
+            live.release()
+            raise
+        match = max(found.match, deeper.match, key=lambda match: match.matched)
+        return Found(match, position, None, tier="disk")
+
+    def _restore(self, request: Request, live: LiveCaches, found: Found) -> Found:
+        """From memory; where the restored path itself is in the way of the request, without it."""
+        layout, capacity = self._layout, request.rows
+        need = layout.running_bytes(capacity)
+        state = found.checkpoint
+        snapshots = list(state.snapshots) if state is not None else []
+        del state
+        # Of a run that is restored in part MLX makes copies on the way, an array at a time.
+        passing = found.cut_tokens() * layout.array_bytes
+        try:
+            blocks = live.claim_for(need + passing, found)
+        except BudgetError:
+            live.claim, blocks = self.memory.claim(need), []
+            found = replace(found, position=0, node=None)
+            snapshots.clear()
+        if found.position:
+            self.memory.use(found)
+        caches = checkpoints.restore(
+            layout,
+            self._model,
+            blocks,
+            snapshots,
+            found.position,
+            capacity,
+            is_spent=live.claim.nbytes > need,  # what moves is held once
+        )
+        live.claim.shrink(need)
+        live.restored(caches, found.position, capacity)
+        return found
+
+    # Saving
+
+    def afford(
+        self,
+        request: Request,
+        live: LiveCaches,
+        end: int,
+        cuts: list[int],
+        partings: Container[int],
+    ) -> list[int]:
+        """Of the cuts in the slice that ends at `end`, those whose snapshots and rows are worth their room."""
+        kept = self.memory.afford(
+            request.namespace,
+            request.tokens[:end],
+            cuts,
+            partings=partings,
+            row_bytes=live.stored_row_bytes,
+            snapshot_bytes=self._layout.snapshot_bytes,
+        )
+        request.account.refused += len(cuts) - len(kept)
+        return kept
+
+    def save(
+        self,
+        request: Request,
+        live: LiveCaches,
+        taken: Checkpoint,
+        *,
+        is_end: bool,
+        is_parting: bool,
+    ) -> None:
+        """A checkpoint that was crossed while a prompt was read, with the rows that lead to it."""
+        tokens = request.tokens[: taken.position]
+        is_stored = self._save(
+            request.namespace, tokens, taken, live, is_end=is_end, is_parting=is_parting
+        )
+        request.account.taken += is_stored
+        request.account.refused += not is_stored
+
+    def save_end(self, request: Request, live: LiveCaches, history: Tokens) -> None:
+        """Caches that are about to go leave their state as a checkpoint, if they stand at `history`'s end."""
+        if request.exact or not live.stands_at(len(history)):
+            return
+        live.tokens, live.position = history, len(history)
+        try:
+            self.memory.make_room(max(kind.snapshot_bytes for kind in self._layout.kinds))
+        except BudgetError:
+            return
+        self._save(request.namespace, history, live.move_state(), live, is_end=True)
+
+    def save_foreign(self, request: Request, caches: Sequence[Any]) -> bool:
+        """Checkpoint caches that others read, at the end of the request's tokens, if there is room."""
+        tokens = request.tokens
+        found = self.memory.find(request.namespace, tokens)
+        missing = len(tokens) - found.match.matched
+        need = self._layout.snapshot_bytes + missing * self._layout.row_bytes
+        try:
+            self.memory.make_room(need, found.nodes())
+        except BudgetError:
+            return False
+        live = self.live(request, shares=False)
+        live.stand([*caches], len(tokens), len(tokens))
+        taken = checkpoints.take(self._layout, caches, len(tokens))
+        return self._save(request.namespace, tokens, taken, live, is_end=True)
+
+    def _save(
+        self,
+        namespace: Namespace,
+        tokens: Tokens,
+        taken: Checkpoint | None,
+        live: LiveCaches,
+        rows: RowsFrom | None = None,
+        *,
+        is_end: bool = False,
+        is_parting: bool = False,
+    ) -> bool:
+        """Into memory, and from there to the disk in time."""
+        is_stored = self.memory.save(
+            namespace,
+            tokens,
+            rows or live.rows_to(len(tokens)),
+            taken if self._layout.needs_snapshots else None,
+            row_bytes=live.stored_row_bytes,
+            is_end=is_end,
+            is_parting=is_parting,
+        )
+        if is_stored:
+            self.disk.offer(namespace, self.memory.find(namespace, tokens).nodes()[-1])
+        return is_stored
+
+    # Keeping and forgetting
+
+    def pin(self, salt: str, tokens: Tokens, *, is_pinned: bool) -> int:
+        """Keep what restores `tokens` in both tiers, or no longer; returns its position."""
+        spaces = self._sharing.namespaces(salt)
+        stored = {each: self._in_use(each, tokens)[0] for each in spaces}
+        most = max(spaces, key=lambda each: stored[each])
+        if is_pinned or not stored[most]:
+            spaces = [most]
+        position = max(
+            self._pin(each, tokens, is_pinned) for each in spaces if stored[each] or each == most
+        )
+        self.publish()
+        return position
+
+    def _pin(self, namespace: Namespace, tokens: Tokens, is_pinned: bool) -> int:
+        change = self.memory.pin if is_pinned else self.memory.unpin
+        position = change(namespace, tokens)
+        self.disk.pin(namespace, tokens[:position], is_pinned=is_pinned)
+        return position
+
+    def drop(self, salt: str, tokens: Tokens) -> int:
+        """Forget what only `tokens` and what goes on behind them need, in both tiers.
+
+        Returns the position where that begins: what is before it has other uses.
+        """
+        going = [(each, *self._in_use(each, tokens)) for each in self._sharing.namespaces(salt)]
+        _, stored, start = max(going, key=lambda one: one[1])
+        if stored < self._sharing.stored_end(len(tokens)):
+            raise NotStoredError(
+                f"{stored:,} of these {len(tokens):,} tokens are stored; only what is stored to its "
+                "end can be dropped."
+            )
+        both = (self.memory, self.disk)
+        pins = sum(
+            max(tier.pins(each, tokens[:end], begin) for tier in both) for each, end, begin in going
+        )
+        if pins:
+            raise PinnedError(f"{pins} of what would go is pinned. Unpin it first.")
+        for each, end, begin in going:
+            for tier in both:
+                tier.drop(each, tokens[:end], begin)
+        self.publish()
+        return start
+
+    def clear(self) -> None:
+        """Forget everything, in memory and in files."""
+        self.memory.clear()
+        self.disk.clear()
+        self.publish()
+
+    def _in_use(self, namespace: Namespace, tokens: Tokens) -> tuple[int, int]:
+        """How many of `tokens` are stored there, and how many of those something else needs too."""
+        both = (self.memory, self.disk)
+        stored = max(tier.shared(namespace, tokens)[0] for tier in both)
+        if stored >= len(tokens) - 1:
+            tokens = tokens[:stored]  # a prompt's last token is read anew for each reply
+        return stored, max(tier.shared(namespace, tokens)[1] for tier in both)

@@ -1,0 +1,113 @@
+"""What a command imports before it answers: MLX and mlx-lm take seconds, so only what computes does."""
+
+import ast
+import json
+import pydoc
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from places import ROOT
+
+import mlx_hybridcache
+from mlx_hybridcache import HybridPromptCache
+
+HEAVY = {"mlx", "mlx_lm", "transformers", "huggingface_hub", "fastapi", "torch"}
+
+COMMAND = """
+import contextlib, io, json, sys
+from mlx_hybridcache.cli.main import main
+
+said = io.StringIO()
+try:
+    with contextlib.redirect_stdout(said):
+        status = main(sys.argv[1:])
+except SystemExit as ended:
+    status = ended.code
+print(json.dumps([status, sorted({name.split(".")[0] for name in sys.modules}), said.getvalue()]))
+"""
+
+
+def run(program: str, *words: str | Path) -> list:
+    """What a new process prints as JSON."""
+    done = subprocess.run(
+        [sys.executable, "-c", program, *map(str, words)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["--help"],
+        ["--version"],
+        ["plan", "--help"],
+        ["demo", "--help"],
+        ["verify", "--help"],
+        ["cache"],
+        ["cache", "ls", "--help"],
+    ],
+    ids=" ".join,
+)
+def test_help_is_shown_without_mlx(words):
+    """Neither mlx nor mlx-lm, and nothing that reads models or serves them."""
+    status, imported, said = run(COMMAND, *words)
+    assert status == 0
+    assert "mlx" in said
+    assert not HEAVY & set(imported)
+
+
+@pytest.mark.parametrize("what", ["ls", "stats", "verify"])
+def test_a_cache_directory_is_looked_into_without_mlx(what, tmp_path):
+    """Of a directory that a server has made and left nothing in."""
+    (tmp_path / "segments").mkdir()
+    _, imported, _ = run(COMMAND, "cache", what, "--cache-dir", tmp_path)
+    assert "sqlite3" in imported
+    assert not HEAVY & set(imported)
+
+
+IMPORT = """
+import json, sys
+import mlx_hybridcache
+before = sorted({name.split(".")[0] for name in sys.modules})
+from mlx_hybridcache import *
+print(json.dumps([before, mlx_hybridcache.__all__, sorted(globals())]))
+"""
+
+
+def test_importing_the_package_imports_no_mlx_and_a_star_everything():
+    """Errors and reports are there at once; the cache, its handles and its figures when asked for."""
+    before, public, after = run(IMPORT)
+    assert not (HEAVY | {"numpy"}) & set(before)
+    assert set(public) <= set(after) | {"__version__"}
+
+
+def test_every_public_name_is_listed_documented_and_what_its_module_says():
+    """`dir`, `help` and a second look find the same objects."""
+    assert set(mlx_hybridcache.__all__) <= set(dir(mlx_hybridcache))
+    assert mlx_hybridcache.HybridPromptCache is HybridPromptCache
+    shown = pydoc.plain(pydoc.render_doc(mlx_hybridcache))
+    for name in set(mlx_hybridcache.__all__) - {"__version__"}:
+        assert f"class {name}" in shown
+    with pytest.raises(AttributeError, match="no attribute 'HybridCache'"):
+        _ = mlx_hybridcache.HybridCache
+    with pytest.raises(ImportError, match="HybridCache"):
+        exec("from mlx_hybridcache import HybridCache")
+
+
+def test_type_checkers_are_told_of_the_names_that_load_when_asked_for():
+    """Each from the module that it comes from at run time."""
+    tree = ast.parse((ROOT / "mlx_hybridcache" / "__init__.py").read_text())
+    (told,) = (node for node in tree.body if isinstance(node, ast.If))
+    assert {
+        alias.name: node.module
+        for node in told.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    } == mlx_hybridcache._LOADED_WHEN_ASKED_FOR

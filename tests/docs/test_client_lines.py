@@ -1,0 +1,34 @@
+"""What docs/clients.md shows to be pasted: configurations that fit together, and LangChain's lines."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+
+import pages
+import yaml
+
+CLIENTS = pages.DOCS / "clients.md"
+READERS = {"json": json.loads, "toml": tomllib.loads, "yaml": yaml.safe_load}
+
+
+def settings(language: str, *keys: str) -> object:
+    """What stands under these keys in the only configuration in that language that has the first."""
+    found = [READERS[language](block.text) for block in pages.of_language(CLIENTS, language)]
+    (value,) = [each for each in found if keys[0] in each]
+    for key in keys:
+        value = value[key]
+    return value
+
+
+def test_configurations_can_be_read_and_fit_together():
+    """OpenCode's model is one of its provider's, aider's has its prefix, Codex asks the proxy's model."""
+    provider = settings("json", "provider", "local")
+    assert provider["options"]["baseURL"] == "http://localhost:8080/v1"
+    assert settings("json", "model") == f"local/{next(iter(provider['models']))}"
+    assert settings("json", "openai/default_model", "litellm_provider") == "openai"
+    (proxied,) = settings("yaml", "model_list")
+    assert proxied["litellm_params"]["api_base"] == provider["options"]["baseURL"]
+    assert settings("toml", "model") == proxied["model_name"]
+    chosen = settings("toml", "model_providers", settings("toml", "model_provider"))
+    assert (chosen["wire_api"], chosen["base_url"]) == ("responses", "http://localhost:4000/v1")
