@@ -58,7 +58,7 @@ def _wait_for_reply(url: str, process: subprocess.Popen[bytes]) -> None:
                 return
         except URLError:
             time.sleep(0.02)
-    raise RuntimeError(f"{process.args} does not answer")
+    raise RuntimeError(f"{process.args!r} does not answer")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -14,6 +14,7 @@ FOLDER = ROOT / "server" / PACKAGE
 
 ORDER = [
     {"main"},
+    {"service"},
     {"app", "banner"},
     {"openai", "watching"},
     {"generation"},
