@@ -127,7 +127,8 @@ def _programs(checkouts: Sequence[Checkout], model: str, directory: str) -> list
 
 def _start_server(name: str, checkout: Checkout, model: str) -> Spent:
     """Until `/health` answers; the process is stopped then."""
-    arguments = (f"PYTHONPATH={checkout.path}", sys.executable, *COMMANDS[name], "--model", model)
+    variables = (f"{key}={value}" for key, value in checkout.variables.items())
+    arguments = (*variables, sys.executable, *COMMANDS[name], "--model", model)
     began = time.perf_counter()
     with ServerProcess(Launch(name, arguments, "/usr/bin/env")) as process:
         process.wait_ready()

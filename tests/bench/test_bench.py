@@ -153,9 +153,9 @@ def test_pairs_are_measured_in_turns_after_a_warm_up() -> None:
 
 
 def test_a_ratio_is_the_median_of_the_pairs() -> None:
-    """2, 3 and 10 times: 3, though the medians alone would say something else."""
-    a = tuple(Spent(each, each) for each in (1.0, 1.0, 1.0))
-    b = tuple(Spent(each, 2 * each) for each in (2.0, 3.0, 10.0))
+    """2, 3 and 10 times: 3, though the medians alone would say 6."""
+    a = tuple(Spent(each, each) for each in (1.0, 2.0, 1.0))
+    b = tuple(Spent(each, 2 * each) for each in (2.0, 6.0, 10.0))
     found = Paired(a, b)
     assert (found.ratio, found.cpu_ratio) == (3.0, 6.0)
     assert found.ratios == [2.0, 3.0, 10.0]

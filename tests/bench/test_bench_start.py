@@ -55,6 +55,19 @@ def test_a_checkout_that_is_none_and_a_command_that_fails_are_told(tmp_path: Pat
         Checkout.here().run(["cache", "ls", "--cache-dir", str(tmp_path)])
 
 
+def test_programs_are_those_of_their_checkout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder with a package of that name, asked from within this checkout: its command fails in its words."""
+    package = tmp_path / "mlx_hybridcache"
+    package.mkdir()
+    package.joinpath("__init__.py").touch()
+    package.joinpath("cli.py").write_text("raise SystemExit('so old a command')")
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SettingError, match="so old a command"):
+        Checkout.at(tmp_path).run(["--help"])
+
+
 def test_values_of_both_are_compared_pair_by_pair() -> None:
     """2, 3 and 10 times: 3; a value that one run lacks is left out, and nothing is divided by 0."""
     here = [{"cold": each, "more": 1.0, "none": 0.0} for each in (2.0, 3.0, 10.0)]

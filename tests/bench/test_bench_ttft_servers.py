@@ -152,6 +152,8 @@ def test_every_request_is_answered_by_both(found: dict[str, Any]) -> None:
         assert {each["scenario"] for each in server["requests"]} == {*SCENARIOS, "restart"}
         assert {each["situation"] for each in server["situations"]} == {*SITUATIONS, "restart"}
         assert all(each["error"] is None for each in server["requests"])
+        sizes = {each["situation"]: each["size"] for each in server["situations"]}
+        assert (sizes["identical"], sizes["mixed"]) == (SIZE, SIZE // 4)
     ours, theirs = (
         [(e["scenario"], e["step"]) for e in each["requests"]] for each in found.values()
     )

@@ -47,15 +47,15 @@ class Checkout:
         return cls(THERE, root.resolve())
 
     @property
-    def path(self) -> str:
-        """PYTHONPATH for its programs."""
+    def variables(self) -> Mapping[str, str]:
+        """Of the environment, for a process whose packages are this checkout's."""
         given = os.environ.get("PYTHONPATH")
         folders = [str(self.root / each) for each in FOLDERS if (self.root / each).is_dir()]
-        return os.pathsep.join([*folders, *([given] if given else [])])
-
-    def environment(self) -> Mapping[str, str]:
-        """For a process whose packages are this checkout's."""
-        return {**os.environ, "PYTHONPATH": self.path}
+        return {
+            "PYTHONPATH": os.pathsep.join([*folders, *([given] if given else [])]),
+            # Else `python -m` looks into the current folder first, which may be another checkout.
+            "PYTHONSAFEPATH": "1",
+        }
 
     def run(self, arguments: Sequence[str], *, statuses: Sequence[int] = (0,)) -> Spent:
         """`mlx-hybridcache ARGUMENTS`, its output left unread; raises `SettingError` when it fails.
@@ -66,7 +66,7 @@ class Checkout:
         before, began = _children_seconds(), time.perf_counter()
         ended = subprocess.run(
             command,
-            env=self.environment(),
+            env={**os.environ, **self.variables},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -8,7 +8,7 @@ from collections.abc import Generator, Iterator
 from ..report.oddities import odd
 from ..report.results import FAILED, MISSING, PARTIAL, Equality, Situation
 from ..serving.client import Reply, RequestFailed
-from ..serving.crowd import IDENTICAL, NONCES, measure_situation
+from ..serving.crowd import IDENTICAL, MIXED, NONCES, measure_situation
 from ..serving.scenarios import AT_EVERY_SIZE, SCENARIOS
 from ..serving.servers import Launch, ServerError, ServerProcess
 from ..serving.side import Nonces, Side, fresh_nonce
@@ -154,9 +154,10 @@ class Measurement(Session):
             yield
 
     def _measure_situation(self, side: Side, name: str, run: int) -> None:
-        size = self.plan.long if name != IDENTICAL else self.plan.sizes[0]
+        crowd = self.plan.crowd
+        size = {IDENTICAL: crowd.identical, MIXED: crowd.mixed}.get(name, crowd.long)
         nonces = self.nonces.of(name, size, run, NONCES)
-        if values := measure_situation(side, name, nonces, self.plan.crowd):
+        if values := measure_situation(side, name, nonces, crowd):
             self.found.situations.append(Situation(name, size, run, values))
         self.go_on(side)
         self.advance(name, self.plan.situation_tokens(name))
