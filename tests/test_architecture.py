@@ -5,10 +5,12 @@
 
 import ast
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
+import house
 import mlx_lm.models.cache
 import pytest
 from places import ROOT
@@ -17,28 +19,23 @@ LIBRARY = "mlx_hybridcache"
 
 ORDER = [
     {"cli", "server", "__main__"},
-    {"demo"},
-    {"planning"},
-    {"__init__"},
-    {"verify"},
+    {"demo", "planning"},
+    {"__init__", "verify"},
     {"cache"},
     {"settings"},
     {"engine"},
     {"decode", "prefill"},
     {"tiers"},
-    {"router"},
-    {"disk"},
-    {"request"},
-    {"caches", "store"},
-    {"report"},
-    {"models"},
-    {"worker"},
-    {"machine"},
-    {"sizes"},
-    {"tokens"},
+    {"disk", "request"},
+    {"caches", "router", "store"},
+    {"machine", "models", "worker"},
+    {"report", "sizes", "tokens"},
     {"errors"},
 ]
-"""Modules and folders of the library, entry points first."""
+"""Modules and folders of the library, entry points first. Those of one rung do not know each other."""
+
+STILL_MUTUAL = {"caches", "store"}
+"""A rung whose two folders import each other."""
 
 RANK = {unit: rank for rank, units in enumerate(ORDER) for unit in units}
 ENTRY_POINTS = ORDER[0]
@@ -123,13 +120,17 @@ def imports(tree: ast.AST, module: str) -> Iterator[str]:
 
 
 def upward_imports(source: str, module: str) -> list[str]:
-    """Imports of `module` that point up in `ORDER`, or at a module that has no place in it."""
+    """Imports of `module` that point up in `ORDER`, sideways, or at a module that has no place in it."""
     lowest = len(ORDER)
-    rank = RANK.get(unit(module), lowest)
+    own = unit(module)
+    rank = RANK.get(own, lowest)
     return [
         name
         for name in imports(ast.parse(source), module)
-        if name.split(".")[0] == LIBRARY and RANK.get(unit(name), -1) < rank
+        if name.split(".")[0] == LIBRARY
+        and unit(name) != own
+        and RANK.get(unit(name), -1) <= rank
+        and not {own, unit(name)} <= STILL_MUTUAL
     ]
 
 
@@ -143,9 +144,9 @@ def names(tree: ast.AST) -> Iterator[str]:
                 yield text
 
 
-def files_naming(wanted: set[str], paths: list[Path]) -> set[str]:
-    """Modules among `paths` that use one of the `wanted` names."""
-    return {module_name(path) for path in paths if wanted & set(names(parsed(path)))}
+def modules_naming(wanted: set[str], trees: Mapping[str, ast.Module]) -> set[str]:
+    """Those of the modules that use one of the `wanted` names."""
+    return {module for module, tree in trees.items() if wanted & set(names(tree))}
 
 
 def parsed(path: Path) -> ast.Module:
@@ -175,6 +176,7 @@ def test_no_import_points_up(path: Path) -> None:
         ("mlx_hybridcache.store.tree", "def late():\n    import mlx_hybridcache.engine"),
         ("mlx_hybridcache.store.tree", "from .. import engine"),
         ("mlx_hybridcache.caches.room", "from ..engine import Engine"),
+        ("mlx_hybridcache.prefill.replay", "from ..decode.reply import Reply"),
         ("mlx_hybridcache.caches.kinds.rows", "from mlx_hybridcache import engine"),
         ("mlx_hybridcache.engine", "from mlx_hybridcache import HybridPromptCache"),
         ("mlx_hybridcache.__init__", "from .cli.main import main"),
@@ -215,19 +217,40 @@ def test_only_entry_points_import_the_server_and_the_bench_and_lazily(path: Path
     assert not UPPER_PACKAGES & {name.split(".")[0] for name in imports(searched, module)}
 
 
-def test_one_file_names_the_cache_classes_of_mlx_lm() -> None:
+BATCHES = {"GenerationBatch", "BatchGenerator", "PromptProcessingBatch", "_merge_caches"}
+"""Of `mlx_lm.generate`, what changes between its minor versions."""
+
+
+@pytest.fixture(scope="module")
+def library() -> dict[str, ast.Module]:
+    """Every module of the library."""
+    return {module_name(path): parsed(path) for path in sources(LIBRARY)}
+
+
+def test_one_file_names_the_cache_classes_of_mlx_lm(library: dict[str, ast.Module]) -> None:
     """What mlx-lm renames is looked for in `caches/layout.py` alone."""
     assert {"KVCache", "ArraysCache", "CacheList", "RotatingKVCache"} <= CACHE_CLASSES
-    assert files_naming(CACHE_CLASSES, sources(LIBRARY)) <= {"mlx_hybridcache.caches.layout"}
+    assert modules_naming(CACHE_CLASSES, library) == {f"{LIBRARY}.caches.layout"}
 
 
-def test_one_file_names_the_batches_of_mlx_lm() -> None:
-    """`GenerationBatch` changes between minor versions; `decode/batch.py` alone knows it, and its kin."""
-    kin = {"GenerationBatch", "BatchGenerator", "PromptProcessingBatch", "_merge_caches"}
-    assert kin <= set(dir(import_module("mlx_lm.generate"))), (
+def test_one_file_names_the_batches_of_mlx_lm(library: dict[str, ast.Module]) -> None:
+    """The decoder's file alone knows `GenerationBatch` and its kin."""
+    assert set(dir(import_module("mlx_lm.generate"))) >= BATCHES, (
         "else the names to look for have changed"
     )
-    assert files_naming(kin, sources(LIBRARY)) == {"mlx_hybridcache.decode.batch"}
+    (one,) = modules_naming(BATCHES, library)
+    assert one.startswith(f"{LIBRARY}.decode.")
+
+
+@pytest.mark.parametrize("name", sorted(BATCHES | CACHE_CLASSES))
+@pytest.mark.parametrize(
+    "source",
+    ["from mlx_lm.x import {}", "import mlx_lm\n\nmlx_lm.x.{}()", "getattr(x, '{}')", "x = {}()"],
+)
+def test_a_second_file_that_names_one_is_noticed(name: str, source: str) -> None:
+    """However it is written."""
+    planted = {"mlx_hybridcache.engine": ast.parse(source.format(name))}
+    assert modules_naming(BATCHES | CACHE_CLASSES, planted) == set(planted)
 
 
 @pytest.mark.parametrize("path", [*sources(LIBRARY), *sources("bench")], ids=module_name)
@@ -252,3 +275,65 @@ def test_decisions_need_no_mlx(path: Path) -> None:
 def test_every_file_says_what_it_is_for(path: Path) -> None:
     """The first line of a file tells a reader whether to read on."""
     assert ast.get_docstring(parsed(path))
+
+
+# The house in figures, by `tools/house.py`
+
+LONG_CLASSES = {"mlx_hybridcache.disk.tier:DiskTier", "mlx_hybridcache.store.store:Store"}
+"""What is larger than it may be. Nothing joins them."""
+
+
+@pytest.fixture(scope="module")
+def figures() -> dict[str, Any]:
+    """Every figure of this checkout."""
+    return house.measure(ROOT)
+
+
+def test_a_folder_holds_at_most_14_files(figures: dict[str, Any]) -> None:
+    """So that a reader sees what is in it."""
+    assert {name for name, (files, _) in figures["folders"].items() if files > 14} == set()
+
+
+def test_no_module_imports_itself_by_way_of_others(figures: dict[str, Any]) -> None:
+    """Nor does a folder of the library."""
+    assert figures["circles of modules"] == []
+    library = [each for each in figures["circles of folders"] if each[0].startswith(f"{LIBRARY}.")]
+    assert [set(each) for each in library] in ([], [{f"{LIBRARY}.{it}" for it in STILL_MUTUAL}])
+
+
+def test_no_class_of_the_library_is_longer_than_400_lines(figures: dict[str, Any]) -> None:
+    """It would be two."""
+    assert {name for _, name in figures["classes over 400 lines"]} <= LONG_CLASSES
+
+
+def test_the_engine_is_a_map_of_at_most_250_lines() -> None:
+    """Whoever reads it meets every step of a request, and nothing of how a step is done."""
+    (engine,) = (
+        span
+        for span in house.classes(house.modules(ROOT))
+        if span.where == f"{LIBRARY}.engine:Engine"
+    )
+    assert engine.lines <= 250
+
+
+def test_nobody_asks_whether_there_is_a_disk(figures: dict[str, Any]) -> None:
+    """Nor a lender: what is absent answers for itself."""
+    assert figures["`is None` of disk and lender"] == []
+
+
+def test_private_names_stay_within_their_modules(figures: dict[str, Any]) -> None:
+    """But for mlx-lm's own, in the file that knows its batches."""
+    reached = [each for each in figures["private reach-ins"] if each.startswith(f"{LIBRARY}.")]
+    assert {each.split(":")[0] for each in reached} <= {
+        module for module in map(module_name, sources(LIBRARY)) if ".decode." in module
+    }
+
+
+def test_circles_and_reaches_are_found() -> None:
+    """A -> b -> c -> a is one, d is in none; `other._secret` is someone else's, `self._own` is not."""
+    assert house.circles({"a": {"b"}, "b": {"c"}, "c": {"a", "d"}, "d": set()}) == [["a", "b", "c"]]
+    text = (
+        "class A:\n    def f(self, other):\n        return self._own, other._own, other._secret\n"
+    )
+    module = house.Module("x.y", Path("x/y.py"), text)
+    assert house.reach_ins([module]) == ["x.y:3 other._secret"]

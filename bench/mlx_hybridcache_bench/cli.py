@@ -11,7 +11,7 @@ from mlx_hybridcache.cli.console import wide_console
 from mlx_hybridcache.cli.flags import check_can_be_written
 from mlx_hybridcache.demo import BUNDLED_MODEL
 
-from . import decode, load, page, server
+from . import against, decode, page, start
 from .disk import command as disk
 from .kills import command as kills
 from .overhead import command as overhead
@@ -24,9 +24,9 @@ COMMANDS = {
     "overhead": (overhead, "what the cache costs, each part beside its target"),
     "decode": (decode, "tokens per second with and without the KV cache"),
     "ttft": (ttft, "time to first token of any server, with a report to show"),
-    "server": (server, "time to first token and re-use beside mlx_lm.server"),
+    "start": (start, "what it takes to start servers and commands, beside others"),
+    "against": (against, "a bench or the demo of this checkout beside an older one"),
     "disk": (disk, "a restart with a cache directory, and what the directory costs"),
-    "load": (load, "many clients at once beside mlx_lm.server"),
     "kills": (kills, "what a cache directory loses by kill -9 and power cuts: nothing"),
     "page": (page, "what the live page costs the server and the browser"),
     "router": (router, "what canonicalizing a router does, and whether it helps here"),

@@ -32,6 +32,7 @@ from mlx_hybridcache_server.watching.watch import Watcher
 from rich.console import Console
 
 from mlx_hybridcache import HybridPromptCache
+from mlx_hybridcache.store.budget import StoreStats
 from mlx_hybridcache.tokens import Namespace
 
 from .kit.chromium import launched, missing
@@ -117,20 +118,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         changes = _Changes(cache, prompts, draw)
         costs = _measure(serving, server, changes, args.updates, browses=not why)
         held = cache.stats()
-    console.print(
-        f"{held.conversations:,} conversations in {held.nodes:,} nodes, {held.checkpoints:,} checkpoints. "
-        f"An event loop that is not watched spends {costs.unwatched_ms:.2f} ms in the same time, one "
-        f"that is {costs.watched_ms:.2f}. With each summary the worker spends {costs.outlines_ms:.3f} ms on "
-        f"outlines, watched or not, beside {costs.stats_ms:.2f} ms on its figures.",
-        highlight=False,
-    )
-    if costs.browser_script_ms is not None:
-        console.print(
-            f"The browser's own account: {costs.browser_script_ms:.1f} ms of scripting and "
-            f"{costs.browser_layout_ms:.1f} ms of layout for an update; the page's: median "
-            f"{_median(costs.script_ms):.1f} ms.",
-            highlight=False,
-        )
+    _tell(console, held, costs)
     figures = costs.figures()
     show_figures(console, figures)
     write_json(
@@ -146,6 +134,23 @@ def run(args: argparse.Namespace, console: Console) -> int:
         },
     )
     return int(any(figure.counted and not figure.kept for figure in figures))
+
+
+def _tell(console: Console, held: StoreStats, costs: Costs) -> None:
+    console.print(
+        f"{held.conversations:,} conversations in {held.nodes:,} nodes, {held.checkpoints:,} checkpoints. "
+        f"An event loop that is not watched spends {costs.unwatched_ms:.2f} ms in the same time, one "
+        f"that is {costs.watched_ms:.2f}. With each summary the worker spends {costs.outlines_ms:.3f} ms on "
+        f"outlines, watched or not, beside {costs.stats_ms:.2f} ms on its figures.",
+        highlight=False,
+    )
+    if costs.browser_script_ms is not None:
+        console.print(
+            f"The browser's own account: {costs.browser_script_ms:.1f} ms of scripting and "
+            f"{costs.browser_layout_ms:.1f} ms of layout for an update; the page's: median "
+            f"{_median(costs.script_ms):.1f} ms.",
+            highlight=False,
+        )
 
 
 def _prompt(draw: random.Random, cache: HybridPromptCache) -> list[int]:

@@ -83,6 +83,13 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         default=MIN_TOKENS,
         help="held-out tokens that an expert must have, or it is left alone (%(default)s)",
     )
+    add("--seed", type=int, default=0, help="of projections and the null model (%(default)s)")
+    _add_measuring(parser)
+    return parser
+
+
+def _add_measuring(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add(
         "--measure",
         action="store_true",
@@ -94,8 +101,6 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         action="store_true",
         help="measure without the copy with 8-bit weights, which takes half of a bfloat16 model's memory again",
     )
-    add("--seed", type=int, default=0, help="of projections and the null model (%(default)s)")
-    return parser
 
 
 def _path(text: str) -> Path:
@@ -103,13 +108,7 @@ def _path(text: str) -> Path:
 
 
 def _canonicalize(options: argparse.Namespace) -> int:
-    if options.output is not None:
-        check_output(options.output)
-    for flag in ("patch", "report"):
-        _check_new_file(flag, getattr(options, flag))
-    rows = options.tokens // ROW_TOKENS
-    if rows < 2:
-        raise SettingError(f"--tokens {options.tokens}: at least {2 * ROW_TOKENS} are needed.")
+    rows = _checked_rows(options)
     console = Console(soft_wrap=True)
     model, tokenizer = models.load(options.model)
     moe_layers(model)  # a dense model is told before a text is read
@@ -127,21 +126,49 @@ def _canonicalize(options: argparse.Namespace) -> int:
         tried = _tried(console, model, found, texts, rounder=not options.no_quantized_copy)
         extra["measured"], card = tried.as_json(), markdown(tried)
     if found.patch.groups:
-        changed = apply(model, found.patch, tie_safe=False)
-        extra["largest_logit_difference"] = largest_difference(
-            model, found.patch, tokens[:PROVING_ROWS]
-        )
-        console.print(
-            f"{changed:,} router rows change; afterwards logits inside groups differ by at most "
-            f"{extra['largest_logit_difference']:.3g}.",
-            highlight=False,
-        )
-    told = report(found.patch, found, extra=extra)
+        extra["largest_logit_difference"] = _proven(console, model, found, tokens)
     if options.report is not None:
+        told = report(found.patch, found, extra=extra)
         options.report.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
     if not found.patch.groups:
         console.print("No two experts are alike within the threshold: there is nothing to patch.")
         return 1
+    _write(console, options, found, extra, card)
+    return 0
+
+
+def _checked_rows(options: argparse.Namespace) -> int:
+    """How many rows of calibration tokens are wanted, once it is sure that files can be written."""
+    if options.output is not None:
+        check_output(options.output)
+    for flag in ("patch", "report"):
+        _check_new_file(flag, getattr(options, flag))
+    rows: int = options.tokens // ROW_TOKENS
+    if rows < 2:
+        raise SettingError(f"--tokens {options.tokens}: at least {2 * ROW_TOKENS} are needed.")
+    return rows
+
+
+def _proven(console: Console, model: Any, found: Discovery, tokens: list[list[int]]) -> float:
+    """The largest difference of logits inside groups, once `model` is patched."""
+    changed = apply(model, found.patch, tie_safe=False)
+    largest = largest_difference(model, found.patch, tokens[:PROVING_ROWS])
+    console.print(
+        f"{changed:,} router rows change; afterwards logits inside groups differ by at most "
+        f"{largest:.3g}.",
+        highlight=False,
+    )
+    return largest
+
+
+def _write(
+    console: Console,
+    options: argparse.Namespace,
+    found: Discovery,
+    extra: dict[str, Any],
+    card: str,
+) -> None:
+    """The patch and the patched checkpoint, where they are wanted."""
     if options.patch is not None:
         found.patch.save(options.patch)
         console.print(f"{options.patch}: the patch.", highlight=False)
@@ -155,7 +182,6 @@ def _canonicalize(options: argparse.Namespace) -> int:
             f"{written.rows:,} rows in {written.tensors} tensors differ from {options.model}.",
             highlight=False,
         )
-    return 0
 
 
 def _tried(

@@ -163,7 +163,7 @@ def make(
         )
     grid = Grid(step, -(-every // step) * step, alignment=layout.alignment)
     reading = Reading(start=0, end=context - 1)
-    cuts = replays.plan(layout, grid, reading, exact=False).cuts
+    cuts = replays.route_of(layout, grid, reading, exact=False).cuts
     return Plan(model, layout, room, context, max_tokens, len(cuts))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,13 +13,16 @@ from ..store.match import Found
 from ..tiers import Tiers
 from ..tokens import TurnMarks
 from ..worker.turns import PAUSE, Load, Pause
-from .replay import replay, route_of
+from .replay import Route, replay, route_of
 from .schedule import Grid, Reading, partings
 
 
 @dataclass(eq=False)
 class Prefill:
-    """Reads the prompts of one model, a slice a turn. While others wait for a turn slices are shorter."""
+    """Reads the prompts of one model, a slice a turn. While others wait for a turn slices are shorter.
+
+    `route` says what to read and where to take checkpoints.
+    """
 
     model: Any
     layout: Layout
@@ -27,6 +30,7 @@ class Prefill:
     marks: TurnMarks
     tiers: Tiers
     load: Load
+    route: Callable[..., Route] = route_of
 
     def read(self, request: Request, live: LiveCaches, found: Found) -> Iterator[Pause]:
         """All but the last token into `live`, which stand where `found` says."""
@@ -54,7 +58,7 @@ class Prefill:
             self.model,
             live.caches,
             tokens,
-            route_of(self.layout, self.grid, reading, exact=request.exact),
+            self.route(self.layout, self.grid, reading, exact=request.exact),
             step=lambda: self._step(request),
             stops=account.stops,
             afford=lambda a, b, cuts: self.tiers.afford(request, live, b, cuts, parted),

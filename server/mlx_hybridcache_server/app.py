@@ -23,13 +23,14 @@ from .failures import log_failure, not_served
 from .generation.serving import Serving
 from .http.bodies import Bodies
 from .http.gate import OWN_ORIGINS, Gate
-from .http.heads import Heads
+from .http.head_requests import HeadRequests
 from .http.wire import ErrorResponse, JsonResponse
 from .log import CLIENTS
 from .metrics import Metrics
+from .openai import routes as openai_routes
 from .openai.notices import WARNING_HEADER
-from .openai.routes import router
 from .schema.requests import FIELDS
+from .watching import cache_routes, page_routes
 
 log = logging.getLogger(CLIENTS)
 
@@ -65,6 +66,9 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 """What every endpoint may answer, for `/openapi.json`."""
 
 
+ROUTERS = (cache_routes.router, openai_routes.router, page_routes.router)
+
+
 def build_app(serving: Serving) -> FastAPI:
     """The application for one server."""
     app = FastAPI(
@@ -75,7 +79,9 @@ def build_app(serving: Serving) -> FastAPI:
         default_response_class=JsonResponse,
     )
     app.state.serving = serving
-    app.include_router(router, responses=ERRORS)
+    for router in ROUTERS:
+        app.include_router(router, responses=ERRORS)
+    app.state.routers = ROUTERS
     app.add_exception_handler(HTTPException, _failed)
     app.add_exception_handler(HybridCacheError, _failed)
     app.add_exception_handler(RequestValidationError, _invalid)
@@ -83,7 +89,7 @@ def build_app(serving: Serving) -> FastAPI:
     # The last one added is the first one asked. An answer from within `_Cors` can be read by a page;
     # what fails outside of it is answered too.
     app.add_middleware(_Options)
-    app.add_middleware(Heads)
+    app.add_middleware(HeadRequests)
     app.add_middleware(_Answered)
     app.add_middleware(
         _Cors,

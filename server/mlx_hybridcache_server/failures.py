@@ -11,8 +11,6 @@ from starlette.routing import Match, Route
 from starlette.types import Scope
 
 from .errors import ApiError
-from .openai.routes import router
-from .watching import cache_routes
 
 log = logging.getLogger("mlx_hybridcache.server")
 
@@ -50,8 +48,9 @@ def not_served(request: Request, error: HTTPException) -> tuple[HTTPException, d
 
 def _routes(request: Request) -> Iterator[Route]:
     """All routes, those of each router that the application was made of."""
-    for routes in (request.app.routes, router.routes, cache_routes.router.routes):
-        yield from (route for route in routes if isinstance(route, Route))
+    routers = (request.app, *request.app.state.routers)
+    for router in routers:
+        yield from (route for route in router.routes if isinstance(route, Route))
 
 
 def _at(request: Request) -> list[Route]:

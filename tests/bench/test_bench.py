@@ -1,6 +1,9 @@
 """The bench runs, prints its tables and counts right. Timings are never asserted here."""
 
+import argparse
 import json
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ from mlx_hybridcache_bench.kit.standin import QWEN3_NEXT_80B, TINY
 from mlx_hybridcache_bench.kit.tables import Figure
 from mlx_hybridcache_bench.overhead.full_size import measure_full_size
 from mlx_hybridcache_bench.overhead.slices import measure_slices
+from places import ROOT
 
 SMALL_OVERHEAD = [
     *("overhead", "--pairs", "1", "--prompt-tokens", "300", "--max-tokens", "2"),
@@ -149,9 +153,9 @@ def test_pairs_are_measured_in_turns_after_a_warm_up() -> None:
 
 
 def test_a_ratio_is_the_median_of_the_pairs() -> None:
-    """2, 3 and 10 times: 3, though the medians alone would say something else."""
-    a = tuple(Spent(each, each) for each in (1.0, 1.0, 1.0))
-    b = tuple(Spent(each, 2 * each) for each in (2.0, 3.0, 10.0))
+    """2, 3 and 10 times: 3, though the medians alone would say 6."""
+    a = tuple(Spent(each, each) for each in (1.0, 2.0, 1.0))
+    b = tuple(Spent(each, 2 * each) for each in (2.0, 6.0, 10.0))
     found = Paired(a, b)
     assert (found.ratio, found.cpu_ratio) == (3.0, 6.0)
     assert found.ratios == [2.0, 3.0, 10.0]
@@ -161,3 +165,44 @@ def test_a_ratio_is_the_median_of_the_pairs() -> None:
 def test_a_figure_keeps_its_target_up_to_the_target_itself(value: float, kept: bool) -> None:
     """`at most 1.03` includes 1.03."""
     assert Figure("cold", value, "x", 1.03, counted=False).kept is kept
+
+
+def test_the_page_is_watched_and_what_it_costs_is_counted(tmp_path: Path) -> None:
+    """Twenty conversations, two updates, no browser: nothing is asked of the worker, little is told."""
+    file = tmp_path / "page.json"
+    small = ["--conversations", "20", "--updates", "2", "--no-browser"]
+    assert cli.main(["page", *small, "--json", str(file)]) == 0
+    found = json.loads(file.read_text(encoding="utf-8"))
+    assert set(found) == {
+        *("command", "machine", "conversations", "nodes", "updates", "costs", "figures")
+    }
+    assert found["conversations"] == 20
+    assert found["nodes"] > 60
+    assert found["costs"]["events"] >= 2
+    assert found["costs"]["told_runs"]
+    assert all(0 < each <= 3 for each in found["costs"]["told_runs"])
+    counted = [figure for figure in found["figures"] if figure["counted"]]
+    assert len(counted) == 2
+    assert all(figure["kept"] for figure in counted)
+
+
+def documented_commands() -> list[str]:
+    """Every command of the bench that a code block of a page shows."""
+    found = []
+    for page in (ROOT / "bench" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))):
+        for block in re.findall(r"```\w*\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+            lines = block.replace("\\\n", " ").splitlines()
+            found += [line for line in lines if line.startswith("mlx-hybridcache bench ")]
+    return found
+
+
+def test_documented_commands_are_understood() -> None:
+    """Every line as it stands, read but not run; names and options that are gone would be refused."""
+    parser = argparse.ArgumentParser()
+    cli.add_commands(parser.add_subparsers(dest="measurement", required=True))
+    commands = documented_commands()
+    for line in commands:
+        parser.parse_args(shlex.split(line, comments=True)[2:])
+    assert len(commands) > 10
+    readme = ROOT.joinpath("bench", "README.md").read_text(encoding="utf-8")
+    assert all(f"`mlx-hybridcache bench {name}`" in readme for name in cli.COMMANDS)

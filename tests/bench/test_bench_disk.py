@@ -16,7 +16,7 @@ from mlx_hybridcache_bench.kit.tables import Figure
 from places import ROOT
 
 SMALL = [
-    *("disk", "--repeats", "1", "--tokens", "2500", "--sizes", "300"),
+    *("disk", "--quick", "--repeats", "1", "--tokens", "2500", "--sizes", "300"),
     *("--reply-tokens", "8", "--promotion-sizes", "1200"),
     *("--stand-in-tokens", "1200", "--shapes", "tiny"),
 ]

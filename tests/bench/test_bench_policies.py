@@ -1,6 +1,7 @@
 """Policies on small traces: counts, never times."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +9,8 @@ from mlx_hybridcache_bench import cli
 from mlx_hybridcache_bench.policies.baselines import LlamaCpp, MlxLm, Overlaps
 from mlx_hybridcache_bench.policies.offline import Clairvoyant, floor
 from mlx_hybridcache_bench.policies.outcomes import BASELINES, OFFLINE, OURS, POLICIES, measure
-from mlx_hybridcache_bench.policies.simulate import SHAPES, Simulation
+from mlx_hybridcache_bench.policies.simulate import SPACE, Simulation
+from mlx_hybridcache_bench.policies.sized import SHAPES, SizedLayout, SizedRequest
 from mlx_hybridcache_bench.policies.traces import TracedRequest, write_trace
 from mlx_hybridcache_bench.policies.workloads import workload
 
@@ -71,6 +73,23 @@ def test_the_simulated_store_keeps_to_its_budget(chats):
         assert stats.running_bytes == 0
         assert stats.held_bytes <= 2 * GB
     assert stats.evictions > 100
+
+
+def test_a_running_request_weighs_the_same_for_every_policy():
+    """A prompt of 1,000 and a reply of 100: the rows of both, rounded up, and one state."""
+    one = asked(range(1000), range(100))
+    request = SizedRequest(one.tokens, SPACE, one.reply_tokens)
+    weight = SizedLayout.of_shape(SHAPE).running_bytes(request.rows)
+    assert weight == SHAPE.running_bytes(one) >= 1100 * SHAPE.row_bytes + SHAPE.checkpoint_bytes
+
+
+def test_a_reply_that_the_template_strips_is_not_saved():
+    """A prompt of 3,000 and a reply of 100, then both and a question: from 3,100 or from 2,999."""
+    prompt, reply, question = list(range(3000)), list(range(5000, 5100)), [7] * 50
+    for keeps, on in ((True, 50), (False, 151)):
+        first = replace(asked(prompt, reply), keeps_reply=keeps)
+        trace = [first, asked(prompt + reply + question)]
+        assert replays(Simulation(trace, SHAPE, 16 * GB), trace) == [3000, on]
 
 
 def test_a_prompt_that_no_budget_holds_is_read_in_full():

@@ -14,15 +14,16 @@ from typing import Any
 
 import pytest
 from mlx_hybridcache_bench import cli
-from mlx_hybridcache_bench.report.results import ResultsError
+from mlx_hybridcache_bench.kit.tables import write_json
+from mlx_hybridcache_bench.report.results import Results, ResultsError
 from mlx_hybridcache_bench.serving.client import NO_CACHED, NO_DONE, NO_STREAM, NO_USAGE
-from mlx_hybridcache_bench.serving.events import NO_JSON, events
+from mlx_hybridcache_bench.serving.events import NO_JSON
 from mlx_hybridcache_bench.serving.servers import Launch, ServerError, ServerProcess
 from mlx_hybridcache_bench.ttft import command
-from mlx_hybridcache_bench.ttft.contenders import LLAMA, compared, flags_of
+from mlx_hybridcache_bench.ttft.contenders import LLAMA, compared
 from mlx_hybridcache_bench.ttft.dialect import ESTIMATED, NO_COMPLETIONS, NO_OPTIONS
 from mlx_hybridcache_bench.ttft.measure import Measurement
-from mlx_hybridcache_bench.ttft.plan import NAMES, USUAL, Plan
+from mlx_hybridcache_bench.ttft.plan import USUAL, Plan
 from places import SUPPORT
 from rich.console import Console
 
@@ -45,10 +46,14 @@ def running(monkeypatch: pytest.MonkeyPatch, **behaviour: Any) -> Iterator[Serve
 
 
 @pytest.fixture
-def measured(tmp_path: Path) -> Callable[..., tuple[int, Result]]:
-    """Runs the command; its exit status, and what stands in results.json."""
+def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, Result]]:
+    """Runs the command; its exit status, and what stands in results.json. Of the report no more is written."""
+
+    def write(results: Results, folder: Path) -> None:
+        write_json(folder / "results.json", results.as_json())
 
     def run(*arguments: str, sizes: tuple[str, ...] = ("600",)) -> tuple[int, Result]:
+        monkeypatch.setattr(command, "write", write)
         out = tmp_path / f"out-{time.monotonic_ns()}"
         fixed = ["--sizes", *sizes, "--repeats", "1", "--out", str(out)]
         status = cli.main(["ttft", *arguments, *fixed])
@@ -365,12 +370,13 @@ def test_a_hung_server_is_started_again_and_one_that_always_hangs_is_given_up(
 
 def test_with_markdown_nothing_else_is_printed(
     monkeypatch: pytest.MonkeyPatch,
-    measured: Callable[..., tuple[int, Result]],
+    tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """So that it can be piped into an issue; where it stands is said on stderr."""
     with running(monkeypatch) as server:
-        measured("--url", f"mine={server.url}", "--scenarios", "repeat", "--markdown")
+        options = ["--scenarios", "repeat", "--sizes", "600", "--repeats", "1", "--markdown"]
+        cli.main(["ttft", "--url", f"mine={server.url}", *options, "--out", str(tmp_path / "out")])
     printed = capsys.readouterr()
     assert printed.out.startswith("### Environment\n")
     assert "### mine: the same prompt again\n\n| Input size | Cold (1st call) |" in printed.out
@@ -442,8 +448,8 @@ def test_an_interrupted_run_keeps_what_it_has(
         monkeypatch.setattr(
             Measurement,
             "__init__",
-            lambda self, who, plan, tokenizer, advance, pace: original(
-                self, who, plan, tokenizer, lambda said, tokens: interrupt(self), pace
+            lambda self, who, plan, tokenizer, advance, pace, **more: original(
+                self, who, plan, tokenizer, lambda said, tokens: interrupt(self), pace, **more
             ),
         )
         status, found = measured("--url", server.url, "--scenarios", "repeat")
@@ -485,26 +491,3 @@ def test_mistakes_are_told_before_anything_starts(
     with pytest.raises(kind, match=sentence):
         cli.main(["ttft", *arguments, "--out", str(out)])
     assert not out.exists()
-
-
-def test_flags_are_split_as_a_shell_would() -> None:
-    """Quotes keep a value together, and a name may be given twice."""
-    given = ["a=--x 'two words'", "a=--y=1", "b="]
-    assert flags_of(given) == {"a": ("--x", "two words", "--y=1"), "b": ()}
-
-
-def test_the_usual_scenarios_are_those_that_servers_differ_in() -> None:
-    """Eleven unless chosen otherwise, two more to choose."""
-    assert len(USUAL) == 11
-    assert set(NAMES) - set(USUAL) == {"sessions", "throughput"}
-
-
-def test_events_are_read_however_they_are_cut() -> None:
-    """CR LF, comments, two data lines, a cut within a letter, U+2028 within a token, no last blank."""
-    stream = ": ping\r\n\r\ndata: a\r\n\r\nevent: x\ndata:b\ndata: \u2028ü\n\ndata: end".encode()
-    seen: list[str] = []
-    expected = [None, "a", "b\n\u2028ü", "end"]
-    for size in (1, 2, 3, 7, len(stream)):
-        chunks = [stream[at : at + size] for at in range(0, len(stream), size)]
-        assert list(events(chunks, lambda: seen.append("comment"))) == expected
-    assert seen == ["comment"] * 5

@@ -29,7 +29,8 @@ from mlx_hybridcache_bench.report.results import (
     Situation,
     Trouble,
 )
-from mlx_hybridcache_bench.report.summary import hot_steps, notes, seconds_text, sheets
+from mlx_hybridcache_bench.report.sheet import seconds_text
+from mlx_hybridcache_bench.report.summary import hot_steps, notes, sheets
 from mlx_hybridcache_bench.serving.scenarios import SCENARIOS, Material, steps_of
 from mlx_hybridcache_bench.ttft.model import describe, describe_gguf
 from mlx_hybridcache_bench.ttft.plan import sizes_of

@@ -9,16 +9,19 @@ import jsonschema
 import pytest
 from mlx_hybridcache_bench import cli
 from mlx_hybridcache_bench.report.results import Results
+from mlx_hybridcache_bench.serving.mixture import CLIENTS
+from mlx_hybridcache_bench.serving.scenarios import SCENARIOS, SESSIONS
 from mlx_hybridcache_bench.serving.servers import OURS, THEIRS
 from mlx_hybridcache_bench.ttft import command
+from mlx_hybridcache_bench.ttft.plan import NAMES, SITUATIONS
 
-SIZE = 900
-SCENARIOS = ("repeat", "changed-ending", "volatile-line", "restart", "identical")
+SIZE = 1050
+CLIENTS_AT_ONCE, REQUESTS = 2, 2
 
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of one run beside mlx_lm.server."""
+    """The folder of one run of everything beside mlx_lm.server, whose exit status says that it is well."""
     folder = tmp_path_factory.mktemp("ttft")
     only = [
         "--quick",
@@ -27,21 +30,29 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "--sizes",
         str(SIZE),
         "--clients",
-        "2",
+        str(CLIENTS_AT_ONCE),
+        "--requests",
+        str(REQUESTS),
         "--scenarios",
-        *SCENARIOS,
+        *NAMES,
     ]
     assert cli.main(["ttft", "--compare", THEIRS, *only, "--out", str(folder)]) == 0
     return folder
 
 
 @pytest.fixture(scope="module")
-def found(out: Path) -> dict[str, Any]:
-    """Its results by server."""
-    result = json.loads((out / "results.json").read_text(encoding="utf-8"))
+def whole(out: Path) -> dict[str, Any]:
+    """What it wrote."""
+    result: dict[str, Any] = json.loads((out / "results.json").read_text(encoding="utf-8"))
     schema = files("mlx_hybridcache_bench.report") / "results.schema.json"
     jsonschema.validate(result, json.loads(schema.read_text(encoding="utf-8")))
-    return {each["name"]: each for each in result["servers"]}
+    return result
+
+
+@pytest.fixture(scope="module")
+def found(whole: dict[str, Any]) -> dict[str, Any]:
+    """Its results by server."""
+    return {each["name"]: each for each in whole["servers"]}
 
 
 def cached(server: dict[str, Any], scenario: str, step: str) -> list[int]:
@@ -53,6 +64,12 @@ def cached(server: dict[str, Any], scenario: str, step: str) -> list[int]:
     ]
 
 
+def situation(server: dict[str, Any], name: str) -> dict[str, float]:
+    """The values of its only run."""
+    (run,) = (each for each in server["situations"] if each["situation"] == name)
+    return dict(run["values"])
+
+
 def test_one_command_measures_both_and_writes_every_file(out: Path, found: dict[str, Any]) -> None:
     """Ours joins without being named; the page, Markdown and pictures stand beside the figures."""
     assert list(found) == [THEIRS, OURS]
@@ -62,7 +79,7 @@ def test_one_command_measures_both_and_writes_every_file(out: Path, found: dict[
         *("results.json", "report.html", "report.md", "memory.png"),
         *("ttft-by-length.png", "ttft-by-scenario.png", "several-clients.png"),
     }
-    assert "| 900 |" in (out / "report.md").read_text(encoding="utf-8")
+    assert "| 1,050 |" in (out / "report.md").read_text(encoding="utf-8")
 
 
 def test_what_each_server_re_uses_is_what_it_says(found: dict[str, Any]) -> None:
@@ -75,6 +92,8 @@ def test_what_each_server_re_uses_is_what_it_says(found: dict[str, Any]) -> None
         assert cached(server, "changed-ending", "cold")[0] < 32
     assert cached(theirs, "changed-ending", "ending changed")[0] < 32
     assert cached(ours, "changed-ending", "ending changed")[0] >= 512
+    assert cached(theirs, "completions", "500 shorter")[0] < 32
+    assert cached(ours, "completions", "500 shorter")[0] >= 512
     assert cached(theirs, "volatile-line", "line changed")[0] < 32
     assert cached(ours, "volatile-line", "line changed again")[0] > 256
 
@@ -93,8 +112,9 @@ def test_hot_replies_equal_cold_ones(found: dict[str, Any]) -> None:
     for server in found.values():
         assert all(each["same"] for each in server["equalities"])
         against = [each["against"] for each in server["equalities"]]
-        assert against.count("the same request earlier") == 5
-        assert against.count("a newly started server") == 3
+        # Four repeats, the old branch asked again, and what came back after the restart.
+        assert against.count("the same request earlier") == 6
+        assert against.count("a newly started server") == len(SCENARIOS)
 
 
 def test_clients_at_once_and_memory_are_measured(found: dict[str, Any]) -> None:
@@ -103,8 +123,62 @@ def test_clients_at_once_and_memory_are_measured(found: dict[str, Any]) -> None:
         (at_once,) = (e for e in server["situations"] if e["situation"] == "identical")
         assert at_once["values"]["at_once_seconds"] > 0
         assert server["memory"]["warm_bytes"] > 50 * 2**20
-    (at_once,) = (e for e in found[OURS]["situations"] if e["situation"] == "identical")
-    assert at_once["values"]["cached_tokens"] > SIZE // 2
+    values = situation(found[OURS], "identical")
+    assert values["read_tokens"] <= values["prompt_tokens"] + CLIENTS_AT_ONCE - 1
+    assert values["cached_tokens"] + values["read_tokens"] == (
+        CLIENTS_AT_ONCE * values["prompt_tokens"]
+    )
+
+
+def test_the_short_question_has_a_hundred_tokens(found: dict[str, Any]) -> None:
+    """With the bundled model's template, on both servers."""
+    for server in found.values():
+        assert situation(server, "short-behind-long")["prompt_tokens"] == 100
+
+
+def test_mixed_clients_share_what_they_share(found: dict[str, Any]) -> None:
+    """Eight clients with two requests each. What is not cached is read, by the server's own count."""
+    ours = situation(found[OURS], "mixed")
+    assert ours["requests"] == REQUESTS * len(CLIENTS)
+    assert ours["cached_tokens"] + ours["read_tokens"] == ours["prompt_tokens"]
+    # Four clients open with one system prompt, and all but the writers go on from their first turn.
+    assert ours["cached_tokens"] > 3 * (SIZE // 4)
+    assert ours["cached_tokens"] > situation(found[THEIRS], "mixed")["cached_tokens"]
+
+
+def test_every_request_is_answered_by_both(found: dict[str, Any]) -> None:
+    """Ten scenarios and a restart, and every kind of situation."""
+    for server in found.values():
+        assert {each["scenario"] for each in server["requests"]} == {*SCENARIOS, "restart"}
+        assert {each["situation"] for each in server["situations"]} == {*SITUATIONS, "restart"}
+        assert all(each["error"] is None for each in server["requests"])
+        sizes = {each["situation"]: each["size"] for each in server["situations"]}
+        assert (sizes["identical"], sizes["mixed"]) == (SIZE, SIZE // 4)
+    ours, theirs = (
+        [(e["scenario"], e["step"]) for e in each["requests"]] for each in found.values()
+    )
+    assert ours == theirs
+    assert len(cached(found[OURS], "sessions", "visited again")) == SESSIONS
+
+
+def test_ours_never_re_uses_less_than_mlx_lm_server(
+    whole: dict[str, Any], found: dict[str, Any]
+) -> None:
+    """The counted promise, request by request; the figures say so too."""
+    worse = [
+        (ours["scenario"], ours["step"])
+        for ours, theirs in zip(found[OURS]["requests"], found[THEIRS]["requests"], strict=True)
+        if ours["cached_tokens"] < theirs["cached_tokens"]
+    ]
+    assert worse == []
+    counted = [figure for figure in whole["figures"] if figure["counted"]]
+    assert len(counted) == 3
+    assert all(figure["kept"] for figure in counted)
+
+
+def test_both_servers_write_the_same(whole: dict[str, Any], found: dict[str, Any]) -> None:
+    """Greedy replies of one model, hot or cold, whoever serves them."""
+    assert whole["replies"] == {"compared": len(found[OURS]["requests"]), "different": []}
 
 
 def test_an_earlier_run_is_shown_again_without_measuring(out: Path, tmp_path: Path) -> None:

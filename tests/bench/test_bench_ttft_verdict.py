@@ -11,12 +11,12 @@ from mlx_hybridcache_bench.report.page import report
 from mlx_hybridcache_bench.report.results import Measured, Request, Results
 from mlx_hybridcache_bench.report.summary import sheets
 from mlx_hybridcache_bench.report.verdict import verdicts
-from mlx_hybridcache_bench.serving.load import LoadWatch, sentence
 from mlx_hybridcache_bench.serving.servers import OURS, THEIRS, Launch, ServerProcess
-from mlx_hybridcache_bench.ttft.contenders import Contender
+from mlx_hybridcache_bench.serving.watch import LoadWatch, sentence
+from mlx_hybridcache_bench.ttft.contenders import Contender, flags_of
 from mlx_hybridcache_bench.ttft.measure import Measurement
 from mlx_hybridcache_bench.ttft.pace import Pace, duration_text
-from mlx_hybridcache_bench.ttft.plan import Plan
+from mlx_hybridcache_bench.ttft.plan import NAMES, USUAL, Plan
 from mlx_hybridcache_bench.ttft.remote import at_url
 from mlx_hybridcache_bench.ttft.turns import fit_together, measure_in_turns
 from places import SUPPORT
@@ -183,3 +183,15 @@ def test_servers_are_asked_in_turns(together: bool, monkeypatch: pytest.MonkeyPa
         assert order == ["promised", "a repeat", "a chat", "b repeat", "b chat"]
     assert all(each.found.status == "measured" for each in measurements)
     assert [len(each.found.requests) for each in measurements] == [22, 22]
+
+
+def test_flags_are_split_as_a_shell_would() -> None:
+    """Quotes keep a value together, and a name may be given twice."""
+    given = ["a=--x 'two words'", "a=--y=1", "b="]
+    assert flags_of(given) == {"a": ("--x", "two words", "--y=1"), "b": ()}
+
+
+def test_the_usual_scenarios_are_those_that_servers_differ_in() -> None:
+    """Eleven unless chosen otherwise, three more to choose."""
+    assert len(USUAL) == 11
+    assert set(NAMES) - set(USUAL) == {"sessions", "throughput", "mixed"}

@@ -311,8 +311,8 @@ def test_other_weights_and_other_settings_find_nothing(tmp_path: Path) -> None:
 
 READER = """
 import sys
-sys.path.insert(0, sys.argv[1])
 from pathlib import Path
+sys.path[:0] = [sys.argv[1], str(Path(sys.argv[1]).parent / "disk")]
 import oracle, test_disk
 tokens = oracle.prompt(test_disk.LENGTH, seed=15)
 with test_disk.opened(Path(sys.argv[2])) as cache:

@@ -3,15 +3,18 @@
 import random
 from collections import Counter
 from contextlib import suppress
+from dataclasses import replace
 
 import full_scan
 import pytest
 from full_scan import FullScan
-from mlx_hybridcache_bench.policies.simulate import (
+from mlx_hybridcache_bench.policies.simulate import Simulation
+from mlx_hybridcache_bench.policies.sized import (
     SHAPES,
-    Simulation,
+    SizedCache,
+    SizedCaches,
     SizedCheckpoint,
-    SizedLender,
+    SizedLayout,
     SizedRows,
 )
 from mlx_hybridcache_bench.policies.workloads import WORKLOADS, workload
@@ -197,15 +200,15 @@ def test_what_a_request_costs_does_not_grow_with_what_is_stored(monkeypatch):
 
 def test_rows_that_running_caches_hold_weigh_nothing_until_they_are_the_stores_again():
     """A leaf's 40 rows are let go for those of a request that has them too, and copied back."""
-    shape = SHAPES["qwen3-next-80b"]
+    layout = SizedLayout.of_shape(replace(SHAPES["qwen3-next-80b"], row_bytes=ROW))
     store = Store(10**9, needs_checkpoints=True)
     tokens = as_tokens(range(40))
     checkpoint = SizedCheckpoint(40, STATE)
     store.save(N, tokens, lambda start: SizedRows(start, 40, ROW), checkpoint, row_bytes=ROW)
     full_scan.check_census(store)
-    loans, lender = Loans(store), SizedLender(N, tokens, ROW, shape=shape, capacity=64)
-    lender.alike = [(0, 40)]
-    loans.lend(lender)
+    loans = Loans(store)
+    lender = SizedCaches(loans, layout, N, tokens)
+    lender.restored([SizedCache(40)], 40, 64)
     loans.lean()
     assert store.rows_bytes == 0
     full_scan.check_census(store)

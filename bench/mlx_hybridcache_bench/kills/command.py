@@ -40,34 +40,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
     """Kill, print, write. 1 when anything was lost, damaged, left over or answered otherwise."""
     found = machine()
     console.print(one_line(found), highlight=False)
-    accounts: dict[str, Account | ServerAccount] = {}
     why = power.why_not() if args.cuts else None
-    with console.status("starting") as status, started_writers() as writers:
-        if args.writer:
-            status.update(f"killing {args.writer} writers")
-            with tempfile.TemporaryDirectory() as folder:
-                accounts["killed at random"] = kill_at_random(
-                    writers, Path(folder), args.writer, args.seed
-                )
-        if args.stages:
-            status.update("killing writers at every file operation")
-            with tempfile.TemporaryDirectory() as folder:
-                accounts["killed at every file operation"] = kill_at_every_operation(
-                    writers, Path(folder), args.stages, args.seed
-                )
-        if args.cuts and why is None:
-            status.update(f"cutting the power of {args.cuts} writers")
-            with power.small_disk() as disk:
-                accounts["power cut"] = power.cut_power(writers, disk, args.cuts, args.seed)
-        if args.server:
-            with tempfile.TemporaryDirectory() as folder:
-                accounts["servers killed"] = kill_servers(
-                    args.model,
-                    Path(folder),
-                    args.server,
-                    args.seed,
-                    on_kill=lambda number: status.update(f"killed {number} servers"),
-                )
+    accounts = _killed(args, console, cuts=args.cuts if why is None else 0)
     if why is not None:
         console.print(f"No power cuts: {why}.", highlight=False, markup=False)
     _show(console, accounts)
@@ -84,6 +58,40 @@ def run(args: argparse.Namespace, console: Console) -> int:
         },
     )
     return int(not all(figure.kept for figure in counted))
+
+
+def _killed(
+    args: argparse.Namespace, console: Console, *, cuts: int
+) -> dict[str, Account | ServerAccount]:
+    """Everything that is asked for, by what was done."""
+    accounts: dict[str, Account | ServerAccount] = {}
+    with console.status("starting") as status, started_writers() as writers:
+        if args.writer:
+            status.update(f"killing {args.writer} writers")
+            with tempfile.TemporaryDirectory() as folder:
+                accounts["killed at random"] = kill_at_random(
+                    writers, Path(folder), args.writer, args.seed
+                )
+        if args.stages:
+            status.update("killing writers at every file operation")
+            with tempfile.TemporaryDirectory() as folder:
+                accounts["killed at every file operation"] = kill_at_every_operation(
+                    writers, Path(folder), args.stages, args.seed
+                )
+        if cuts:
+            status.update(f"cutting the power of {cuts} writers")
+            with power.small_disk() as disk:
+                accounts["power cut"] = power.cut_power(writers, disk, cuts, args.seed)
+        if args.server:
+            with tempfile.TemporaryDirectory() as folder:
+                accounts["servers killed"] = kill_servers(
+                    args.model,
+                    Path(folder),
+                    args.server,
+                    args.seed,
+                    on_kill=lambda number: status.update(f"killed {number} servers"),
+                )
+    return accounts
 
 
 def figures(accounts: Accounts) -> list[Figure]:

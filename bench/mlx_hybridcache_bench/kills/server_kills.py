@@ -93,16 +93,7 @@ def kill_servers(
             known = _Known(root, account)
             server.start()
             server.wait_ready()
-            reported = _reported(server.url)
-            if reported < known.checkpoints:
-                account.faults.append(f"{known.checkpoints} checkpoints, {reported} are served")
-            durable = [prompt for prompt in asked if known.position(prompt)]
-            first = drawn.choice(durable or asked)
-            reply, cached = _ask(server.url, first)
-            account.restored += cached > 0
-            _compare(account, cold[first], reply)
-            if cached != known.position(first):
-                account.faults.append(f"{cached} cached, the files have {known.position(first)}")
+            _ask_first(server, known, asked, cold, account, drawn)
             if number == kills:
                 _ask_all(server.url, asked, cold, account)
                 break
@@ -185,6 +176,27 @@ def _kill_under_load(
     for prompt, reply in replies:
         _compare(account, cold[prompt], reply)
     return reported
+
+
+def _ask_first(
+    server: Victim,
+    known: _Known,
+    asked: Sequence[Prompt],
+    cold: dict[Prompt, Any],
+    account: ServerAccount,
+    drawn: random.Random,
+) -> None:
+    """What is served at once is what the files have."""
+    reported = _reported(server.url)
+    if reported < known.checkpoints:
+        account.faults.append(f"{known.checkpoints} checkpoints, {reported} are served")
+    durable = [prompt for prompt in asked if known.position(prompt)]
+    first = drawn.choice(durable or asked)
+    reply, cached = _ask(server.url, first)
+    account.restored += cached > 0
+    _compare(account, cold[first], reply)
+    if cached != known.position(first):
+        account.faults.append(f"{cached} cached, the files have {known.position(first)}")
 
 
 def _ask_all(

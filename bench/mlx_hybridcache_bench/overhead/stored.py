@@ -22,7 +22,7 @@ from mlx_hybridcache.store.store import Store
 from mlx_hybridcache.tokens import Namespace, Tokens
 
 from ..kit.tables import Figure, show
-from ..policies.simulate import SizedCheckpoint, SizedRows
+from ..policies.sized import SizedCheckpoint, SizedRows
 
 SIZES = (100, 1_000, 10_000, 50_000)
 ROW_BYTES, STATE_BYTES = 1_000, 100_000

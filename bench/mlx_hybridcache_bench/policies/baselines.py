@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from mlx_hybridcache.store.tree import common_length
 
-from .simulate import Shape
+from .sized import Shape
 from .traces import TracedRequest
 
 

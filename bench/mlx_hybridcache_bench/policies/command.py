@@ -17,7 +17,7 @@ from mlx_hybridcache.sizes import parse_bytes
 from ..kit.machine import machine, one_line
 from ..kit.tables import show, show_figures, write_json
 from .outcomes import ONLINE, Outcome, figures, measure
-from .simulate import SHAPES
+from .sized import SHAPES
 from .traces import TracedRequest, read_trace
 from .workloads import WORKLOADS, workload
 

@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .baselines import Overlaps
-from .simulate import Shape
+from .sized import Shape
 from .traces import TracedRequest
 
 Numbers = npt.NDArray[np.int64]

@@ -10,7 +10,8 @@ from typing import Any, Protocol
 from ..kit.tables import Figure
 from .baselines import LlamaCpp, MlxLm, Overlaps
 from .offline import Clairvoyant, Knows, floor
-from .simulate import Shape, Simulation, coarse_cuts, recency
+from .simulate import Simulation, coarse_route, recency
+from .sized import Shape
 from .traces import TracedRequest, summary
 
 OURS, LRU, GRID, MLX_LM, LLAMA_CPP = "ours", "lru", "grid-8192", "mlx_lm.server", "llama.cpp"
@@ -35,7 +36,7 @@ POLICIES: dict[str, Policy] = {
     OURS: lambda trace, _, shape, budget: Simulation(trace, shape, budget),
     LRU: lambda trace, _, shape, budget: Simulation(trace, shape, budget, weigh=recency),
     GRID: lambda trace, _, shape, budget: Simulation(
-        trace, shape, budget, weigh=recency, cuts=coarse_cuts
+        trace, shape, budget, weigh=recency, route=coarse_route
     ),
     MLX_LM: MlxLm,
     LLAMA_CPP: LlamaCpp,

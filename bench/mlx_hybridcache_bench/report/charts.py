@@ -22,7 +22,8 @@ from ..kit.tables import Spread, size_text
 from ..serving.crowd import IDENTICAL, SHORT_BEHIND_LONG
 from ..serving.scenarios import AGAIN, COLD
 from .results import Measured, Results
-from .summary import REPEAT, hot_steps, results_of, shares_memory, sizes_in, ttft
+from .sheet import results_of, sizes_in, ttft
+from .summary import REPEAT, hot_steps, shares_memory
 
 COLOURS = ("#2f7fd0", "#d9660a", "#1f9d55", "#b0559f", "#8a6d3b", "#5b6ee1")
 """Of a middle brightness, which a white page and a dark one both carry."""
@@ -223,31 +224,7 @@ def _bars(
 
     def draw(axes: Axes) -> None:
         for number, server in enumerate(servers):
-            spreads = [(at, each[number]) for at, each in enumerate(bars.values())]
-            known = [(at, spread) for at, spread in spreads if spread]
-            places = [at + (number - (len(servers) - 1) / 2) * thick for at, _ in known]
-            medians = [spread.median for _, spread in known]
-            low = [spread.median - spread.low for _, spread in known]
-            high = [spread.high - spread.median for _, spread in known]
-            axes.barh(
-                places,
-                medians,
-                height=0.9 * thick,
-                color=COLOURS[number % len(COLOURS)],
-                label=server.name,
-                xerr=(low, high) if any(low) or any(high) else None,
-                error_kw={"ecolor": "0.5", "elinewidth": 1},
-            )
-            for place, spread in zip(places, (spread for _, spread in known), strict=True):
-                text = f"{spread.median:.2f}" if unit else _short(spread.median)
-                axes.annotate(
-                    text,
-                    (spread.high, place),
-                    xytext=(4, 0),
-                    textcoords="offset points",
-                    va="center",
-                    fontsize=7,
-                )
+            _draw_server(axes, bars, server, number, thick, unit)
         axes.set_yticks(range(len(bars)), list(bars))
         axes.invert_yaxis()
         axes.grid(visible=False, axis="y")
@@ -264,6 +241,38 @@ def _bars(
 
     height = 1.1 + len(bars) * max(0.28, 0.16 * len(servers))
     return Chart(name, title, words, max(2.2, height), draw)
+
+
+def _draw_server(
+    axes: Axes, bars: Bars, server: Measured, number: int, thick: float, unit: str
+) -> None:
+    """The bars of one server, each with its time."""
+    count = len(next(iter(bars.values())))
+    spreads = [(at, each[number]) for at, each in enumerate(bars.values())]
+    known = [(at, spread) for at, spread in spreads if spread]
+    places = [at + (number - (count - 1) / 2) * thick for at, _ in known]
+    medians = [spread.median for _, spread in known]
+    low = [spread.median - spread.low for _, spread in known]
+    high = [spread.high - spread.median for _, spread in known]
+    axes.barh(
+        places,
+        medians,
+        height=0.9 * thick,
+        color=COLOURS[number % len(COLOURS)],
+        label=server.name,
+        xerr=(low, high) if any(low) or any(high) else None,
+        error_kw={"ecolor": "0.5", "elinewidth": 1},
+    )
+    for place, spread in zip(places, (spread for _, spread in known), strict=True):
+        text = f"{spread.median:.2f}" if unit else _short(spread.median)
+        axes.annotate(
+            text,
+            (spread.high, place),
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=7,
+        )
 
 
 def _in_seconds(axis: Axis) -> None:

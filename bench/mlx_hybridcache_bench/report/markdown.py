@@ -6,7 +6,8 @@ from mlx_hybridcache.sizes import format_bytes
 
 from ..kit.tables import size_text
 from .results import Measured, Results
-from .summary import Sheet, notes, sheets
+from .sheet import Sheet
+from .summary import notes, sheets
 from .verdict import verdicts
 
 

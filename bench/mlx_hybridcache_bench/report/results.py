@@ -11,6 +11,9 @@ from typing import Any, Self
 from mlx_hybridcache import HybridCacheError
 
 from ..kit.tables import Spread
+from ..serving.client import Reply
+from ..serving.side import Trouble
+from ..serving.watch import Memory
 
 SCHEMA = "mlx-hybridcache-ttft/1"
 MEASURED, PARTIAL, FAILED, MISSING = "measured", "partial", "failed", "missing"
@@ -25,7 +28,8 @@ class Request:
     """One measured request. Seconds since it was sent; counts as the server told them, else None.
 
     `size` is the length asked for in tokens, `run` counts from 0, `error` is None for a reply.
-    `notes` say what is odd about it.
+    `notes` say what is odd about it; `ttft_cpu_seconds` is the processor time that the server's
+    process spent on it, where it is known.
     """
 
     scenario: str
@@ -40,6 +44,34 @@ class Request:
     finish_reason: str | None = None
     error: str | None = None
     notes: list[str] = field(default_factory=list)
+    ttft_cpu_seconds: float | None = None
+
+    @classmethod
+    def of(cls, scenario: str, size: int, step: str, run: int, reply: Reply | str) -> Self:
+        """From a reply, or from the sentence that says why there is none."""
+        if isinstance(reply, str):
+            return cls(scenario, size, step, run, error=reply)
+        return cls(
+            scenario,
+            size,
+            step,
+            run,
+            ttft_seconds=reply.first_seconds,
+            total_seconds=reply.last_seconds,
+            prompt_tokens=reply.prompt_tokens,
+            cached_tokens=reply.cached_tokens,
+            completion_tokens=reply.completion_tokens,
+            finish_reason=reply.finish_reason,
+            notes=list(reply.notes),
+            ttft_cpu_seconds=reply.first_cpu_seconds,
+        )
+
+    @property
+    def read_tokens(self) -> int | None:
+        """Tokens of the prompt that the server had to read."""
+        if self.prompt_tokens is None or self.cached_tokens is None:
+            return None
+        return self.prompt_tokens - self.cached_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,25 +96,6 @@ class Equality:
     step: str
     against: str
     same: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Trouble:
-    """A request that failed; `restarted` when the server had to be started again."""
-
-    scenario: str
-    step: str
-    sentence: str
-    restarted: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Memory:
-    """Bytes: of the process when warm and at its peak, and what the system lost at most."""
-
-    warm_bytes: int
-    peak_bytes: int
-    system_bytes: int
 
 
 @dataclass(slots=True)
@@ -133,7 +146,8 @@ class Measured:
 class Results:
     """One run of the bench: the machine, the settings, and each server in the order of measuring.
 
-    `load` is what other programs did meanwhile, by `LoadWatch`.
+    `load` is what other programs did meanwhile, by `LoadWatch`. `figures` are the promised ones;
+    `replies` says how many replies of two servers were compared, and which differ.
     """
 
     created: str
@@ -141,6 +155,8 @@ class Results:
     settings: dict[str, Any]
     servers: list[Measured] = field(default_factory=list)
     load: dict[str, Any] = field(default_factory=dict)
+    figures: list[dict[str, Any]] = field(default_factory=list)
+    replies: dict[str, Any] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """Plain values, by `results.schema.json`."""

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from functools import partial
 
 from mlx_hybridcache.sizes import format_bytes
 
 from ..kit.tables import Spread, size_text
-from ..serving.crowd import IDENTICAL, SHORT_BEHIND_LONG
-from ..serving.load import sentence
+from ..serving.crowd import IDENTICAL, MIXED, SHORT_BEHIND_LONG
 from ..serving.scenarios import AFTER_RESTART, AGAIN, COLD, RESTART, SCENARIOS, steps_of
-from .results import Equality, Measured, Request, Results
+from ..serving.servers import OURS, THEIRS
+from ..serving.watch import sentence
+from .beside import beside_sheet, throughput_sheet
+from .results import Equality, Measured, Results
+from .sheet import Sheet, results_of, seconds_text, sizes_in, ttft
 
 REPEAT = "repeat"
 
@@ -23,21 +25,13 @@ LITTLE, MUCH, ALIKE = 0.05, 0.5, 1.25
 """Shares of a prompt that are next to nothing and most of it; times faster that may be chance."""
 
 
-@dataclass(frozen=True, slots=True)
-class Sheet:
-    """One table. The first column is text, the others are figures."""
-
-    title: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    caption: str = ""
-
-
 def sheets(results: Results) -> list[Sheet]:
     """All of them, in the order in which they are read; those without rows are left out."""
     found = [
         *(_length_sheet(each) for each in results.servers),
         _scenario_sheet(results),
+        beside_sheet(results),
+        throughput_sheet(results),
         _crowd_sheet(results),
         _memory_sheet(results),
         _equality_sheet(results),
@@ -139,6 +133,12 @@ def _crowd_sheet(results: Results) -> Sheet:
         ("a short question alone", SHORT_BEHIND_LONG, "alone_ttft_seconds", seconds_text),
         ("behind a long prompt", SHORT_BEHIND_LONG, "behind_ttft_seconds", seconds_text),
         ("behind / alone", SHORT_BEHIND_LONG, "ratio", lambda spread: spread.text(".2f")),
+        ("mixed clients, requests per second", MIXED, "requests_per_second", _rate_text),
+        ("generated tokens per second", MIXED, "generated_per_second", _rate_text),
+        ("TTFT, 50th percentile", MIXED, "ttft_p50_seconds", seconds_text),
+        ("TTFT, 90th percentile", MIXED, "ttft_p90_seconds", seconds_text),
+        ("TTFT, 99th percentile", MIXED, "ttft_p99_seconds", seconds_text),
+        ("cached tokens", MIXED, "cached_tokens", lambda spread: spread.text()),
         ("a new start, until it answers", RESTART, "ready_seconds", seconds_text),
     ]
     rows = []
@@ -148,6 +148,10 @@ def _crowd_sheet(results: Results) -> Sheet:
             rows.append((title, *(text(each) if each else "" for each in spreads)))
     columns = ("", *(server.name for server in results.servers))
     return Sheet("Several clients, and a new start", columns, tuple(rows))
+
+
+def _rate_text(spread: Spread) -> str:
+    return spread.text(".2f")
 
 
 def _memory_sheet(results: Results) -> Sheet:
@@ -198,6 +202,11 @@ def notes(results: Results) -> Iterator[str]:
         yield sentence(results.load)
     if left_out := results.settings.get("runs_left_out"):
         yield f"The machine became slower than at the warm-up: {left_out} of the runs were left out."
+    if results.replies:
+        different = results.replies["different"]
+        where = f" ({'; '.join(dict.fromkeys(different))})" if different else ""
+        compared = f"{len(different)} of {results.replies['compared']}"
+        yield f"Replies in which {OURS} and {THEIRS} differ: {compared}{where}."
     for server in results.servers:
         if server.reason:
             how = {"missing": "not measured", "failed": "not measured"}.get(server.status)
@@ -210,39 +219,12 @@ def notes(results: Results) -> Iterator[str]:
             yield f"{server.name} {what} {where}: {each.sentence}"
 
 
-def ttft(request: Request) -> float | None:
-    """The value that all of this is about."""
-    return request.ttft_seconds
-
-
 def hot_steps(scenario: str) -> frozenset[str]:
     """Steps that a cache can answer: all but the first, which nobody has sent before."""
     if scenario not in SCENARIOS:
         return frozenset({AFTER_RESTART})
     first, *others = steps_of(scenario)
     return frozenset(others) - {first}
-
-
-def results_of(server: Measured, scenario: str) -> list[Request]:
-    """The requests of one scenario."""
-    return [each for each in server.requests if each.scenario == scenario]
-
-
-def sizes_in(requests: Sequence[Request]) -> list[int]:
-    """Ascending."""
-    return sorted({each.size for each in requests})
-
-
-def seconds_text(spread: Spread | None) -> str:
-    """`62 ms (58-70)`, `12.4 s (12.1-13.0)`; nothing for nothing."""
-    if spread is None:
-        return ""
-    scale, unit = (1000.0, "ms") if spread.median < 1 else (1.0, "s")
-    form = (
-        ".0f" if unit == "ms" or spread.median >= 100 else ".1f" if spread.median >= 10 else ".2f"
-    )
-    median, *others = spread.text(form, scale).split(" ")
-    return " ".join((median, unit, *others))
 
 
 def _cached_text(server: Measured, scenario: str, size: int, steps: frozenset[str]) -> str:

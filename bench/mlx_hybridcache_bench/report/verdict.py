@@ -13,7 +13,8 @@ from statistics import median
 from ..kit.tables import Spread, size_text
 from ..serving.servers import OURS
 from .results import Measured, Results
-from .summary import hot_steps, seconds_text, sizes_in
+from .sheet import seconds_text, sizes_in
+from .summary import hot_steps
 
 LEAST = 1.25
 """Times faster, or it is equal."""

@@ -157,33 +157,7 @@ def _serve(model: str, patch: Patch, load: Load, said: Said) -> Served:
 def figures(seeds: Sequence[Tried], tried: Sequence[Tried], served: Served | None) -> list[Figure]:
     """The promised ones, as far as they were measured. Planted models are those whose groups are known."""
     planted = [*seeds, *(each for each in tried if each.planted is not None)]
-    found = []
-    if planted:
-        wrong = sum(each.wrong for each in planted)
-        total = sum(each.discovery.patch.groups for each in planted)
-        found.append(Figure("groups found that were not planted", wrong, f"of {total}", 0, True))
-        missed = sum(each.missed for each in planted)
-        total = sum(len(groups) for each in planted for groups in each.planted or ())
-        found.append(Figure("planted groups that were not found", missed, f"of {total}", 0, True))
-        inside = sum(
-            by_arm[CANONICALIZED].flips.inside
-            for each in planted
-            for by_arm in each.trial.readings.seen.values()
-        )
-        before = sum(
-            by_arm[ORIGINAL].flips.inside
-            for each in planted
-            for by_arm in each.trial.readings.seen.values()
-        )
-        title = "flips inside groups that are left, planted models"
-        found.append(Figure(title, inside, f"of {before:,}", 0, True))
-        arms = [each.trial.readings.arms[CANONICALIZED] for each in planted]
-        outside = max(arm.flips.outside / arm.flips.chosen for arm in arms)
-        title = "choices changed outside groups, planted models, at most"
-        found.append(Figure(title, 100 * outside, "%", 100 * MOST, True))
-        change = max(abs(arm.change.mean) for arm in arms)
-        title = "perplexity's change, planted models, at most"
-        found.append(Figure(title, 100 * change, "%", 100 * MOST, True))
+    found = _planted_figures(planted) if planted else []
     if seeds:
         blind = sum(
             not (control.change.is_significant and control.change.mean > MOST)
@@ -200,6 +174,37 @@ def figures(seeds: Sequence[Tried], tried: Sequence[Tried], served: Served | Non
         texts = 2 * sum(each.texts for each in served.determined)
         title = "replies of the servers that differ, cold or hot"
         found.append(Figure(title, other, f"of {texts}", 0, True))
+    return found
+
+
+def _planted_figures(planted: Sequence[Tried]) -> list[Figure]:
+    """What was found of the groups that are known, and what choosing among them changed."""
+    found = []
+    wrong = sum(each.wrong for each in planted)
+    total = sum(each.discovery.patch.groups for each in planted)
+    found.append(Figure("groups found that were not planted", wrong, f"of {total}", 0, True))
+    missed = sum(each.missed for each in planted)
+    total = sum(len(groups) for each in planted for groups in each.planted or ())
+    found.append(Figure("planted groups that were not found", missed, f"of {total}", 0, True))
+    inside = sum(
+        by_arm[CANONICALIZED].flips.inside
+        for each in planted
+        for by_arm in each.trial.readings.seen.values()
+    )
+    before = sum(
+        by_arm[ORIGINAL].flips.inside
+        for each in planted
+        for by_arm in each.trial.readings.seen.values()
+    )
+    title = "flips inside groups that are left, planted models"
+    found.append(Figure(title, inside, f"of {before:,}", 0, True))
+    arms = [each.trial.readings.arms[CANONICALIZED] for each in planted]
+    outside = max(arm.flips.outside / arm.flips.chosen for arm in arms)
+    title = "choices changed outside groups, planted models, at most"
+    found.append(Figure(title, 100 * outside, "%", 100 * MOST, True))
+    change = max(abs(arm.change.mean) for arm in arms)
+    title = "perplexity's change, planted models, at most"
+    found.append(Figure(title, 100 * change, "%", 100 * MOST, True))
     return found
 
 

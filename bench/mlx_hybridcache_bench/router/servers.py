@@ -14,9 +14,9 @@ from typing import Any
 from mlx_hybridcache.router.trial.arms import CANONICALIZED, ORIGINAL
 
 from ..serving.client import CHAT, COMPLETIONS, Reply
-from ..serving.rounds import SETTLE_SECONDS, fresh_nonce
 from ..serving.scenarios import Material, Step
 from ..serving.servers import COMMANDS, OURS, Launch, ServerProcess
+from ..serving.side import SETTLE_SECONDS, fresh_nonce
 from ..serving.target import Target
 
 SHARED, UNIQUE = "shared prefix", "unique prefix"

@@ -55,31 +55,11 @@ def specialised(seed: int, *, unlike: float = 1e-5) -> Specialised:
     own size, so that scores of copies are nearly but not quite equal.
     """
     rng = np.random.default_rng(seed)
-    model = qwen3_moe.Model(
-        qwen3_moe.ModelArgs(
-            model_type="qwen3_moe",
-            vocab_size=VOCABULARY,
-            hidden_size=HIDDEN,
-            intermediate_size=INTERMEDIATE,
-            moe_intermediate_size=INTERMEDIATE,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=1,
-            num_key_value_heads=1,
-            head_dim=64,
-            num_experts=sum(COPIES),
-            num_experts_per_tok=TOP_K,
-            decoder_sparse_step=1,
-            mlp_only_layers=[],
-            norm_topk_prob=True,
-            rms_norm_eps=1e-6,
-            rope_theta=10000.0,
-            max_position_embeddings=32768,
-            tie_word_embeddings=False,
-        )
-    )
+    model = _empty()
+    parameters: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
     weights = {
         name: np.zeros(array.shape) if array.ndim > 1 else np.ones(array.shape)
-        for name, array in tree_flatten(model.parameters())
+        for name, array in parameters.items()
     }
     characters = np.eye(VOCABULARY)
     # A character of size 1 among HIDDEN places comes out of a norm sqrt(HIDDEN) high.
@@ -101,6 +81,32 @@ def specialised(seed: int, *, unlike: float = 1e-5) -> Specialised:
     model.eval()
     mx.eval(model.parameters())
     return Specialised(model, tuple(groups))
+
+
+def _empty() -> qwen3_moe.Model:
+    """A model of the right shapes."""
+    return qwen3_moe.Model(
+        qwen3_moe.ModelArgs(
+            model_type="qwen3_moe",
+            vocab_size=VOCABULARY,
+            hidden_size=HIDDEN,
+            intermediate_size=INTERMEDIATE,
+            moe_intermediate_size=INTERMEDIATE,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=1,
+            num_key_value_heads=1,
+            head_dim=64,
+            num_experts=sum(COPIES),
+            num_experts_per_tok=TOP_K,
+            decoder_sparse_step=1,
+            mlp_only_layers=[],
+            norm_topk_prob=True,
+            rms_norm_eps=1e-6,
+            rope_theta=10000.0,
+            max_position_embeddings=32768,
+            tie_word_embeddings=False,
+        )
+    )
 
 
 def held_out_texts(count: int, length: int, seed: int) -> list[list[int]]:

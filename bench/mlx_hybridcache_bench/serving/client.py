@@ -53,21 +53,6 @@ class Reply:
             return None
         return self.prompt_tokens - self.cached_tokens
 
-    @property
-    def prompt_per_second(self) -> float | None:
-        """Tokens of the prompt a second until the first one of the reply."""
-        if self.prompt_tokens is None or self.first_seconds <= 0:
-            return None
-        return self.prompt_tokens / self.first_seconds
-
-    @property
-    def generated_per_second(self) -> float | None:
-        """Tokens a second after the first one; None when the reply is too short to tell."""
-        seconds = self.last_seconds - self.first_seconds
-        if self.completion_tokens is None or self.completion_tokens < 16 or seconds <= 0:
-            return None
-        return (self.completion_tokens - 1) / seconds
-
     def message(self) -> Message:
         """The assistant's turn as a client sends it back with the next request.
 

@@ -14,8 +14,8 @@ from typing import TypeVar
 
 from .client import CHAT, Reply, RequestFailed
 from .mixture import CLIENTS, Habit
-from .rounds import SETTLE_SECONDS, fresh_nonce
 from .scenarios import SHORT_REPLY, Material, Step
+from .side import SETTLE_SECONDS, Side
 from .target import Target
 
 AT_ONCE = 4
@@ -43,25 +43,6 @@ class Sizes:
     mixed: int
     requests: int
     at_once: int = AT_ONCE
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """One situation, once, and what was measured of each server that got through it."""
-
-    situation: str
-    run: int
-    values: dict[str, Values]
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """A server that failed a request; `restarted` when it could not answer any more."""
-
-    server: str
-    situation: str
-    sentence: str
-    restarted: bool
 
 
 def identical(target: Target, material: Material, nonces: Sequence[str], sizes: Sizes) -> Values:
@@ -149,38 +130,14 @@ NONCES = 1 + len(CLIENTS)
 """Fresh beginnings that a situation takes at most."""
 
 
-def measure_runs(
-    targets: Sequence[Target],
-    material: Material,
-    *,
-    names: Sequence[str],
-    sizes: Sizes,
-    repeats: int,
-    on_run: Callable[[str], object] = lambda said: None,
-) -> tuple[list[Run], list[Failure]]:
-    """Each situation `repeats` times on each server: a b, then b a, and so on.
-
-    Both servers get the same prompts, which nobody has sent before.
-    """
-    runs: list[Run] = []
-    failures: list[Failure] = []
-    for number in range(repeats):
-        for name in names:
-            nonces = [fresh_nonce() for _ in range(NONCES)]
-            found = Run(name, number, {})
-            for target in targets if len(runs) % 2 == 0 else reversed(targets):
-                if target.gone:
-                    failures.append(Failure(target.name, name, target.gone, False))
-                    continue
-                time.sleep(SETTLE_SECONDS)
-                try:
-                    found.values[target.name] = SITUATIONS[name](target, material, nonces, sizes)
-                except RequestFailed as error:
-                    restarted = target.revive(hung=error.hung)
-                    failures.append(Failure(target.name, name, str(error), restarted))
-                on_run(f"{name} on {target.name} ({number + 1} of {repeats})")
-            runs.append(found)
-    return runs, failures
+def measure_situation(side: Side, name: str, nonces: Sequence[str], sizes: Sizes) -> Values:
+    """One situation, once. Nothing when a request failed, which `side.troubles` then tells."""
+    time.sleep(SETTLE_SECONDS)
+    try:
+        return SITUATIONS[name](side.target, side.material, nonces, sizes)
+    except RequestFailed as error:
+        side.failed(name, "", error)
+        return {}
 
 
 def percentile(ascending: Sequence[float], percent: int) -> float:

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from ..kit.text import ByCharacters
 from ..serving.client import CHAT, COMPLETIONS, NO_USAGE, Reply, RequestFailed
-from ..serving.rounds import fresh_nonce
 from ..serving.scenarios import Material, Step
 from ..serving.servers import ServerError
+from ..serving.side import fresh_nonce
 from ..serving.target import Target
 
 NO_OPTIONS = "refuses stream_options, and was asked without"

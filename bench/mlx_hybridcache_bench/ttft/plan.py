@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..serving.crowd import IDENTICAL, SHORT_BEHIND_LONG
+from ..serving.crowd import IDENTICAL, MIXED, SHORT_BEHIND_LONG, Sizes
+from ..serving.mixture import CLIENTS
+from ..serving.mixture import ROOM as MIXED_ROOM
 from ..serving.scenarios import AT_EVERY_SIZE, RESTART, SCENARIOS, steps_of
 
 USUAL = (
@@ -14,10 +16,17 @@ USUAL = (
 )
 """What is measured unless `--scenarios` chooses: what servers differ in most."""
 
-NAMES = (*SCENARIOS, RESTART, IDENTICAL, SHORT_BEHIND_LONG)
+SITUATIONS = (IDENTICAL, SHORT_BEHIND_LONG, MIXED)
+NAMES = (*SCENARIOS, RESTART, *SITUATIONS)
 
 SPARE_TOKENS = 4_000
 """Text beyond the largest prompt, so that conversations can start at different places."""
+
+MIXED_TOKENS = 1_000
+"""At most so long are the prompts that mixed clients begin with."""
+
+MIXED_REQUESTS = 8
+"""Of each mixed client."""
 
 LONG_TOKENS = 4_500
 """At least so long is the prompt that a short question comes behind: two slices and more."""
@@ -38,6 +47,7 @@ class Plan:
     start_seconds: float
     warm_up_tokens: int
     cold_checks: bool
+    mixed_requests: int = MIXED_REQUESTS
 
     @property
     def scripts(self) -> list[str]:
@@ -47,7 +57,7 @@ class Plan:
     @property
     def situations(self) -> list[str]:
         """Those of several clients at once."""
-        return [name for name in self.names if name in (IDENTICAL, SHORT_BEHIND_LONG)]
+        return [name for name in self.names if name in SITUATIONS]
 
     @property
     def restarts(self) -> bool:
@@ -57,12 +67,19 @@ class Plan:
     @property
     def text_tokens(self) -> int:
         """As much text as the prompts are cut from."""
-        return max(*self.sizes, self.long) + SPARE_TOKENS
+        mixed = MIXED_ROOM * self.crowd.mixed if MIXED in self.names else 0
+        return max(*self.sizes, self.long, mixed) + SPARE_TOKENS
 
     @property
     def long(self) -> int:
         """Tokens of the prompt that a short question comes behind."""
         return max(self.sizes[0], LONG_TOKENS)
+
+    @property
+    def crowd(self) -> Sizes:
+        """What several clients ask at once."""
+        mixed = min(self.sizes[0] // 4, MIXED_TOKENS)
+        return Sizes(self.sizes[0], self.long, mixed, self.mixed_requests, self.clients)
 
     @property
     def context_tokens(self) -> int:
@@ -97,6 +114,9 @@ class Plan:
 
     def situation_tokens(self, name: str) -> int:
         """Of all prompts that a situation sends, but for short ones."""
+        crowd = self.crowd
+        if name == MIXED:
+            return len(CLIENTS) * crowd.requests * crowd.mixed
         return (1 + self.clients) * self.sizes[0] if name == IDENTICAL else self.long
 
 

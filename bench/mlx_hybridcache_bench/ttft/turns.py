@@ -1,4 +1,4 @@
-"""All servers of a run in turns, scenario by scenario: a minute in which the machine is busy is everybody's.
+"""All servers of a run in turns, request by request: a minute in which the machine is busy is everybody's.
 
 They run at the same time, and one is asked while the others wait; where memory does not hold the
 weights of all, each has the machine to itself, one after the other.

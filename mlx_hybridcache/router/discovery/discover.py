@@ -138,12 +138,7 @@ def discover(
     Raises `RouterError` as `moe_layers` does and for a model that this device cannot run, `SettingError` for rows of different lengths or fewer
     than two, for another method, and for `min_tokens` below 1.
     """
-    if method not in ("outputs", "scores"):
-        raise SettingError(f"{method!r} is no method of discovery; there are outputs and scores.")
-    if len(tokens) < 2 or len({len(row) for row in tokens}) != 1 or not tokens[0]:
-        raise SettingError("Calibration needs two or more rows of tokens, all of one length.")
-    if min_tokens < 1:
-        raise SettingError("min_tokens must be at least 1: what no token tells is not known.")
+    _check(method, tokens, min_tokens)
     if threshold is None:
         threshold = RELATIVE_ERROR if method == "outputs" else SIMILARITY
     layers = moe_layers(model)
@@ -155,6 +150,30 @@ def discover(
         on_layer,
     )
     began = time.perf_counter()
+    _read(model, batch, layers, examined)
+    return Discovery(
+        make_patch(model, examined.groups, method=method),
+        method,
+        threshold,
+        min_tokens,
+        tokens=batch.size,
+        held_out_tokens=int(examined.held_out.sum()),
+        seconds=time.perf_counter() - began,
+        layers=tuple(examined.findings),
+    )
+
+
+def _check(method: str, tokens: Sequence[Sequence[int]], min_tokens: int) -> None:
+    if method not in ("outputs", "scores"):
+        raise SettingError(f"{method!r} is no method of discovery; there are outputs and scores.")
+    if len(tokens) < 2 or len({len(row) for row in tokens}) != 1 or not tokens[0]:
+        raise SettingError("Calibration needs two or more rows of tokens, all of one length.")
+    if min_tokens < 1:
+        raise SettingError("min_tokens must be at least 1: what no token tells is not known.")
+
+
+def _read(model: Any, batch: mx.array, layers: list[MoeLayer], examined: _Examined) -> None:
+    """One forward, in which every layer is examined."""
     with listen(layers, examined.hear, block=examined.block):
         try:
             model(batch)  # its logits stay lazy: each layer was evaluated as it was met
@@ -168,16 +187,6 @@ def discover(
         raise RouterError(
             f"A forward does not reach {', '.join(missing)}; what its experts do cannot be seen."
         )
-    return Discovery(
-        make_patch(model, examined.groups, method=method),
-        method,
-        threshold,
-        min_tokens,
-        tokens=batch.size,
-        held_out_tokens=int(examined.held_out.sum()),
-        seconds=time.perf_counter() - began,
-        layers=tuple(examined.findings),
-    )
 
 
 class _Examined:

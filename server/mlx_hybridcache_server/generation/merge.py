@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
-from .listen import Piece, Progress
+from .pieces import Piece, Progress
 from .serving import Run
 
 WAITING = 16

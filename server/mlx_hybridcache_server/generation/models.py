@@ -24,7 +24,6 @@ from mlx_hybridcache.router import AUTO, Patch, choose_patch
 from ..adapter import token_bytes
 from ..calls.formats import ToolFormat
 from ..grammar.constrain import Constraints
-from ..openai.replies import TokenNames
 from ..prompts.chat import Renderer
 from ..prompts.tokenizing import Room
 from ..settings import Settings
@@ -91,7 +90,7 @@ class Loaded:
     cache: HybridPromptCache
     renderer: Renderer
     constraints: Constraints
-    token_names: TokenNames
+    token_bytes: Callable[[int], bytes]
     draft: Any | None
 
     def serves(self, wanted: Named) -> bool:
@@ -183,7 +182,7 @@ def load(
             Room(settings.max_prompt_tokens, info.longest_prompt, context or None),
         ),
         constraints=Constraints(tokenizer),
-        token_names=TokenNames(token_bytes(tokenizer)),
+        token_bytes=token_bytes(tokenizer),
         draft=draft,
     )
 

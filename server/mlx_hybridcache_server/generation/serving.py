@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
+from fastapi import Request
+
 from mlx_hybridcache import CacheReport, Generation
 from mlx_hybridcache.cache import Through
 from mlx_hybridcache.report import Divergence
@@ -24,7 +26,6 @@ from ..errors import ApiError, shutting_down
 from ..grammar.constrain import Constraint
 from ..log import CLIENTS
 from ..metrics import Metrics
-from ..openai.replies import Count
 from ..prompts.threads import Rendering
 from ..settings import Settings
 from .admission import Admission, Places, Reading
@@ -32,8 +33,9 @@ from .changes import kind_of_change
 from .history import REMEMBERED, Record
 from .leases import Leases
 from .limits import NO_LIMITS, Limits
-from .listen import Listener, Piece, Progress
+from .listen import Listener
 from .models import DEFAULT_NAME, Loaded, Named, load, on_own_thread
+from .pieces import Count, Piece, Progress
 from .trace import Recorder, Served
 
 log = logging.getLogger("mlx_hybridcache.server")
@@ -211,7 +213,7 @@ class Run:
             if ask.is_chat
             else None,
             ask.top_logprobs,
-            loaded.token_names.bytes_of if ask.goes_on else None,
+            loaded.token_bytes if ask.goes_on else None,
             ask.limits.ends,
         )
         sampling = ask.sampling
@@ -407,3 +409,9 @@ class Serving:
         log.info(
             "%s: %s; first token after %.3f s", run.reply_id, run.report, run.seconds_to_first_token
         )
+
+
+def serving_of(request: Request) -> Serving:
+    """The server that a request came to."""
+    serving: Serving = request.app.state.serving
+    return serving

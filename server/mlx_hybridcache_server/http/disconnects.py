@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from fastapi import Request
 
 from ..errors import ApiError
-from ..generation.serving import Serving
+from ..metrics import Metrics
 
 T = TypeVar("T")
 
@@ -18,7 +18,7 @@ CLIENT_GONE = 499
 """nginx's status for a client that closed the connection; nobody reads it but the metrics."""
 
 
-async def unless_gone(request: Request, serving: Serving, work: Coroutine[Any, Any, T]) -> T:
+async def unless_gone(request: Request, metrics: Metrics, work: Coroutine[Any, Any, T]) -> T:
     """What `work` gives. It is cancelled when the client goes away first."""
     working = asyncio.create_task(work)
     leaving = asyncio.create_task(_client_leaves(request))
@@ -26,7 +26,7 @@ async def unless_gone(request: Request, serving: Serving, work: Coroutine[Any, A
         await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
         if working.done():
             return working.result()
-        serving.metrics.cancelled.inc()
+        metrics.cancelled.inc()
         raise ApiError(CLIENT_GONE, "The client closed the connection.", code="client_gone")
     finally:
         for task in (working, leaving):

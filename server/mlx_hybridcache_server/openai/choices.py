@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from ..generation.listen import Piece, TokenLogprob
+from ..generation.pieces import Piece, TokenLogprob
 from ..generation.serving import Run
-from .replies import ChatMessage, Delta, TokenNames
+from .logprobs import TokenNames
+from .message import ChatMessage, Delta
 
 
 class Choice(Protocol):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..generation.listen import Piece
+from ..generation.pieces import Piece
 from .choices import Choice
 
 

@@ -18,9 +18,10 @@ from ..errors import ApiError
 from ..generation import models
 from ..generation.admission import Places
 from ..generation.models import Loaded
-from ..generation.serving import Run, Serving
+from ..generation.serving import Run, Serving, serving_of
 from ..grammar.constrain import Constraint, is_constrained
 from ..http.disconnects import unless_gone
+from ..http.event_stream import EventStream, events
 from ..http.keepalive import COMMENT, kept_alive
 from ..http.wire import JsonResponse, JsonRoute
 from ..prompts.chat import Rendered
@@ -28,28 +29,24 @@ from ..schema.requests import (
     ChatBody,
     CompletionBody,
     GenerationBody,
-    WatchBody,
 )
 from ..schema.tool_choice import callable_tools
-from ..watching import cache_routes
-from ..watching.assets import asset
-from ..watching.cache_routes import serving_of
-from ..watching.watch import admit_watcher, watch
-from .answer import Answer, EventStream, events, late
 from .choices import ChatChoice, Choice, TextChoice
+from .envelope import Envelope
 from .functions import FunctionChoice
+from .logprobs import TokenNames
+from .message import ChatMessage
 from .notices import warning_headers
 from .parse import asks, check, warn_of_switches
-from .replies import ChatMessage, Envelope
+from .reply import Reply, late
 
 log = logging.getLogger("mlx_hybridcache.server")
 
 router = APIRouter(route_class=JsonRoute)
-router.include_router(cache_routes.router)
 STARTED = int(time.time())
 STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
 
-Begin = Callable[[Serving, Places, int], Coroutine[Any, Any, Answer]]
+Begin = Callable[[Serving, Places, int], Coroutine[Any, Any, Reply]]
 """Renders what was asked for, which weighs so many bytes, for the places that it was given."""
 
 
@@ -79,16 +76,16 @@ async def _answered(body: GenerationBody, request: Request, replies: int, begin:
         beginning = places.in_time(begin(serving, places, weight))
         if body.stream:
             return await _stream(body, request, beginning, held)
-        answer = await unless_gone(request, serving, beginning)
+        answer = await unless_gone(request, serving.metrics, beginning)
         headers = warning_headers(request.url.path, body.warnings)
-        whole = await unless_gone(request, serving, answer.whole())
+        whole = await unless_gone(request, serving.metrics, answer.whole())
         return JsonResponse(whole, headers=headers)
 
 
 async def _stream(
     body: GenerationBody,
     request: Request,
-    beginning: Coroutine[Any, Any, Answer],
+    beginning: Coroutine[Any, Any, Reply],
     held: ExitStack,
 ) -> Response:
     """A stream that begins with its answer, so that what is refused has a status.
@@ -99,7 +96,7 @@ async def _stream(
     seconds = serving.settings.keepalive_seconds
     work = asyncio.create_task(beginning)
     held.callback(work.cancel)  # which ends nothing that has ended
-    await unless_gone(request, serving, asyncio.wait({work}, timeout=seconds))
+    await unless_gone(request, serving.metrics, asyncio.wait({work}, timeout=seconds))
 
     def said() -> dict[str, str]:
         return warning_headers(request.url.path, body.warnings)
@@ -114,7 +111,7 @@ async def _stream(
     return EventStream(told, held.pop_all().close, headers)
 
 
-async def _chat(body: ChatBody, serving: Serving, places: Places, weight: int) -> Answer:
+async def _chat(body: ChatBody, serving: Serving, places: Places, weight: int) -> Reply:
     may_call = callable_tools(body)
     loaded = await serving.model(places.held, body.model, body.adapters)
     warn_of_switches(body, loaded.tokenizer.chat_template)
@@ -135,18 +132,18 @@ async def _chat(body: ChatBody, serving: Serving, places: Places, weight: int) -
             index,
             Run(serving, loaded, ask, envelope.id, places),
             ChatMessage(calls),
-            loaded.token_names,
+            TokenNames(loaded.token_bytes),
         )
         for index, ask in enumerate(wanted)
     ]
     if body.wants_function_call:
         choices = [FunctionChoice(choice) for choice in choices]
-    return Answer(serving, envelope, [choices], body.wants_usage())
+    return Reply(serving, envelope, [choices], body.wants_usage())
 
 
 async def _completions(
     body: CompletionBody, serving: Serving, places: Places, weight: int
-) -> Answer:
+) -> Reply:
     loaded = await serving.model(places.held, body.model, body.adapters)
     envelope = Envelope.new("cmpl", "text_completion", body.model or loaded.id)
     groups: list[list[TextChoice]] = []
@@ -163,13 +160,13 @@ async def _completions(
                 TextChoice(
                     first + i,
                     Run(serving, loaded, ask, envelope.id, places),
-                    loaded.token_names,
+                    TokenNames(loaded.token_bytes),
                     echo,
                 )
                 for i, ask in enumerate(wanted)
             ]
         )
-    return Answer(serving, envelope, groups, body.wants_usage())
+    return Reply(serving, envelope, groups, body.wants_usage())
 
 
 async def _constraint(
@@ -242,25 +239,3 @@ async def metrics(request: Request) -> Response:
     """Prometheus metrics."""
     text = generate_latest(serving_of(request).metrics.registry)
     return Response(text, media_type=CONTENT_TYPE_LATEST)
-
-
-# The page
-
-
-@router.get("/", include_in_schema=False)
-async def page() -> Response:
-    """What the cache is doing, to look at."""
-    return asset("index.html")
-
-
-@router.get("/page/{name}", include_in_schema=False)
-async def page_file(name: str, request: Request) -> Response:
-    """What the page is made of."""
-    return asset(name, needs_key=serving_of(request).settings.api_key is not None)
-
-
-@router.post("/v1/cache/watch", include_in_schema=False)
-async def watching(body: WatchBody, request: Request) -> Response:
-    """The page's events."""
-    serving = serving_of(request)
-    return EventStream(watch(serving, body), admit_watcher(serving))

@@ -16,7 +16,7 @@ from mlx_hybridcache.tokens import Namespace
 from ..errors import ApiError, refuse
 from ..generation.admission import Places
 from ..generation.models import Loaded
-from ..generation.serving import Serving
+from ..generation.serving import Serving, serving_of
 from ..generation.trace import Served
 from ..generation.warming import Warming
 from ..http.disconnects import unless_gone
@@ -26,12 +26,6 @@ from .figures import figures
 from .forest import Forest, find
 
 router = APIRouter(route_class=JsonRoute)
-
-
-def serving_of(request: Request) -> Serving:
-    """The server that a request came to."""
-    serving: Serving = request.app.state.serving
-    return serving
 
 
 @router.get("/v1/cache", response_model=None)
@@ -50,7 +44,7 @@ async def clear(request: Request) -> dict[str, Any]:
             loaded = await serving.any_model(held)
             await serving.between_turns(loaded.cache.clear)
 
-    await unless_gone(request, serving, work())
+    await unless_gone(request, serving.metrics, work())
     return figures(serving)
 
 
@@ -115,7 +109,7 @@ async def _admitted(body: PrefixBody, request: Request, act: Act) -> dict[str, A
         async def work() -> dict[str, Any]:
             return await act(await _prefix(body, serving, places, weight), serving, places)
 
-        return await unless_gone(request, serving, places.in_time(work()))
+        return await unless_gone(request, serving.metrics, places.in_time(work()))
     finally:
         places.close()
 

@@ -11,8 +11,9 @@ from bundled import load
 from mlx_hybridcache_server.calls.fences import Fences
 from mlx_hybridcache_server.calls.formats import ToolFormat
 from mlx_hybridcache_server.calls.parts import Parts
-from mlx_hybridcache_server.generation.listen import Piece, StopText
-from mlx_hybridcache_server.openai.replies import ChatMessage, Delta
+from mlx_hybridcache_server.generation.pieces import Piece
+from mlx_hybridcache_server.generation.stop_text import StopText
+from mlx_hybridcache_server.openai.message import ChatMessage, Delta
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 TOOLS = [

@@ -15,19 +15,12 @@ from mlx_hybridcache_server.adapter import initial_state, token_bytes
 from mlx_hybridcache_server.calls.formats import ToolFormat
 from mlx_hybridcache_server.calls.parts import Parts
 from mlx_hybridcache_server.generation.changes import kind_of_change
-from mlx_hybridcache_server.generation.listen import (
-    Listener,
-    Piece,
-    Progress,
-    StopText,
-)
+from mlx_hybridcache_server.generation.listen import Listener
+from mlx_hybridcache_server.generation.pieces import Count, Piece, Progress
+from mlx_hybridcache_server.generation.stop_text import StopText
 from mlx_hybridcache_server.http.wire import JsonResponse, event, written
-from mlx_hybridcache_server.openai.replies import (
-    ChatMessage,
-    Count,
-    Delta,
-    usage,
-)
+from mlx_hybridcache_server.openai.envelope import usage
+from mlx_hybridcache_server.openai.message import ChatMessage, Delta
 from mlx_lm.generate import GenerationResponse
 from mlx_lm.tokenizer_utils import NaiveStreamingDetokenizer, TokenizerWrapper
 from mlx_lm.tool_parsers import json_tools

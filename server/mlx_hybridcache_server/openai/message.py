@@ -1,34 +1,15 @@
-"""From pieces to OpenAI's shapes: deltas, messages, log-probabilities, usage."""
+"""From pieces to a chat's message, and to the deltas that add up to it."""
 
 from __future__ import annotations
 
-import math
-import platform
 import secrets
-import time
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from importlib.metadata import version
-from itertools import accumulate
 from typing import Any
 
 from ..adapter import NORMAL, REASONING, TOOL
 from ..calls.formats import ToolFormat
 from ..calls.incoming import Arguments, Begin
-from ..generation.listen import Piece, TokenLogprob
-
-LEAST = -9999.0
-"""OpenAI's number for a token that cannot come; JSON has no infinity."""
-
-FINGERPRINT = "-".join(
-    (
-        f"mlx_hybridcache_{version('mlx-hybridcache')}",
-        f"mlx_lm_{version('mlx-lm')}",
-        f"mlx_{version('mlx')}",
-        platform.system(),
-        platform.machine(),
-    )
-)
+from ..generation.pieces import Piece
 
 
 @dataclass(slots=True)
@@ -135,98 +116,3 @@ class ChatMessage:
         for call in calls:
             self._begin(delta, call["name"], call["id"])
             delta.argue(self._calls - 1, call["arguments"])
-
-
-class TokenNames:
-    """Log-probabilities in OpenAI's shapes, with mlx_lm.server's `id` beside them."""
-
-    def __init__(self, bytes_of: Callable[[int], bytes]):
-        self.bytes_of = bytes_of
-
-    def entry(self, found: TokenLogprob) -> dict[str, Any]:
-        """An entry of `logprobs.content`."""
-        top = [self._named(token, logprob) for token, logprob in found.top]
-        return {**self._named(found.token, found.logprob), "top_logprobs": top}
-
-    def legacy(self, found: list[TokenLogprob], start: int, *, with_top: bool) -> dict[str, Any]:
-        """The shape of `/v1/completions`; `start` is the text offset of the first token."""
-        names = [self.text(each.token) for each in found]
-        lengths = accumulate(map(len, names), initial=start)
-        top = [{self.text(t): _finite(p) for t, p in reversed(each.top)} for each in found]
-        return {
-            "tokens": names,
-            "token_logprobs": [_finite(each.logprob) for each in found],
-            "top_logprobs": top if with_top else None,
-            "text_offset": list(lengths)[:-1],
-        }
-
-    def text(self, token: int) -> str:
-        """A token as text, `�` where it is part of a character."""
-        return self.bytes_of(token).decode("utf-8", "replace")
-
-    def _named(self, token: int, logprob: float) -> dict[str, Any]:
-        raw = self.bytes_of(token)
-        return {
-            "token": raw.decode("utf-8", "replace"),
-            "logprob": _finite(logprob),
-            "bytes": list(raw),
-            "id": token,
-        }
-
-
-def _finite(logprob: float) -> float:
-    return logprob if math.isfinite(logprob) else LEAST
-
-
-@dataclass(slots=True)
-class Count:
-    """Tokens of one choice."""
-
-    prompt: int = 0
-    cached: int = 0
-    completion: int = 0
-    reasoning: int = 0
-
-
-def usage(counts: Iterable[Count]) -> dict[str, Any]:
-    """OpenAI's usage. A prompt with several choices must be counted in one of them only."""
-    total = Count()
-    for count in counts:
-        total.prompt += count.prompt
-        total.cached += count.cached
-        total.completion += count.completion
-        total.reasoning += count.reasoning
-    return {
-        "prompt_tokens": total.prompt,
-        "completion_tokens": total.completion,
-        "total_tokens": total.prompt + total.completion,
-        "prompt_tokens_details": {"cached_tokens": total.cached},
-        "completion_tokens_details": {"reasoning_tokens": total.reasoning},
-    }
-
-
-@dataclass(frozen=True, slots=True)
-class Envelope:
-    """What every object of one reply has in common."""
-
-    id: str
-    object: str
-    model: str
-    created: int
-
-    @classmethod
-    def new(cls, prefix: str, kind: str, model: str) -> Envelope:
-        """A fresh one, named as OpenAI names them: chatcmpl-..., cmpl-..."""
-        return cls(f"{prefix}-{secrets.token_hex(12)}", kind, model, int(time.time()))
-
-    def around(self, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
-        """The whole object."""
-        return {
-            "id": self.id,
-            "object": self.object,
-            "created": self.created,
-            "model": self.model,
-            "system_fingerprint": FINGERPRINT,
-            "choices": choices,
-            **more,
-        }

@@ -4,32 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
-from fastapi.sse import format_sse_event
-from starlette.responses import StreamingResponse
-from starlette.types import Receive, Scope, Send
-
-from ..errors import as_api_error
-from ..generation.listen import Piece, Progress
 from ..generation.merge import merged
+from ..generation.pieces import Count, Piece, Progress
 from ..generation.serving import Run, Serving
 from ..http.keepalive import progress_comment
 from ..http.wire import event
 from ..log import CLIENTS
-from ..metrics import Metrics
 from .choices import Choice
-from .replies import Count, Envelope, usage
+from .envelope import Envelope, usage
 
 log = logging.getLogger(CLIENTS)
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class Reply:
     """The choices of one reply, grouped by prompt."""
 
     serving: Serving
@@ -94,7 +87,7 @@ class Answer:
 
 
 async def late(
-    beginning: asyncio.Task[Answer], begun: Callable[[], object]
+    beginning: asyncio.Task[Reply], begun: Callable[[], object]
 ) -> AsyncGenerator[bytes]:
     """The chunks of an answer that is not there yet. `begun` is called when it is."""
     answer = await beginning
@@ -102,52 +95,3 @@ async def late(
     async with aclosing(answer.chunks()) as chunks:
         async for chunk in chunks:
             yield chunk
-
-
-async def events(chunks: AsyncGenerator[bytes], metrics: Metrics) -> AsyncGenerator[bytes]:
-    """All of a stream: `chunks` and `[DONE]`.
-
-    What fails after the response began is told by an event, as the status is long sent.
-    """
-    try:
-        async with aclosing(chunks):
-            async for chunk in chunks:
-                yield chunk
-    except asyncio.CancelledError:
-        metrics.cancelled.inc()
-        raise
-    except Exception as error:
-        failure = as_api_error(error)
-        if failure.status_code == 500:
-            log.exception("A stream failed.")
-        else:
-            log.warning("A stream ended: %d %s", failure.status_code, failure.reason)
-        yield event(failure.body())
-    yield format_sse_event(data_str="[DONE]")
-
-
-class EventStream(StreamingResponse):
-    """Server-sent events that end with their response. Starlette leaves a generator that waits in a
-    `yield` to the garbage collector, and with it the request and its place. `close` is called behind it.
-    """
-
-    media_type = "text/event-stream"
-
-    def __init__(
-        self,
-        events: AsyncGenerator[bytes],
-        close: Callable[[], object] = lambda: None,
-        headers: Mapping[str, str] = MappingProxyType({}),
-    ):
-        own = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        super().__init__(events, headers={**own, **headers})
-        self._close = close
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        events = self.body_iterator
-        assert isinstance(events, AsyncGenerator)
-        try:
-            async with aclosing(events):
-                await super().__call__(scope, receive, send)
-        finally:
-            self._close()
