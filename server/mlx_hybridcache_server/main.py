@@ -8,8 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from mlx_hybridcache.cli.flags import refusal
-from mlx_hybridcache.errors import HybridCacheError
+from mlx_hybridcache.errors import HybridCacheError, refusal
 
 from .log import say_once
 from .settings import build_parser, read_settings
