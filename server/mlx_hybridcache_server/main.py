@@ -41,8 +41,8 @@ def main(argv: list[str] | None, prog: str) -> int:
 def _without_collecting() -> Iterator[None]:
     """No garbage is looked for while modules are imported, nor in them later: they all stay.
 
-    Looking through them again and again took a tenth of a start. The model is loaded behind it, as
-    what is frozen here is never let go of.
+    There is no garbage among them, and many passes over them. The model is loaded behind it, as what is
+    frozen here is never let go of.
     """
     gc.disable()
     try:
