@@ -12,19 +12,17 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from mlx_lm.generate import DEFAULT_QUANTIZED_KV_START
-
 from mlx_hybridcache.cli.flags import size, tokens
 from mlx_hybridcache.cli.versions import versions
 from mlx_hybridcache.demo import BUNDLED_MODEL
 from mlx_hybridcache.errors import SettingError
-from mlx_hybridcache.router import AUTO
-
-from .adapter import TAKEN
 
 API_KEY_VARIABLE = "MLX_HYBRIDCACHE_API_KEY"
 
 LARGEST_BODY = "64MiB"
+
+QUANTIZED_KV_START = 5000
+"""mlx-lm's own default. Not imported from there: `--help` needs no MLX."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +58,7 @@ class Settings:
     disk_budget: int | None = None
     kv_bits: int | None = None
     kv_group_size: int = 64
-    quantized_kv_start: int = DEFAULT_QUANTIZED_KV_START
+    quantized_kv_start: int = QUANTIZED_KV_START
     api_key: str | None = None
     max_prompt_tokens: int | None = None
     context_length: int | None = None
@@ -174,7 +172,7 @@ def _add_mlx_lm_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--quantized-kv-start",
         type=tokens(0),
-        default=DEFAULT_QUANTIZED_KV_START,
+        default=QUANTIZED_KV_START,
         help="(%(default)s)",
     )
     add("--pipeline", action="store_true", help="for several machines, which are not supported yet")
@@ -251,11 +249,7 @@ def read_settings(parser: argparse.ArgumentParser, argv: list[str] | None) -> Se
         raise SettingError("--adapter-path needs the --model that it was trained for.")
     if args.cache_disk_bytes is not None and args.cache_dir is None:
         raise SettingError("--cache-disk-bytes needs the --cache-dir that it bounds.")
-    router = args.canonicalize_router
-    if router not in (None, AUTO) and not Path(router).expanduser().is_file():
-        raise SettingError(
-            f"--canonicalize-router {router}: there is no such file. Name a router patch, or auto."
-        )
+    _check_router(args.canonicalize_router)
     own_names = {
         "api_key": args.api_key or os.environ.get(API_KEY_VARIABLE) or None,
         "model": args.model or str(BUNDLED_MODEL),
@@ -269,6 +263,17 @@ def read_settings(parser: argparse.ArgumentParser, argv: list[str] | None) -> Se
     }
     same_names = set(Settings.__dataclass_fields__) & set(vars(args)) - set(own_names)
     return Settings(**own_names, **{name: getattr(args, name) for name in same_names})
+
+
+def _check_router(router: str | None) -> None:
+    if router is None:
+        return
+    from mlx_hybridcache.router import AUTO  # with MLX, which `--help` does without
+
+    if router != AUTO and not Path(router).expanduser().is_file():
+        raise SettingError(
+            f"--canonicalize-router {router}: there is no such file. Name a router patch, or auto."
+        )
 
 
 def _origins(text: str) -> list[str]:
@@ -331,6 +336,13 @@ def _template_args(text: str) -> dict[str, Any]:
         raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}.") from error
     if not isinstance(found, dict):
         raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object.")
-    if taken := sorted(TAKEN & found.keys()):
+    if taken := found and _taken(found):
         raise argparse.ArgumentTypeError(f"the chat template's {', '.join(taken)} cannot be set.")
     return found
+
+
+def _taken(found: dict[str, Any]) -> list[str]:
+    """Those that the tokenizer's own method has. Only it knows them, and it takes a second to import."""
+    from .adapter import TAKEN
+
+    return sorted(TAKEN & found.keys())

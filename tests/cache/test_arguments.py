@@ -166,7 +166,7 @@ def test_a_prompt_of_another_kind_is_refused_by_what_it_is(cache, prompt, said):
 )
 def test_one_sequence_is_read_however_it_is_wrapped(cache, prompt):
     """Three ids as a list, as arrays with and without a batch of one, as transformers returns them."""
-    assert cache._tokens(prompt).tolist() == [3, 4, 5]
+    assert cache._prompts.tokens(prompt).tolist() == [3, 4, 5]
 
 
 def test_what_the_models_own_tokenizer_returns_is_a_prompt(cache):
@@ -175,8 +175,10 @@ def test_what_the_models_own_tokenizer_returns_is_a_prompt(cache):
     messages = [{"role": "user", "content": "Hello."}]
     ids = plain.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     encoded = plain.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
-    assert cache._tokens(encoded).tolist() == ids
-    assert cache._tokens(plain("Hello.")).tolist() == cache._tokens("Hello.").tolist()
+    assert cache._prompts.tokens(encoded).tolist() == ids
+    assert (
+        cache._prompts.tokens(plain("Hello.")).tolist() == cache._prompts.tokens("Hello.").tolist()
+    )
 
 
 @pytest.mark.parametrize(("position", "is_inside"), [(0, True), (3, True), (4, False), (-1, False)])

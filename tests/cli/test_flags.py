@@ -5,7 +5,7 @@ import os
 
 import bundled
 import pytest
-from mlx_hybridcache_server.main import _bound
+from mlx_hybridcache_server.service import _bound
 from mlx_hybridcache_server.settings import Settings, build_parser, read_settings
 
 from mlx_hybridcache import HybridPromptCache, SettingError

@@ -425,7 +425,8 @@ class CacheMachine(RuleBasedStateMachine):
     def check_pins(self) -> None:
         assert sum(node.pinned for node in self.engine.tiers.memory.nodes()) == len(self.pins)
         for (prefix, salt), position in self.pins.items():
-            namespace, tokens = self.cache._namespace(salt), as_tokens(prefix)
+            (namespace, *_) = self.engine.sharing.namespaces(self.cache._prompts.salt_of(salt))
+            tokens = as_tokens(prefix)
             (*_, node) = self.engine.tiers.memory._match(namespace, tokens).path
             assert node.end == position
             assert node.pinned

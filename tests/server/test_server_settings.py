@@ -1,5 +1,8 @@
 """The command line of the server: names, units, what is refused before anything is loaded."""
 
+import subprocess
+import sys
+
 import pytest
 from mlx_hybridcache_server.settings import API_KEY_VARIABLE, Settings, build_parser, read_settings
 
@@ -150,3 +153,20 @@ def test_quantized_keys_and_values_become_options_of_generation():
 def test_what_python_cannot_read_is_refused_in_one_line(flags, capsys):
     """`urlsplit`, `float` and `int` raise, or answer, for what is no origin, no number and no size."""
     assert flags[0] in refused(capsys, *flags)
+
+
+@pytest.mark.parametrize("flag", ["--help", "--version"])
+def test_help_and_version_import_no_mlx(flag):
+    """They answer at once: neither MLX, nor transformers, nor a web framework is looked at."""
+    script = (
+        "import sys\n"
+        "from mlx_hybridcache.server import main\n"
+        "try:\n    main([sys.argv[1]])\n"
+        "except SystemExit as end:\n    assert end.code == 0\n"
+        "slow = {'mlx', 'mlx_lm', 'transformers', 'fastapi', 'numpy'} & set(sys.modules)\n"
+        "assert not slow, slow\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, flag], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr

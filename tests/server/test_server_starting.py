@@ -20,8 +20,8 @@ def test_what_cannot_be_served_ends_the_start_with_one_line(tmp_path):
         port = str(taken.getsockname()[1])
         refused = {
             port: ["--port", port],
-            "nothing": ["--model", str(tmp_path / "nothing")],
-            "nobody/has-this": ["--model", "nobody/has-this"],
+            "nothing": ["--port", "0", "--model", str(tmp_path / "nothing")],
+            "nobody/has-this": ["--port", "0", "--model", "nobody/has-this"],
             "--adapter-path": ["--adapter-path", str(tmp_path)],
         }
         all_ended = both.map(

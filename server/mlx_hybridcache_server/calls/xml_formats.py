@@ -242,13 +242,8 @@ def _quoted(steps: Steps[Ending]) -> Steps[Ending]:
 
 def _raw_value(source: Incoming, form: Markup, missing: Missing) -> Steps[Ending]:
     """A value's text, piece by piece."""
-    if form.is_lined:
-        yield from source.accept("\n")
-    if form.has_cdata:
-        space = yield from source.space()
-        if (yield from source.accept("<![CDATA[")):
-            return (yield from _cdata(source, form))
-        yield Text(space)
+    if (yield from _begins_cdata(source, form)):
+        return (yield from _cdata(source, form))
     while True:
         text, marker = source.part(form.ends)
         if source.is_read and marker is None and source.is_whole:
@@ -267,6 +262,19 @@ def _raw_value(source: Incoming, form: Markup, missing: Missing) -> Steps[Ending
             if ending is not None:
                 return ending
             yield Text(text)
+
+
+def _begins_cdata(source: Incoming, form: Markup) -> Steps[bool]:
+    """Whether a value is written as CDATA; else what stands before its text is read."""
+    if form.is_lined:
+        yield from source.accept("\n")
+    if not form.has_cdata:
+        return False
+    space = yield from source.space()
+    if (yield from source.accept("<![CDATA[")):
+        return True
+    yield Text(space)
+    return False
 
 
 def _early(

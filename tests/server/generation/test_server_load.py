@@ -262,7 +262,7 @@ def outcome(request: pytest.FixtureRequest) -> Iterator[Outcome]:
                 time.sleep(0.1)
         found = [one for client in asking for one in client.result()]
         until = time.monotonic() + 20
-        while busy(gauges(server)) or server.client.get("/v1/cache").json()["askingbytes"]:
+        while busy(gauges(server)) or server.client.get("/v1/cache").json()["running_bytes"]:
             if time.monotonic() > until:
                 break  # the test says what is left
             time.sleep(0.02)
@@ -325,7 +325,7 @@ def test_the_workload_is_what_it_says(outcome):
 def test_afterwards_nothing_is_left_running(outcome):
     """No request waits, reads or writes, none holds memory, and the server says that it is well."""
     assert {name: outcome.afterwards[name] for name in BUSY} == dict.fromkeys(BUSY, 0)
-    assert outcome.held["askingbytes"] == 0
+    assert outcome.held["running_bytes"] == 0
     assert outcome.healthy
 
 
