@@ -201,7 +201,7 @@ def test_files_of_a_newer_version_are_misses_and_stay_as_they_are(root, said, in
         held = sum(path.stat().st_size for path in faults.segments(root))
         assert held > weight
         assert index == "kept" or held <= weight + 150_000
-    assert cli.main(["cache", "verify", "--delete", "--cache-dir", str(root)]) == 0
+    assert cli(["cache", "verify", "--delete", "--cache-dir", str(root)]) == 0
     assert {path: path.read_bytes() for path in newer} == before
 
 

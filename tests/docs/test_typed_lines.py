@@ -103,10 +103,12 @@ class Terminal:
 
     def serve(self, flags: list[str]) -> None:
         """Start what the line starts, at a free port; the shared one serves where nothing is asked of it."""
-        if flags[:1] == ["--port"]:
-            flags = flags[2:]
+        if "--port" in flags:
+            at = flags.index("--port")
+            flags = flags[:at] + flags[at + 2 :]
         if flags:
-            self.own = Server(OURS, *flags, HOME=str(self.home)).start()
+            self.own = Server(OURS, *flags, HOME=str(self.home))
+            self.own.start()
 
     def curl(self, line: str, words: list[str]) -> str:
         """It answers 200, with JSON, events to their end, or text."""
@@ -242,4 +244,5 @@ def test_every_flag_exists(words, monkeypatch):
     """Those of lines that nobody runs here too: `--help` knows each."""
     monkeypatch.setitem(os.environ, "COLUMNS", "200")
     known = set(re.findall(r"--[a-z][\w-]*", help_of(words)))
-    assert {word.partition("=")[0] for word in words if word.startswith("--")} <= known
+    own = words[: words.index("--")] if "--" in words else words
+    assert {word.partition("=")[0] for word in own if word.startswith("--")} <= known

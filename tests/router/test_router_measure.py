@@ -396,7 +396,12 @@ def test_canonicalize_measures_on_request(
     clone_experts(BUNDLED_MODEL, tmp_path / "cloned", unlike=1e-4, seed=0)
     asked = ["--model", str(tmp_path / "cloned"), "--tokens", "1024", "--measure", "--texts", "2"]
     asked += ["--no-quantized-copy"]
-    assert canonicalize_command.main([*asked, "--output", str(tmp_path / "out")]) == 0
+    assert (
+        canonicalize_command.main(
+            [*asked, "--output", str(tmp_path / "out")], "mlx-hybridcache canonicalize"
+        )
+        == 0
+    )
     said = capsys.readouterr().out
     told = json.loads((tmp_path / "out" / REPORT_FILE).read_text(encoding="utf-8"))["measured"]
     assert told["texts"] == 2
@@ -413,7 +418,7 @@ def test_too_little_text_is_told_before_anything_is_measured(tmp_path: Path) -> 
     text.write_text(bundled.text(600), encoding="utf-8")
     asked = ["--model", str(BUNDLED_MODEL), "--calibration", str(text), "--tokens", "512"]
     with pytest.raises(RouterError, match="texts of its own"):
-        canonicalize_command.main([*asked, "--measure"])
+        canonicalize_command.main([*asked, "--measure"], "mlx-hybridcache canonicalize")
 
 
 def test_a_quantized_model_is_tried_as_it_is() -> None:

@@ -246,9 +246,9 @@ def running(module: str, *flags: str, **variables: str) -> Iterator[Server]:
 
 
 def run_to_its_end(*flags: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Start ours with flags that it must refuse."""
+    """Start ours with flags that it must refuse, at a port that is free unless they name one."""
     return subprocess.run(
-        command(OURS, *flags),
+        command(OURS, "--port", "0", *flags),
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,

@@ -9,7 +9,7 @@ from servers import (
 )
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def ours(server):
     return server
 

@@ -330,7 +330,7 @@ def answered_hot_as_cold(fuzzed: Fuzzed, path: str, count: int) -> None:
 
 @pytest.mark.parametrize("count", forms(5, 20))
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
-def test_random_countin_order_are_answered_and_hot_as_they_were_cold(fuzzed, path, count):
+def test_random_requests_in_order_are_answered_and_hot_as_they_were_cold(fuzzed, path, count):
     """With any fields."""
     answered_hot_as_cold(fuzzed, path, count)
 
