@@ -14,6 +14,7 @@ import house
 import mlx_lm.models.cache
 import pytest
 from places import ROOT
+from source_files import module_name, parsed, sources
 
 LIBRARY = "mlx_hybridcache"
 
@@ -68,16 +69,6 @@ CACHE_CLASSES = {
     if name.endswith(("Cache", "CacheList"))
 }
 """KVCache, ArraysCache and the rest, as the installed mlx-lm names them."""
-
-
-def sources(folder: str) -> list[Path]:
-    """Every Python file below `folder` of the checkout, none when it does not exist yet."""
-    return sorted((ROOT / folder).rglob("*.py"))
-
-
-def module_name(path: Path) -> str:
-    """`mlx_hybridcache/store/tree.py` -> `mlx_hybridcache.store.tree`; packages end in __init__."""
-    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
 
 
 def unit(module: str) -> str:
@@ -140,11 +131,6 @@ def names(tree: ast.AST) -> Iterator[str]:
 def modules_naming(wanted: set[str], trees: Mapping[str, ast.Module]) -> set[str]:
     """Those of the modules that use one of the `wanted` names."""
     return {module for module, tree in trees.items() if wanted & set(names(tree))}
-
-
-def parsed(path: Path) -> ast.Module:
-    """The syntax tree of a file."""
-    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
 
 
 each_library_file = pytest.mark.parametrize("path", sources(LIBRARY), ids=module_name)
