@@ -1,4 +1,4 @@
-"""How the code is built, in figures: `python tools/house.py [CHECKOUT] [--against CHECKOUT] [--json]`.
+"""How the code is built, in figures: `python tools/house.py [CHECKOUT] [--against CHECKOUT] [--list | --json]`.
 
 Of any checkout, this one or an older one. Files and lines, the longest class and function, complexity as
 ruff counts it, import circles, private names that other modules reach for, and what is asked of an absent
@@ -31,6 +31,13 @@ BESIDE_THE_CORE = ("cli", "demo", "planning", "router")
 
 BESIDE_THE_CORE_BEFORE = ("about", "command", "console", "flags", "plan", "planning", "weightless")
 """The same as single files, before there were folders."""
+
+LISTED = (
+    *("classes over 400 lines", "functions over 40 lines", "complexity over 10"),
+    *("circles of modules", "circles of folders", "private reach-ins"),
+    "`is None` of disk and lender",
+)
+"""What there should be none of."""
 
 LONG_FUNCTION = 40
 COMPLEX = 10
@@ -306,11 +313,19 @@ def rows(figures: Mapping[str, object]) -> dict[str, str]:
     return shown
 
 
+def _named(found: object) -> list[str]:
+    if isinstance(found, dict):
+        return [f"{number} {where}" for where, number in found.items()]
+    assert isinstance(found, list)
+    return [each if isinstance(each, str) else " ".join(map(str, each)) for each in found]
+
+
 def main() -> int:
     """Print the figures of one checkout, beside those of another where one is named."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkout", nargs="?", type=Path, default=Path(__file__).parents[1])
     parser.add_argument("--against", type=Path, metavar="CHECKOUT", help="an older one")
+    parser.add_argument("--list", action="store_true", help="name what is counted")
     parser.add_argument("--json", action="store_true", help="every finding, for programs")
     chosen = parser.parse_args()
     told = {"now": measure(chosen.checkout.resolve())}
@@ -324,6 +339,9 @@ def main() -> int:
     for name in tables[-1]:
         print(f"{name:30}", *(f"{table.get(name, '-'):<58}" for table in tables))
     for title, figures in told.items():
+        if chosen.list:
+            for name in LISTED:
+                print(f"\n{title}: {name}", *_named(figures[name]), sep="\n  ")
         print(f"\n{title}: folders, files, lines")
         folders = figures["folders"]
         assert isinstance(folders, dict)
