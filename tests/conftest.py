@@ -1,13 +1,25 @@
 """The order of the suite, longest file first, and what each file costs: `pytest --cpu`."""
 
 import os
+import sys
 from collections import Counter
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 
 import pytest
 
 LONGEST = "test_state_machine.py"
 spent = pytest.StashKey[float]()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def models_are_asked_once() -> Iterator[None]:
+    """Where any test of this run makes caches."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "mlx_hybridcache.settings" in sys.modules:
+            import told_once
+
+            told_once.patch(patch)
+        yield
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
