@@ -12,13 +12,17 @@ spent = pytest.StashKey[float]()
 
 
 @pytest.fixture(scope="session", autouse=True)
-def models_are_asked_once() -> Iterator[None]:
-    """Where any test of this run makes caches."""
+def what_costs_much_is_done_once() -> Iterator[None]:
+    """Questions to models, where any test of this run makes caches; imports, where any starts servers."""
     with pytest.MonkeyPatch.context() as patch:
         if "mlx_hybridcache.settings" in sys.modules:
             import told_once
 
             told_once.patch(patch)
+        if "mlx_hybridcache_bench.serving.servers" in sys.modules:
+            import forks
+
+            forks.patch(patch)
         yield
 
 
@@ -40,7 +44,8 @@ def pytest_runtest_makereport(
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Note what was spent since the last report; a process counts where it ends."""
     report = yield
-    now = sum(os.times()[:4])
+    forks = sys.modules.get("forks")
+    now = sum(os.times()[:4]) + (forks.cpu_seconds() if forks else 0.0)
     report.cpu_seconds = now - item.config.stash.get(spent, now)
     item.config.stash[spent] = now
     return report
