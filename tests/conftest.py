@@ -38,15 +38,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.name != LONGEST)
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """From here on it counts."""
+    session.config.stash[spent] = cpu_seconds()
+
+
+def cpu_seconds() -> float:
+    """This process's, with those of its processes that have ended."""
+    forks = sys.modules.get("forks")
+    return sum(os.times()[:4]) + (forks.cpu_seconds() if forks else 0.0)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(
     item: pytest.Item,
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Note what was spent since the last report; a process counts where it ends."""
     report = yield
-    forks = sys.modules.get("forks")
-    now = sum(os.times()[:4]) + (forks.cpu_seconds() if forks else 0.0)
-    report.cpu_seconds = now - item.config.stash.get(spent, now)
+    now = cpu_seconds()
+    report.cpu_seconds = now - item.config.stash[spent]
     item.config.stash[spent] = now
     return report
 
