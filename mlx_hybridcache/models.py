@@ -16,6 +16,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.utils import hf_repo_to_path, load_config
 
+from .backend import say_if_several
 from .errors import ModelError
 
 SAMPLE_BYTES = 4096
@@ -141,6 +142,7 @@ def load(
     `trust_remote_code`. With `lazy` the weights take no memory until they are evaluated, on this
     thread. Raises `ModelError` for what cannot be loaded.
     """
+    say_if_several()
     path = local_directory(path_or_repo)
     if path is not None:
         _check_directory(path)

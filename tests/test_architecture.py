@@ -30,7 +30,7 @@ ORDER = [
     {"disk", "request"},
     {"caches", "router", "store"},
     {"machine", "models", "worker"},
-    {"report", "sizes", "tokens"},
+    {"backend", "report", "sizes", "tokens"},
     {"errors"},
 ]
 """Modules and folders of the library, entry points first. Those of one rung do not know each other."""
@@ -41,6 +41,7 @@ STILL_MUTUAL = {"caches", "store"}
 RANK = {unit: rank for rank, units in enumerate(ORDER) for unit in units}
 ENTRY_POINTS = ORDER[0]
 WITHOUT_MLX = {
+    "backend",
     "cli",
     "disk",
     "errors",
