@@ -17,6 +17,8 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models.gated_delta import gated_delta_ops
 
+from ..models import has_cuda
+
 LOOP = "gated_delta_ops"
 """mlx-lm's loop over tokens, which `gated_delta_update` looks up in its module."""
 
@@ -96,11 +98,6 @@ def _kernel(masked: bool) -> Any:
     )
 
 
-def runs_here() -> bool:
-    """Whether the device that computes is one of CUDA's."""
-    return mx.cuda.is_available() and mx.default_device() == mx.gpu
-
-
 def fits(k: mx.array, v: mx.array, g: mx.array) -> bool:
     """Whether the kernel knows these shapes: keys in whole warps, one gate for each head."""
     return k.shape[-1] % LANES == 0 and v.shape[2] % k.shape[2] == 0 and g.ndim == 3
@@ -144,7 +141,7 @@ def recurrence(
 
 def scan_here(update: FunctionType) -> Callable[..., Any]:
     """mlx-lm's `gated_delta_update` as it is best run on the device that computes here."""
-    return with_kernel(update) if runs_here() else update
+    return with_kernel(update) if has_cuda() else update
 
 
 @cache
