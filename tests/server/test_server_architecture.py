@@ -23,7 +23,7 @@ ORDER = [
     {"schema"},
     {"failures", "http"},
     {"metrics", "settings"},
-    {"adapter", "errors", "log"},
+    {"adapter", "errors", "flags", "log"},
     {"__init__", "jsontext"},
 ]
 """Modules and folders, the entry point first: each imports what stands below it, and itself."""
