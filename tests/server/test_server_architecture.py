@@ -23,7 +23,8 @@ ORDER = [
     {"schema"},
     {"failures", "http"},
     {"metrics", "settings"},
-    {"adapter", "errors", "flags", "log"},
+    {"flags"},
+    {"adapter", "errors", "log"},
     {"__init__", "jsontext"},
 ]
 """Modules and folders, the entry point first: each imports what stands below it, and itself."""
