@@ -11,6 +11,7 @@ from os import PathLike
 from typing import Any, ParamSpec, TypeVar
 
 from ..errors import ArgumentError, PromptError, SettingError
+from ..tokens import is_compact
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -98,6 +99,8 @@ def token_ids(prompt: Any) -> Iterable[int]:
         if mask is not None and not all(_flat(mask)):
             raise PromptError("The prompt is padded; tokenize it with padding=False.")
         prompt = prompt["input_ids"]
+    if is_compact(prompt):
+        return prompt
     found = _plain(prompt)
     if isinstance(found, (bytes, bytearray, memoryview)):
         raise PromptError("The prompt is bytes. Decode it: prompt.decode().")

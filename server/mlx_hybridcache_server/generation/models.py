@@ -180,6 +180,7 @@ def load(
             info.vocabulary,
             settings.chat_template_args,
             Room(settings.max_prompt_tokens, info.longest_prompt, context or None),
+            cache.encoder,
         ),
         constraints=Constraints(tokenizer),
         token_bytes=token_bytes(tokenizer),

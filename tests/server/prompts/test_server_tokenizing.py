@@ -1,10 +1,10 @@
 """Texts in pieces: the same tokens as in one piece, and refused before the work where it is certain."""
 
 import random
-from functools import cache
 
 import pytest
-from bundled import load, text
+from bundled import text
+from made_tokenizers import TOKENIZERS, bundled, byte_level, sentence_piece
 from mlx_hybridcache_server.errors import ApiError
 from mlx_hybridcache_server.prompts.tokenizing import (
     NO_LIMIT,
@@ -14,65 +14,9 @@ from mlx_hybridcache_server.prompts.tokenizing import (
     Tokenizing,
 )
 from mlx_hybridcache_server.prompts.vocabulary import longest_token, seams
-from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
-from tokenizers.trainers import BpeTrainer
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-GPT_2 = r"'s|'t| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-QWEN = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-SAMPLE = [
-    "The lamp of Ada is red.\n\nIt stands\tnear the door, and 1234 more.   Été à Zoë's. 中文。\n"
-]
-
-
-def byte_level(pattern=QWEN, normalizer=None):
-    """As GPT-2, Llama 3 and Qwen: words by a pattern, spelled in bytes."""
-    made = Tokenizer(models.BPE())
-    made.normalizer = normalizer
-    made.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(pattern), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    return trained(made, BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False))
-
-
-def sentence_piece(prepends=False):
-    """As Gemma, or with a space before each text as Llama 2: one word, bytes for what is unknown."""
-    made = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
-    steps = [normalizers.Replace(" ", "▁")]
-    made.normalizer = normalizers.Sequence([*[normalizers.Prepend("▁")] * prepends, *steps])
-    names = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    split = pre_tokenizers.Split("▁", "merged_with_next")
-    made.pre_tokenizer = split  # while it learns, so that no token spans words
-    wrapped = trained(made, BpeTrainer(vocab_size=600, special_tokens=names, show_progress=False))
-    wrapped.backend_tokenizer.pre_tokenizer = None
-    return wrapped
-
-
-def trained(made, trainer):
-    made.train_from_iterator(SAMPLE * 3, trainer)
-    made.add_special_tokens(["<|im_start|>", "<|im_end|>", "<s>"])
-    made.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", made.token_to_id("<s>"))]
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=made)
-
-
-def bundled():
-    _, tokenizer = load()
-    return tokenizer
-
-
-TOKENIZERS = {
-    "bundled": bundled,
-    "qwen": cache(lambda: byte_level(normalizer=normalizers.NFC())),
-    "gpt-2": cache(lambda: byte_level(GPT_2)),
-    "gemma": cache(sentence_piece),
-    "llama-2": cache(lambda: sentence_piece(prepends=True)),
-}
 each_tokenizer = pytest.mark.parametrize("make", TOKENIZERS.values(), ids=TOKENIZERS)
 
 ODD = [
@@ -128,7 +72,7 @@ def read(tokenizer, said, room=NO_LIMIT, *, special=False):
         while True:
             weights.append(next(steps))
     except StopIteration as end:
-        return end.value, weights
+        return end.value.tolist(), weights
 
 
 @each_tokenizer
