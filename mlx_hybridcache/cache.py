@@ -420,7 +420,9 @@ class HybridPromptCache:
         not stored, up to its last token, and `PinnedError` when a pin would go; then nothing is forgotten.
         """
         tokens, salt = self._prompts.read(prompt, cache_salt)
-        return self._worker.call(self.engine.drop, salt, tokens)
+        left = self._worker.call(self.engine.drop, salt, tokens)
+        self.encoder.remembered.clear(salt)
+        return left
 
     @known_keywords
     def flush(self, seconds: float | None = None) -> bool:

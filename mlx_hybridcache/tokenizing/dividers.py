@@ -135,7 +135,7 @@ def _apart(backend: Any) -> list[tuple[str, int]]:
     """The added tokens that are taken out of the text as written, wherever they stand in it.
 
     One that could overlap with another is none of them: which of two is found would depend on what
-    is before. Nor are those that the model itself writes for what it does not know.
+    is before. One that strips white space behind it does so in its own part, as none begins with any. Nor are those that the model itself writes for what it does not know.
     """
     added = backend.get_added_tokens_decoder()
     contents = [token.content for token in added.values()]
@@ -152,7 +152,7 @@ def _apart(backend: Any) -> list[tuple[str, int]]:
     return [
         (token.content, number)
         for number, token in added.items()
-        if not (token.lstrip or token.rstrip or token.single_word or token.normalized)
+        if not (token.lstrip or token.single_word or token.normalized)
         and token.content[:1] in OPENS
         and token.content == token.content.strip()
         and token.content != getattr(backend.model, "unk_token", None)

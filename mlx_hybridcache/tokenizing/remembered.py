@@ -48,11 +48,11 @@ class Remembered:
             for text, own in zip(texts, tokens, strict=True):
                 self._put((salt, text), own)
 
-    def clear(self) -> None:
-        """Forget everything, for every salt."""
+    def clear(self, salt: str | None = None) -> None:
+        """Forget everything of one salt, or of every salt."""
         with self._lock:
-            self._tokens.clear()
-            self._nbytes = 0
+            for key in [each for each in self._tokens if salt in (None, each[0])]:
+                self._nbytes -= _nbytes(key, self._tokens.pop(key))
 
     def _used(self, key: tuple[str, str]) -> Tokens | None:
         """What is last in the table was used last."""

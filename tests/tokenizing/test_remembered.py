@@ -55,6 +55,9 @@ def test_bytes_are_counted_and_given_back():
     once = remembered.nbytes
     remembered.keep("a", ["text"], [ONE])
     assert remembered.nbytes == once > ONE.nbytes
+    remembered.keep("b", ["text"], [ONE])
+    remembered.clear("a")
+    assert (len(remembered), remembered.nbytes) == (1, once)
     remembered.clear()
     assert (len(remembered), remembered.nbytes) == (0, 0)
 
