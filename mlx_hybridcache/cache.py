@@ -19,7 +19,7 @@ from .caches.layout import Layout
 from .caches.live import LiveCaches
 from .caches.room import REPLY_ROOM
 from .decode.sampling import random_state
-from .disk.tier import DiskStats, Lent
+from .disk.tier import DiskStats
 from .engine import Engine
 from .errors import (
     ArgumentError,
@@ -46,6 +46,7 @@ from .router import Patch
 from .settings import Settings, info
 from .store.budget import StoreStats
 from .store.outline import Outline
+from .store.references import CountedReferences
 from .tokens import Namespace, prompt_tokens
 from .worker.stream import Stream
 from .worker.turns import Load, Pause
@@ -145,7 +146,7 @@ class HybridPromptCache:
         layout = settings.layout(model)
         # Also when this one fails, or is dropped rather than closed.
         self._let_go = weakref.finalize(self, layout.release)
-        load, references = Load(), Lent()
+        load, references = Load(), CountedReferences()
         self.engine = engine = settings.engine(model, tokenizer, layout, load, references)
         self.info: CacheInfo = info(engine)
         """What this cache is for all of its life."""

@@ -229,7 +229,7 @@ def test_what_changed_gives_the_same_trees_as_a_look_at_all():
         fresh.catalogue.load(list(there.values()))
         assert restorable(shelf.catalogue) == restorable(fresh.catalogue)
         used = sum(one.file_nbytes for one in shelf.catalogue.segments())
-        assert shelf.catalogue.store.used_bytes() == used
+        assert shelf.catalogue.store.budget.used_bytes == used
     assert len(there) > 50
 
 
@@ -427,7 +427,7 @@ def test_what_is_due_is_looked_at_a_few_at_a_time(tmp_path, monkeypatch):
             oracle.read(cache, oracle.prompt(300, seed=seed))
         assert cache.flush(PATIENCE_SECONDS)
         disk = cache.engine.tiers.disk
-        lacking, write = disk.catalogue.lacking, disk.write
+        lacking, write = disk.catalogue.lacking, disk.write_behind.write
 
         def counted(*args, **how):
             looks[0] += 1
@@ -439,9 +439,9 @@ def test_what_is_due_is_looked_at_a_few_at_a_time(tmp_path, monkeypatch):
             turns.append(looks[0])
 
         monkeypatch.setattr(disk.catalogue, "lacking", counted)
-        monkeypatch.setattr(disk, "write", turn)
-        cache._worker.call(lambda: disk._unwritten.update(disk.store.restoring()))
-        due = cache._worker.call(lambda: len(disk._unwritten))
+        monkeypatch.setattr(disk.write_behind, "write", turn)
+        cache._worker.call(lambda: disk.write_behind._unwritten.update(disk.store.restoring()))
+        due = cache._worker.call(lambda: len(disk.write_behind._unwritten))
         assert due > 12
         assert cache.flush(PATIENCE_SECONDS)
         assert max(turns) <= 3

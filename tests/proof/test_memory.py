@@ -366,16 +366,16 @@ def test_a_restore_holds_no_more_for_a_moment_than_there_was_room_for(name: str)
     """
     model = wide_model() if name == "wide" else tiny.build(name)
     with new_cache(BUDGET, model) as cache:
-        store = bounds.WatchedStore.of(cache.engine.tiers.memory)
+        budget = bounds.WatchedBudget.of(cache.engine.tiers.memory.budget)
         tokens = oracle.prompt(400, seed=31)
         oracle.read(cache, tokens)
         for asked in (oracle.prompt(400, seed=32), tokens, tokens[:150], tokens[:50]):
             gc.collect()
             mx.clear_cache()
-            before = store.highest = store.used_bytes()
+            before = budget.highest = budget.used_bytes
             with bounds.peak_of_mlx() as peak:
                 ready = cache.restore(asked, max_tokens=1000)
-            assert peak[0] <= store.highest - before + 20_000
+            assert peak[0] <= budget.highest - before + 20_000
             ready.release()
 
 
@@ -388,7 +388,9 @@ def test_what_a_slice_has_taken_is_held_by_the_store_alone() -> None:
             assert cache.engine.tiers.memory.stats().checkpoints == 3
             cache.engine.tiers.memory.shrink(BUDGET)
             mx.clear_cache()
-            off.append(mx.get_active_memory() - baseline - cache.engine.tiers.memory.used_bytes())
+            off.append(
+                mx.get_active_memory() - baseline - cache.engine.tiers.memory.budget.used_bytes
+            )
 
     with new_cache(BUDGET) as cache:
         gc.collect()

@@ -8,8 +8,8 @@ from mlx_hybridcache_server.watching.forest import Forest, find
 from test_store import N, save
 
 from mlx_hybridcache.cache import Outlines
+from mlx_hybridcache.disk.catalogue import digest
 from mlx_hybridcache.disk.segment import PrefixDigest, prefix_keys
-from mlx_hybridcache.disk.tier import digest
 from mlx_hybridcache.store.store import Store
 from mlx_hybridcache.tokens import Namespace, as_tokens
 
