@@ -11,6 +11,7 @@ import hashlib
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import Literal
 
@@ -305,39 +306,25 @@ class Catalogue:
 
         `restores` says that rows do so by themselves, as with the model that looks things up if it is
         not given; `is_parting` that prompts have parted ways here, as they have where the tree branches.
-        False where what it holds is there already, or the rows before it are not. Raises
-        `BudgetError` where there is no room for it.
+        False where what it holds is there, or the rows before it are not; `BudgetError` without room.
         """
         segment = self._files.segments.get(segment.name, segment)
-        namespace = Namespace(segment.namespace)
-        found = self.store.find(namespace, tokens)
-        is_read = found.match.matched == len(tokens)
-        if segment.kind == "rows" and (is_read or found.match.matched < segment.start):
-            return False
-        if segment.kind == "state" and (not is_read or _has_state(found, len(tokens))):
+        found = self.store.find(namespace := Namespace(segment.namespace), tokens)
+        if not _adds(segment, found, len(tokens)):
             return False
         if segment not in self:
             self.make_room(segment.file_nbytes, found.match.nodes())
-
         lead = self._link_at(found.nodes(), segment.start)
-
-        def rows_of(start: int) -> FileRows:
-            rows = FileRows(segment, start, segment.end)
-            self.store.budget.hold(self._files.add(segment, rows.nbytes, lead))
-            return rows
-
         stands: FileState | FileEnd | None = None
         if segment.kind == "state":
             stands = FileState(segment)
-            if (node := self._node(segment.namespace, tokens)) is not None:
-                node.set_checkpoint(None)  # a `FileEnd`: this model has states after all
-                is_parting = is_parting or len(node.children or ()) > 1
+            is_parting |= self._clear_end(segment.namespace, tokens)
         elif not self._needs_checkpoints if restores is None else restores:
             stands = FileEnd(segment)
         if not self.store.save(
             namespace,
             tokens,
-            rows_of,
+            partial(self._rows, segment, lead),
             stands,
             row_bytes=0,  # of a file all bytes count, whatever part is needed: there is room for them
             is_end=stands is not None,
@@ -347,6 +334,20 @@ class Catalogue:
         if segment.kind == "state":
             self._files.add(segment, segment.file_nbytes, lead)
         return True
+
+    def _rows(self, segment: Segment, lead: Link | None, start: int) -> FileRows:
+        """Those of a file from `start` on, which are needed from now on."""
+        rows = FileRows(segment, start, segment.end)
+        self.store.budget.hold(self._files.add(segment, rows.nbytes, lead))
+        return rows
+
+    def _clear_end(self, namespace: str, tokens: Tokens) -> bool:
+        """A `FileEnd` goes: this model has states after all. Whether several runs go on from here."""
+        node = self._node(namespace, tokens)
+        if node is None:
+            return False
+        node.set_checkpoint(None)
+        return len(node.children or ()) > 1
 
     def make_room(self, nbytes: int, keep: Iterable[FileNode] = ()) -> None:
         """Let the least useful go until `nbytes` more fit. Raises `BudgetError` when they do not."""
@@ -417,6 +418,14 @@ def _reach(
         if segment.kind == "rows" and is_led:
             matched = max(matched, min(common_length(tokens, leading), segment.end))
     return matched
+
+
+def _adds(segment: Segment, found: FileFound, end: int) -> bool:
+    """Whether a segment that ends there has what is not there yet, and what leads to it is."""
+    matched = found.match.matched
+    if segment.kind == "rows":
+        return segment.start <= matched < end
+    return matched == end and not _has_state(found, end)
 
 
 def _has_state(found: FileFound, end: int) -> bool:

@@ -249,9 +249,8 @@ class Store(CountedTrees[R, S]):
         `rows_of(start)` copies the rows of `[start, len(tokens))`, or says who has them, and is asked only
         for what the tree lacks; `row_bytes` is what the store will hold of each. The checkpoint's own bytes
         exist already; they and the rows are claimed before the copy is made. `is_parting` says that
-        prompts part ways here. False when they did not fit, when `rows_of` no
-        longer has the rows, or when pins and ends fill a path to `max_checkpoints`, and nothing was
-        added then.
+        prompts part ways here. False when they did not fit, when `rows_of` no longer has the rows, or
+        when pins and ends fill a path to `max_checkpoints`, and nothing was added then.
         """
         match = self.match(namespace, tokens)
         at_end = match.path[-1] if match.path and match.matched == len(tokens) else None
