@@ -231,15 +231,15 @@ class Catalogue:
                 self.store.budget.hold(self._files.add(each.segment, each.nbytes, part.above))
             node = self.store.graft(above, as_tokens(tokens), tuple(rows))
         if stands is not None and stretch.restores:
-            self.store.stand(node, FileEnd(stands.segment), is_parting=stretch.is_parting)
+            self.store.stand(node, FileEnd(stands.segment), is_branch_point=stretch.is_branch_point)
         elif stands is not None:
             if isinstance(node.checkpoint, FileState):
                 return None
-            is_parting = stretch.is_parting or len(node.children or ()) > 1
+            is_branch_point = stretch.is_branch_point or len(node.children or ()) > 1
             self.store.budget.hold(
                 self._files.add(stands.segment, stands.segment.file_nbytes, stretch.link)
             )
-            self.store.stand(node, FileState(stands.segment), is_parting=is_parting)
+            self.store.stand(node, FileState(stands.segment), is_branch_point=is_branch_point)
         return node
 
     def _add_each(self, stretch: Stretch) -> list[Segment]:
@@ -250,7 +250,7 @@ class Catalogue:
         self._add_rows(stretch.parts, restores=stretch.restores)
         if stretch.stands is not None and not stretch.restores:
             tokens = stretch.link.tokens()
-            self.add(stretch.stands.segment, tokens, is_parting=stretch.is_parting)
+            self.add(stretch.stands.segment, tokens, is_branch_point=stretch.is_branch_point)
         return [segment for segment in segments if segment not in self]
 
     def _add_rows(self, links: Sequence[Link], *, restores: bool) -> None:
@@ -300,12 +300,12 @@ class Catalogue:
         tokens: Tokens,
         *,
         restores: bool | None = None,
-        is_parting: bool = False,
+        is_branch_point: bool = False,
     ) -> bool:
         """A segment is in the directory: `tokens` are all that lead to its end.
 
         `restores` says that rows do so by themselves, as with the model that looks things up if it is
-        not given; `is_parting` that prompts have parted ways here, as they have where the tree branches.
+        not given; `is_branch_point` that prompts have parted ways here, as they have where the tree branches.
         False where what it holds is there, or the rows before it are not; `BudgetError` without room.
         """
         segment = self._files.segments.get(segment.name, segment)
@@ -318,7 +318,7 @@ class Catalogue:
         stands: FileState | FileEnd | None = None
         if segment.kind == "state":
             stands = FileState(segment)
-            is_parting |= self._clear_end(segment.namespace, tokens)
+            is_branch_point |= self._clear_end(segment.namespace, tokens)
         elif not self._needs_checkpoints if restores is None else restores:
             stands = FileEnd(segment)
         if not self.store.save(
@@ -328,7 +328,7 @@ class Catalogue:
             stands,
             row_bytes=0,  # of a file all bytes count, whatever part is needed: there is room for them
             is_end=stands is not None,
-            is_parting=is_parting,
+            is_branch_point=is_branch_point,
         ):
             raise BudgetError(f"{segment.name} does not fit the disk budget beside what is kept.")
         if segment.kind == "state":

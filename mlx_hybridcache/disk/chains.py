@@ -69,7 +69,7 @@ class Stretch:
 
     `parts` are links to where each file's part of them ends; without any, the rows are there already.
     `stands` is the checkpoint at the end, or with `restores` the last file, as rows do so by themselves.
-    `passed` is the latest use here or below, `is_parting` that several runs go on from here.
+    `passed` is the latest use here or below, `is_branch_point` that several runs go on from here.
     """
 
     lead: Link | None
@@ -77,7 +77,7 @@ class Stretch:
     parts: tuple[Link, ...]
     stands: Entry | None
     restores: bool
-    is_parting: bool
+    is_branch_point: bool
     passed: int
 
     def segments(self) -> Iterator[Segment]:
@@ -263,8 +263,10 @@ class Chains:
                     stands = self._entries[link.segment.name]
             used = [self._entries[part.segment.name].used for part in parts]
             used += [stands.used] if stands is not None else []
-            is_parting = len(onward) > 1
-            found.append(Stretch(lead, link, tuple(parts), stands, restores, is_parting, max(used)))
+            is_branch_point = len(onward) > 1
+            found.append(
+                Stretch(lead, link, tuple(parts), stands, restores, is_branch_point, max(used))
+            )
             waiting += reversed(onward)
         for place, entry in comes.states.items():  # their rows were there before
             link = self._known[place]

@@ -386,9 +386,9 @@ class WriteBehind:
         segment, writing = flight.segment, flight.writing
         self.written_bytes += segment.file_nbytes
         try:
-            is_parting = writing.node.returns > 0 and segment.end == writing.node.end
+            is_branch_point = writing.node.returns > 0 and segment.end == writing.node.end
             if segment in self.catalogue or self.catalogue.add(
-                segment, flight.tokens, is_parting=is_parting
+                segment, flight.tokens, is_branch_point=is_branch_point
             ):
                 return True
             # What leads to it went meanwhile and is written again, or all of it is there.

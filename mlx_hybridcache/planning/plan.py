@@ -104,7 +104,7 @@ class Plan:
             joined += batch_bytes(self.layout, requests, capacity, joined)[1]
         rows = requests * self.rows_bytes
         if (
-            self.layout.lends_rows
+            self.layout.shares_rows
         ):  # they lie in the caches, and move to the store a layer at a time at most
             rows = self.context * max(kind.row_bytes for kind in self.layout.kinds)
         return Load(

@@ -156,18 +156,16 @@ def test_a_follower_restores_from_the_caches_of_its_leader(name):
         need = 2 * layout.running_bytes(rounded(560 + REPLY)) + 4 * layout.snapshot_bytes
     with roomy(model, memory_budget=need + need // 20) as cache:
         started: list[Any] = []
-        borrowed: list[bool] = []
+        lazy: list[bool] = []
 
         def begin(read: int, total: int) -> None:
             if not started:
                 started.append(cache.stream_generate(second, REPLY, sampler=oracle.never_ending))
-            borrowed.append(
-                any(has_lazy_rows([node]) for node in cache.engine.tiers.memory.nodes())
-            )
+            lazy.append(any(has_lazy_rows([node]) for node in cache.engine.tiers.memory.nodes()))
 
         replies = [answer(cache, first, prompt_progress_callback=begin), list(started[0])]
         assert started[0].report.restored_tokens >= 500 - 64
-        assert any(borrowed) is layout.lends_rows
+        assert any(lazy) is layout.shares_rows
         for tokens, reply in zip((first, second), replies, strict=True):
             assert_as_plain(cache, tokens, reply)
         assert cache.stats().running_bytes == 0
@@ -255,7 +253,7 @@ def test_rows_move_in_pieces_that_are_cheap_to_cut():
 
 
 def test_a_roomy_store_owns_what_was_read_before_the_reply_ends():
-    """Then files can be written and batches formed meanwhile: nothing is borrowed behind the first token."""
+    """Then files can be written and batches formed meanwhile: nothing is lazy behind the first token."""
     tokens = oracle.prompt(500, seed=15)
     with roomy() as cache:
         stream = cache.stream_generate(tokens, REPLY, sampler=oracle.never_ending)

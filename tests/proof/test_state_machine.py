@@ -27,7 +27,7 @@ import mlx.core as mx
 import oracle
 import pytest
 import tiny
-from full_scan import check_census
+from full_scan import check_values
 from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
@@ -409,7 +409,7 @@ class CacheMachine(RuleBasedStateMachine):
             outlined = {name: seen(one) for name, one in tier.outlines(None).items()}
             trees = {name: each for name, each in tier._trees.items() if each.root.children}
             assert outlined == {name: there(each.root) for name, each in trees.items()}
-            check_census(tier)
+            check_values(tier)
         if not self.held:
             assert store.budget.running_bytes == 0
         if self.go_on.is_set():

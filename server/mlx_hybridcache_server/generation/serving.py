@@ -48,7 +48,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
+class ReplyRequest:
     """One reply that is wanted."""
 
     tokens: list[int]
@@ -81,10 +81,12 @@ class UnderWay(Protocol):
 class Run:
     """One reply under way. Read `pieces` once; then `report`, `count` and `timings` are complete."""
 
-    def __init__(self, serving: Serving, loaded: Loaded, ask: Ask, reply_id: str, places: Places):
-        self.ask = ask
+    def __init__(
+        self, serving: Serving, loaded: Loaded, request: ReplyRequest, reply_id: str, places: Places
+    ):
+        self.request = request
         self.reply_id = reply_id
-        self.count = Count(prompt=len(ask.tokens))
+        self.count = Count(prompt=len(request.tokens))
         self.report: CacheReport | None = None
         self._serving = serving
         self._loaded = loaded
@@ -108,7 +110,7 @@ class Run:
     @property
     def endpoint(self) -> str:
         """Where it was asked for."""
-        return "/v1/chat/completions" if self.ask.is_chat else "/v1/completions"
+        return "/v1/chat/completions" if self.request.is_chat else "/v1/completions"
 
     @property
     def seconds_waited(self) -> float:
@@ -182,7 +184,7 @@ class Run:
                 self.count.completion += 1
                 self.count.reasoning += item.is_reasoning
                 finished = item.finish is not None
-                if item.finish == "length" and self.ask.best_effort:
+                if item.finish == "length" and self.request.best_effort:
                     clients.warning(
                         "A reply went on until no more fitted: its request set no max_tokens, or more. "
                         "--max-tokens bounds those that set none."
@@ -206,41 +208,48 @@ class Run:
         }
 
     def _generate(self) -> Generation[Piece | Progress]:
-        ask, loaded = self.ask, self._loaded
+        request, loaded = self.request, self._loaded
         listener = Listener(
-            ask.stops,
-            partial(Parts, loaded.tokenizer, ask.state, ask.tools, only_one=ask.one_tool_call)
-            if ask.is_chat
+            request.stops,
+            partial(
+                Parts,
+                loaded.tokenizer,
+                request.state,
+                request.tools,
+                only_one=request.one_tool_call,
+            )
+            if request.is_chat
             else None,
-            ask.top_logprobs,
-            loaded.token_bytes if ask.goes_on else None,
-            ask.limits.ends,
+            request.top_logprobs,
+            loaded.token_bytes if request.goes_on else None,
+            request.limits.ends,
         )
-        sampling = ask.sampling
+        sampling = request.sampling
         processors = sampling.processors()
-        processors += ask.limits.processors(loaded.tokenizer, ask.state)
+        processors += request.limits.processors(loaded.tokenizer, request.state)
         through: Through[Piece | Progress] = listener.listen
-        if ask.constraint is not None:
-            guide = ask.constraint.start()
+        if request.constraint is not None:
+            guide = request.constraint.start()
             processors.append(guide)  # last: no bias can allow what the grammar does not
             through = guide.watching(through)
         recorder, uses_cache = self._serving.recorder, self._serving.settings.uses_cache
-        if recorder is not None and (ask.use_cache or not uses_cache):  # else it declined the cache
-            served = Served.now(loaded.cache.info, ask.tokens, ask.cache_salt)
+        declined = uses_cache and not request.use_cache
+        if recorder is not None and not declined:
+            served = Served.now(loaded.cache.info, request.tokens, request.cache_salt)
             through = recorder.watching(through, served)
         return loaded.cache.stream_generate(
-            ask.tokens,
-            ask.max_tokens,
+            request.tokens,
+            request.max_tokens,
             prompt_progress_callback=listener.on_progress,
-            cache_salt=ask.cache_salt,
-            use_cache=ask.use_cache,
-            seed=ask.seed,
-            best_effort=ask.best_effort,
+            cache_salt=request.cache_salt,
+            use_cache=request.use_cache,
+            seed=request.seed,
+            best_effort=request.best_effort,
             # Greedy replies draw nothing, so they need no random stream of their own.
             sampler=sampling.sampler(loaded.tokenizer) if sampling.temperature else None,
             logits_processors=processors or None,
             through=through,
-            **ask.options,
+            **request.options,
         )
 
     def _read(self, generation: Generation[Piece | Progress]) -> None:
@@ -260,7 +269,7 @@ class Run:
 
 
 class Serving:
-    """Runs asks on the model that is loaded, within the limits that were set."""
+    """Runs replies on the model that is loaded, within the limits that were set."""
 
     def __init__(self, settings: Settings, loaded: Loaded, recorder: Recorder | None = None):
         self.settings = settings
@@ -390,7 +399,7 @@ class Serving:
                 for name in ("before", "asked", "stored")
             }
             changed = kind_of_change(**parts)
-            if self.settings.show_prompts and not run.ask.cache_salt:
+            if self.settings.show_prompts and not run.request.cache_salt:
                 text = parts
         self.remembered += 1
         self.recent.appendleft(

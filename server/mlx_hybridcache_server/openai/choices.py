@@ -105,7 +105,7 @@ class TextChoice:
         return self._choice(self._text, self._logprobs, 0)
 
     def _choice(self, text: str, logprobs: list[TokenLogprob], start: int) -> dict[str, Any]:
-        with_top = bool(self.run.ask.top_logprobs)
+        with_top = bool(self.run.request.top_logprobs)
         return {
             "index": self._index,
             "text": text,

@@ -37,7 +37,7 @@ from .functions import FunctionChoice
 from .logprobs import TokenNames
 from .message import ChatMessage
 from .notices import warning_headers
-from .parse import asks, check, warn_of_switches
+from .parse import check, parse, warn_of_switches
 from .reply import Reply, late
 
 log = logging.getLogger("mlx_hybridcache.server")
@@ -124,17 +124,17 @@ async def _chat(body: ChatBody, serving: Serving, places: Places, weight: int) -
     constraint = await _constraint(body, rendered, serving, loaded)
     tools = (constraint and constraint.tools) or may_call
     calls = loaded.tool_format(tools, calls=body.tool_choice != "none")
-    wanted = asks(body, rendered, serving.settings, loaded, constraint, calls)
+    wanted = parse(body, rendered, serving.settings, loaded, constraint, calls)
     kind = "chat.completion.chunk" if body.stream else "chat.completion"
     envelope = Envelope.new("chatcmpl", kind, body.model or loaded.id)
     choices: list[Choice] = [
         ChatChoice(
             index,
-            Run(serving, loaded, ask, envelope.id, places),
+            Run(serving, loaded, each, envelope.id, places),
             ChatMessage(calls),
             TokenNames(loaded.token_bytes),
         )
-        for index, ask in enumerate(wanted)
+        for index, each in enumerate(wanted)
     ]
     if body.wants_function_call:
         choices = [FunctionChoice(choice) for choice in choices]
@@ -150,7 +150,7 @@ async def _completions(
     for prompt in _prompts(body):
         rendered = await serving.rendering.steps(loaded.renderer.text(prompt), len(prompt))
         constraint = await _constraint(body, rendered, serving, loaded)
-        wanted = asks(body, rendered, serving.settings, loaded, constraint)
+        wanted = parse(body, rendered, serving.settings, loaded, constraint)
         echo = ""
         if body.echo:
             echo = await serving.rendering.call(partial(_text_of, prompt, loaded), len(prompt))
@@ -159,11 +159,11 @@ async def _completions(
             [
                 TextChoice(
                     first + i,
-                    Run(serving, loaded, ask, envelope.id, places),
+                    Run(serving, loaded, each, envelope.id, places),
                     TokenNames(loaded.token_bytes),
                     echo,
                 )
-                for i, ask in enumerate(wanted)
+                for i, each in enumerate(wanted)
             ]
         )
     return Reply(serving, envelope, groups, body.wants_usage())
