@@ -186,10 +186,10 @@ def export(
     `SegmentError` when a file is damaged.
     """
     archived = archived_segments(collection, node, only_end=only_end)
-    place = collection.place(node)
-    assert place is not None
     members = tuple((sent.name, sent.file_nbytes) for _, sent in archived)
-    manifest = Manifest(collection.namespace, collection.model, place.key, node.end, members)
+    manifest = Manifest(
+        collection.namespace, collection.model, collection.key(node), node.end, members
+    )
     on_size(manifest.nbytes)
     with replacing(to) as fd, tempfile.TemporaryDirectory() as scratch:
         _write_member(fd, MANIFEST, [text := manifest.encoded()], len(text))

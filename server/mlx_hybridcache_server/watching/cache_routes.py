@@ -23,7 +23,7 @@ from ..http.disconnects import unless_gone
 from ..http.wire import JsonRoute
 from ..schema.requests import Conversation, PrefixBody
 from .figures import figures
-from .forest import Forest, find
+from .namespaces import named, namespace_trees
 
 router = APIRouter(route_class=JsonRoute)
 
@@ -136,18 +136,18 @@ async def _prefix(body: PrefixBody, serving: Serving, places: Places, weight: in
 
 def _stored(key: str, loaded: Loaded) -> _Prefix:
     own = Namespace(loaded.cache.info.settings)
-    found = find(Forest().shelves(loaded.cache.outlines, own), key)
+    found = named(namespace_trees(loaded.cache.outlines, own), key)
     if found is None:
         raise ApiError(404, f"Nothing is stored under {key!r} any more.", code="not_stored")
-    shelf, tokens = found
-    if shelf.salt is None:
+    tree, tokens = found
+    if tree.salt is None:
         raise ApiError(
             409,
             "This was stored for another model, or for a salt that no request has named since the "
             "start; `mlx-hybridcache cache` looks after it.",
             code="other_namespace",
         )
-    return _Prefix(loaded, tokens.tolist(), shelf.salt, is_stored=True)
+    return _Prefix(loaded, tokens.tolist(), tree.salt, is_stored=True)
 
 
 async def _warm(prefix: _Prefix, serving: Serving, places: Places) -> dict[str, Any]:

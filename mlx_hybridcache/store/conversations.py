@@ -1,4 +1,6 @@
-"""Both tiers' trees as one: runs that nothing branches from, grown only where somebody looks.
+"""The one picture of what is stored, for the page and for `cache ls`: both tiers' trees as one.
+
+It is made of runs that nothing branches from, grown only where somebody looks.
 
 A run is mostly one conversation, or what several share. It is in memory, on disk or both, here one and
 there the other. Works on outlines, on any thread, and changes nothing.
@@ -10,18 +12,24 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from heapq import nlargest
 from operator import attrgetter
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
-import numpy as np
-
-from mlx_hybridcache.cache import Outlines
-from mlx_hybridcache.disk.catalogue import digest
-from mlx_hybridcache.disk.segment import PrefixDigest
-from mlx_hybridcache.store.outline import Outline
-from mlx_hybridcache.store.tree import common_length
-from mlx_hybridcache.tokens import Namespace, Tokens
+from ..tokens import Tokens
+from .outline import Outline
+from .tree import common_length
 
 NOTHING: frozenset[int] = frozenset()
+
+
+class Digest(Protocol):
+    """What names a prefix that grows."""
+
+    @property
+    def key(self) -> str:
+        """The name."""
+
+    def read(self, tokens: Tokens) -> Digest:
+        """The digest of what `tokens` make the prefix; this one stays what it is."""
 
 
 class Start(NamedTuple):
@@ -175,7 +183,7 @@ class Run:
     `parts` are ranges with the tiers that hold them. Bytes are the run's own, rows and checkpoints.
     """
 
-    digest: PrefixDigest
+    digest: Digest
     start: int
     end: int = 0
     key: str = ""
@@ -193,69 +201,37 @@ class Run:
         return max((place.used_at or 0.0 for place in self.places), default=0.0) or None
 
 
-@dataclass(frozen=True, slots=True)
-class Shelf:
-    """All that one namespace holds. Without `salt` it is known by files only: of another model or salt."""
-
-    key: str
-    salt: str | None
-    nbytes: int
-    branches: Branches
-    start: Start
-
-
-class Forest:
+class Runs:
     """Runs as they are looked at. What did not change since the last look is the same object."""
 
     def __init__(self) -> None:
         self._runs: dict[Start, Run] = {}
         self._before: dict[Start, Run] = {}
 
-    def shelves(self, outlines: Outlines, own: Namespace) -> list[Shelf]:
-        """A new look: the model's own shelf first, then those with salts, then those of others."""
+    def look_again(self) -> None:
+        """What is not asked for until the next time is forgotten."""
         self._before, self._runs = self._runs, {}
-        salts = {digest(name): name.salt for name in (own, *outlines.memory)}
-        memory = {digest(name): each for name, each in outlines.memory.items()}
-        on_disk = {name.settings: each for name, each in outlines.disk.items()}
-        shelves = []
-        for key in dict.fromkeys([*memory, *on_disk]):
-            top = Start(memory.get(key), on_disk.get(key), 0)
-            shelves.append(Shelf(key, salts.get(key), top.nbytes, Branches(*top), top))
-        return sorted(shelves, key=lambda shelf: (shelf.salt != own.salt, shelf.salt is None))
 
-    def run(self, start: Start, above: PrefixDigest) -> Run:
+    def run(self, start: Start, above: Digest) -> Run:
         """The run that begins there; `above` is the digest of what leads to it."""
         found = self._runs.get(start) or self._before.get(start) or _grown(start, above)
         self._runs[start] = found
         return found
 
 
-def find(shelves: list[Shelf], key: str) -> tuple[Shelf, Tokens] | None:
-    """The tokens of the prefix that `key` names, and the shelf it lies on. Looks at everything."""
-    for shelf in shelves:
-        for path in _paths(shelf):
-            run = path[-1]
-            place = next((each for each in run.places if each.key == key), None)
-            if run.key == key or place is not None:
-                tokens = np.concatenate([part for each in path for part in each.tokens])
-                return shelf, tokens[: run.end if place is None else place.position]
-    return None
-
-
-def _paths(shelf: Shelf) -> Iterator[list[Run]]:
-    """Every run of a shelf with those above it."""
-    top = PrefixDigest(shelf.key)
-    waiting: list[tuple[Start, PrefixDigest, list[Run]]]
-    waiting = [(start, top, []) for start in shelf.branches]
+def walk(branches: Branches, above: Digest) -> Iterator[tuple[Start, list[Run]]]:
+    """Every run with those that lead to it, parents before children, depth first."""
+    waiting: list[tuple[Start, Digest, list[Run]]]
+    waiting = [(start, above, []) for start in reversed([*branches])]
     while waiting:
         start, above, path = waiting.pop()
         run = _grown(start, above)
         here = [*path, run]
-        yield here
-        waiting += [(branch, run.digest, here) for branch in run.branches]
+        yield start, here
+        waiting += [(branch, run.digest, here) for branch in reversed([*run.branches])]
 
 
-def _grown(start: Start, above: PrefixDigest) -> Run:
+def _grown(start: Start, above: Digest) -> Run:
     run = Run(above, start.at)
     (memory, disk, at) = start
     while True:
