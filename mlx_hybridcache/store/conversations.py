@@ -35,33 +35,33 @@ class Digest(Protocol):
 class Start(NamedTuple):
     """Where a run begins, at position `at`: in each tier the node it lies in, None where it is not."""
 
-    memory: Outline | None
-    disk: Outline | None
+    in_memory: Outline | None
+    on_disk: Outline | None
     at: int
 
     @property
     def used(self) -> tuple[float, int]:
         """When it or anything below was last used. The later, the greater."""
-        return max(each.below.used for each in (self.memory, self.disk) if each is not None)
+        return max(each.below.used for each in (self.in_memory, self.on_disk) if each is not None)
 
     @property
     def nbytes(self) -> int:
         """What it and everything below weigh in both tiers."""
-        return self.weight(self.memory) + self.weight(self.disk)
+        return self.weight(self.in_memory) + self.weight(self.on_disk)
 
     @property
     def token(self) -> int:
         """Its first."""
-        first = self.memory or self.disk
+        first = self.in_memory or self.on_disk
         assert first is not None
         return int(first.tokens[self.at - first.start])
 
     def differs_within(self, least: int) -> bool:
         """Whether what the tiers hold of it is not the same for that many tokens."""
-        assert self.memory is not None
-        assert self.disk is not None
+        assert self.in_memory is not None
+        assert self.on_disk is not None
         one, other = (
-            each.tokens[self.at - each.start :][:least] for each in (self.memory, self.disk)
+            each.tokens[self.at - each.start :][:least] for each in (self.in_memory, self.on_disk)
         )
         return one.tobytes() != other.tobytes()
 
@@ -78,16 +78,16 @@ class Branches:
     There may be a thousand of which thirty are looked at, once a second: so none is made before.
     """
 
-    def __init__(self, memory: Outline | None, disk: Outline | None, at: int):
-        self._memory, self._disk, self._at = _ways(memory, at), _ways(disk, at), at
+    def __init__(self, in_memory: Outline | None, on_disk: Outline | None, at: int):
+        self._in_memory, self._on_disk, self._at = _ways(in_memory, at), _ways(on_disk, at), at
 
     def __len__(self) -> int:
-        if not self._memory or not self._disk:
-            return len(self._memory) + len(self._disk)
-        return len(self._memory.keys() | self._disk.keys())
+        if not self._in_memory or not self._on_disk:
+            return len(self._in_memory) + len(self._on_disk)
+        return len(self._in_memory.keys() | self._on_disk.keys())
 
     def __iter__(self) -> Iterator[Start]:
-        return map(self._start, {**self._memory, **self._disk})
+        return map(self._start, {**self._in_memory, **self._on_disk})
 
     def first(self, most: int, order: str, without: frozenset[int] = NOTHING) -> list[Start]:
         """The latest used (`recent`) or the heaviest (`size`), at most `most`, but for some tokens."""
@@ -98,43 +98,43 @@ class Branches:
             return [*self][:most]
         if order == "size":
             return nlargest(most, self, key=_NBYTES)
-        if not self._memory or not self._disk:
+        if not self._in_memory or not self._on_disk:
             # The newest are mostly the last ones, and a heap that meets the greatest first is done soonest.
-            newest_first = reversed([*(self._memory or self._disk).values()])
+            newest_first = reversed([*(self._in_memory or self._on_disk).values()])
             tokens = [
                 int(each.tokens[self._at - each.start])
                 for each in nlargest(most, newest_first, key=_USED)
             ]
         else:
-            tokens = nlargest(most, self._memory.keys() | self._disk.keys(), key=self._used)
+            tokens = nlargest(most, self._in_memory.keys() | self._on_disk.keys(), key=self._used)
         return list(map(self._start, tokens))
 
     def forks_within(self, least: int, early: Early) -> list[Start]:
         """Those that part ways again before they have `least` tokens."""
         found = {
             int(each.tokens[self._at - each.start])
-            for ways in (self._memory, self._disk)
+            for ways in (self._in_memory, self._on_disk)
             for each in ways.values()
             if each.end - self._at < least and early.parts(each, self._at, least)
         }
-        if self._memory and self._disk:
+        if self._in_memory and self._on_disk:
             found |= {
                 token
-                for token in self._memory.keys() & self._disk.keys()
+                for token in self._in_memory.keys() & self._on_disk.keys()
                 if self._start(token).differs_within(least)
             }
         return [self._start(token) for token in sorted(found)]
 
     def _start(self, token: int) -> Start:
-        return Start(self._memory.get(token), self._disk.get(token), self._at)
+        return Start(self._in_memory.get(token), self._on_disk.get(token), self._at)
 
     def _used(self, token: int) -> tuple[float, int]:
-        memory, disk = self._memory.get(token), self._disk.get(token)
-        if memory is None or disk is None:
-            alone = memory or disk
+        in_memory, on_disk = self._in_memory.get(token), self._on_disk.get(token)
+        if in_memory is None or on_disk is None:
+            alone = in_memory or on_disk
             assert alone is not None
             return alone.below.used
-        return max(memory.below.used, disk.below.used)
+        return max(in_memory.below.used, on_disk.below.used)
 
 
 class Early:
@@ -233,25 +233,28 @@ def walk(branches: Branches, above: Digest) -> Iterator[tuple[Start, list[Run]]]
 
 def _grown(start: Start, above: Digest) -> Run:
     run = Run(above, start.at)
-    (memory, disk, at) = start
+    (in_memory, on_disk, at) = start
     while True:
-        first = memory or disk
+        first = in_memory or on_disk
         assert first is not None
-        end = min(each.end for each in (memory, disk) if each is not None)
-        if memory is not None and disk is not None:
-            one, other = memory.tokens[at - memory.start :], disk.tokens[at - disk.start :]
+        end = min(each.end for each in (in_memory, on_disk) if each is not None)
+        if in_memory is not None and on_disk is not None:
+            one, other = (
+                in_memory.tokens[at - in_memory.start :],
+                on_disk.tokens[at - on_disk.start :],
+            )
             end = at + common_length(one, other)
         run.tokens.append(first.tokens[at - first.start : end - first.start])
         run.digest = run.digest.read(run.tokens[-1])
-        run.memory_bytes += _rows_bytes(memory, at, end)
-        run.disk_bytes += _rows_bytes(disk, at, end)
-        _add_part(run.parts, at, end, memory is not None, disk is not None)
-        _add_place(run, end, memory, disk)
-        branches = Branches(memory, disk, end)
+        run.memory_bytes += _rows_bytes(in_memory, at, end)
+        run.disk_bytes += _rows_bytes(on_disk, at, end)
+        _add_part(run.parts, at, end, in_memory is not None, on_disk is not None)
+        _add_place(run, end, in_memory, on_disk)
+        branches = Branches(in_memory, on_disk, end)
         if len(branches) != 1:
             run.end, run.key, run.branches = end, run.digest.key, branches
             return run
-        ((memory, disk, at),) = branches
+        ((in_memory, on_disk, at),) = branches
 
 
 def _ways(outline: Outline | None, at: int) -> Mapping[int, Outline]:
@@ -272,18 +275,18 @@ def _rows_bytes(outline: Outline | None, start: int, end: int) -> int:
 
 
 def _add_part(
-    parts: list[tuple[int, int, bool, bool]], start: int, end: int, memory: bool, disk: bool
+    parts: list[tuple[int, int, bool, bool]], start: int, end: int, in_memory: bool, on_disk: bool
 ) -> None:
-    if parts and parts[-1][2:] == (memory, disk):
-        parts[-1] = (parts[-1][0], end, memory, disk)
+    if parts and parts[-1][2:] == (in_memory, on_disk):
+        parts[-1] = (parts[-1][0], end, in_memory, on_disk)
     else:
-        parts.append((start, end, memory, disk))
+        parts.append((start, end, in_memory, on_disk))
 
 
-def _add_place(run: Run, end: int, memory: Outline | None, disk: Outline | None) -> None:
+def _add_place(run: Run, end: int, in_memory: Outline | None, on_disk: Outline | None) -> None:
     """Where a node ends, if something stands there, is pinned, or nothing follows."""
-    here = memory if memory is not None and memory.end == end else None
-    there = disk if disk is not None and disk.end == end else None
+    here = in_memory if in_memory is not None and in_memory.end == end else None
+    there = on_disk if on_disk is not None and on_disk.end == end else None
     standing = [
         each
         for each in (here, there)

@@ -164,7 +164,7 @@ class Rows:
 
     def conversations(self, start: Start) -> int:
         """Leaves below it, of both tiers as one tree: as many as its rows have together."""
-        if start.memory is None or start.disk is None:
+        if start.in_memory is None or start.on_disk is None:
             return _leaves(start)
         waiting = [start]
         while waiting:
@@ -176,7 +176,9 @@ class Rows:
             unknown = [
                 each
                 for each in below
-                if each.memory is not None and each.disk is not None and each not in self._known
+                if each.in_memory is not None
+                and each.on_disk is not None
+                and each not in self._known
             ]
             if unknown:
                 waiting += unknown
@@ -188,15 +190,15 @@ class Rows:
 
 def _leaves(start: Start) -> int:
     """Where one tier holds all of it."""
-    outline = start.memory or start.disk
+    outline = start.in_memory or start.on_disk
     assert outline is not None
     return outline.below.leaves
 
 
 def _behind(start: Start) -> Branches:
     """Where the tiers part ways, or the first of them ends."""
-    memory, disk, at = start
-    assert memory is not None
-    assert disk is not None
-    one, other = memory.tokens[at - memory.start :], disk.tokens[at - disk.start :]
-    return Branches(memory, disk, at + common_length(one, other))
+    in_memory, on_disk, at = start
+    assert in_memory is not None
+    assert on_disk is not None
+    one, other = in_memory.tokens[at - in_memory.start :], on_disk.tokens[at - on_disk.start :]
+    return Branches(in_memory, on_disk, at + common_length(one, other))

@@ -198,8 +198,8 @@ class Watcher:
     def _told_row(self, row: Row, *, is_private: bool) -> dict[str, Any]:
         run, start, below = row.run, row.start, self._rows.below(row)
         total = {
-            "memory": start.weight(start.memory),
-            "disk": start.weight(start.disk),
+            "memory": start.weight(start.in_memory),
+            "disk": start.weight(start.on_disk),
         }
         resting = [place for place in run.places if place.position > run.start]
         return {

@@ -88,7 +88,7 @@ def test_a_row_is_its_own_and_the_rows_below_it(seed, order):
     tree = tree_of(rows, memory, disk)
 
     def weight(row):
-        return sum(row.start.weight(each) for each in (row.start.memory, row.start.disk))
+        return sum(row.start.weight(each) for each in (row.start.in_memory, row.start.on_disk))
 
     def check(fork, whole, conversations):
         found = rows.first(fork, 10_000, order)
