@@ -176,11 +176,16 @@ class Materializer(Generic[R, S]):
             del left[-count:]
 
     def alias(self) -> None:
-        """Let go of rows that a running request's caches hold as well."""
+        """Let go of rows that a running request's caches hold as well.
+
+        In the node where the tree parts ways with the request, rows behind that belong to other tokens.
+        """
         for source in self._sources:
-            for node in self.store.match(source.namespace, source.tokens).nodes():
+            match = self.store.match(source.namespace, source.tokens)
+            for node in match.nodes():
                 for rows in node.rows:
-                    if not isinstance(rows, LazyRows) and source.has(rows):
+                    is_own = not isinstance(rows, LazyRows) and rows.end <= match.matched
+                    if is_own and source.has(rows):
                         self._let_go_for(node, rows, source)
 
     def _may_move(self, rows: R | LazyRows[R], position: int) -> bool:

@@ -1,6 +1,7 @@
 """A running request's rows are held once: the store leaves its own in the request's caches meanwhile."""
 
 import gc
+import itertools
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -263,6 +264,31 @@ def test_a_roomy_store_owns_what_was_read_before_the_reply_ends():
         assert sum(node.rows_nbytes for node in nodes) >= 499 * cache.engine.layout.row_bytes
         assert not any(has_lazy_rows([node]) for node in nodes)
         list(stream)
+
+
+@pytest.mark.parametrize("name", ["qwen3_next", "qwen3"])
+def test_what_parts_ways_with_a_running_request_keeps_its_own_rows(name):
+    """Two prompts part ways at 300; the first one's rows were cleared while it runs, and then room is short:
+    what is stored of the second is still the second's.
+    """
+    model = tiny.build(name)
+    shared = oracle.prompt(300, seed=6)
+    first, second = ([*shared, *oracle.prompt(60, seed=seed)] for seed in (7, 8))
+    with roomy(model) as cache:
+        running = cache.stream_generate(first, 500, sampler=oracle.never_ending)
+        begun = [next(running)]
+        cache.clear()
+        list(
+            cache.warm(second)
+        )  # a reply would share a batch with the first, whose caches then leave it anew
+        cache._worker.call(lambda: cache.engine.tiers.memory.shrink(0))
+        asked = [*second, *oracle.TAIL]
+        assert_as_plain(cache, asked, answer(cache, asked))
+        assert_as_plain(cache, first, [*begun, *itertools.islice(running, REPLY - 1)])
+        running.cancel()
+        list(running)
+        if cache.checkpoints():
+            assert_all_points_as_plain(cache)
 
 
 @pytest.mark.parametrize("requests", forms(8, 30))

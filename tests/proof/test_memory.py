@@ -352,7 +352,7 @@ def test_a_reply_of_unknown_length_claims_its_beginning_and_grows(length: int) -
         claimed, tokens = [], []
         for piece in cache.stream_generate(prompt, length, best_effort=True, **options):
             tokens.append(piece.token)
-            claimed.append(cache.engine.tiers.memory.running_bytes)
+            claimed.append(cache.engine.tiers.memory.budget.running_bytes)
         assert tokens == named
         assert claimed[0] == cache.engine.layout.running_bytes(room.rounded(100 + 512))
         assert claimed[-2] >= cache.engine.layout.running_bytes(length + 100)

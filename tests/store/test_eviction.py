@@ -225,3 +225,16 @@ def test_rows_that_running_caches_hold_weigh_nothing_until_they_are_the_stores_a
     assert materializer.materialize(live)
     assert store.budget.rows_bytes == 40 * ROW
     full_scan.check_values(store)
+
+
+def test_rows_of_other_tokens_stay_the_stores():
+    """A request's caches hold 40 rows; what is stored has the first 30 tokens of them, and goes on otherwise."""
+    layout = SizedLayout.of_shape(replace(SHAPES["qwen3-next-80b"], row_bytes=ROW))
+    store = Store(10**9, needs_checkpoints=True)
+    save(store, list(range(20)))
+    save(store, [*range(30), *range(100, 110)])
+    materializer = Materializer(store)
+    source = SizedCaches(materializer, layout, N, as_tokens(range(40)))
+    source.restored([SizedCache(40)], 40, 64)
+    materializer.alias()
+    assert store.budget.rows_bytes == 20 * ROW  # the run of `[20, 40)` parts ways inside
