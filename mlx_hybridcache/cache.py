@@ -43,7 +43,7 @@ from .request.info import CacheInfo
 from .request.prompts import Prompts
 from .request.request import Progress, Request
 from .router import Patch
-from .settings import Settings, info
+from .settings import CacheSettings, info
 from .store.budget import StoreStats
 from .store.outline import Outline
 from .store.references import CountedReferences
@@ -124,7 +124,7 @@ class HybridPromptCache:
     ):
         check_model(model, tokenizer)
         check_text("cache_salt", cache_salt)
-        settings = Settings(
+        settings = CacheSettings(
             memory_budget=memory_budget,
             memory_reserve=memory_reserve,
             exact=exact,
@@ -142,7 +142,7 @@ class HybridPromptCache:
             tokenizer = TokenizerWrapper(tokenizer)
         self._open(model, tokenizer, settings, cache_salt)
 
-    def _open(self, model: Any, tokenizer: Any, settings: Settings, cache_salt: str) -> None:
+    def _open(self, model: Any, tokenizer: Any, settings: CacheSettings, cache_salt: str) -> None:
         layout = settings.layout(model)
         # Also when this one fails, or is dropped rather than closed.
         self._let_go = weakref.finalize(self, layout.release)

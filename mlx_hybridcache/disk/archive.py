@@ -33,9 +33,9 @@ from .segment import (
     Segment,
     SegmentError,
     Tensor,
+    check_file,
     prefix_keys,
     read_data,
-    verify,
     write,
 )
 
@@ -195,7 +195,7 @@ def export(
         _write_member(fd, MANIFEST, [text := manifest.encoded()], len(text))
         for whole, sent in archived:
             if sent is whole:
-                verify(source := path_of(root, whole))
+                check_file(source := path_of(root, whole))
             else:
                 source = _written_cut(root, whole, sent, Path(scratch))
             _write_member(fd, sent.name, _content(source, sent.file_nbytes), sent.file_nbytes)
@@ -356,7 +356,7 @@ def _members(file: BufferedReader, manifest: Manifest) -> Iterator[tuple[Segment
                         raise ArchiveError("It ends too early.")
                     copy.write(piece)
             _must_be_zero(file, -size % _BLOCK)
-            segment = verify(path)
+            segment = check_file(path)
             if (segment.namespace, segment.model) != (manifest.namespace, manifest.model):
                 raise ArchiveError(f"Its member {name} belongs to another model or salt.")
             yield segment, Path(scratch)

@@ -22,7 +22,7 @@ from ..store.budget import Claim
 from ..store.store import Store
 from ..store.tree import common_length
 from ..tokens import Namespace, Tokens, as_tokens
-from .chains import Chains, Difference, Link, Stretch, link_at
+from .chains import Chains, Link, Stretch, TreeUpdate, link_at
 from .index import Entry
 from .parts import FileEnd, FileFound, FileNode, FileRows, Files, FileState, FileStore, payloads
 from .segment import PrefixDigest, Segment
@@ -173,25 +173,25 @@ class Catalogue:
         chains = Chains()
         return [*self.take(chains.change(entries)), *chains.orphans()]
 
-    def take(self, difference: Difference) -> list[Segment]:
+    def take(self, update: TreeUpdate) -> list[Segment]:
         """Do what a change of the directory comes to; returns files that turn out to be of no use.
 
         Takes as long as the change, and for each run that comes as long as what leads to it. What is over
         the budget afterwards goes, least useful first.
         """
         self._files.went.clear()
-        for segment in difference.gone:
+        for segment in update.gone:
             self.forget(segment)
-        self.is_behind |= not self._files.went <= difference.behind
+        self.is_behind |= not self._files.went <= update.behind
         self._files.went.clear()
         budget = self.store.budget.limit_bytes
         self.store.budget.limit(sys.maxsize)
-        useless = [one for come in difference.come for one in self._take(come)]
-        for entry, link in difference.noted:
+        useless = [one for come in update.come for one in self._take(come)]
+        for entry, link in update.noted:
             self._remember(self._at(link), entry)
         self.store.budget.limit(budget)
         self.keep_budget()
-        return [*useless, *difference.orphans]
+        return [*useless, *update.orphans]
 
     def _take(self, stretch: Stretch) -> list[Segment]:
         """One stretch, behind what stands at its beginning."""

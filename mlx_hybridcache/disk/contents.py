@@ -29,8 +29,8 @@ from .segment import (
     PrefixDigest,
     Segment,
     SegmentError,
+    check_file,
     prefix_key,
-    verify,
 )
 
 LOCK = "writer.lock"
@@ -180,7 +180,7 @@ def loaded(entries: Sequence[Entry]) -> tuple[Catalogue, list[Segment]]:
     return catalogue, catalogue.load(entries)
 
 
-def find(found: Iterable[Collection], beginning: str) -> tuple[Collection, FileNode]:
+def find_checkpoint(found: Iterable[Collection], beginning: str) -> tuple[Collection, FileNode]:
     """The node whose key begins so, if prompts can be resumed there.
 
     Raises `NotStoredError` when there is none, `SettingError` when there are several.
@@ -254,7 +254,7 @@ def damaged(
     for entry in entries:
         path = path_of(root, entry.segment)
         try:
-            verify(path)
+            check_file(path)
         except FileNotFoundError:
             pass  # the process that writes there deleted it
         except (SegmentError, OSError) as error:

@@ -27,7 +27,7 @@ from ..tokens import Namespace, Tokens
 from ..worker.turns import PAUSE, Job, Pause
 from .arrays import RestoreBuffers, Shapes
 from .catalogue import Catalogue, digest
-from .chains import Chains, Difference
+from .chains import Chains, TreeUpdate
 from .directory import Directory
 from .index import Entry
 from .parts import FileFound, parts_of, state_of
@@ -74,7 +74,7 @@ class DiskTier:
     layout: Layout
     shapes: Shapes
     write_behind: WriteBehind
-    _coming: deque[Difference] = field(default_factory=deque, init=False)
+    _coming: deque[TreeUpdate] = field(default_factory=deque, init=False)
     _is_behind: bool = field(default=False, init=False)
     _newer_bytes: int = field(default=0, init=False)
     _read_bytes: int = field(default=0, init=False)
@@ -135,10 +135,10 @@ class DiskTier:
         catalogue, thread = self.catalogue, self.thread
         catalogue.on_unneeded(thread.delete)
         chains = Chains()
-        difference = chains.change(entries)
+        update = chains.change(entries)
         thread.watch(chains, self.changed)
         self._leave_room()
-        for useless in [*catalogue.take(difference), *chains.orphans()]:
+        for useless in [*catalogue.take(update), *chains.orphans()]:
             thread.delete(useless)
         self.publish(None)
         log.info(
@@ -259,15 +259,15 @@ class DiskTier:
 
         What is to be done about it was put together by the disk thread, and is done a piece at a time.
         """
-        difference = change.difference
+        update = change.update
         if change.names is not None:  # of all that is there, what is not known yet
             catalogue = self.catalogue
             gone = [one for one in catalogue.segments() if one.name not in change.names]
-            come = [each for each in difference.come if catalogue.lacks(each)]
-            difference = replace(difference, gone=tuple(gone), come=tuple(come))
-        self._is_behind |= bool(difference.gone) or self.thread.directory.is_writer
+            come = [each for each in update.come if catalogue.lacks(each)]
+            update = replace(update, gone=tuple(gone), come=tuple(come))
+        self._is_behind |= bool(update.gone) or self.thread.directory.is_writer
         is_idle = not self._coming
-        self._coming += difference.pieces(PIECE)
+        self._coming += update.pieces(PIECE)
         if is_idle:
             self._take_some()
 

@@ -12,7 +12,7 @@ from ...errors import RouterError
 from ..discovery.calibration import ROW_TOKENS, ROWS, calibration_tokens
 from ..patch import Patch
 from .arms import DRAWS, Switched, arms, quantized
-from .measure import PAIRS, Readings, measure
+from .measure import PAIRS, Measurements, measure
 from .reading import Way
 from .ties import Ties, ties
 from .verdict import Verdict, verdict
@@ -29,7 +29,7 @@ class Trial:
     """What came out."""
 
     groups: int
-    readings: Readings
+    readings: Measurements
     ties: Ties
     verdict: Verdict
     has_rounder: bool

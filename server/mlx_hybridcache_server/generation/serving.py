@@ -28,14 +28,14 @@ from ..log import CLIENTS
 from ..metrics import Metrics
 from ..prompts.threads import Rendering
 from ..settings import Settings
-from .admission import Admission, Places, Reading
+from .admission import Admission, Admitted, ReadingSlot
 from .changes import kind_of_change
 from .history import REMEMBERED, Record
 from .leases import Leases
 from .limits import NO_LIMITS, Limits
 from .listen import Listener
 from .models import DEFAULT_NAME, Loaded, Named, load, on_own_thread
-from .pieces import Count, Piece, Progress
+from .pieces import Count, Piece, PromptProgress
 from .trace import Recorder, Served
 
 log = logging.getLogger("mlx_hybridcache.server")
@@ -78,11 +78,16 @@ class UnderWay(Protocol):
         ...
 
 
-class Run:
+class RunningReply:
     """One reply under way. Read `pieces` once; then `report`, `count` and `timings` are complete."""
 
     def __init__(
-        self, serving: Serving, loaded: Loaded, request: ReplyRequest, reply_id: str, places: Places
+        self,
+        serving: Serving,
+        loaded: Loaded,
+        request: ReplyRequest,
+        reply_id: str,
+        admitted: Admitted,
     ):
         self.request = request
         self.reply_id = reply_id
@@ -90,9 +95,9 @@ class Run:
         self.report: CacheReport | None = None
         self._serving = serving
         self._loaded = loaded
-        self._places = places
+        self._admitted = admitted
         self._arrived_at = time.time()
-        self._progress: Progress | None = None
+        self._progress: PromptProgress | None = None
         self._began = self._first = self._last = 0.0
         self._is_late = False
         self._giving_back: asyncio.Future[None] | None = None
@@ -105,7 +110,7 @@ class Run:
     @property
     def seconds_to_first_token(self) -> float:
         """From its arrival, waiting included."""
-        return self._first - self._places.arrived
+        return self._first - self._admitted.arrived
 
     @property
     def endpoint(self) -> str:
@@ -115,7 +120,7 @@ class Run:
     @property
     def seconds_waited(self) -> float:
         """In the queue, until it was handed to the model's thread."""
-        return max(0.0, self._began - self._places.arrived)
+        return max(0.0, self._began - self._admitted.arrived)
 
     @property
     def read_tokens(self) -> int:
@@ -138,16 +143,16 @@ class Run:
             "completion_tokens": self.count.completion,
         }
 
-    async def pieces(self) -> AsyncGenerator[Piece | Progress]:
+    async def pieces(self) -> AsyncGenerator[Piece | PromptProgress]:
         """Wait for a turn, then what comes. Closing this iterator cancels the request."""
         serving = self._serving
         async with AsyncExitStack() as held:
-            held.callback(self._places.leave)
+            held.callback(self._admitted.leave)
             serving.runs[self] = None
             held.callback(serving.runs.pop, self)
-            reading = await self._places.turn(held)
+            reading = await self._admitted.turn(held)
             generation = self._start(held)
-            left = self._places.left_seconds
+            left = self._admitted.left_seconds
             if left is not None:
                 timer = asyncio.get_running_loop().call_later(left, self._give_up, generation, held)
                 held.callback(timer.cancel)
@@ -155,7 +160,7 @@ class Run:
                 async for item in items:
                     yield item
 
-    def _start(self, held: AsyncExitStack) -> Generation[Piece | Progress]:
+    def _start(self, held: AsyncExitStack) -> Generation[Piece | PromptProgress]:
         """Hand it to the worker; `held` ends it."""
         serving = self._serving
         serving.check_open()
@@ -165,15 +170,17 @@ class Run:
         held.callback(self._closed, generation)
         return generation
 
-    def _give_up(self, generation: Generation[Piece | Progress], held: AsyncExitStack) -> None:
+    def _give_up(
+        self, generation: Generation[Piece | PromptProgress], held: AsyncExitStack
+    ) -> None:
         """The time is over. What it holds is free at once, though its client may not be listening."""
         self._is_late = True
         generation.cancel()
         self._giving_back = asyncio.ensure_future(held.aclose())
 
     async def _counted(
-        self, generation: Generation[Piece | Progress], reading: Reading
-    ) -> AsyncGenerator[Piece | Progress]:
+        self, generation: Generation[Piece | PromptProgress], reading: ReadingSlot
+    ) -> AsyncGenerator[Piece | PromptProgress]:
         finished = False
         async for item in generation:
             if isinstance(item, Piece):
@@ -194,7 +201,7 @@ class Run:
             yield item
         if not finished:
             if self._is_late:
-                raise self._places.too_late()
+                raise self._admitted.too_late()
             self._serving.check_open()
 
     def timings(self) -> dict[str, float]:
@@ -207,7 +214,7 @@ class Run:
             "predicted_ms": round((self._last - self._first) * 1e3, 3),
         }
 
-    def _generate(self) -> Generation[Piece | Progress]:
+    def _generate(self) -> Generation[Piece | PromptProgress]:
         request, loaded = self.request, self._loaded
         listener = Listener(
             request.stops,
@@ -227,7 +234,7 @@ class Run:
         sampling = request.sampling
         processors = sampling.processors()
         processors += request.limits.processors(loaded.tokenizer, request.state)
-        through: Through[Piece | Progress] = listener.listen
+        through: Through[Piece | PromptProgress] = listener.listen
         if request.constraint is not None:
             guide = request.constraint.start()
             processors.append(guide)  # last: no bias can allow what the grammar does not
@@ -252,7 +259,7 @@ class Run:
             **request.options,
         )
 
-    def _read(self, generation: Generation[Piece | Progress]) -> None:
+    def _read(self, generation: Generation[Piece | PromptProgress]) -> None:
         """The first token is there."""
         self._first = time.perf_counter()
         self.report = report = generation.report
@@ -260,7 +267,7 @@ class Run:
         self.count.cached = report.restored_tokens
         self._serving.metrics.read(report, self.seconds_to_first_token)
 
-    def _closed(self, generation: Generation[Piece | Progress]) -> None:
+    def _closed(self, generation: Generation[Piece | PromptProgress]) -> None:
         generation.cancel()  # which ends nothing if it has ended
         self._serving.generations.discard(generation)
         self._serving.metrics.generated.inc(self.count.completion)
@@ -389,7 +396,7 @@ class Serving:
         if self._loading is not None and self._loading.exception() is None:
             self._loading.result().cache.close()
 
-    def remember(self, run: Run, divergence: Divergence | None) -> None:
+    def remember(self, run: RunningReply, divergence: Divergence | None) -> None:
         """Keep what happened for `/v1/cache/recent`."""
         assert run.report is not None
         changed = text = None

@@ -16,9 +16,9 @@ from starlette.responses import PlainTextResponse, Response
 
 from ..errors import ApiError
 from ..generation import models
-from ..generation.admission import Places
+from ..generation.admission import Admitted
 from ..generation.models import Loaded
-from ..generation.serving import Run, Serving, serving_of
+from ..generation.serving import RunningReply, Serving, serving_of
 from ..grammar.constrain import Constraint, is_constrained
 from ..http.disconnects import unless_gone
 from ..http.event_stream import EventStream, events
@@ -46,7 +46,7 @@ router = APIRouter(route_class=JsonRoute)
 STARTED = int(time.time())
 STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
 
-Begin = Callable[[Serving, Places, int], Coroutine[Any, Any, Reply]]
+Begin = Callable[[Serving, Admitted, int], Coroutine[Any, Any, Reply]]
 """Renders what was asked for, which weighs so many bytes, for the places that it was given."""
 
 
@@ -70,10 +70,10 @@ async def _answered(body: GenerationBody, request: Request, replies: int, begin:
     log.debug("Request: %s", body)
     check(body, serving.settings)
     with ExitStack() as held:
-        places = serving.admission.admit(replies)
-        held.callback(places.close)
+        admitted = serving.admission.admit(replies)
+        held.callback(admitted.close)
         weight = len(await request.body())
-        beginning = places.in_time(begin(serving, places, weight))
+        beginning = admitted.in_time(begin(serving, admitted, weight))
         if body.stream:
             return await _stream(body, request, beginning, held)
         answer = await unless_gone(request, serving.metrics, beginning)
@@ -111,9 +111,9 @@ async def _stream(
     return EventStream(told, held.pop_all().close, headers)
 
 
-async def _chat(body: ChatBody, serving: Serving, places: Places, weight: int) -> Reply:
+async def _chat(body: ChatBody, serving: Serving, admitted: Admitted, weight: int) -> Reply:
     may_call = callable_tools(body)
-    loaded = await serving.model(places.held, body.model, body.adapters)
+    loaded = await serving.model(admitted.held, body.model, body.adapters)
     warn_of_switches(body, loaded.tokenizer.chat_template)
     steps = loaded.renderer.chat(
         body,
@@ -130,7 +130,7 @@ async def _chat(body: ChatBody, serving: Serving, places: Places, weight: int) -
     choices: list[Choice] = [
         ChatChoice(
             index,
-            Run(serving, loaded, each, envelope.id, places),
+            RunningReply(serving, loaded, each, envelope.id, admitted),
             ChatMessage(calls),
             TokenNames(loaded.token_bytes),
         )
@@ -142,9 +142,9 @@ async def _chat(body: ChatBody, serving: Serving, places: Places, weight: int) -
 
 
 async def _completions(
-    body: CompletionBody, serving: Serving, places: Places, weight: int
+    body: CompletionBody, serving: Serving, admitted: Admitted, weight: int
 ) -> Reply:
-    loaded = await serving.model(places.held, body.model, body.adapters)
+    loaded = await serving.model(admitted.held, body.model, body.adapters)
     envelope = Envelope.new("cmpl", "text_completion", body.model or loaded.id)
     groups: list[list[TextChoice]] = []
     for prompt in _prompts(body):
@@ -159,7 +159,7 @@ async def _completions(
             [
                 TextChoice(
                     first + i,
-                    Run(serving, loaded, each, envelope.id, places),
+                    RunningReply(serving, loaded, each, envelope.id, admitted),
                     TokenNames(loaded.token_bytes),
                     echo,
                 )
