@@ -63,7 +63,7 @@ def tight(budget: int, model: Any = None) -> Iterator[HybridPromptCache]:
         assert cache.engine.tiers._materializer._sources == []
         assert not any(has_lazy_rows([node]) for node in store.nodes())
         mx.clear_cache()
-        off = cache._worker.call(mx.get_active_memory) - baseline - store.budget.used_bytes
+        off = cache.worker.call(mx.get_active_memory) - baseline - store.budget.used_bytes
         assert abs(off) <= budget / 100
 
 
@@ -281,7 +281,7 @@ def test_what_parts_ways_with_a_running_request_keeps_its_own_rows(name):
         list(
             cache.warm(second)
         )  # a reply would share a batch with the first, whose caches then leave it anew
-        cache._worker.call(lambda: cache.engine.tiers.memory.shrink(0))
+        cache.worker.call(lambda: cache.engine.tiers.memory.shrink(0))
         asked = [*second, *oracle.TAIL]
         assert_as_plain(cache, asked, answer(cache, asked))
         assert_as_plain(cache, first, [*begun, *itertools.islice(running, REPLY - 1)])

@@ -214,23 +214,21 @@ class RunningReply:
             "predicted_ms": round((self._last - self._first) * 1e3, 3),
         }
 
-    def _generate(self) -> Generation[Piece | PromptProgress]:
+    def _listener(self) -> Listener:
         request, loaded = self.request, self._loaded
-        listener = Listener(
+        parts = partial(
+            Parts, loaded.tokenizer, request.state, request.tools, only_one=request.one_tool_call
+        )
+        return Listener(
             request.stops,
-            partial(
-                Parts,
-                loaded.tokenizer,
-                request.state,
-                request.tools,
-                only_one=request.one_tool_call,
-            )
-            if request.is_chat
-            else None,
+            parts if request.is_chat else None,
             request.top_logprobs,
             loaded.token_bytes if request.goes_on else None,
             request.limits.ends,
         )
+
+    def _generate(self) -> Generation[Piece | PromptProgress]:
+        request, loaded, listener = self.request, self._loaded, self._listener()
         sampling = request.sampling
         processors = sampling.processors()
         processors += request.limits.processors(loaded.tokenizer, request.state)

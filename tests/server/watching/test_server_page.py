@@ -316,9 +316,9 @@ def crowded():
                 save(engine.tiers.memory, chain(k, end), space=Namespace(engine.sharing.settings))
         engine.tiers.publish()
 
-    serving.loaded.cache._worker.call(fill)
+    serving.loaded.cache.worker.call(fill)
     yield serving
-    serving.loaded.cache._worker.call(engine.tiers.memory.clear)
+    serving.loaded.cache.worker.call(engine.tiers.memory.clear)
     serving.close()
 
 
@@ -331,7 +331,7 @@ def test_an_update_asks_the_worker_for_nothing(crowded, monkeypatch):
     cache = crowded.loaded.cache
     watcher = Watcher(crowded, WatchBody())
     for name in ("call", "post", "stream"):
-        monkeypatch.setattr(cache._worker, name, None)
+        monkeypatch.setattr(cache.worker, name, None)
     assert watcher.update()["cache"]["conversations"] == 1000
     assert watcher.update() == {}
 
@@ -355,7 +355,7 @@ def test_an_update_touches_only_what_changed(crowded, monkeypatch):
         save(engine.tiers.memory, chain(999, 13), space=Namespace(engine.sharing.settings))
         engine.tiers.publish()
 
-    cache._worker.call(go_on)
+    cache.worker.call(go_on)
     told = watcher.update()["tree"]
     assert (len(told["runs"]), len(grown)) == (1, 2)
     assert len(told["lists"]) == 1
