@@ -23,7 +23,7 @@ from mlx_hybridcache_bench.ttft import command
 from mlx_hybridcache_bench.ttft.contenders import LLAMA, compared
 from mlx_hybridcache_bench.ttft.dialect import ESTIMATED, NO_COMPLETIONS, NO_OPTIONS
 from mlx_hybridcache_bench.ttft.measure import Measurement
-from mlx_hybridcache_bench.ttft.plan import USUAL, Plan
+from mlx_hybridcache_bench.ttft.plan import USUAL, BenchPlan
 from places import SUPPORT
 from rich.console import Console
 
@@ -147,7 +147,7 @@ def test_llama_server_is_started_by_its_documented_flags(
 
 def test_progress_reaches_the_end_and_no_further(llama: Callable[..., Path]) -> None:
     """The tokens that are reported one by one are those that the plan counted."""
-    plan = Plan(
+    plan = BenchPlan(
         sizes=(600, 700),
         repeats=2,
         names=("repeat", "chat", "changed-ending", "restart", "identical", "short-behind-long"),
