@@ -147,7 +147,13 @@ class CacheSettings:
         return store
 
     def _digest(self, model: Any) -> str:
-        device = (str(mx.default_device()), version("mlx"), self.prefill_step_size)
+        device: tuple[object, ...] = (
+            str(mx.default_device()),
+            version("mlx"),
+            self.prefill_step_size,
+        )
+        if models.has_cuda():  # whose name is that of Metal's
+            device += ("cuda",)
         return settings_digest(
             model=models.fingerprint(model),
             swa_full=self.swa_full,

@@ -31,7 +31,7 @@ ORDER = [
     {"caches", "router"},
     {"store"},
     {"machine", "models", "worker"},
-    {"report", "sizes", "tokens"},
+    {"backend", "report", "sizes", "tokens"},
     {"errors"},
 ]
 """Modules and folders of the library, entry points first. Those of one rung do not know each other."""
@@ -39,6 +39,7 @@ ORDER = [
 RANK = {unit: rank for rank, units in enumerate(ORDER) for unit in units}
 ENTRY_POINTS = ORDER[0]
 WITHOUT_MLX = {
+    "backend",
     "cli",
     "disk",
     "errors",

@@ -2,20 +2,22 @@
 
 import argparse
 import io
+import itertools
 import json
 import os
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from mlx_hybridcache_bench import cli
 from mlx_hybridcache_bench.kit.tables import write_json
 from mlx_hybridcache_bench.report.results import Results, ResultsError
+from mlx_hybridcache_bench.serving import client
 from mlx_hybridcache_bench.serving.client import NO_CACHED, NO_DONE, NO_STREAM, NO_USAGE
 from mlx_hybridcache_bench.serving.events import NO_JSON
 from mlx_hybridcache_bench.serving.servers import Launch, ServerError, ServerProcess
@@ -81,35 +83,44 @@ def llama(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path
     return install
 
 
-def test_ttft_is_what_the_server_took_within_20_ms_and_cached_tokens_are_copied(
+NAMES = ["repeat", "changed-ending", "branch-and-back", "completions", "tool-loop"]
+
+
+def test_ttft_is_no_less_than_the_server_took_and_cached_tokens_are_copied(
     monkeypatch: pytest.MonkeyPatch, measured: Callable[..., tuple[int, Result]]
 ) -> None:
-    """40 ms and 0.1 ms more for each token that is not cached; the median of 24 differences.
-
-    A busy machine may spoil a run, so the best of three counts; a wrong clock would spoil all.
-    """
-    names = ["repeat", "changed-ending", "branch-and-back", "completions", "tool-loop"]
-    medians: list[float] = []
-    for _ in range(3):
-        with running(monkeypatch, base_ms=40, token_ms=0.1) as server:
-            status, found = measured("--url", server.url, "--scenarios", *names)
-        assert status == 0
-        requests = found["servers"][0]["requests"]
-        assert len(requests) == 22
-        differences = [
-            1000 * each["ttft_seconds"] - 40 - 0.1 * (each["prompt_tokens"] - each["cached_tokens"])
-            for each in requests
-        ]
-        assert min(differences) > -1, "no token can come before it is sent"
-        medians.append(statistics.median(differences))
-        if medians[-1] <= 20:
-            break
-    assert min(medians) <= 20
+    """40 ms and 0.1 ms more for each token that is not cached: no token can come before it is sent."""
+    with running(monkeypatch, base_ms=40, token_ms=0.1) as server:
+        status, found = measured("--url", server.url, "--scenarios", *NAMES)
+    assert status == 0
+    requests = found["servers"][0]["requests"]
+    assert len(requests) == 22
+    for each in requests:
+        took_ms = 40 + 0.1 * (each["prompt_tokens"] - each["cached_tokens"])
+        assert 1000 * each["ttft_seconds"] > took_ms - 1
     cold, *hot = [each for each in requests if each["scenario"] == "repeat"]
     assert cold["cached_tokens"] < 50
     assert cold["prompt_tokens"] > 500
     assert [each["cached_tokens"] for each in hot] == [cold["prompt_tokens"] - 1] * 4
     assert found["servers"][0]["notes"] == []
+
+
+def test_ttft_ends_with_the_first_text(
+    monkeypatch: pytest.MonkeyPatch, measured: Callable[..., tuple[int, Result]]
+) -> None:
+    """By a clock that goes on whenever it is looked at: once for each event, and once more for each text.
+
+    An event with the role comes before the three texts of a chat; the end comes behind them.
+    """
+    clock = SimpleNamespace(perf_counter=itertools.count().__next__)
+    monkeypatch.setattr(client, "time", clock)
+    with running(monkeypatch) as server:
+        _, found = measured("--url", server.url, "--scenarios", "repeat", "completions")
+    ticks = {"repeat": (3, 9), "completions": (2, 8)}
+    requests = found["servers"][0]["requests"]
+    assert len(requests) == 8
+    for each in requests:
+        assert (each["ttft_seconds"], each["total_seconds"]) == ticks[each["scenario"]]
 
 
 def test_llama_server_is_started_by_its_documented_flags(

@@ -15,7 +15,7 @@ import oracle
 import pytest
 import tiny
 from long import forms, mostly_long
-from test_memory import wide_model
+from wide import wide_model
 
 from mlx_hybridcache import HybridPromptCache
 from mlx_hybridcache.caches import checkpoint as checkpoints

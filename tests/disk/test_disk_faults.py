@@ -1,5 +1,6 @@
 """Whatever happens to a cache directory costs a miss, says so in one line, and changes no reply."""
 
+import itertools
 import logging
 import os
 import shutil
@@ -17,6 +18,7 @@ import oracle
 import pytest
 import tiny
 from faults import DAMAGES, PATIENCE_SECONDS, Said, served
+from long import mostly_long
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.lora import LoRALinear
 from places import SUPPORT
@@ -85,9 +87,18 @@ def assert_healed(root, said, *prompts):
 
 # Damaged files
 
+WHICH = ("first rows", "last rows", "state")
 
-@pytest.mark.parametrize("which", ["first rows", "last rows", "state"])
-@pytest.mark.parametrize("damage", DAMAGES)
+each_damage = pytest.mark.parametrize(
+    ("damage", "which"),
+    mostly_long(
+        itertools.product(DAMAGES, WHICH), list(zip(DAMAGES, itertools.cycle(WHICH), strict=False))
+    ),
+)
+"""Always each damage to one kind of file, and each kind of file by a third of them."""
+
+
+@each_damage
 def test_a_damaged_file_is_a_miss_with_one_line(root, said, damage, which):
     """Each of three files of a 300-token prompt in ten ways, while nobody has the directory open."""
     kind = which.split()[-1]
@@ -101,8 +112,7 @@ def test_a_damaged_file_is_a_miss_with_one_line(root, said, damage, which):
     assert_healed(root, said, FIRST)
 
 
-@pytest.mark.parametrize("which", ["first rows", "last rows", "state"])
-@pytest.mark.parametrize("damage", DAMAGES)
+@each_damage
 def test_a_file_damaged_while_it_is_in_use_is_a_miss_with_one_line(root, said, damage, which):
     """The same to a directory that a cache has open; its report names the reason."""
     kind = which.split()[-1]
@@ -347,7 +357,7 @@ def test_what_could_not_be_written_is_not_forgotten(root, quick, monkeypatch, se
         assert served(cache, SECOND) == ("disk", len(SECOND) - 1)
 
 
-@pytest.mark.parametrize("which", range(5))
+@pytest.mark.parametrize("which", mostly_long(range(5), [0, 4]))
 def test_what_is_written_beside_a_failure_is_written_to_its_end(
     tmp_path, quick, monkeypatch, which
 ):
@@ -520,15 +530,20 @@ def test_a_reader_takes_over_when_the_writer_is_killed(root, said, quick, busy):
 # Another model
 
 
-@pytest.mark.parametrize("end", [0, -1])
 @pytest.mark.parametrize(
-    "path",
-    [
-        "model.embed_tokens.weight",
-        "model.layers.0.linear_attn.A_log",
-        "model.layers.3.mlp.switch_mlp.up_proj.weight",
-        "lm_head.weight",
-    ],
+    ("path", "end"),
+    mostly_long(
+        itertools.product(
+            [
+                "model.embed_tokens.weight",
+                "model.layers.0.linear_attn.A_log",
+                "model.layers.3.mlp.switch_mlp.up_proj.weight",
+                "lm_head.weight",
+            ],
+            [0, -1],
+        ),
+        [("model.embed_tokens.weight", 0), ("lm_head.weight", -1)],
+    ),
 )
 def test_one_changed_number_is_another_model(root, path, end):
     """The next larger float32, at the first and the last place: nothing is shared, in either direction."""

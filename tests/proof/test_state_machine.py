@@ -1,6 +1,6 @@
 """Both tiers under thousands of operations in any order, checked after each: structure, bytes, replies.
 
-Three thousand always, ten thousand by `pytest -m long`. The same every time that the same tests are collected:
+Two thousand always, ten thousand by `pytest -m long`. The same every time that the same tests are collected:
 hypothesis tries the numbers that it reads in them. `STATE_MACHINE_SEED=7` runs others,
 `STATE_MACHINE_OPERATIONS=100000` has more in the long form.
 """
@@ -39,7 +39,7 @@ from mlx_hybridcache.errors import NotStoredError, PinnedError
 from mlx_hybridcache.store.tree import PrefixTree
 from mlx_hybridcache.tokens import as_tokens
 
-OPERATIONS = forms(3000, int(os.environ.get("STATE_MACHINE_OPERATIONS", "10000")))
+OPERATIONS = forms(2000, int(os.environ.get("STATE_MACHINE_OPERATIONS", "10000")))
 """Of all cases together."""
 
 SEED = int(os.environ.get("STATE_MACHINE_SEED", "0"))

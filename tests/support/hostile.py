@@ -25,7 +25,6 @@ from mlx_lm.sample_utils import make_sampler
 
 from mlx_hybridcache import BudgetError, HybridPromptCache
 from mlx_hybridcache.caches.room import ROW_STEP
-from mlx_hybridcache.decode import batch_check as batching
 from mlx_hybridcache.decode import decoder as generate
 from mlx_hybridcache.errors import CacheMismatchError, NotStoredError, PinnedError
 from mlx_hybridcache.worker import stream as streams
@@ -494,22 +493,13 @@ class ThreadedRound(Round):
 
 @contextmanager
 def _short(ahead: int, untaken: int) -> Iterator[None]:
-    """So many tokens are made ahead of a reader, and of one in a batch; a model is tried only once."""
-    before = streams.AHEAD, generate.UNTAKEN, batching.shown
-    streams.AHEAD, generate.UNTAKEN, batching.shown = ahead, untaken, _shown
+    """So many tokens are made ahead of a reader, and of one in a batch."""
+    before = streams.AHEAD, generate.UNTAKEN
+    streams.AHEAD, generate.UNTAKEN = ahead, untaken
     try:
         yield
     finally:
-        streams.AHEAD, generate.UNTAKEN, batching.shown = before
-
-
-def _shown(model: Any, layout: Any, shown: Callable[..., bool] = batching.shown) -> bool:
-    if id(model) not in _known:
-        _known[id(model)] = shown(model, layout)
-    return _known[id(model)]
-
-
-_known: dict[int, bool] = {}
+        streams.AHEAD, generate.UNTAKEN = before
 
 
 def _ends(at: int) -> Callable[[mx.array], mx.array]:
