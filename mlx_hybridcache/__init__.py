@@ -3,8 +3,10 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from .backend import explaining, say_if_several
 from .errors import (
     ArgumentError,
+    BackendError,
     BudgetError,
     CacheMismatchError,
     ClosedError,
@@ -28,6 +30,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ArgumentError",
+    "BackendError",
     "BudgetError",
     "CacheMismatchError",
     "CacheReport",
@@ -61,7 +64,9 @@ _LOADED_WHEN_ASKED_FOR = {
 def __getattr__(name: str) -> object:
     if name not in _LOADED_WHEN_ASKED_FOR:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found: object = getattr(import_module(f".{_LOADED_WHEN_ASKED_FOR[name]}", __name__), name)
+    with explaining():
+        found: object = getattr(import_module(f".{_LOADED_WHEN_ASKED_FOR[name]}", __name__), name)
+    say_if_several()
     globals()[name] = found  # the next time Python finds it without asking here
     return found
 

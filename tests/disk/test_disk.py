@@ -399,7 +399,7 @@ def test_closing_writes_what_there_is_time_for(tmp_path: Path) -> None:
     tokens = oracle.prompt(LENGTH, seed=40)
     for name, seconds in (("now", 0.0), ("later", 20.0)):
         cache = oracle.new_cache(model_of("qwen3_next"), cache_dir=tmp_path / name)
-        cache.engine.tiers.disk._rest_until = float("inf") if seconds == 0 else 0.0
+        cache.engine.tiers.disk.write_behind._rest_until = float("inf") if seconds == 0 else 0.0
         oracle.read(cache, tokens)
         cache.close(seconds)
     with opened(tmp_path / "now") as cache:

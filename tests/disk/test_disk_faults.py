@@ -25,8 +25,7 @@ from places import SUPPORT
 
 from mlx_hybridcache import Reason, SettingError
 from mlx_hybridcache.cli.main import main as cli
-from mlx_hybridcache.disk import thread
-from mlx_hybridcache.disk import tier as tiers
+from mlx_hybridcache.disk import thread, write_behind
 from mlx_hybridcache.disk.segment import SEGMENTS
 
 MODEL = "qwen3_next"
@@ -61,7 +60,7 @@ def said(caplog):
 def quick(monkeypatch):
     """A disk thread that looks around twenty times a second, and tries again at once."""
     monkeypatch.setattr(thread, "TICK_SECONDS", 0.05)
-    monkeypatch.setattr(tiers, "REST_SECONDS", 0.0)
+    monkeypatch.setattr(write_behind, "REST_SECONDS", 0.0)
 
 
 def opened(root, **settings):
@@ -347,7 +346,7 @@ def test_what_could_not_be_written_is_not_forgotten(root, quick, monkeypatch, se
     """Writes fail with one, two or all segments of a prompt under way; `flush` waits for all of them."""
     with faults.tmpfs(root.parent, 0):
         pass  # or skip
-    monkeypatch.setattr(tiers, "QUEUE_SHARE", 64_000_000 // (segments * 8_000))
+    monkeypatch.setattr(write_behind, "QUEUE_SHARE", 64_000_000 // (segments * 8_000))
     with opened(root) as cache:
         with faults.read_only(root):
             served(cache, SECOND)
@@ -365,7 +364,7 @@ def test_what_is_written_beside_a_failure_is_written_to_its_end(
     """One folder cannot be made, two segments are under way: in the end every checkpoint is there."""
     faults.written(tmp_path / "expected", tiny.build(MODEL), FIRST, SECOND)
     expected = {path.name for path in faults.segments(tmp_path / "expected", "state")}
-    monkeypatch.setattr(tiers, "QUEUE_SHARE", 64_000_000 // 40_000)
+    monkeypatch.setattr(write_behind, "QUEUE_SHARE", 64_000_000 // 40_000)
     obstacle = tmp_path / "cache" / SEGMENTS / sorted(expected)[which][:2]
     obstacle.parent.mkdir(parents=True)
     obstacle.touch()
@@ -383,7 +382,7 @@ def test_a_directory_removed_while_in_use_is_begun_anew_with_one_line(
     root, said, monkeypatch, noticed_by
 ):
     """`rm -r` of it all: a miss, then the next prompts are kept in a new one."""
-    monkeypatch.setattr(tiers, "REST_SECONDS", 0.0)
+    monkeypatch.setattr(write_behind, "REST_SECONDS", 0.0)
     if noticed_by == "a look":
         monkeypatch.setattr(thread, "TICK_SECONDS", 0.05)
     with opened(root) as cache:

@@ -316,7 +316,7 @@ def test_a_reply_of_unknown_length_claims_its_beginning_and_grows(length: int) -
         claimed, tokens = [], []
         for piece in cache.stream_generate(prompt, length, best_effort=True, **options):
             tokens.append(piece.token)
-            claimed.append(cache.engine.tiers.memory.running_bytes)
+            claimed.append(cache.engine.tiers.memory.budget.running_bytes)
         assert tokens == named
         assert claimed[0] == cache.engine.layout.running_bytes(room.rounded(100 + 512))
         assert claimed[-2] >= cache.engine.layout.running_bytes(length + 100)
@@ -330,16 +330,16 @@ def test_a_restore_holds_no_more_for_a_moment_than_there_was_room_for(name: str)
     """
     model = wide_model() if name == "wide" else tiny.build(name)
     with new_cache(BUDGET, model) as cache:
-        store = bounds.WatchedStore.of(cache.engine.tiers.memory)
+        budget = bounds.WatchedBudget.of(cache.engine.tiers.memory.budget)
         tokens = oracle.prompt(400, seed=31)
         oracle.read(cache, tokens)
         for asked in (oracle.prompt(400, seed=32), tokens, tokens[:150], tokens[:50]):
             gc.collect()
             mx.clear_cache()
-            before = store.highest = store.used_bytes()
+            before = budget.highest = budget.used_bytes
             with bounds.peak_of_mlx() as peak:
                 ready = cache.restore(asked, max_tokens=1000)
-            assert peak[0] <= store.highest - before + 20_000
+            assert peak[0] <= budget.highest - before + 20_000
             ready.release()
 
 
@@ -352,7 +352,9 @@ def test_what_a_slice_has_taken_is_held_by_the_store_alone() -> None:
             assert cache.engine.tiers.memory.stats().checkpoints == 3
             cache.engine.tiers.memory.shrink(BUDGET)
             mx.clear_cache()
-            off.append(mx.get_active_memory() - baseline - cache.engine.tiers.memory.used_bytes())
+            off.append(
+                mx.get_active_memory() - baseline - cache.engine.tiers.memory.budget.used_bytes
+            )
 
     with new_cache(BUDGET) as cache:
         gc.collect()

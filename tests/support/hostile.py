@@ -195,7 +195,7 @@ class Round:
         )
         layout, store = cache.engine.layout, cache.engine.tiers.memory
         least = layout.running_bytes(ROW_STEP) + layout.snapshot_bytes + ROW_STEP * layout.row_bytes
-        store.budget_bytes = int(least * pick((1.0, 2.2, 4, 12, 60, 400)))
+        store.budget.limit(int(least * pick((1.0, 2.2, 4, 12, 60, 400))))
         return cache
 
     # What happens
@@ -335,7 +335,7 @@ class Round:
     def press(self) -> None:
         """The system lacks memory."""
         store, part = self.cache.engine.tiers.memory, self.chance.choice((1, 2, 4))
-        self.cache._worker.call(lambda: store.shrink(store.stored_bytes // part))
+        self.cache._worker.call(lambda: store.shrink(store.budget.stored_bytes // part))
 
     def save_own(self) -> None:
         """A framework brings caches that it read itself, first with tokens that are not theirs."""
@@ -364,7 +364,8 @@ class Round:
     def compare_stored(self) -> None:
         """Restore every stored checkpoint through the public surface, read on, and compare with cold."""
         store = self.cache.engine.tiers.memory
-        budget, store.budget_bytes = store.budget_bytes, 1 << 30  # looking evicts nothing
+        budget = store.budget.limit_bytes
+        store.budget.limit(1 << 30)  # looking evicts nothing
         count = 0
         for salt, tokens in self.stored():
             if tokens:
@@ -375,7 +376,7 @@ class Round:
             assert count == self.cache.stats().checkpoints, (
                 "one in a namespace that nobody asked in"
             )
-        store.budget_bytes = budget
+        store.budget.limit(budget)
 
     def stored(self) -> list[tuple[str, list[int]]]:
         """The tokens of every checkpoint, longest first, with their salts.
