@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import cast
 
 import numpy as np
-from filelock import FileLock, Timeout
 
 from ..errors import HybridCacheError, NotStoredError, SettingError
 from ..store.tree import Node
@@ -52,6 +51,8 @@ def is_being_written(root: Path) -> bool:
     """Whether a process has the directory open to write at this moment."""
     if not (root / LOCK).is_file():
         return False
+    from filelock import FileLock, Timeout  # a third of what listing a directory would import
+
     lock = FileLock(root / LOCK, mode=0o600, thread_local=False)
     try:
         lock.acquire(timeout=0)

@@ -15,14 +15,15 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
-
-from filelock import FileLock, Timeout
+from typing import TYPE_CHECKING, Literal
 
 from ..sizes import format_bytes
 from .files import make_directory
 from .index import Entry, Index, IndexUnavailableError, scan
 from .segment import SEGMENTS, NewerSegmentError, Segment, taken_by, write
+
+if TYPE_CHECKING:
+    from filelock import FileLock
 
 log = logging.getLogger("mlx_hybridcache")
 
@@ -58,6 +59,8 @@ class Directory:
     _wrong: set[str] = field(default_factory=set, init=False)
 
     def __post_init__(self) -> None:
+        from filelock import FileLock  # looking into a directory locks nothing
+
         self._lock = FileLock(self.root / "writer.lock", mode=0o600, thread_local=False)
 
     @property
@@ -237,7 +240,7 @@ class Directory:
         try:
             make_directory(self.root)
             self._lock.acquire(timeout=0)
-        except (Timeout, OSError):
+        except OSError:  # another process has it, or it cannot be had here
             return False
         self._lock_seen = self._lock_identity()
         self.is_writer = True
