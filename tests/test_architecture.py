@@ -31,7 +31,7 @@ ORDER = [
     {"caches", "router", "store"},
     {"machine", "models", "worker"},
     {"report", "sizes", "tokens"},
-    {"errors"},
+    {"deferred", "errors"},
 ]
 """Modules and folders of the library, entry points first. Those of one rung do not know each other."""
 

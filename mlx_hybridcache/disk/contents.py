@@ -51,7 +51,7 @@ def is_being_written(root: Path) -> bool:
     """Whether a process has the directory open to write at this moment."""
     if not (root / LOCK).is_file():
         return False
-    from filelock import FileLock, Timeout  # a third of what listing a directory would import
+    from filelock import FileLock, Timeout  # as in `Directory`
 
     lock = FileLock(root / LOCK, mode=0o600, thread_local=False)
     try:

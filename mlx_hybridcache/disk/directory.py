@@ -14,6 +14,7 @@ import stat
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -52,16 +53,16 @@ class Directory:
     is_writer: bool = field(default=False, init=False)
     newer_bytes: int = field(default=0, init=False)
     _index: Index | None = field(default=None, init=False)
-    _lock: FileLock = field(init=False)
     _seen: object = field(default=None, init=False)
     _number: int | None = field(default=None, init=False)
     _lock_seen: object = field(default=None, init=False)
     _wrong: set[str] = field(default_factory=set, init=False)
 
-    def __post_init__(self) -> None:
-        from filelock import FileLock  # looking into a directory locks nothing
+    @cached_property
+    def _lock(self) -> FileLock:
+        from filelock import FileLock  # listing what is there locks nothing, and is to be quick
 
-        self._lock = FileLock(self.root / "writer.lock", mode=0o600, thread_local=False)
+        return FileLock(self.root / "writer.lock", mode=0o600, thread_local=False)
 
     @property
     def segments(self) -> Path:

@@ -16,6 +16,7 @@ from mlx_hybridcache.cli.flags import size, tokens
 from mlx_hybridcache.cli.versions import versions
 from mlx_hybridcache.demo import BUNDLED_MODEL
 from mlx_hybridcache.errors import SettingError
+from mlx_hybridcache.router.defaults import AUTO
 
 API_KEY_VARIABLE = "MLX_HYBRIDCACHE_API_KEY"
 
@@ -268,8 +269,6 @@ def read_settings(parser: argparse.ArgumentParser, argv: list[str] | None) -> Se
 def _check_router(router: str | None) -> None:
     if router is None:
         return
-    from mlx_hybridcache.router import AUTO  # with MLX, which `--help` does without
-
     if router != AUTO and not Path(router).expanduser().is_file():
         raise SettingError(
             f"--canonicalize-router {router}: there is no such file. Name a router patch, or auto."
