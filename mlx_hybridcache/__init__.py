@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from .deferred import loader
 from .errors import (
     ArgumentError,
+    BackendError,
     BudgetError,
     CacheMismatchError,
     ClosedError,
@@ -28,6 +29,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ArgumentError",
+    "BackendError",
     "BudgetError",
     "CacheMismatchError",
     "CacheReport",

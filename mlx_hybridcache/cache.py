@@ -19,7 +19,7 @@ from .caches.layout import Layout
 from .caches.live import LiveCaches
 from .caches.room import REPLY_ROOM
 from .decode.sampling import random_state
-from .disk.tier import DiskStats, Lent
+from .disk.tier import DiskStats
 from .engine import Engine
 from .errors import (
     ArgumentError,
@@ -46,6 +46,7 @@ from .router.patch import Patch
 from .settings import Settings, info
 from .store.budget import StoreStats
 from .store.outline import Outline
+from .store.references import CountedReferences
 from .tokens import Namespace, prompt_tokens
 from .worker.stream import Stream
 from .worker.turns import Load, Pause
@@ -137,12 +138,15 @@ class HybridPromptCache:
             disk_budget=disk_budget,
             router=router,
         )
-        if tokenizer is not None and not isinstance(tokenizer, TokenizerWrapper):
+        if not isinstance(tokenizer, TokenizerWrapper | None):
             tokenizer = TokenizerWrapper(tokenizer)
+        self._open(model, tokenizer, settings, cache_salt)
+
+    def _open(self, model: Any, tokenizer: Any, settings: Settings, cache_salt: str) -> None:
         layout = settings.layout(model)
         # Also when this one fails, or is dropped rather than closed.
         self._let_go = weakref.finalize(self, layout.release)
-        load, references = Load(), Lent()
+        load, references = Load(), CountedReferences()
         self.engine = engine = settings.engine(model, tokenizer, layout, load, references)
         self.info: CacheInfo = info(engine)
         """What this cache is for all of its life."""
@@ -154,7 +158,7 @@ class HybridPromptCache:
         self._worker = Worker(
             lambda: _mlx_thread(model), "mlx-hybridcache", load, between=engine.relief.relieve
         )
-        if cache_dir is not None and not layout.unsupported:
+        if settings.cache_dir is not None and not layout.unsupported:
             engine.tiers.disk = disk = settings.disk(engine, references, self._worker.post)
             self._close_files = disk.thread.close
             self._disk_end = weakref.finalize(self, disk.thread.close)
@@ -234,17 +238,9 @@ class HybridPromptCache:
         request = self._request(
             prompt, max_tokens, boundaries, prompt_progress_callback, cache_salt, best_effort
         )
-        uncached = [name for name in UNCACHED_OPTIONS if options.get(name) is not None]
-        if not use_cache:
-            uncached.append("use_cache=False")
         if options.get("sampler") is not None:
             options["seed"] = _take_random_state() if seed is None else seed
-        if uncached or engine.layout.unsupported:
-            steps = engine.answer_uncached(request, uncached, options)
-        else:
-            for name in (*UNCACHED_OPTIONS, *WITHOUT_EFFECT):
-                options.pop(name, None)
-            steps = engine.answer(request, options)
+        steps = _answering(engine, request, options, use_cache=use_cache)
         if through is not None:
             steps = _through(steps, through)
         return Generation(request, self._worker.stream(steps, request.job))
@@ -496,6 +492,20 @@ def _check_generating(engine: Engine, max_tokens: object, options: Mapping[str, 
             "taken back, which its recurrent or sliding-window layers cannot do in mlx-lm, so that "
             "the reply would be another one. Leave it out."
         )
+
+
+def _answering(
+    engine: Engine, request: Request, options: dict[str, Any], *, use_cache: bool
+) -> Iterator[GenerationResponse | Pause]:
+    """Through the cache, or by mlx-lm alone where an option or the model asks for that."""
+    uncached = [name for name in UNCACHED_OPTIONS if options.get(name) is not None]
+    if not use_cache:
+        uncached.append("use_cache=False")
+    if uncached or engine.layout.unsupported:
+        return engine.answer_uncached(request, uncached, options)
+    for name in (*UNCACHED_OPTIONS, *WITHOUT_EFFECT):
+        options.pop(name, None)
+    return engine.answer(request, options)
 
 
 def _check_savable(layout: Layout, tokens: int, caches: Sequence[Any], *, exact: bool) -> None:

@@ -28,7 +28,7 @@ from .prefill.prefill import Prefill
 from .report import CacheReport
 from .request.request import Request
 from .request.sharing import Sharing
-from .store.match import Found
+from .store.match import AnyFound
 from .tiers import Tiers
 from .worker.turns import Pause
 
@@ -63,7 +63,7 @@ class Engine:
         """The map's first half; where memory runs out there is a second try."""
         yield from self._twice(self._read, request, live)
 
-    def _read(self, request: Request, live: LiveCaches) -> Generator[Pause, None, Found]:
+    def _read(self, request: Request, live: LiveCaches) -> Generator[Pause, None, AnyFound]:
         yield from self.followers.join(request)  # whoever reads the same beginning goes first
         try:
             found = yield from self._resume(request, live)  # at the deepest checkpoint
@@ -72,7 +72,7 @@ class Engine:
             self.followers.leave(request)
         return found
 
-    def _resume(self, request: Request, live: LiveCaches) -> Generator[Pause, None, Found]:
+    def _resume(self, request: Request, live: LiveCaches) -> Generator[Pause, None, AnyFound]:
         # Before anything is found to restore.
         self.relief.relieve(self.layout.running_bytes(request.rows))
         found = yield from self.tiers.resume(request, live)
@@ -81,7 +81,7 @@ class Engine:
 
     def _twice(
         self,
-        part: Callable[[Request, LiveCaches], Generator[Pause, None, Found]],
+        part: Callable[[Request, LiveCaches], Generator[Pause, None, AnyFound]],
         request: Request,
         live: LiveCaches,
     ) -> Iterator[Pause]:

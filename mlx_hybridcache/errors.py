@@ -37,6 +37,10 @@ class ModelError(HybridCacheError):
     """A model or tokenizer could not be loaded from where it was said to be."""
 
 
+class BackendError(HybridCacheError, ImportError):
+    """MLX is installed without a library that computes for it, or without the driver that this needs."""
+
+
 class RouterError(HybridCacheError):
     """A router cannot be canonicalized: no experts, an unknown block, another model, a place to write to."""
 

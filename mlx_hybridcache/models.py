@@ -16,6 +16,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.utils import hf_repo_to_path, load_config
 
+from .backend import say_if_several
 from .errors import ModelError
 
 SAMPLE_BYTES = 4096
@@ -108,6 +109,11 @@ def has_metal() -> bool:
     return bool(mx.metal.is_available())
 
 
+def has_cuda() -> bool:
+    """Whether a GPU of NVIDIA's computes here."""
+    return mx.cuda.is_available() and mx.default_device() == mx.gpu
+
+
 def metal_working_set() -> int:
     """Bytes that macOS recommends as the most for the GPU."""
     return int(mx.device_info()["max_recommended_working_set_size"])
@@ -119,8 +125,13 @@ def budget_beside(weights_bytes: int, working_set_bytes: int) -> int:
 
 
 def budget_of_free_memory(weights_bytes: int = 0) -> int:
-    """The share where there is no such recommendation, once `weights_bytes` more are taken."""
-    if sys.platform == "darwin":  # a Mac whose GPU MLX cannot use
+    """The share where there is no such recommendation, once `weights_bytes` more are taken.
+
+    Free where MLX computes: on a GPU of NVIDIA's its own memory.
+    """
+    if has_cuda():
+        free = int(mx.device_info()["free_memory"])
+    elif sys.platform == "darwin":  # a Mac whose GPU MLX cannot use
         free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     else:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -141,6 +152,7 @@ def load(
     `trust_remote_code`. With `lazy` the weights take no memory until they are evaluated, on this
     thread. Raises `ModelError` for what cannot be loaded.
     """
+    say_if_several()
     path = local_directory(path_or_repo)
     if path is not None:
         _check_directory(path)

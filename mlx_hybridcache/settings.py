@@ -13,11 +13,12 @@ import mlx.core as mx
 
 from . import models
 from .caches.layout import Layout
+from .caches.memory import MemoryStore
 from .caches.relief import Relief
 from .caches.room import ROW_STEP, longest_prompt
 from .decode import batch_check as batching
 from .decode.decoder import Decoder
-from .disk.tier import DiskTier, Lent
+from .disk.tier import DiskTier
 from .engine import Engine
 from .errors import BudgetError, SettingError
 from .machine import Pressure, default_reserve
@@ -30,6 +31,7 @@ from .request.sharing import Sharing
 from .router.in_memory import applied, apply
 from .router.patch import Patch
 from .sizes import format_bytes, parse_bytes
+from .store.references import CountedReferences
 from .store.store import Store
 from .tiers import Tiers
 from .tokens import learn_turn_marks, settings_digest
@@ -75,7 +77,7 @@ class Settings:
         return Layout.of(model, self.prefill_step_size, swa_full=self.swa_full)
 
     def engine(
-        self, model: Any, tokenizer: Any, layout: Layout, load: Load, references: Lent
+        self, model: Any, tokenizer: Any, layout: Layout, load: Load, references: CountedReferences
     ) -> Engine:
         """All that works for one model, but for the disk. A router's patch is applied to it."""
         if layout.unsupported:
@@ -109,7 +111,10 @@ class Settings:
         )
 
     def disk(
-        self, engine: Engine, references: Lent, post: Callable[[Callable[[], None]], None]
+        self,
+        engine: Engine,
+        references: CountedReferences,
+        post: Callable[[Callable[[], None]], None],
     ) -> DiskTier:
         """The tier in `cache_dir`. `post` runs things on the worker's thread."""
         assert self.cache_dir is not None
@@ -124,28 +129,34 @@ class Settings:
             post,
         )
 
-    def _store(self, model: Any, layout: Layout, references: Lent) -> Store:
+    def _store(self, model: Any, layout: Layout, references: CountedReferences) -> MemoryStore:
         budget = self.memory_budget
-        store = Store(
+        store: MemoryStore = Store(
             parse_bytes(models.default_budget(model) if budget is None else budget),
             needs_checkpoints=layout.needs_snapshots,
             stride=self.prefill_step_size if self.exact else 1,
             max_conversations=self.max_conversations,
             max_checkpoints=self.max_checkpoints,
-            holders=references,
+            references=references,
         )
         smallest = (
             layout.running_bytes(ROW_STEP) + layout.snapshot_bytes + ROW_STEP * layout.row_bytes
         )
-        if store.budget_bytes < smallest:
+        if store.budget.limit_bytes < smallest:
             raise BudgetError(
-                f"memory_budget is {format_bytes(store.budget_bytes)}; one running request of "
+                f"memory_budget is {format_bytes(store.budget.limit_bytes)}; one running request of "
                 f"{ROW_STEP} tokens and one checkpoint of this model need {format_bytes(smallest)}."
             )
         return store
 
     def _digest(self, model: Any) -> str:
-        device = (str(mx.default_device()), version("mlx"), self.prefill_step_size)
+        device: tuple[object, ...] = (
+            str(mx.default_device()),
+            version("mlx"),
+            self.prefill_step_size,
+        )
+        if models.has_cuda():  # whose name is that of Metal's
+            device += ("cuda",)
         return settings_digest(
             model=models.fingerprint(model),
             swa_full=self.swa_full,
@@ -157,7 +168,7 @@ class Settings:
 
 def info(engine: Engine) -> CacheInfo:
     """What a cache with this engine is for all of its life."""
-    layout, budget_bytes = engine.layout, engine.tiers.memory.budget_bytes
+    layout, budget_bytes = engine.layout, engine.tiers.memory.budget.limit_bytes
     return CacheInfo(
         settings=engine.sharing.settings,
         marks=engine.prefill.marks,

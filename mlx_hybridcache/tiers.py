@@ -14,18 +14,19 @@ from .caches import checkpoint as checkpoints
 from .caches.checkpoint import Checkpoint
 from .caches.layout import Layout
 from .caches.live import LiveCaches, RowsFrom
-from .disk.arrays import Landing
+from .caches.memory import MemoryFound, MemoryNode, MemoryStore
+from .disk.arrays import RestoreBuffers
+from .disk.parts import FileFound
 from .disk.tier import DiskStats, DiskTier
 from .errors import BudgetError, NotStoredError, PinnedError
 from .report import CacheReport, Reason
 from .request.request import Request
 from .request.sharing import Sharing
-from .store.budget import StoreStats
-from .store.match import Found
-from .store.materialize import Loans
+from .store.budget import Claim, StoreStats
+from .store.match import AnyFound, Found
+from .store.materialize import Materializer
 from .store.outline import Outline, wall_clock
-from .store.store import Store
-from .store.tree import Node
+from .store.tree import AnyMatch, R, S
 from .tokens import Namespace, Tokens
 from .worker.turns import Job, Pause
 
@@ -37,18 +38,18 @@ class NoDisk:
     outlines: ClassVar[Mapping[Namespace, Outline]] = {}
     is_written = True
 
-    def find(self, namespace: Namespace, tokens: Tokens, beyond: int) -> Found | None:
+    def find(self, namespace: Namespace, tokens: Tokens, beyond: int) -> FileFound | None:
         """As `DiskTier.find`; so are the others."""
         return None
 
     def promote(
-        self, found: Found, deeper: Found, capacity: int, job: Job
-    ) -> Generator[Pause, None, Landing | None]:
+        self, found: MemoryFound, deeper: FileFound, capacity: int, claim: Claim, job: Job
+    ) -> Generator[Pause, None, RestoreBuffers | None]:
         yield from ()
         return None
 
-    def offer(self, namespace: Namespace, node: Node) -> None: ...
-    def owned(self) -> None: ...
+    def offer(self, namespace: Namespace, node: MemoryNode) -> None: ...
+    def materialized(self) -> None: ...
     def tick(self) -> None: ...
     def publish(self, now: float | None) -> None: ...
     def clear(self) -> None: ...
@@ -76,14 +77,14 @@ class Tiers:
     outlines: Mapping[Namespace, Outline]
     """Memory's trees: any thread may look at them."""
 
-    def __init__(self, model: Any, layout: Layout, sharing: Sharing, memory: Store):
+    def __init__(self, model: Any, layout: Layout, sharing: Sharing, memory: MemoryStore):
         self.memory = memory
         self.disk: DiskTier | NoDisk = NoDisk()
         self._model = model
         self._layout = layout
         self._sharing = sharing
-        self._loans = Loans(memory)
-        self._loans.on_owned = self._owned
+        self._materializer = Materializer(memory)
+        self._materializer.on_materialized = self._materialized
         self.publish()
 
     def publish(self) -> None:
@@ -92,19 +93,19 @@ class Tiers:
         self.summary, self.outlines = self.memory.stats(), self.memory.outlines(now)
         self.disk.publish(now)
 
-    def _owned(self) -> None:
+    def _materialized(self) -> None:
         """Rows that lay in live caches are memory's own: what waited for them may be written."""
-        self.disk.owned()
+        self.disk.materialized()
 
     def live(self, request: Request, *, shares: bool = True) -> LiveCaches:
         """Caches for a request, not there yet. Without `shares` the store leaves nothing in them."""
         return LiveCaches(
-            self._loans, self._layout, request.namespace, request.tokens, shares=shares
+            self._materializer, self._layout, request.namespace, request.tokens, shares=shares
         )
 
     # Finding
 
-    def find(self, request: Request) -> Found:
+    def find(self, request: Request) -> MemoryFound:
         """Where memory resumes a prompt."""
         return self._resumable(request, self.memory.find(request.namespace, request.tokens))
 
@@ -117,28 +118,28 @@ class Tiers:
         found = self._deepest(request)
         return request.report(found, self._reason(request, found))
 
-    def report(self, request: Request, found: Found, seconds: float) -> None:
+    def report(self, request: Request, found: AnyFound, seconds: float) -> None:
         """A prompt is read: what was found for it, and what was done."""
         request.account.report = request.report(found, self._reason(request, found), seconds)
 
-    def _deepest(self, request: Request) -> Found:
+    def _deepest(self, request: Request) -> AnyFound:
         found = self.find(request)
         return self._on_disk(request, found.position) or found
 
-    def _on_disk(self, request: Request, beyond: int) -> Found | None:
+    def _on_disk(self, request: Request, beyond: int) -> FileFound | None:
         found = self.disk.find(request.namespace, request.tokens, beyond)
         if found is None:
             return None
         found = self._resumable(request, found)
         return replace(found, tier="disk") if found.position > beyond else None
 
-    def _resumable(self, request: Request, found: Found) -> Found:
+    def _resumable(self, request: Request, found: Found[R, S]) -> Found[R, S]:
         """Rows restore anywhere, but an exact request goes on only where a slice of the grid ends."""
         if not request.exact or self._layout.needs_snapshots:
             return found
         return replace(found, position=found.position - found.position % self._sharing.step)
 
-    def _reason(self, request: Request, found: Found) -> Reason:
+    def _reason(self, request: Request, found: AnyFound) -> Reason:
         memory, namespace, tokens = self.memory, request.namespace, request.tokens
         if request.account.rejected:
             return Reason.DISK_REJECTED
@@ -154,7 +155,7 @@ class Tiers:
 
     # Resuming
 
-    def resume(self, request: Request, live: LiveCaches) -> Generator[Pause, None, Found]:
+    def resume(self, request: Request, live: LiveCaches) -> Generator[Pause, None, AnyFound]:
         """Fill `live` as far into the prompt as either tier reaches; returns what was found for it."""
         self.memory.tick()
         self.disk.tick()
@@ -173,8 +174,8 @@ class Tiers:
             request.account.rejected += 1  # again, without the file that was not what it should be
 
     def _promote(
-        self, request: Request, live: LiveCaches, found: Found, deeper: Found
-    ) -> Generator[Pause, None, Found | None]:
+        self, request: Request, live: LiveCaches, found: MemoryFound, deeper: FileFound
+    ) -> Generator[Pause, None, AnyFound | None]:
         """From files, which the disk thread reads while others have their turns.
 
         What was read is in memory then like what was just computed. None when a file failed.
@@ -185,23 +186,23 @@ class Tiers:
             need += position * layout.row_bytes
         live.claim = self.memory.claim(need, found)
         try:
-            landing = yield from self.disk.promote(found, deeper, capacity, request.job)
-            if landing is None:
+            buffers = yield from self.disk.promote(found, deeper, capacity, live.claim, request.job)
+            if buffers is None:
                 live.release()
                 return None
-            caches, checkpoint = landing.caches(self._model)
+            caches, checkpoint = buffers.caches(self._model)
             live.restored(caches, position, capacity)
-            rows = live.rows_to(position, copied=landing.block)
+            rows = live.rows_to(position, copied=buffers.block)
             self._save(request.namespace, request.tokens[:position], checkpoint, live, rows)
-            del caches, landing, checkpoint, rows  # a buffer held twice is copied when written to
+            del caches, buffers, checkpoint, rows  # a buffer held twice is copied when written to
             live.claim.shrink(layout.running_bytes(capacity))
         except BaseException:
             live.release()
             raise
-        match = max(found.match, deeper.match, key=lambda match: match.matched)
+        match: AnyMatch = max(found.match, deeper.match, key=lambda match: match.matched)
         return Found(match, position, None, tier="disk")
 
-    def _restore(self, request: Request, live: LiveCaches, found: Found) -> Found:
+    def _restore(self, request: Request, live: LiveCaches, found: MemoryFound) -> MemoryFound:
         """From memory; where the restored path itself is in the way of the request, without it."""
         layout, capacity = self._layout, request.rows
         need = layout.running_bytes(capacity)
@@ -276,7 +277,7 @@ class Tiers:
             return
         live.tokens, live.position = history, len(history)
         try:
-            self.memory.make_room(max(kind.snapshot_bytes for kind in self._layout.kinds))
+            self.memory.budget.make_room(max(kind.snapshot_bytes for kind in self._layout.kinds))
         except BudgetError:
             return
         self._save(request.namespace, history, live.move_state(), live, is_end=True)
@@ -288,7 +289,7 @@ class Tiers:
         missing = len(tokens) - found.match.matched
         need = self._layout.snapshot_bytes + missing * self._layout.row_bytes
         try:
-            self.memory.make_room(need, found.nodes())
+            self.memory.budget.make_room(need, found.nodes())
         except BudgetError:
             return False
         live = self.live(request, shares=False)

@@ -1,13 +1,29 @@
 """The order of the suite, longest file first, and what each file costs: `pytest --cpu`."""
 
 import os
+import sys
 from collections import Counter
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 
 import pytest
 
 LONGEST = "test_state_machine.py"
 spent = pytest.StashKey[float]()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def what_costs_much_is_done_once() -> Iterator[None]:
+    """Questions to models, where any test of this run makes caches; imports, where any starts servers."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "mlx_hybridcache.settings" in sys.modules:
+            import told_once
+
+            told_once.patch(patch)
+        if "mlx_hybridcache_bench.serving.servers" in sys.modules:
+            import forks
+
+            forks.patch(patch)
+        yield
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -22,14 +38,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.name != LONGEST)
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """From here on it counts."""
+    session.config.stash[spent] = cpu_seconds()
+
+
+def cpu_seconds() -> float:
+    """This process's, with those of its processes that have ended."""
+    forks = sys.modules.get("forks")
+    return sum(os.times()[:4]) + (forks.cpu_seconds() if forks else 0.0)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(
     item: pytest.Item,
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Note what was spent since the last report; a process counts where it ends."""
     report = yield
-    now = sum(os.times()[:4])
-    report.cpu_seconds = now - item.config.stash.get(spent, now)
+    now = cpu_seconds()
+    report.cpu_seconds = now - item.config.stash[spent]
     item.config.stash[spent] = now
     return report
 

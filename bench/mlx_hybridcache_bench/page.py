@@ -261,7 +261,7 @@ def _published(cache: HybridPromptCache, changes: _Changes, count: int) -> tuple
 
     def publish(prompt: list[int]) -> None:
         tokens = np.array(prompt, dtype=np.int32)
-        memory.find(Namespace(cache.info.settings), tokens).nodes()[-1].touch()
+        memory.find(Namespace(cache.info.settings), tokens).nodes()[-1].use(memory.clock)
         began = time.thread_time()
         memory.outlines(None)
         then = time.thread_time()

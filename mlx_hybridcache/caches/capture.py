@@ -20,6 +20,7 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models import qwen3_5, qwen3_next
 
+from .gated_delta import scan_here
 from .kinds.kind import Snapshot
 from .kinds.rows import compact
 from .subclassed import Subclassed
@@ -93,11 +94,14 @@ def _listening(plain: Any) -> type:
     call = plain.__call__
 
     def listening_call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        recording = _recording_of(self)
-        if recording is None:
+        recording, plain_scan = _recording_of(self), call.__globals__[SCAN]
+        scan = plain_scan if self.training else scan_here(plain_scan)
+        if recording is not None:
+            scan = recording.scan_in_pieces(scan)
+        if scan is plain_scan:
             return call(self, *args, **kwargs)
         # The layer's own code, with one name looked up elsewhere.
-        names = {**call.__globals__, SCAN: recording.scan_in_pieces(call.__globals__[SCAN])}
+        names = {**call.__globals__, SCAN: scan}
         own = FunctionType(call.__code__, names, call.__name__, call.__defaults__, call.__closure__)
         return own(self, *args, **kwargs)
 

@@ -11,14 +11,12 @@ import mlx.core as mx
 from ..errors import BudgetError
 from ..store.budget import Claim
 from ..store.lazy_rows import (
-    BorrowedRows,
     Column,
-    Lender,
+    LazyRows,
+    LazySource,
     Ranges,
+    rows_before,
 )
-from ..store.match import Found
-from ..store.materialize import Loans
-from ..store.tree import Rows
 from ..tokens import Namespace, Tokens
 from . import checkpoint as checkpoints
 from .checkpoint import Checkpoint
@@ -30,8 +28,9 @@ from .kinds.rows import (
     evaluate_to_keep,
 )
 from .layout import Layout, leaves
+from .memory import MemoryFound, MemoryMaterializer, MemoryRows
 
-RowsFrom = Callable[[int], Rows | None]
+RowsFrom = Callable[[int], MemoryRows | None]
 """The rows from a start on; None where they are gone."""
 
 
@@ -48,14 +47,14 @@ class BufferColumn:
     def nbytes(self) -> int:
         return self.buffer.nbytes if self.buffer is not None else 0
 
-    def surrender(self, ranges: Ranges) -> None:
+    def materialize(self, ranges: Ranges) -> None:
         assert self.buffer is not None
         self.copies = [compact(self.buffer[:, :, a:b]) for a, b in ranges]
         evaluate_to_keep(self.copies)
         self.buffer = None
 
 
-class LiveCaches(Lender):
+class LiveCaches(LazySource[RowBlock]):
     """One request's caches, from before they are restored until they are let go of.
 
     `caches` stand at `position`, with room for `capacity` tokens, and `claim` pays for them. Nobody
@@ -68,7 +67,7 @@ class LiveCaches(Lender):
 
     def __init__(
         self,
-        loans: Loans,
+        materializer: MemoryMaterializer,
         layout: Layout,
         namespace: Namespace,
         tokens: Tokens,
@@ -79,27 +78,29 @@ class LiveCaches(Lender):
         self.caches: list[Any] = []
         self.position = 0
         self.capacity = 0
-        self.claim = Claim(loans.store, 0)
+        self.claim = materializer.store.budget.claim(0)
         self._layout = layout
-        self._loans = loans
+        self._materializer = materializer
         self._shares = shares and layout.lends_rows
         self._is_known = False
         self._columns: list[BufferColumn] = []
 
     # Their life
 
-    def claim_for(self, nbytes: int, found: Found) -> list[RowBlock]:
+    def claim_for(self, nbytes: int, found: MemoryFound) -> list[RowBlock]:
         """Claim room for what is restored, and return its rows; a checkpoint goes for it at the last.
 
         Raises `BudgetError` when there is none.
         """
         if not self._shares:
-            self.claim = self._loans.store.claim(nbytes, found)
-            return found.blocks()
+            self.claim = self._materializer.store.claim(nbytes, found)
+            return rows_before(found.nodes(), found.position)
         try:
-            self.claim, blocks = self._loans.claim_for(nbytes, found, self)
+            self.claim, blocks = self._materializer.claim_for(nbytes, found, self)
         except BudgetError:
-            self.claim, blocks = self._loans.claim_for(nbytes, found, self, spends_checkpoint=True)
+            self.claim, blocks = self._materializer.claim_for(
+                nbytes, found, self, spends_checkpoint=True
+            )
         return blocks
 
     def stand(self, caches: list[Any], position: int, capacity: int) -> None:
@@ -116,7 +117,7 @@ class LiveCaches(Lender):
     def attach(self) -> None:
         """From now on the store may leave its rows here."""
         if self._shares:
-            self._loans.lend(self)
+            self._materializer.add(self)
             self._is_known = True
 
     def detach(self) -> bool:
@@ -126,9 +127,9 @@ class LiveCaches(Lender):
         """
         if not self._is_known:
             return True
-        if not self._loans.own(self):
+        if not self._materializer.materialize(self):
             return False
-        self._loans.lends_no_more(self)  # at once: what makes room next would leave rows here again
+        self._materializer.remove(self)  # at once: what makes room next would leave rows here again
         self._is_known = False
         return True
 
@@ -142,20 +143,20 @@ class LiveCaches(Lender):
     def hand_over(self) -> tuple[list[Any], Claim]:
         """The caches and their claim, for who holds them from now on."""
         (caches, self.caches), claim = (self.caches, []), self.claim
-        self.claim = Claim(self._loans.store, 0)
+        self.claim = self._materializer.store.budget.claim(0)
         return caches, claim
 
     def materialize(self) -> None:
         """What was read so far outlives these caches, where that costs nobody anything."""
         if self._shares:
-            self._loans.own(self)
+            self._materializer.materialize(self)
 
     def release(self) -> None:
         """They go. Rows that only they hold move to the store, and the claim is given back."""
         self._is_known = False
         try:
             if self._shares:
-                self._loans.take_over(self, self.claim)
+                self._materializer.materialize_and_release(self, self.claim)
             else:
                 self.let_go()
         finally:
@@ -171,7 +172,7 @@ class LiveCaches(Lender):
     def rows_to(self, end: int, copied: RowsFrom | None = None) -> RowsFrom:
         """What the store gets up to `end`: lazy rows, or what `copied` makes, by itself copies."""
         if self._shares:
-            return lambda start: BorrowedRows(start, end, self)
+            return lambda start: LazyRows(start, end, self)
         return copied or (
             lambda start: checkpoints.take_rows(self._layout, self.caches, start, end)
         )
@@ -204,8 +205,8 @@ class LiveCaches(Lender):
         states = max(kind.snapshot_bytes for kind in self._layout.kinds)
         return max(tokens * self._layout.array_bytes, states)
 
-    def copies(self, ranges: Ranges) -> list[Rows]:
-        made: list[Rows] = []
+    def copies(self, ranges: Ranges) -> list[RowBlock]:
+        made: list[RowBlock] = []
         for a, b in ranges:
             block = checkpoints.take_rows(self._layout, self.caches, a, b)
             assert block is not None, "rows have left the caches that hold them for the store"
@@ -225,10 +226,10 @@ class LiveCaches(Lender):
         ]
         return [*self._columns]
 
-    def surrendered(self, ranges: Ranges) -> list[Rows]:
+    def materialized(self, ranges: Ranges) -> list[RowBlock]:
         columns, self._columns = self._columns, []
         count = len(self._layout.kinds)
-        made: list[Rows] = []
+        made: list[RowBlock] = []
         for index, (a, b) in enumerate(ranges):
             layers: list[list[mx.array]] = [[] for _ in range(count)]
             for column in columns:

@@ -9,8 +9,8 @@ from typing import TypeVar
 import mlx.core as mx
 
 from ..machine import Pressure, give_back
-from ..store.store import Store
 from ..worker.turns import Pause
+from .memory import MemoryStore
 
 log = logging.getLogger("mlx_hybridcache")
 
@@ -23,7 +23,7 @@ GIVEN_BACK = 32
 class Relief:
     """Lets go of what the system lacks. `on_shrunk` is called when something went."""
 
-    def __init__(self, store: Store, pressure: Pressure, on_shrunk: Callable[[], None]):
+    def __init__(self, store: MemoryStore, pressure: Pressure, on_shrunk: Callable[[], None]):
         self.pressure = pressure
         self._store = store
         self._on_shrunk = on_shrunk
@@ -31,16 +31,16 @@ class Relief:
     def relieve(self, coming_bytes: int = 0) -> None:
         """Between turns: let go what the system lacks, and give back what was let go by then."""
         store = self._store
-        missing = self.pressure.excess(store.stored_bytes, coming_bytes)
+        missing = self.pressure.excess(store.budget.stored_bytes, coming_bytes)
         if missing:
             store.shrink(missing)
             self._on_shrunk()
-        if store.freed_bytes > (0 if missing else store.budget_bytes // GIVEN_BACK):
+        if store.budget.freed_bytes > (0 if missing else store.budget.limit_bytes // GIVEN_BACK):
             self.give_back()
 
     def give_back(self) -> None:
         """What was freed goes back to the system now."""
-        self._store.freed_bytes = 0
+        self._store.budget.given_back()
         mx.clear_cache()
         give_back()
 
@@ -58,7 +58,7 @@ class Relief:
                 raise
             log.warning("Memory ran out while a prompt was read; making room for a second try.")
         release()
-        self._store.shrink(self._store.stored_bytes // 2)
+        self._store.shrink(self._store.budget.stored_bytes // 2)
         self.give_back()
         return (yield from attempt())
 

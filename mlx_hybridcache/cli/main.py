@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
+from ..backend import explaining
 from ..errors import HybridCacheError, refusal
 
 PROG = "mlx-hybridcache"
@@ -44,7 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     command: str = parser.parse_args(words[:1]).command
     prog = f"{PROG} {command}"
     try:
-        return int(import_module(COMMANDS[command][0]).main(words[1:], prog))
+        with explaining():
+            return int(import_module(COMMANDS[command][0]).main(words[1:], prog))
     except (HybridCacheError, OSError) as error:
         said = refusal(error) if isinstance(error, OSError) else error
         print(f"{prog}: {said}", file=sys.stderr)

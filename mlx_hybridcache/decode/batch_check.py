@@ -27,48 +27,39 @@ NOISE = 8.0
 
 
 def shown(model: Any, layout: Layout) -> bool:
-    """Whether what this model computes in a batch is what it computes alone; said where it is not.
+    """Whether what this model computes in a batch is what it computes alone; said where it is not."""
+    if not layout.merges:
+        log.info("Replies are decoded one by one: batches of this model's caches are not exact.")
+        return False
+    try:
+        objection = _objection(model, layout)
+    except Exception as error:  # models raise whatever their arithmetic meets
+        objection = f"two at once fail in this model ({error})"
+    finally:
+        mx.clear_cache()
+    if objection is not None:
+        log.warning("Replies are decoded one by one: %s.", objection)
+    return objection is None
+
+
+def _objection(model: Any, layout: Layout) -> str | None:
+    """What tells a batch from single sequences.
 
     On a device whose batches have the bits of single sequences it must have them too; on others it must
     be as near as a batch of equals is.
     """
-    if not layout.merges:
-        log.info("Replies are decoded one by one: batches of this model's caches are not exact.")
-        return False
     if layout.slicing_limit is not None:
-        log.warning(
-            "Replies are decoded one by one: beyond %d tokens what this model computes depends on how "
-            "they are put together.",
-            layout.slicing_limit,
+        return (
+            f"beyond {layout.slicing_limit} tokens what this model computes depends on how they are "
+            "put together"
         )
-        return False
-    try:
-        known, off = _in_unequal_batches(model, layout)
-        if selects_rows(
-            next(iter(known.caches.values()))
-        ):  # of long prompts, which cost too much to try
-            log.warning(
-                "Replies are decoded one by one: sparse attention selects by place in a batch."
-            )
-            return False
-        allowed = (
-            0.0 if _keeps_bits(known.logits[0].dtype) else NOISE * _in_a_batch_of_equals(known)
-        )
-    except Exception as error:  # models raise whatever their arithmetic meets
-        log.warning(
-            "Replies are decoded one by one: two at once fail in this model (%s).", str(error)
-        )
-        return False
-    finally:
-        mx.clear_cache()
-    if off > allowed:
-        log.warning(
-            "Replies are decoded one by one: two at once differ from one alone by up to %.3g in a "
-            "logit of this model.",
-            off,
-        )
-        return False
-    return True
+    known, off = _in_unequal_batches(model, layout)
+    if selects_rows(next(iter(known.caches.values()))):  # of long prompts, too dear to try
+        return "sparse attention selects by place in a batch"
+    keeps_bits = _keeps_bits(known.logits[0].dtype)
+    if off > (0.0 if keeps_bits else NOISE * _in_a_batch_of_equals(known)):
+        return f"two at once differ from one alone by up to {off:.3g} in a logit of this model"
+    return None
 
 
 class _Sequence:

@@ -12,9 +12,9 @@ from typing import Any
 
 from ..caches.layout import Layout
 from ..caches.live import LiveCaches
+from ..caches.memory import MemoryStore
 from ..caches.room import ROW_STEP, batch_bytes
 from ..errors import BudgetError
-from ..store.store import Store
 from ..tokens import Tokens
 from .batch import Batch, Made, together
 from .reply import Alone, Reply, Steps, Together
@@ -38,7 +38,7 @@ class Decoder:
     Whether a reply is the same in a batch as alone is for `batch_check` to say.
     """
 
-    def __init__(self, model: Any, layout: Layout, store: Store, *, batches: bool):
+    def __init__(self, model: Any, layout: Layout, store: MemoryStore, *, batches: bool):
         self._model = model
         self._layout = layout
         self._store = store
@@ -103,8 +103,11 @@ class Decoder:
             return True
         store, count = self._store, len(steps.replies)
         need = count * steps.more_rows * self._layout.row_bytes
-        is_only = store.running_bytes == steps.claim.nbytes and count == 1
-        if not is_only and store.running_bytes + need > LEAVES_TO_OTHERS * store.budget_bytes:
+        is_only = store.budget.running_bytes == steps.claim.nbytes and count == 1
+        if (
+            not is_only
+            and store.budget.running_bytes + need > LEAVES_TO_OTHERS * store.budget.limit_bytes
+        ):
             return False
         try:
             steps.grow()

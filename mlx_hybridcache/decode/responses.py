@@ -27,10 +27,8 @@ def respond(
 ) -> Iterator[GenerationResponse | T]:
     """A reply as mlx-lm's `stream_generate` gives it, to its end. `revive` helps it out of a failed batch.
 
-    With `best_effort` it ends, with `length`, where there is no room for another token.
-
-    When the k-th response is yielded, the reply's caches stand k tokens behind the prompt, but for
-    tokens that its batch made ahead.
+    With `best_effort` it ends, with `length`, where there is no room for another token. When the k-th
+    response is yielded, its caches stand k tokens behind the prompt, or further by what a batch made ahead.
     """
     detokenizer = tokenizer.detokenizer
     began = time.perf_counter()
@@ -40,13 +38,9 @@ def respond(
             yield from revive()
         token, logprobs = taken
         count += 1
-        if token in reply.ends:
-            finish = "stop"
-        else:
+        if token not in reply.ends:
             detokenizer.add_token(token)
-            is_last = reply.left == len(reply.made) == 0
-            is_last = is_last or (best_effort and not decoder.makes_room(reply))
-            finish = "length" if is_last else None
+        finish = _finish(decoder, reply, token, best_effort)
         if finish is not None:
             detokenizer.finalize()
         yield GenerationResponse(
@@ -61,3 +55,11 @@ def respond(
             peak_memory=mx.get_peak_memory() / 1e9,
             finish_reason=finish,
         )
+
+
+def _finish(decoder: Decoder, reply: Reply, token: int, best_effort: bool) -> str | None:
+    """Why the reply ends with `token`, as mlx-lm says it; None where it goes on."""
+    if token in reply.ends:
+        return "stop"
+    is_last = reply.left == len(reply.made) == 0
+    return "length" if is_last or (best_effort and not decoder.makes_room(reply)) else None

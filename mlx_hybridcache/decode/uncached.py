@@ -49,14 +49,21 @@ def respond_uncached(
             is_full = len(request.tokens) + response.generation_tokens >= capacity
             if is_full and response.finish_reason is None:
                 capacity += ROW_STEP
-                try:
-                    claim.grow(ROW_STEP * row_bytes)
-                except BudgetError:
-                    if not request.best_effort:
-                        raise
+                if not _grew(claim, ROW_STEP * row_bytes, request.best_effort):
                     response.finish_reason = "length"
             yield response
             if response.finish_reason is not None:
                 return
     finally:
         responses.close()
+
+
+def _grew(claim: Claim, nbytes: int, best_effort: bool) -> bool:
+    """Whether there was room; raises `BudgetError` where there must be."""
+    try:
+        claim.grow(nbytes)
+    except BudgetError:
+        if not best_effort:
+            raise
+        return False
+    return True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,7 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
 from rich.table import Table
 
 from ..errors import HybridCacheError
@@ -66,14 +72,7 @@ def run(
         with Client(server.wait_until_ready()) as client:
             asked = calls(_tokenizer(model), text, tokens)
             progress.update(bar, total=2 * len(asked))
-            seen = list(
-                outcomes(
-                    client,
-                    asked,
-                    before=lambda call: progress.update(bar, description=call.name),
-                    after=lambda: progress.advance(bar),
-                )
-            )
+            seen = [_outcome(client, call, progress, bar) for call in asked]
     console.print(_table(seen))
     equal = sum(one.difference == 0 for one in seen)
     console.print(
@@ -83,22 +82,15 @@ def run(
     return seen
 
 
-def outcomes(
-    client: Client,
-    asked: list[Call],
-    *,
-    before: Callable[[Call], None],
-    after: Callable[[], None],
-) -> Iterator[Outcome]:
-    """Each call in turn: read by mlx-lm alone, which reads all of it, then through the cache."""
-    for call in asked:
-        before(call)
-        cold = client.ask(call, through_cache=False)
-        after()
-        hot = client.ask(call, through_cache=True)
-        after()
-        report = client.last_report()
-        yield Outcome(call.name, cold, hot, report["matched_tokens"], report["reason"])
+def _outcome(client: Client, call: Call, progress: Progress, bar: TaskID) -> Outcome:
+    """Read by mlx-lm alone, which reads all of it, then through the cache."""
+    progress.update(bar, description=call.name)
+    cold = client.ask(call, through_cache=False)
+    progress.advance(bar)
+    hot = client.ask(call, through_cache=True)
+    progress.advance(bar)
+    report = client.last_report()
+    return Outcome(call.name, cold, hot, report["matched_tokens"], report["reason"])
 
 
 def _progress(console: Console) -> Progress:

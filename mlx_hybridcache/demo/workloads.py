@@ -51,23 +51,20 @@ def calls(tokenizer: Any, text: str, tokens: int) -> list[Call]:
     rules = tokenizer.decode(ids[tokens:needed])
     first, second = "What is this text about?", "Name one rule that it states."
 
-    def chat(*messages: tuple[str, str]) -> list[Message]:
-        return [{"role": role, "content": content} for role, content in messages]
-
     def asked(question: str) -> tuple[str, str]:
         return ("user", f"{document}\n\n{question}")
 
     def long_chat(last_line: str) -> list[Message]:
         system = ("system", f"{rules}\n\n{last_line}")
-        return chat(system, ("user", document), ("assistant", "I have read it."), ("user", second))
+        return _chat(system, ("user", document), ("assistant", "I have read it."), ("user", second))
 
     reply = ("assistant", "It describes how Python works.")
     return [
-        Call("one long message", chat(asked(first))),
-        Call("the same again", chat(asked(first))),
-        Call("next turn", chat(asked(first), reply, ("user", second))),
-        Call("changed ending", chat(asked(second))),
-        Call("another branch", chat(asked(first), reply, ("user", "Say it in one word."))),
+        Call("one long message", _chat(asked(first))),
+        Call("the same again", _chat(asked(first))),
+        Call("next turn", _chat(asked(first), reply, ("user", second))),
+        Call("changed ending", _chat(asked(second))),
+        Call("another branch", _chat(asked(first), reply, ("user", "Say it in one word."))),
         Call("long system prompt", long_chat("Today is Monday.")),
         Call("its last line changed", long_chat("Today is Tuesday.")),
         Call("changed once more", long_chat("Today is Friday.")),
@@ -75,3 +72,7 @@ def calls(tokenizer: Any, text: str, tokens: int) -> list[Call]:
         Call("raw text, longer", tokenizer.decode(ids[: tokens + LONGER])),
         Call("raw text, shorter", tokenizer.decode(ids[: tokens - LONGER])),
     ]
+
+
+def _chat(*messages: tuple[str, str]) -> list[Message]:
+    return [{"role": role, "content": content} for role, content in messages]

@@ -23,12 +23,11 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import HybridCacheError
-from ..store.tree import Node
 from ..tokens import Tokens, as_tokens
 from .contents import Collection, loaded, path_of, payloads, tokens_of, writing
 from .files import pieces, reading, replacing, scrap, write_all
 from .index import Entry
-from .parts import FileRows, FileState
+from .parts import FileNode, FileRows, FileState
 from .segment import (
     SEGMENTS,
     Segment,
@@ -134,7 +133,7 @@ class Manifest:
 
 
 def travellers(
-    collection: Collection, node: Node, *, only_end: bool = False
+    collection: Collection, node: FileNode, *, only_end: bool = False
 ) -> list[tuple[Segment, Segment]]:
     """The files that restore the end of `node`, each with what travels of it.
 
@@ -174,7 +173,7 @@ def _cut(rows: Segment, end: int, key: str) -> Segment:
 def export(
     root: Path,
     collection: Collection,
-    node: Node,
+    node: FileNode,
     to: Path,
     *,
     only_end: bool = False,

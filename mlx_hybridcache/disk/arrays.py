@@ -51,14 +51,14 @@ EMPTY = Tensor("", "BOOL", (0,))
 
 
 @dataclass(frozen=True, slots=True)
-class Freight:
+class ByteViews:
     """Tensors with views of their bytes, in file order; a tensor may lie in several views."""
 
     tensors: tuple[Tensor, ...]
     data: list[memoryview]
 
 
-def rows_freight(blocks: Sequence[RowBlock], start: int, end: int) -> Freight:
+def rows_views(blocks: Sequence[RowBlock], start: int, end: int) -> ByteViews:
     """The rows of `[start, end)` of every layer, without a copy.
 
     `blocks` are adjoining and cover that range.
@@ -81,10 +81,10 @@ def rows_freight(blocks: Sequence[RowBlock], start: int, end: int) -> Freight:
                 first = head * (block.end - block.start) - block.start
                 a, b = max(start, block.start), min(end, block.end)
                 data.append(views[column][(first + a) * row : (first + b) * row])
-    return Freight(tuple(tensors), data)
+    return ByteViews(tuple(tensors), data)
 
 
-def state_freight(checkpoint: Checkpoint) -> Freight:
+def state_views(checkpoint: Checkpoint) -> ByteViews:
     """Every layer's snapshot, without a copy."""
     named = [
         (f"{leaf}.{slot}", array)
@@ -98,7 +98,7 @@ def state_freight(checkpoint: Checkpoint) -> Freight:
         else _tensor(name, array.dtype, tuple(array.shape))
         for name, array in named
     )
-    return Freight(tensors, _plain([array for _, array in named if array is not None]))
+    return ByteViews(tensors, _plain([array for _, array in named if array is not None]))
 
 
 def _plain(arrays: Sequence[mx.array]) -> list[memoryview]:
@@ -142,13 +142,13 @@ class Shapes:
         def state_behind(more: int, position: int) -> tuple[Tensor, ...]:
             logits = model(mx.array([[0] * more]), cache=caches)
             mx.eval(logits, [cache.state for cache in caches], layout.lazy())
-            return state_freight(take(layout, caches, position)).tensors
+            return state_views(take(layout, caches, position)).tensors
 
         first = state_behind(1, 1)
         block = take_rows(layout, caches, 0, 1)
         assert block is not None
         later = state_behind(LEARNT_FROM - 1, LEARNT_FROM)
-        return cls(rows_freight([block], 0, 1).tensors, tuple(zip(first, later, strict=True)))
+        return cls(rows_views([block], 0, 1).tensors, tuple(zip(first, later, strict=True)))
 
     def suit(self, segment: Segment) -> bool:
         """Whether the file is one of this model's, whatever its name says."""
@@ -176,7 +176,7 @@ def _is_like(found: Tensor, known: Tensor, other: Tensor) -> bool:
     return all(length == own or own != its for length, own, its in axes)
 
 
-class Landing:
+class RestoreBuffers:
     """Caches under construction: buffers for `[0, position)` with room for `capacity` tokens.
 
     Rows come from memory by `copy`, or from files into the views that `room_for_rows` and
@@ -196,10 +196,10 @@ class Landing:
             if block.start >= end:
                 break
             a, b = block.start, min(block.end, end)
-            freight = rows_freight([block], a, b)
-            self._make_rows(freight.tensors)
-            views = iter(freight.data)
-            for tensor in freight.tensors:
+            found = rows_views([block], a, b)
+            self._make_rows(found.tensors)
+            views = iter(found.data)
+            for tensor in found.tensors:
                 for target in self._targets(tensor, a, b):
                     target[:] = next(views)
 

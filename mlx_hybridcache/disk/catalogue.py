@@ -7,22 +7,23 @@ part of it. Used on the worker thread only, and touches no file itself.
 
 from __future__ import annotations
 
+import hashlib
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Literal, cast
+from typing import Literal
 
 import numpy as np
 
 from ..errors import BudgetError
 from ..store.budget import Claim
-from ..store.match import Found
-from ..store.tree import Node, common_length
+from ..store.store import Store
+from ..store.tree import common_length
 from ..tokens import Namespace, Tokens, as_tokens
 from .chains import Chains, Difference, Link, Stretch, link_at
 from .index import Entry
-from .parts import FileEnd, FileRows, Files, FileState, FileStore, payloads
+from .parts import FileEnd, FileFound, FileNode, FileRows, Files, FileState, FileStore, payloads
 from .segment import PrefixDigest, Segment
 
 
@@ -60,7 +61,7 @@ class Catalogue:
         self._needs_checkpoints = needs_checkpoints
         self.is_behind = False
         self._stride = stride
-        self.store = FileStore(budget_bytes, needs_checkpoints=True, holders=self._files)
+        self.store: FileStore = Store(budget_bytes, needs_checkpoints=True, references=self._files)
 
     def on_unneeded(self, delete: Callable[[Segment], None]) -> None:
         """Tell `delete` of each file that nothing needs any more."""
@@ -71,7 +72,7 @@ class Catalogue:
     def __contains__(self, segment: Segment) -> bool:
         return segment.name in self._files.used
 
-    def find(self, namespace: str, tokens: Tokens) -> Found:
+    def find(self, namespace: str, tokens: Tokens) -> FileFound:
         """Where `tokens` can be resumed from files, at most one short of their end."""
         found = self.store.find(Namespace(namespace), tokens)
         reach = min(found.match.matched, len(tokens) - 1)
@@ -117,7 +118,9 @@ class Catalogue:
             return rows
         return [*rows, Lacking("state", end, end, keys[-1], keys[-1])]
 
-    def _keys(self, found: Found, namespace: str, tokens: Tokens, ends: Sequence[int]) -> list[str]:
+    def _keys(
+        self, found: FileFound, namespace: str, tokens: Tokens, ends: Sequence[int]
+    ) -> list[str]:
         """The keys of `[0, end)` for ascending ends. What was found is not read again for them."""
         digest, at = PrefixDigest(namespace), min(found.match.matched, ends[0])
         if (link := self._link_at(found.nodes(), at)) is not None:
@@ -129,10 +132,10 @@ class Catalogue:
             at = end
         return keys
 
-    def _link_at(self, path: Sequence[Node], position: int) -> Link | None:
+    def _link_at(self, path: Sequence[FileNode], position: int) -> Link | None:
         """How files lead to a position on a path; None at the beginning."""
         for node in reversed(path):
-            for rows in reversed(cast("tuple[FileRows, ...]", node.rows)):
+            for rows in reversed(node.rows):
                 if rows.start < position <= rows.end:
                     return link_at(position, rows.segment, self._files.leads[rows.segment.name])
         return None
@@ -180,11 +183,12 @@ class Catalogue:
             self.forget(segment)
         self.is_behind |= not self._files.went <= difference.behind
         self._files.went.clear()
-        budget, self.store.budget_bytes = self.store.budget_bytes, sys.maxsize
+        budget = self.store.budget.limit_bytes
+        self.store.budget.limit(sys.maxsize)
         useless = [one for come in difference.come for one in self._take(come)]
         for entry, link in difference.noted:
             self._remember(self._at(link), entry)
-        self.store.budget_bytes = budget
+        self.store.budget.limit(budget)
         self.keep_budget()
         return [*useless, *difference.orphans]
 
@@ -192,7 +196,7 @@ class Catalogue:
         """One stretch, behind what stands at its beginning."""
         namespace = Namespace(stretch.link.segment.namespace)
         if stretch.lead is None:
-            above: Node | None = self.store.root(namespace)
+            above: FileNode | None = self.store.root(namespace)
         else:
             above = self._at(stretch.lead)
         node = self._graft(stretch, above) if above is not None else None
@@ -211,7 +215,7 @@ class Catalogue:
         self.store.clock = max(self.store.clock, stretch.passed)
         return useless
 
-    def _graft(self, stretch: Stretch, above: Node) -> Node | None:
+    def _graft(self, stretch: Stretch, above: FileNode) -> FileNode | None:
         """The end of a stretch that is all new. None, and nothing done, where some of it is there."""
         stands, node, start = stretch.stands, above, above.end
         rows: list[FileRows] = []
@@ -223,7 +227,7 @@ class Catalogue:
             if above.child(int(tokens[0])) is not None:
                 return None
             for each, part in zip(rows, stretch.parts, strict=True):
-                self.store.linger(self._files.add(each.segment, each.nbytes, part.above))
+                self.store.budget.hold(self._files.add(each.segment, each.nbytes, part.above))
             node = self.store.graft(above, as_tokens(tokens), tuple(rows))
         if stands is not None and stretch.restores:
             self.store.stand(node, FileEnd(stands.segment), is_parting=stretch.is_parting)
@@ -231,7 +235,7 @@ class Catalogue:
             if isinstance(node.checkpoint, FileState):
                 return None
             is_parting = stretch.is_parting or len(node.children or ()) > 1
-            self.store.linger(
+            self.store.budget.hold(
                 self._files.add(stands.segment, stands.segment.file_nbytes, stretch.link)
             )
             self.store.stand(node, FileState(stands.segment), is_parting=is_parting)
@@ -260,14 +264,14 @@ class Catalogue:
         """Whether some of its files are not here."""
         return any(segment not in self for segment in stretch.segments())
 
-    def _at(self, link: Link) -> Node | None:
+    def _at(self, link: Link) -> FileNode | None:
         """The node that ends where a link does."""
         node = self._files.standing(link)
         return node or self._node(link.segment.namespace, link.tokens())
 
     def keep_budget(self) -> None:
         """Let go what is over the budget; pins too where they alone are, the oldest first."""
-        pinned: list[Node] | None = None
+        pinned: list[FileNode] | None = None
         while True:
             try:
                 return self.make_room(0)
@@ -278,16 +282,15 @@ class Catalogue:
                 if not pinned:
                     raise
                 unpinned = pinned.pop()
-                unpinned.pinned = False
-                unpinned.touch()
+                unpinned.pin(is_pinned=False)
 
-    def _remember(self, node: Node | None, entry: Entry) -> None:
+    def _remember(self, node: FileNode | None, entry: Entry) -> None:
         """Its recency and its pin, from the index."""
         stands = node.checkpoint if node is not None else None
         is_its_own = isinstance(stands, FileState) == (entry.segment.kind == "state")
         if node is not None and stands is not None and is_its_own:
-            node.last_used, node.pinned = entry.used, entry.pinned
-            node.touch()
+            node.use(entry.used)
+            node.pin(is_pinned=entry.pinned)
         self.store.clock = max(self.store.clock, entry.used)
 
     def add(
@@ -320,15 +323,14 @@ class Catalogue:
 
         def rows_of(start: int) -> FileRows:
             rows = FileRows(segment, start, segment.end)
-            self.store.linger(self._files.add(segment, rows.nbytes, lead))
+            self.store.budget.hold(self._files.add(segment, rows.nbytes, lead))
             return rows
 
         stands: FileState | FileEnd | None = None
         if segment.kind == "state":
             stands = FileState(segment)
             if (node := self._node(segment.namespace, tokens)) is not None:
-                node.checkpoint = None  # a `FileEnd`: this model has states after all
-                node.touch()
+                node.set_checkpoint(None)  # a `FileEnd`: this model has states after all
                 is_parting = is_parting or len(node.children or ()) > 1
         elif not self._needs_checkpoints if restores is None else restores:
             stands = FileEnd(segment)
@@ -336,7 +338,7 @@ class Catalogue:
             namespace,
             tokens,
             rows_of,
-            stands,  # type: ignore[arg-type]  # the tree knows checkpoints by their weight only
+            stands,
             row_bytes=0,  # of a file all bytes count, whatever part is needed: there is room for them
             is_end=stands is not None,
             is_parting=is_parting,
@@ -346,9 +348,9 @@ class Catalogue:
             self._files.add(segment, segment.file_nbytes, lead)
         return True
 
-    def make_room(self, nbytes: int, keep: Iterable[Node] = ()) -> None:
+    def make_room(self, nbytes: int, keep: Iterable[FileNode] = ()) -> None:
         """Let the least useful go until `nbytes` more fit. Raises `BudgetError` when they do not."""
-        self.store.make_room(nbytes, keep)
+        self.store.budget.make_room(nbytes, keep)
 
     def claim(self, nbytes: int, paths: Iterable[tuple[str, Tokens]]) -> Claim:
         """Room for `nbytes` that are about to be written; what leads to `paths` stays.
@@ -363,7 +365,7 @@ class Catalogue:
         self.make_room(nbytes, keep)
         return self.store.claim(nbytes)
 
-    def use(self, found: Found) -> list[str]:
+    def use(self, found: FileFound) -> list[str]:
         """Refresh what was restored; returns the files whose recency that is."""
         self.store.use(found)
         used = [found.node] if found.node is not None else found.match.path[-1:]
@@ -375,13 +377,13 @@ class Catalogue:
         if node is not None:
             self.store.forget(node, rows=segment.kind == "rows")
 
-    def _first_with(self, segment: Segment) -> Node | None:
+    def _first_with(self, segment: Segment) -> FileNode | None:
         """The first node with a part of a file. They lie one below the other."""
         lead = self._files.leads[segment.name]
         end = Link(segment, segment.end, lead, PrefixDigest("")) if segment.kind == "rows" else lead
         assert end is not None
         node = self._files.standing(end)
-        path: Sequence[Node] = ()
+        path: Sequence[FileNode] = ()
         while node is not None and node.end > segment.start - (segment.kind == "state"):
             path, node = [node, *path], node.parent
         parts = [node for node in path if _is_part(segment, node)]
@@ -395,27 +397,12 @@ class Catalogue:
         node = self._node(namespace, tokens)
         if node is None or node.checkpoint is None:
             return []
-        node.pinned = is_pinned
-        node.touch()
+        node.pin(is_pinned=is_pinned)
         return [payload.segment.name for payload in payloads([node])]
 
-    def _node(self, namespace: str, tokens: Tokens) -> Node | None:
+    def _node(self, namespace: str, tokens: Tokens) -> FileNode | None:
         path = self.store.find(Namespace(namespace), tokens).match.path
         return path[-1] if path and path[-1].end == len(tokens) else None
-
-
-def parts_of(found: Found) -> Iterator[FileRows]:
-    """The rows that a restore from files needs, in order."""
-    for node in found.nodes():
-        for rows in node.rows:
-            if rows.start < found.position:
-                yield cast("FileRows", rows)
-
-
-def state_of(found: Found) -> Segment | None:
-    """The checkpoint that a restore from files needs; None for models of rows alone."""
-    stands = found.node.checkpoint if found.node is not None else None
-    return stands.segment if isinstance(stands, FileState) else None
 
 
 def _reach(
@@ -432,10 +419,16 @@ def _reach(
     return matched
 
 
-def _has_state(found: Found, end: int) -> bool:
+def _has_state(found: FileFound, end: int) -> bool:
     path = found.match.path
     return bool(path) and path[-1].end == end and isinstance(path[-1].checkpoint, FileState)
 
 
-def _is_part(segment: Segment, node: Node) -> bool:
+def _is_part(segment: Segment, node: FileNode) -> bool:
     return any(payload.segment.name == segment.name for payload in payloads([node]))
+
+
+def digest(namespace: Namespace) -> str:
+    """The namespace as files name it: neither the model's settings nor the salt can be read from it."""
+    text = "\0".join(namespace)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

@@ -191,18 +191,9 @@ class Chains:
         waiting = sorted(
             self._unlinked.items(), key=lambda item: (item[1].segment.kind, item[1].segment.start)
         )  # rows before what goes on from them, and before states
-        known = {
-            (entry.segment.namespace, entry.segment.key) for _, entry in waiting if _has_rows(entry)
-        }
-        inside = {
-            name: (place, at)
-            for name, entry in waiting
-            if (place := _begins(entry)[0]) not in known
-            and place not in self._known
-            and (at := _begins(entry)[1])
-        }
-        if fresh := {name: inside[name] for name in new if name in inside}:
-            cuts = _Cuts(fresh.values())
+        inside = self._inside(waiting)
+        if fresh := [inside[name] for name in new if name in inside]:
+            cuts = _Cuts(fresh)
             for name, link in self._links.items():
                 if not _is_state(name, link):
                     self._cut(link, cuts)
@@ -227,6 +218,18 @@ class Chains:
             del self._unlinked[name]
             linked.append(name)
         return linked
+
+    def _inside(self, waiting: Sequence[tuple[str, Entry]]) -> dict[str, tuple[Place, int]]:
+        """Where those begin that may do so inside of another's run, as no known one ends there."""
+        ends = {
+            (entry.segment.namespace, entry.segment.key) for _, entry in waiting if _has_rows(entry)
+        }
+        begins = {name: _begins(entry) for name, entry in waiting}
+        return {
+            name: (place, at)
+            for name, (place, at) in begins.items()
+            if at and place not in ends and place not in self._known
+        }
 
     def _cut(self, link: Link, cuts: _Cuts) -> None:
         """Know the positions inside a run at which something else begins or stands."""

@@ -12,17 +12,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 
 from ..errors import HybridCacheError, NotStoredError, SettingError
-from ..store.tree import Node
 from ..tokens import Tokens
 from .catalogue import Catalogue
 from .directory import Directory
 from .index import Entry, scan
-from .parts import FileRows, FileState
+from .parts import FileNode, FileRows, FileState
 from .segment import SEGMENTS, NewerSegmentError, Segment, SegmentError, prefix_key, verify
 
 LOCK = "writer.lock"
@@ -142,17 +140,17 @@ class Collection:
         """Bytes of all files, or of one kind."""
         return sum(x.file_nbytes for x in self.entries if kind in (None, x.segment.kind))
 
-    def nodes(self) -> Iterator[Node]:
+    def nodes(self) -> Iterator[FileNode]:
         """The tree, parents before children, depth first."""
         return self.catalogue.store.nodes()
 
-    def place(self, node: Node) -> Place | None:
+    def place(self, node: FileNode) -> Place | None:
         """What can be resumed at the end of `node`."""
         if node.checkpoint is None:
             return None
         return Place(self._key(node), node.end, node.checkpoint.nbytes, node.pinned)
 
-    def segments(self, node: Node) -> list[Segment]:
+    def segments(self, node: FileNode) -> list[Segment]:
         """The files that `node` needs beside those of the nodes above it."""
         return [payload.segment for payload in payloads(node)]
 
@@ -168,7 +166,7 @@ class Collection:
 
         `times` tells when each file was written.
         """
-        runs: dict[Node, Run] = {}
+        runs: dict[FileNode, Run] = {}
         for node in self.nodes():
             above = node.parent
             parent = runs.get(above) if above is not None else None
@@ -189,7 +187,7 @@ class Collection:
                 run.parent.newest = max(run.parent.newest, run.newest)
         return found
 
-    def _key(self, node: Node) -> str:
+    def _key(self, node: FileNode) -> str:
         for payload in payloads(node):
             if payload.segment.end == node.end:
                 return payload.segment.key
@@ -220,7 +218,7 @@ def loaded(entries: Sequence[Entry]) -> tuple[Catalogue, list[Segment]]:
     return catalogue, catalogue.load(entries)
 
 
-def find(found: Iterable[Collection], beginning: str) -> tuple[Collection, Node]:
+def find(found: Iterable[Collection], beginning: str) -> tuple[Collection, FileNode]:
     """The node whose key begins so, if prompts can be resumed there.
 
     Raises `NotStoredError` when there is none, `SettingError` when there are several.
@@ -243,18 +241,18 @@ def find(found: Iterable[Collection], beginning: str) -> tuple[Collection, Node]
     return fitting[0][:2]
 
 
-def tokens_of(node: Node) -> Tokens:
+def tokens_of(node: FileNode) -> Tokens:
     """All tokens that lead to the end of `node`."""
     return np.concatenate([part.tokens for part in node.path()])
 
 
-def payloads(node: Node) -> list[FileRows | FileState]:
+def payloads(node: FileNode) -> list[FileRows | FileState]:
     """Parts of files that a node consists of."""
-    rows = cast("tuple[FileRows, ...]", node.rows)
-    return [*rows, node.checkpoint] if isinstance(node.checkpoint, FileState) else [*rows]
+    state = node.checkpoint
+    return [*node.rows, state] if isinstance(state, FileState) else [*node.rows]
 
 
-def _siblings(node: Node) -> list[Node]:
+def _siblings(node: FileNode) -> list[FileNode]:
     """A node and its siblings."""
     return list((node.parent.children or {}).values()) if node.parent is not None else []
 

@@ -234,17 +234,8 @@ def scan(
                 _delete(path)
         elif name in known and known[name].file_nbytes == status.st_size:
             entries[name] = known[name]
-        else:
-            try:
-                strangers.append((status.st_mtime_ns, read_header(path)))
-            except SegmentError as error:
-                on_rejected(path, error)
-                if adopt and not isinstance(error, NewerSegmentError):
-                    _delete(path)
-            except FileNotFoundError:
-                pass  # its writer deleted it meanwhile
-            except OSError as error:  # another time it may be read, so it stays
-                on_rejected(path, SegmentError(f"{path.name} cannot be read: {error}"))
+        elif segment := _header(path, on_rejected, adopt=adopt):
+            strangers.append((status.st_mtime_ns, segment))
     adopted = _adopted(strangers, known)
     entries |= {entry.segment.name: entry for entry in adopted}
     if adopt and index is not None:
@@ -252,6 +243,23 @@ def scan(
             index.put(adopted)
             index.drop(known.keys() - entries.keys())
     return sorted(entries.values(), key=lambda entry: (entry.used, entry.segment.end))
+
+
+def _header(
+    path: Path, on_rejected: Callable[[Path, SegmentError], None], *, adopt: bool
+) -> Segment | None:
+    """What a file says of itself, where it is a segment."""
+    try:
+        return read_header(path)
+    except SegmentError as error:
+        on_rejected(path, error)
+        if adopt and not isinstance(error, NewerSegmentError):
+            _delete(path)
+    except FileNotFoundError:
+        pass  # its writer deleted it meanwhile
+    except OSError as error:  # another time it may be read, so it stays
+        on_rejected(path, SegmentError(f"{path.name} cannot be read: {error}"))
+    return None
 
 
 def _adopted(strangers: list[tuple[int, Segment]], known: dict[str, Entry]) -> list[Entry]:

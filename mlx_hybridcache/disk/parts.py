@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import ClassVar, cast
+from typing import ClassVar, TypeAlias
 
-from ..store.budget import Holders
+from ..store.match import Found
+from ..store.references import References
 from ..store.store import Store
 from ..store.tree import Held, Node
-from ..tokens import Namespace, Tokens
+from ..tokens import Tokens
 from .chains import Link
 from .segment import Segment
 
@@ -64,15 +65,37 @@ class FileEnd:
     nbytes: ClassVar[int] = 0
 
 
-def payloads(nodes: Iterable[Node]) -> Iterator[FileRows | FileState]:
+FileNode: TypeAlias = Node[FileRows, FileState | FileEnd]
+"""A run of tokens whose rows, and whose checkpoint, lie in files."""
+
+
+FileFound: TypeAlias = Found[FileRows, FileState | FileEnd]
+"""What files restore of a prompt."""
+
+
+def payloads(nodes: Iterable[FileNode]) -> Iterator[FileRows | FileState]:
     """Parts of files that nodes consist of."""
     for node in nodes:
-        yield from cast("tuple[FileRows, ...]", node.rows)
+        yield from node.rows
         if isinstance(node.checkpoint, FileState):
             yield node.checkpoint
 
 
-class Files(Holders):
+def parts_of(found: FileFound) -> Iterator[FileRows]:
+    """The rows that a restore from files needs, in order."""
+    for node in found.nodes():
+        for rows in node.rows:
+            if rows.start < found.position:
+                yield rows
+
+
+def state_of(found: FileFound) -> Segment | None:
+    """The checkpoint that a restore from files needs; None for models of rows alone."""
+    stands = found.node.checkpoint if found.node is not None else None
+    return stands.segment if isinstance(stands, FileState) else None
+
+
+class Files(References):
     """Which files the trees still need, in bytes of each that they use.
 
     `leads` are what leads to where rows begin, None at the beginning, or to where a state stands.
@@ -84,7 +107,7 @@ class Files(Holders):
         self.used: dict[str, int] = {}
         self.segments: dict[str, Segment] = {}
         self.leads: dict[str, Link | None] = {}
-        self.ends: dict[str, Node] = {}
+        self.ends: dict[str, FileNode] = {}
         self.states = 0
         self.went: set[str] = set()
 
@@ -99,7 +122,7 @@ class Files(Holders):
         self.states += segment.kind == "state"
         return segment.file_nbytes - nbytes
 
-    def standing(self, link: Link) -> Node | None:
+    def standing(self, link: Link) -> FileNode | None:
         """The node that ends where a link does, if that was noted and is so still."""
         node = self.ends.get(link.segment.name) if link.end == link.segment.end else None
         return (
@@ -110,9 +133,9 @@ class Files(Holders):
         return 0  # a file is shared out, not copied
 
     def dropped(self, payload: Held) -> int:
-        if isinstance(payload, FileEnd):
-            return 0
-        part = cast("FileRows | FileState", payload)
+        if not isinstance(payload, FileRows | FileState):
+            return 0  # where rows end that restore by themselves
+        part = payload
         name = part.segment.name
         self.used[name] -= part.nbytes
         if self.used[name] > 0:
@@ -125,28 +148,5 @@ class Files(Holders):
         return part.nbytes - part.segment.file_nbytes
 
 
-class FileStore(Store):
-    """The trees of a directory. What is known to be new is put where it belongs without another look."""
-
-    def root(self, namespace: Namespace) -> Node:
-        """Where a namespace's tree begins."""
-        return self._trees.planted(namespace).root
-
-    def tidy(self, namespace: Namespace) -> None:
-        """Nothing grew behind that root: then there is no such tree."""
-        tree = self._trees.get(namespace)
-        if tree is not None:
-            self._trees.clear_away(tree)
-
-    def graft(self, above: Node, tokens: Tokens, rows: tuple[FileRows, ...]) -> Node:
-        """A new leaf behind `above`, where nothing begins like it yet."""
-        node = above.add(tokens, rows)
-        self.rows_bytes += node.rows_nbytes
-        return node
-
-    def stand(self, node: Node, stands: FileState | FileEnd, *, is_parting: bool) -> None:
-        """Something restores at the end of `node` from now on."""
-        node.checkpoint = stands
-        node.is_end, node.returns = True, int(is_parting)
-        self.snapshot_bytes += stands.nbytes
-        node.touch()
+FileStore: TypeAlias = Store[FileRows, FileState | FileEnd]
+"""The trees of a directory."""

@@ -2,6 +2,10 @@
 
 A file is valid safetensors. Its metadata tells what it holds; the tensor `tokens` comes first, then the
 data in the order in which it was handed over. Every byte lies under one of two checksums.
+
+Headers are read here by hand. The `safetensors` package gives names, shapes and values, in a third of the
+time, but neither the header's own bytes, which a checksum covers (it takes a header that was changed), nor
+where a tensor begins; and it opens a path, where a file that was opened and looked at is to be read.
 """
 
 from __future__ import annotations

@@ -45,6 +45,14 @@ class Transfer:
     error: Exception | None = None
     is_told: bool = False  # the directory itself has said, or will, what is wrong
 
+    def let_go(self) -> None:
+        """Hold the views no longer, nor those that an error holds by the frames it passed through."""
+        self.parts.clear()
+        error: BaseException | None = self.error
+        while error is not None:
+            error.__traceback__ = None
+            error = error.__cause__ or error.__context__
+
 
 @dataclass(frozen=True, slots=True)
 class Change:
@@ -136,6 +144,11 @@ class DiskThread:
     def change(self, change: Callable[[Directory], None]) -> None:
         """Delete files or note something, in its turn."""
         self._put(_CHANGE, lambda: change(self.directory))
+
+    def delete(self, segment: Segment) -> None:
+        """Nothing needs this file any more; only the writer deletes it."""
+        if self.directory.is_writer:
+            self.change(lambda directory: directory.delete(segment))
 
     def later(self, function: Callable[[], None]) -> None:
         """Post `function` once everything that was asked for is done, so that others have their turns."""

@@ -9,7 +9,7 @@ from typing import Any
 from ..caches.layout import Layout
 from ..caches.live import LiveCaches
 from ..request.request import Request
-from ..store.match import Found
+from ..store.match import AnyFound
 from ..tiers import Tiers
 from ..tokens import TurnMarks
 from ..worker.turns import PAUSE, Load, Pause
@@ -32,7 +32,7 @@ class Prefill:
     load: Load
     route: Callable[..., Route] = route_of
 
-    def read(self, request: Request, live: LiveCaches, found: Found) -> Iterator[Pause]:
+    def read(self, request: Request, live: LiveCaches, found: AnyFound) -> Iterator[Pause]:
         """All but the last token into `live`, which stand where `found` says."""
         for _ in self._slices(request, live, found):
             try:
@@ -41,7 +41,7 @@ class Prefill:
                 self.tiers.save_end(request, live, request.tokens[: live.position])
                 raise
 
-    def _slices(self, request: Request, live: LiveCaches, found: Found) -> Iterator[None]:
+    def _slices(self, request: Request, live: LiveCaches, found: AnyFound) -> Iterator[None]:
         tokens, account = request.tokens, request.account
         reading = Reading(
             start=found.position,

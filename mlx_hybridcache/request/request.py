@@ -8,7 +8,7 @@ from typing import Any
 
 from ..caches.room import request_rows
 from ..report import CacheReport, Divergence, Reason
-from ..store.match import Found
+from ..store.match import AnyFound
 from ..tokens import Namespace, Tokens
 from ..worker.turns import Job
 
@@ -75,7 +75,7 @@ class Request:
         ahead = [stop for stop in self.account.stops if stop > read]
         self.job.left = max(1, min([len(self.tokens), *ahead]) - read)
 
-    def matched(self, found: Found) -> None:
+    def matched(self, found: AnyFound) -> None:
         """Note where the prompt parts ways with what is stored, if it does."""
         tokens, at, around = self.tokens, found.match.matched, Divergence.AROUND
         self.account.divergence = (
@@ -89,7 +89,7 @@ class Request:
             else None
         )
 
-    def report(self, found: Found, reason: Reason, seconds: float = 0.0) -> CacheReport:
+    def report(self, found: AnyFound, reason: Reason, seconds: float = 0.0) -> CacheReport:
         """What was found, and what was done about it so far, in `seconds` of reading."""
         tokens, account = len(self.tokens), self.account
         return CacheReport(

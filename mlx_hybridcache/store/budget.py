@@ -1,12 +1,14 @@
-"""One budget for what is stored and for what runs: what is held, who claims it, who else holds it."""
+"""One budget for what is stored and for what runs: its counters, which it alone writes, and claims on it."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from .tree import Held, Node
+from .tree import AnyNode
+
+Evict = Callable[[int, Iterable[AnyNode], AnyNode | None], None]
+"""Let go of other things until so many bytes fit, but for the rows of these nodes and the checkpoint of one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,68 +35,138 @@ class StoreStats:
         return stored + self.running_bytes + self.lingering_bytes
 
 
-class Budget(ABC):
-    """Bytes by what they are for. Their sum is never more than `budget_bytes`.
+class Budget:
+    """Bytes by what they are for. Nothing is added that does not fit into `limit_bytes` beside the rest.
 
-    `lingering_bytes` were let go of, but are held elsewhere for a moment longer; `freed_bytes` were let
-    go of since memory was last given back to the system.
+    `in_flight_bytes` were let go of, but others hold them for a moment longer; `freed_bytes` were let
+    go of since memory was last given back to the system. `evict` makes room where there is none, and
+    raises `BudgetError` when it cannot.
     """
 
-    def __init__(self, budget_bytes: int):
-        self.budget_bytes = budget_bytes
-        self.running_bytes = 0
-        self.lingering_bytes = 0
-        self.rows_bytes = 0
-        self.snapshot_bytes = 0
-        self.freed_bytes = 0
+    def __init__(self, limit_bytes: int, evict: Evict):
+        self._limit_bytes = limit_bytes
+        self._evict = evict
+        self._rows_bytes = 0
+        self._snapshot_bytes = 0
+        self._running_bytes = 0
+        self._in_flight_bytes = 0
+        self._freed_bytes = 0
+        self._used_bytes = 0
+
+    @property
+    def limit_bytes(self) -> int:
+        """What the sum may come to."""
+        return self._limit_bytes
+
+    @property
+    def rows_bytes(self) -> int:
+        """Rows that the store owns."""
+        return self._rows_bytes
+
+    @property
+    def snapshot_bytes(self) -> int:
+        """What stands at checkpoints."""
+        return self._snapshot_bytes
 
     @property
     def stored_bytes(self) -> int:
         """Rows and snapshots."""
-        return self.rows_bytes + self.snapshot_bytes
+        return self._rows_bytes + self._snapshot_bytes
 
+    @property
+    def running_bytes(self) -> int:
+        """All claims."""
+        return self._running_bytes
+
+    @property
+    def in_flight_bytes(self) -> int:
+        """What others hold for a moment longer."""
+        return self._in_flight_bytes
+
+    @property
+    def freed_bytes(self) -> int:
+        """What may be given back to the system."""
+        return self._freed_bytes
+
+    @property
     def used_bytes(self) -> int:
-        """Everything that counts against the budget."""
-        return self.stored_bytes + self.running_bytes + self.lingering_bytes
+        """Everything that counts against the limit."""
+        return self._used_bytes
 
     def has_room(self, nbytes: int) -> bool:
         """Whether `nbytes` more fit beside everything that is held."""
-        return self.used_bytes() + nbytes <= self.budget_bytes
+        return self._used_bytes + nbytes <= self._limit_bytes
+
+    def make_room(
+        self, nbytes: int, keep: Iterable[AnyNode] = (), spare: AnyNode | None = None
+    ) -> None:
+        """Let go of other things until `nbytes` more fit.
+
+        The rows of nodes in `keep` stay, and the checkpoint of `spare`. Raises `BudgetError` when
+        they do not fit.
+        """
+        if not self.has_room(nbytes):
+            self._evict(nbytes, keep, spare)
+
+    def claim(self, nbytes: int) -> Claim:
+        """Hold `nbytes`, for which there is room, for a running request."""
+        self._change(running=nbytes)
+        return Claim(self, nbytes)
+
+    def keep(self, *, rows: int = 0, snapshots: int = 0) -> None:
+        """So many bytes are stored now, for which there is room."""
+        self._change(rows=rows, snapshots=snapshots)
+
+    def free(self, *, rows: int = 0, snapshots: int = 0, in_flight: int = 0) -> None:
+        """So many bytes are stored no longer, of which others hold `in_flight` until `settle`."""
+        self._change(rows=-rows, snapshots=-snapshots, in_flight=in_flight)
+        self._freed_bytes += rows + snapshots
+
+    def hold(self, nbytes: int) -> None:
+        """So many bytes more, for which there is room, are held by others until `settle`."""
+        self._change(in_flight=nbytes)
 
     def settle(self, nbytes: int) -> None:
-        """So many lingering bytes are held no longer."""
-        self.lingering_bytes -= nbytes
+        """So many bytes are in flight no longer."""
+        self._change(in_flight=-nbytes)
 
-    def linger(self, nbytes: int) -> None:
-        """So many bytes, given back by a request, are held until `settle`."""
-        self.lingering_bytes += nbytes
+    def limit(self, limit_bytes: int) -> None:
+        """From now on the sum may come to this. What is over it stays until room is made."""
+        self._limit_bytes = limit_bytes
 
-    @abstractmethod
-    def make_room(self, nbytes: int, keep: Iterable[Node] = (), spare: Node | None = None) -> None:
-        """Let go of other things until `nbytes` more fit. Raises `BudgetError` when they do not."""
+    def given_back(self) -> None:
+        """The system has what was freed."""
+        self._freed_bytes = 0
 
+    def change_claim(self, nbytes: int, in_flight: int = 0) -> None:
+        """A claim has grown by so much, or shrunk if less than 0; for `Claim` alone."""
+        self._change(running=nbytes, in_flight=in_flight)
+        self._freed_bytes += max(0, -nbytes - in_flight)
 
-class Holders:
-    """Who else holds what a store lets go of. Here nobody; a tier with other holders says so.
+    def _change(
+        self, *, rows: int = 0, snapshots: int = 0, running: int = 0, in_flight: int = 0
+    ) -> None:
+        self._rows_bytes += rows
+        self._snapshot_bytes += snapshots
+        self._running_bytes += running
+        self._in_flight_bytes += in_flight
+        more = rows + snapshots + running + in_flight
+        self._used_bytes += more
+        self._check(more)
 
-    `dropped` and `split` return the bytes that stay held although the store no longer has them.
-    """
-
-    def split_nbytes(self, rows: Held) -> int:
-        """Room that cutting these rows in two takes for a moment: both parts are copies."""
-        return rows.nbytes
-
-    def dropped(self, payload: Held) -> int:
-        """A checkpoint, or the rows of a node, left the store."""
-        return 0
-
-    def split(self, rows: Held) -> int:
-        """Rows were replaced by two parts of their own."""
-        return 0
-
-    def is_held(self, payload: Held) -> bool:
-        """Whether others hold it at this moment."""
-        return False
+    def _check(self, more: int) -> None:
+        """What holds after each change, by which `more` bytes are used now."""
+        counters = (
+            self._rows_bytes,
+            self._snapshot_bytes,
+            self._running_bytes,
+            self._in_flight_bytes,
+        )
+        assert min(counters) >= 0, f"less than nothing is held: {counters}"
+        assert sum(counters) == self._used_bytes, f"{counters} are not {self._used_bytes}"
+        assert more <= 0 or self._used_bytes <= self._limit_bytes, (
+            f"{counters} are more than {self._limit_bytes}"
+        )
 
 
 class Claim:
@@ -110,16 +182,25 @@ class Claim:
         Raises `BudgetError` when nothing is left to let go for them.
         """
         self._budget.make_room(nbytes + passing)
-        self._budget.running_bytes += nbytes
+        self._budget.change_claim(nbytes)
         self.nbytes += nbytes
 
     def shrink(self, nbytes: int) -> None:
         """Give back what is more than `nbytes`, or all of it."""
         nbytes = max(nbytes, 0)
         if nbytes < self.nbytes:
-            self._budget.running_bytes -= self.nbytes - nbytes
-            self._budget.freed_bytes += self.nbytes - nbytes
+            self._budget.change_claim(nbytes - self.nbytes)
             self.nbytes = nbytes
+
+    def abandon(self, nbytes: int) -> int:
+        """Of it so many bytes, or all, outlive the request: others hold them until the budget's `settle`.
+
+        Returns how many.
+        """
+        nbytes = min(nbytes, self.nbytes)
+        self._budget.change_claim(-nbytes, in_flight=nbytes)
+        self.nbytes -= nbytes
+        return nbytes
 
     def release(self) -> None:
         """Give all of it back."""

@@ -1,11 +1,11 @@
-"""Rows that the tree leaves where a running request has them, so that they are held once and not twice.
+"""Lazy rows: the tree leaves rows where a running request has them, so that they are held once and not twice.
 
 A running request's caches hold every row of its prompt. While it runs, the tree need not hold them too: a
-node's rows may be `BorrowedRows`, which weigh nothing beside the request's own claim. When the request
-ends they move to the store, one array after another, so that not even then two copies exist.
-Rows that the store does own are let go for those of a running request when room is short; nothing
+node's rows may be `LazyRows`, which weigh nothing beside the request's own claim. When the request ends
+they are materialized, which is to say copied to the store, one array after another, so that not even then two
+copies exist. Rows that the store does own become an alias of a running request's when room is short; nothing
 is lost by it, and it comes before anything is evicted. llama.cpp, which reads on in the slot itself, has
-the same advantage.
+the same advantage; ollama's lazy snapshots are the same.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Protocol
+from typing import Generic, Protocol
 
 from ..tokens import Namespace, Tokens
-from .tree import Node, Rows
+from .tree import AnyNode, Node, R, Rows, S
 
 Ranges = Sequence[tuple[int, int]]
 """Half-open intervals of positions, ascending."""
@@ -27,32 +27,32 @@ PIECE = 2048
 
 
 @dataclass(frozen=True, slots=True)
-class BorrowedRows:
+class LazyRows(Generic[R]):
     """Rows of `[start, end)` that lie in a running request's caches."""
 
     start: int
     end: int
-    lender: Lender
+    source: LazySource[R]
 
     @property
     def nbytes(self) -> int:
         """None of its own: the request's claim pays for them."""
         return 0
 
-    def view(self) -> Rows:
+    def view(self) -> R:
         """The rows where they lie: nobody may hold them when the request goes on."""
-        return self.lender.view(self.start, self.end)
+        return self.source.view(self.start, self.end)
 
-    def split(self, position: int) -> tuple[BorrowedRows, BorrowedRows]:
+    def split(self, position: int) -> tuple[LazyRows[R], LazyRows[R]]:
         """Two stretches of the same caches."""
         return (
-            BorrowedRows(self.start, position, self.lender),
-            BorrowedRows(position, self.end, self.lender),
+            LazyRows(self.start, position, self.source),
+            LazyRows(position, self.end, self.source),
         )
 
 
 class Column(Protocol):
-    """One array of a running request's rows, of one layer: it can be taken over by itself."""
+    """One array of a running request's rows, of one layer: it can be materialized by itself."""
 
     @property
     def nbytes(self) -> int:
@@ -64,14 +64,14 @@ class Column(Protocol):
         """Bytes of one token's part."""
         ...
 
-    def surrender(self, ranges: Ranges) -> None:
+    def materialize(self, ranges: Ranges) -> None:
         """Copy these rows, and let the buffer go."""
         ...
 
 
 @dataclass(eq=False)
-class Lender(ABC):
-    """A running request's caches, seen from the store.
+class LazySource(ABC, Generic[R]):
+    """A running request's live caches, seen from the store.
 
     `tokens` lead to all that they hold; `row_bytes` is what one token weighs. `alike` are the ranges
     in which they hold the very bits that the store has: what was copied from it, or to it.
@@ -96,7 +96,7 @@ class Lender(ABC):
         """Know the caches no more."""
 
     @abstractmethod
-    def view(self, start: int, end: int) -> Rows:
+    def view(self, start: int, end: int) -> R:
         """The rows of `[start, end)` without a copy; whoever holds them makes the next forward copy all."""
 
     @abstractmethod
@@ -104,23 +104,23 @@ class Lender(ABC):
         """What is held twice for a moment when the rows of so many tokens move, or a checkpoint does."""
 
     @abstractmethod
-    def copies(self, ranges: Ranges) -> list[Rows]:
+    def copies(self, ranges: Ranges) -> list[R]:
         """Copies that own their bytes; the caches keep theirs."""
 
     @abstractmethod
     def columns(self) -> list[Column]:
-        """The arrays of rows, for who takes them over. All else that the caches hold is let go."""
+        """The arrays of rows, to be materialized one by one. All else that the caches hold is let go."""
 
     @abstractmethod
-    def surrendered(self, ranges: Ranges) -> list[Rows]:
+    def materialized(self, ranges: Ranges) -> list[R]:
         """The copies that all columns made of `ranges`."""
 
 
 @dataclass(frozen=True, slots=True)
-class Debt:
-    """Adjoining borrowed rows in one node, `rows[first:last]` of it: positions `[start, end)`."""
+class LazyStretch(Generic[R, S]):
+    """Adjoining lazy rows in one node, `rows[first:last]` of it: positions `[start, end)`."""
 
-    node: Node
+    node: Node[R | LazyRows[R], S]
     first: int
     last: int
 
@@ -134,41 +134,55 @@ class Debt:
         cuts = range((start // PIECE + 1) * PIECE, end, PIECE)
         return list(pairwise([start, *cuts, end]))
 
-    def pay(self, owned: Sequence[Rows]) -> None:
-        """Put rows in their place that the store owns. Debts of one node are paid from the last."""
+    def materialize(self, copies: Sequence[R]) -> None:
+        """Put copies in their place that the store owns. Of one node's, the last stretch comes first."""
         rows = self.node.rows
-        self.node.rows = (*rows[: self.first], *owned, *rows[self.last :])
-        self.node.note()  # it weighs more now
+        self.node.set_rows((*rows[: self.first], *copies, *rows[self.last :]))
 
 
-def debts(path: Sequence[Node], lender: Lender) -> list[Debt]:
-    """What the nodes of `path` have borrowed from `lender`, ascending."""
-    return [debt for node in path for debt in _debts_of(node, lender)]
+def lazy_stretches(
+    path: Sequence[Node[R | LazyRows[R], S]], source: LazySource[R]
+) -> list[LazyStretch[R, S]]:
+    """What the nodes of `path` have left in `source`, ascending."""
+    return [stretch for node in path for stretch in _lazy_in(node, source)]
 
 
-def _debts_of(node: Node, lender: Lender) -> Iterator[Debt]:
+def _lazy_in(node: Node[R | LazyRows[R], S], source: LazySource[R]) -> Iterator[LazyStretch[R, S]]:
     first = None
     for index, rows in enumerate(node.rows):
-        is_borrowed = isinstance(rows, BorrowedRows) and rows.lender is lender
-        if is_borrowed and first is None:
+        is_lazy = isinstance(rows, LazyRows) and rows.source is source
+        if is_lazy and first is None:
             first = index
-        elif not is_borrowed and first is not None:
-            yield Debt(node, first, index)
+        elif not is_lazy and first is not None:
+            yield LazyStretch(node, first, index)
             first = None
     if first is not None:
-        yield Debt(node, first, len(node.rows))
+        yield LazyStretch(node, first, len(node.rows))
 
 
-def is_borrowing(path: Sequence[Node]) -> bool:
-    """Whether some rows on the way are nobody's but a running request's."""
-    return any(isinstance(rows, BorrowedRows) for node in path for rows in node.rows)
+def has_lazy_rows(path: Sequence[AnyNode]) -> bool:
+    """Whether some rows on the way lie in a running request's caches only."""
+    return any(isinstance(rows, LazyRows) for node in path for rows in node.rows)
 
 
-def full_nbytes(node: Node) -> int:
+def rows_before(nodes: Sequence[Node[R | LazyRows[R], S]], position: int) -> list[R]:
+    """The rows of `[0, position)` on a path, the last ones perhaps reaching beyond.
+
+    Lazy ones are views, to be let go of before the request that has them goes on.
+    """
+    return [
+        rows.view() if isinstance(rows, LazyRows) else rows
+        for node in nodes
+        for rows in node.rows
+        if rows.start < position
+    ]
+
+
+def full_nbytes(node: AnyNode) -> int:
     """Bytes of the rows of a node once it owns them all."""
     return sum(
-        (rows.end - rows.start) * rows.lender.row_bytes
-        if isinstance(rows, BorrowedRows)
+        (rows.end - rows.start) * rows.source.row_bytes
+        if isinstance(rows, LazyRows)
         else rows.nbytes
         for rows in node.rows
     )

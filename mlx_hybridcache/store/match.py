@@ -3,42 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import Any, Generic, TypeAlias
 
 from .eviction.policy import NEAR_TOKENS
-from .lazy_rows import BorrowedRows
-from .tree import Match, Node
-
-if TYPE_CHECKING:
-    from ..caches.checkpoint import Checkpoint
-    from ..caches.kinds.rows import RowBlock
+from .tree import Match, Node, R, S
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class Found(Generic[R, S]):
     """Where a prompt can be restored: `position` and what stands there, by the tree's own nodes."""
 
-    match: Match
+    match: Match[R, S]
     position: int
-    node: Node | None
+    node: Node[R, S] | None
     tier: str = "memory"
 
-    def nodes(self) -> tuple[Node, ...]:
+    def nodes(self) -> tuple[Node[R, S], ...]:
         """The nodes that agree with the prompt, wholly or in part."""
         return self.match.nodes()
-
-    def blocks(self) -> list[RowBlock]:
-        """The rows of `[0, position)`, the last one perhaps reaching beyond.
-
-        Those that lie in a running request's caches are views, to be let go of before it goes on.
-        """
-        return [
-            # The tree knows rows by their protocol only.
-            cast("RowBlock", rows.view() if isinstance(rows, BorrowedRows) else rows)
-            for node in self.nodes()
-            for rows in node.rows
-            if rows.start < self.position
-        ]
 
     @property
     def is_inside(self) -> bool:
@@ -56,6 +38,10 @@ class Found:
         )
 
     @property
-    def checkpoint(self) -> Checkpoint | None:
+    def checkpoint(self) -> S | None:
         """The state at `position`; None for models that rows alone restore."""
-        return cast("Checkpoint", self.node.checkpoint) if self.node is not None else None
+        return self.node.checkpoint if self.node is not None else None
+
+
+AnyFound: TypeAlias = Found[Any, Any]
+"""The same of either tier."""

@@ -1,192 +1,207 @@
-"""What the store borrows from running requests: when it lets its own rows go for theirs, and takes them over.
+"""When the store lets its own rows go for a running request's, and when it copies those.
 
-`borrowing` says what a loan is; this is who makes them, and when they end.
+`lazy_rows` says what such rows are; this is who makes them, and when they end.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from typing import Generic
 
-from ..caches.kinds.rows import RowBlock
 from ..errors import BudgetError
 from .budget import Claim
-from .lazy_rows import (
-    BorrowedRows,
-    Debt,
-    Lender,
-    debts,
-)
+from .lazy_rows import LazyRows, LazySource, LazyStretch, lazy_stretches, rows_before
 from .match import Found
 from .store import Store
-from .tree import Node, Rows
+from .tree import Node, R, S
 
 log = logging.getLogger("mlx_hybridcache")
 
 
-class Loans:
-    """All loans of one store. `on_owned` is called whenever rows have become the store's own."""
+class Materializer(Generic[R, S]):
+    """All lazy rows of one store. `on_materialized` is called whenever rows have become the store's own."""
 
-    def __init__(self, store: Store):
+    def __init__(self, store: Store[R | LazyRows[R], S]):
         self.store = store
-        self.on_owned: Callable[[], None] = lambda: None
-        self._lenders: list[Lender] = []
-        store.before_evicting = self.lean
+        self.on_materialized: Callable[[], None] = lambda: None
+        self._sources: list[LazySource[R]] = []
+        store.before_evicting = self.alias
 
     def claim_for(
-        self, nbytes: int, found: Found, lender: Lender, *, spends_checkpoint: bool = False
-    ) -> tuple[Claim, list[RowBlock]]:
+        self,
+        nbytes: int,
+        found: Found[R | LazyRows[R], S],
+        source: LazySource[R],
+        *,
+        spends_checkpoint: bool = False,
+    ) -> tuple[Claim, list[R]]:
         """`claim` for a request that restores `found`, and the rows to restore it from.
 
-        Where that would cost others, the rows move instead of being copied: the store borrows them
+        Where that would cost others, the rows move instead of being copied: the store has lazy ones
         from then on, the list is all that holds them, and whoever lets go of it array by array stays
         within the claim, which is larger by one array until it is shrunk. With `spends_checkpoint` the
         checkpoint goes as well, to whoever holds it already: better than to read all of it again.
         """
-        if not self.store.has_room(nbytes):
-            self.lean()
-        if self.store.has_room(nbytes):
-            return self.store.claim(nbytes, found), found.blocks()
+        budget = self.store.budget
+        if not budget.has_room(nbytes):
+            self.alias()
+        if budget.has_room(nbytes):
+            return self.store.claim(nbytes, found), rows_before(found.nodes(), found.position)
         moving = [
-            (holder, [rows for rows in holder.rows if self._may_move(rows, found.position)])
-            for holder in found.nodes()
+            (node, rows)
+            for node in found.nodes()
+            for rows in node.rows
+            if self._may_move(rows, found.position)
         ]
-        moved = sum(rows.nbytes for _, every in moving for rows in every)
-        passing = lender.passing_bytes(sum(r.end - r.start for _, every in moving for r in every))
-        if spends_checkpoint:
-            node = found.node
-            if node is None or node.checkpoint is None or node.pinned:
-                raise BudgetError("There is no checkpoint that may go.")
-            if self.store.holders.is_held(node.checkpoint):
-                raise BudgetError("The checkpoint is being written.")
-            moved += node.checkpoint.nbytes
-        self.store.make_room(nbytes + passing - moved, found.nodes(), spare=found.node)
-        blocks = found.blocks()
-        if spends_checkpoint and found.node is not None:
-            self.store.let_checkpoint_go(found.node)
-            self.store.evictions += 1
-        for holder, every in moving:
-            for rows in every:
-                self._let_go_for(holder, rows, lender)
-        self.store.running_bytes += nbytes + passing
-        return Claim(self.store, nbytes + passing), blocks
+        moved = sum(rows.nbytes for _, rows in moving)
+        passing = source.passing_bytes(sum(rows.end - rows.start for _, rows in moving))
+        spent = self._spent(found) if spends_checkpoint else None
+        if spent is not None and spent.checkpoint is not None:
+            moved += spent.checkpoint.nbytes
+        budget.make_room(nbytes + passing - moved, found.nodes(), spare=found.node)
+        moved_rows = rows_before(found.nodes(), found.position)
+        if spent is not None:
+            self.store.evict_checkpoint(spent)
+        for node, rows in moving:
+            self._let_go_for(node, rows, source)
+        return budget.claim(nbytes + passing), moved_rows
 
-    def lend(self, lender: Lender) -> None:
+    def _spent(self, found: Found[R | LazyRows[R], S]) -> Node[R | LazyRows[R], S]:
+        """The node whose checkpoint goes to the request that restores it."""
+        node = found.node
+        if node is None or node.checkpoint is None or node.pinned:
+            raise BudgetError("There is no checkpoint that may go.")
+        if self.store.references.is_held(node.checkpoint):
+            raise BudgetError("The checkpoint is being written.")
+        return node
+
+    def add(self, source: LazySource[R]) -> None:
         """A running request's caches hold rows: the store may leave its own there."""
-        self._lenders.append(lender)
+        self._sources.append(source)
 
-    def lends_no_more(self, lender: Lender) -> None:
-        """Nothing is borrowed from its caches, nor will be."""
-        self._lenders.remove(lender)
+    def remove(self, source: LazySource[R]) -> None:
+        """Nothing is left in its caches, nor will be."""
+        self._sources.remove(source)
 
-    def own(self, lender: Lender) -> bool:
-        """Copy what is borrowed from `lender`, whose caches keep theirs.
+    def materialize(self, source: LazySource[R]) -> bool:
+        """Copy what the store has left in `source`, whose caches keep theirs.
 
         False where there is no room for all of it. Nothing goes for this: it is not needed yet.
         """
-        owed = self._debts(lender)
-        need = _tokens_in(owed) * lender.row_bytes
-        if not owed:
+        lazy = self._lazy_in(source)
+        if not lazy:
             return True
-        if not self.store.has_room(need):
+        if not self.store.budget.has_room(_tokens_in(lazy) * source.row_bytes):
             return False
-        ranges = _pieces(owed)
-        self._pay(owed, lender.copies(ranges))
-        lender.alike += ranges
-        self.on_owned()
+        ranges = _pieces(lazy)
+        self._put(lazy, source.copies(ranges))
+        source.alike += ranges
+        self.on_materialized()
         return True
 
-    def take_over(self, lender: Lender, claim: Claim) -> None:
-        """A running request ends: what is borrowed from its caches moves here, array by array.
+    def materialize_and_release(self, source: LazySource[R], claim: Claim) -> None:
+        """A running request ends: what the store has left in its caches moves here, array by array.
 
         Where not even one array fits, the deepest rows are given up. `claim` pays for the caches and
         shrinks with them.
         """
-        if lender in self._lenders:
-            self._lenders.remove(lender)
+        if source in self._sources:
+            self._sources.remove(source)
         try:
-            self._take_over(lender, claim)
+            self._release(source, claim)
         finally:
-            self.on_owned()
+            self.on_materialized()
 
-    def _take_over(self, lender: Lender, claim: Claim) -> None:
-        owed = self._debts(lender)
-        if owed and not lender.is_standing:  # it was never restored
-            self._give_up(owed)
+    def _release(self, source: LazySource[R], claim: Claim) -> None:
+        lazy = self._lazy_in(source)
+        if lazy and not source.is_standing:  # it was never restored
+            self._give_up(lazy)
             return
-        if not owed:
-            lender.let_go()
+        if not lazy:
+            source.let_go()
             return
-        columns = lender.columns()
+        columns = source.columns()
         claim.shrink(sum(column.nbytes for column in columns))
-        most = max(column.row_bytes for column in columns)
-        while owed:
-            try:
-                self.store.make_room(most * _tokens_in(owed), [debt.node for debt in owed])
-                break
-            except BudgetError:
-                self.store.forget(owed[-1].node, rows=True)
-                self.store.evictions += 1
-                owed = self._debts(lender)
-        owed = self._debts(lender)  # nodes may have been joined
-        ranges, tokens = _pieces(owed), _tokens_in(owed)
-        made = 0
+        lazy = self._with_room(lazy, source, max(column.row_bytes for column in columns))
+        ranges, tokens = _pieces(lazy), _tokens_in(lazy)
+        counted = 0
         try:
             for column in columns:
                 held = column.nbytes
-                column.surrender(ranges)
-                made += column.row_bytes * tokens
-                self.store.rows_bytes += column.row_bytes * tokens
+                column.materialize(ranges)
+                self.store.budget.keep(rows=column.row_bytes * tokens)
+                counted += column.row_bytes * tokens
                 claim.shrink(claim.nbytes - held)
-            owned = lender.surrendered(ranges)
+            copies = source.materialized(ranges)
         except BaseException:
-            self.store.rows_bytes -= made
-            self._give_up(owed)
+            self.store.budget.free(rows=counted)
+            self._give_up(lazy)
             raise
-        self.store.rows_bytes -= made
-        self._pay(owed, owned)
+        self._put(lazy, copies, counted)
 
-    def _give_up(self, owed: Sequence[Debt]) -> None:
-        tokens = _tokens_in(owed)
-        log.warning("Let go of %d stored tokens that a failed request was holding.", tokens)
-        self.store.forget(owed[0].node, rows=True)
+    def _with_room(
+        self, lazy: list[LazyStretch[R, S]], source: LazySource[R], row_bytes: int
+    ) -> list[LazyStretch[R, S]]:
+        """As many of the lazy rows as there is room for with so many bytes a token; the deepest go first."""
+        while lazy:
+            try:
+                self.store.budget.make_room(
+                    row_bytes * _tokens_in(lazy), [stretch.node for stretch in lazy]
+                )
+                break
+            except BudgetError:
+                self.store.evict_rows(lazy[-1].node)
+                lazy = self._lazy_in(source)
+        return self._lazy_in(source)  # nodes may have been joined
 
-    def _debts(self, lender: Lender) -> list[Debt]:
-        return debts(self.store.find(lender.namespace, lender.tokens).nodes(), lender)
+    def _give_up(self, lazy: Sequence[LazyStretch[R, S]]) -> None:
+        if lazy:
+            tokens = _tokens_in(lazy)
+            log.warning("Let go of %d stored tokens that a failed request was holding.", tokens)
+            self.store.forget(lazy[0].node, rows=True)
 
-    def _pay(self, owed: Sequence[Debt], owned: Sequence[Rows]) -> None:
-        self.store.rows_bytes += sum(rows.nbytes for rows in owned)
-        left = list(owned)
-        for debt in reversed(owed):
-            count = len(debt.pieces())
-            debt.pay(left[-count:])
+    def _lazy_in(self, source: LazySource[R]) -> list[LazyStretch[R, S]]:
+        return lazy_stretches(self.store.match(source.namespace, source.tokens).nodes(), source)
+
+    def _put(
+        self, lazy: Sequence[LazyStretch[R, S]], copies: Sequence[R], counted: int = 0
+    ) -> None:
+        """The store owns `copies` in place of lazy rows; `counted` bytes of them it has counted already."""
+        self.store.budget.keep(rows=sum(rows.nbytes for rows in copies) - counted)
+        left = list(copies)
+        for stretch in reversed(lazy):
+            count = len(stretch.pieces())
+            stretch.materialize(left[-count:])
             del left[-count:]
 
-    def lean(self) -> None:
-        """Let go of rows that a running request's caches hold as well."""
-        for lender in self._lenders:
-            for node in self.store.find(lender.namespace, lender.tokens).nodes():
-                for rows in node.rows:
-                    if not isinstance(rows, BorrowedRows) and lender.has(rows):
-                        self._let_go_for(node, rows, lender)
+    def alias(self) -> None:
+        """Let go of rows that a running request's caches hold as well.
 
-    def _may_move(self, rows: Rows, position: int) -> bool:
-        if isinstance(rows, BorrowedRows) or self.store.holders.is_held(rows):
+        In the node where the tree parts ways with the request, rows behind that belong to other tokens.
+        """
+        for source in self._sources:
+            match = self.store.match(source.namespace, source.tokens)
+            for node in match.nodes():
+                for rows in node.rows:
+                    is_own = not isinstance(rows, LazyRows) and rows.end <= match.matched
+                    if is_own and source.has(rows):
+                        self._let_go_for(node, rows, source)
+
+    def _may_move(self, rows: R | LazyRows[R], position: int) -> bool:
+        if isinstance(rows, LazyRows) or self.store.references.is_held(rows):
             return False  # what others hold as well would not be freed
         return rows.end <= position
 
-    def _let_go_for(self, node: Node, rows: Rows, lender: Lender) -> None:
-        borrowed = BorrowedRows(rows.start, rows.end, lender)
-        node.rows = tuple(borrowed if each is rows else each for each in node.rows)
-        node.note()  # it weighs less now
-        self.store.rows_bytes -= rows.nbytes
-        self.store.freed_bytes += rows.nbytes
-        self.store.lingering_bytes += self.store.holders.dropped(rows)
+    def _let_go_for(
+        self, node: Node[R | LazyRows[R], S], rows: R | LazyRows[R], source: LazySource[R]
+    ) -> None:
+        self.store.replace_rows(node, rows, LazyRows(rows.start, rows.end, source))
 
 
-def _tokens_in(owed: Sequence[Debt]) -> int:
-    return sum(debt.tokens for debt in owed)
+def _tokens_in(lazy: Sequence[LazyStretch[R, S]]) -> int:
+    return sum(stretch.tokens for stretch in lazy)
 
 
-def _pieces(owed: Sequence[Debt]) -> list[tuple[int, int]]:
-    return [piece for debt in owed for piece in debt.pieces()]
+def _pieces(lazy: Sequence[LazyStretch[R, S]]) -> list[tuple[int, int]]:
+    return [piece for stretch in lazy for piece in stretch.pieces()]

@@ -7,25 +7,26 @@ a tree goes with its last node, and nothing here takes longer because there are 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Generic
 
 from ..tokens import Namespace
 from .frozen import FrozenMap
 from .outline import Outline, outlined
-from .tree import Node, Noted, PrefixTree
+from .tree import AnyNode, Noted, PrefixTree, R, S
 
 
-class Trees(Mapping[Namespace, PrefixTree]):
+class Trees(Mapping[Namespace, PrefixTree[R, S]], Generic[R, S]):
     """Trees by namespace. `noted` is told what changes in any of them."""
 
     def __init__(self, noted: Noted) -> None:
         self._noted = noted
-        self._trees: dict[Namespace, PrefixTree] = {}
-        self._names: dict[Node, Namespace] = {}  # by root
-        self._of_salt: dict[str, dict[Namespace, PrefixTree]] = {}
+        self._trees: dict[Namespace, PrefixTree[R, S]] = {}
+        self._names: dict[AnyNode, Namespace] = {}  # by root
+        self._of_salt: dict[str, dict[Namespace, PrefixTree[R, S]]] = {}
         self._outlines: FrozenMap[Namespace, Outline] = FrozenMap()
         self._gone: dict[Namespace, None] = {}  # since there were outlines last
 
-    def __getitem__(self, name: Namespace) -> PrefixTree:
+    def __getitem__(self, name: Namespace) -> PrefixTree[R, S]:
         return self._trees[name]
 
     def __iter__(self) -> Iterator[Namespace]:
@@ -34,18 +35,18 @@ class Trees(Mapping[Namespace, PrefixTree]):
     def __len__(self) -> int:
         return len(self._trees)
 
-    def others(self, name: Namespace) -> list[PrefixTree]:
+    def others(self, name: Namespace) -> list[PrefixTree[R, S]]:
         """Those of the same salt under other settings."""
         return [tree for each, tree in self._of_salt.get(name.salt, {}).items() if each != name]
 
-    def tree_of(self, node: Node) -> tuple[Namespace, PrefixTree]:
+    def tree_of(self, node: AnyNode) -> tuple[Namespace, PrefixTree[R, S]]:
         """Where a node stands."""
         while node.parent is not None:
             node = node.parent
         name = self._names[node]
         return name, self._trees[name]
 
-    def planted(self, name: Namespace) -> PrefixTree:
+    def planted(self, name: Namespace) -> PrefixTree[R, S]:
         """The tree of this namespace, about to be extended if it is a new one."""
         tree = self._trees.get(name)
         if tree is None:
@@ -54,7 +55,7 @@ class Trees(Mapping[Namespace, PrefixTree]):
             self._of_salt.setdefault(name.salt, {})[name] = tree
         return tree
 
-    def clear_away(self, tree: PrefixTree) -> None:
+    def clear_away(self, tree: PrefixTree[R, S]) -> None:
         """Something was taken out of this tree: it goes too if that was the last."""
         if tree.root.children:
             return

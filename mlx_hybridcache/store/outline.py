@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from .frozen import FrozenMap
 from .lazy_rows import full_nbytes
-from .tree import Node
+from .tree import AnyNode
 
 
 def wall_clock() -> float:
@@ -40,7 +40,7 @@ class Outline:
         "used_at",
     )
 
-    def __init__(self, node: Node, now: float | None):
+    def __init__(self, node: AnyNode, now: float | None):
         old: Outline | None = node.outline
         self.start, self.end, self.tokens = node.start, node.end, node.tokens
         is_same = old is not None and (old.start, old.end) == (self.start, self.end)
@@ -67,7 +67,7 @@ class Outline:
 NONE: FrozenMap[int, Outline] = FrozenMap()
 
 
-def _children(node: Node, old: Outline | None) -> FrozenMap[int, Outline]:
+def _children(node: AnyNode, old: Outline | None) -> FrozenMap[int, Outline]:
     """The outlines below a node, from the last one's; what was split off has its own end's no more."""
     children = node.children or {}
     if old is None or old.end != node.end or node.fresh is None:
@@ -113,7 +113,7 @@ def _sum(outline: Outline) -> Below:
     )
 
 
-def outlined(root: Node, now: float | None) -> Outline:
+def outlined(root: AnyNode, now: float | None) -> Outline:
     """The outline of the tree below `root`, at the time `now`. Visits what changed, on the worker."""
     waiting = [root]
     while waiting:

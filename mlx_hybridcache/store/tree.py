@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 import numpy as np
 
@@ -36,7 +36,7 @@ class Rows(Protocol):
     @property
     def nbytes(self) -> int: ...
 
-    def split(self, position: int) -> tuple[Rows, Rows]:
+    def split(self, position: int) -> tuple[Self, Self]:
         """Two stretches that own their bytes, `[start, position)` and `[position, end)`."""
         ...
 
@@ -46,6 +46,13 @@ class Held(Protocol):
 
     @property
     def nbytes(self) -> int: ...
+
+
+R = TypeVar("R", bound=Rows)
+"""The rows of one store."""
+
+S = TypeVar("S", bound=Held)
+"""What stands at its checkpoints."""
 
 
 class Noted:
@@ -59,9 +66,9 @@ class Noted:
     __slots__ = ("changed", "passed", "roots")
 
     def __init__(self) -> None:
-        self.changed: dict[Node, None] = {}
-        self.passed: dict[Node, None] = {}
-        self.roots: dict[Node, None] = {}
+        self.changed: dict[AnyNode, None] = {}
+        self.passed: dict[AnyNode, None] = {}
+        self.roots: dict[AnyNode, None] = {}
 
 
 _serials = itertools.count()
@@ -70,7 +77,7 @@ JUST_BEFORE = 1e-3
 """What is split off above a node counts as made before it, the nearer the shorter, and behind what was."""
 
 
-class Node:
+class Node(Generic[R, S]):
     """A run of tokens at positions `[start, end)`, reached through its parents."""
 
     __slots__ = (
@@ -95,10 +102,10 @@ class Node:
 
     def __init__(
         self,
-        parent: Node | None,
+        parent: Node[R, S] | None,
         start: int,
         tokens: Tokens,
-        rows: tuple[Rows, ...],
+        rows: tuple[R, ...],
         noted: Noted,
     ):
         self.serial: float = next(_serials)  # the earlier made, the less
@@ -106,8 +113,8 @@ class Node:
         self.start = start
         self.tokens = tokens
         self.rows = rows
-        self.children: dict[int, Node] | None = None
-        self.checkpoint: Held | None = None
+        self.children: dict[int, Node[R, S]] | None = None
+        self.checkpoint: S | None = None
         self.is_end = False  # a prompt or a reply ended here
         self.pinned = False
         self.last_used = 0  # the store's logical clock
@@ -115,7 +122,7 @@ class Node:
         self.returns = 0  # prompts that parted ways here with what is stored below
         self.deepest = start + len(tokens)  # the last position of anything here or below
         self.noted = noted
-        self.standing: Any = None  # what is known of it to let things go (`census`)
+        self.standing: Any = None  # what is known of it to let things go (`values`)
         self.outline: Any = None  # what other threads know of it (`outline`)
         # Since that was made it has changed, or what begins with these tokens below it; None: neither.
         self.fresh: set[int] | None = set()
@@ -130,9 +137,37 @@ class Node:
         """Bytes of the rows that this node owns."""
         return sum(rows.nbytes for rows in self.rows)
 
-    def child(self, token: int) -> Node | None:
+    def child(self, token: int) -> Node[R, S] | None:
         """The run that goes on with `token`."""
         return self.children.get(token) if self.children else None
+
+    def set_checkpoint(self, checkpoint: S | None, *, is_parting: bool = False) -> None:
+        """This stands at its end from now on; `is_parting` says that prompts part ways there."""
+        self.checkpoint = checkpoint
+        if checkpoint is not None:
+            self.returns = int(is_parting)
+        self.touch()
+
+    def set_rows(self, rows: tuple[R, ...]) -> None:
+        """The same rows lie elsewhere from now on, and weigh something else here."""
+        self.rows = rows
+        self.note()
+
+    def pin(self, *, is_pinned: bool) -> None:
+        """Keep it whatever comes, or no longer."""
+        self.pinned = is_pinned
+        self.touch()
+
+    def use(self, clock: int, *, is_end: bool = False) -> None:
+        """It was taken or restored at this time of the store's clock; `is_end` as for a node."""
+        self.last_used = clock
+        self.is_end = self.is_end or is_end
+        self.touch()
+
+    def part(self) -> None:
+        """One more prompt has parted ways here with what is stored below."""
+        self.returns += 1
+        self.touch()
 
     def note(self) -> None:
         """Say that something changed here that decides what is let go."""
@@ -158,7 +193,7 @@ class Node:
             node = parent
         self.noted.roots[node] = None
 
-    def add(self, run: Tokens, rows: tuple[Rows, ...]) -> Node:
+    def add(self, run: Tokens, rows: tuple[R, ...]) -> Node[R, S]:
         """A new leaf behind this node, where nothing begins like it yet."""
         child = Node(self, self.end, run, rows, self.noted)
         if self.children is None:
@@ -197,20 +232,20 @@ class Node:
             self.noted.passed[node] = None
             node = node.parent
 
-    def path(self) -> list[Node]:
+    def path(self) -> list[Node[R, S]]:
         """The nodes from below the root down to this one."""
-        nodes: list[Node] = []
+        nodes: list[Node[R, S]] = []
         node = self
         while node.parent is not None:
             nodes.append(node)
             node = node.parent
         return nodes[::-1]
 
-    def paths(self) -> Iterator[list[Node]]:
+    def paths(self) -> Iterator[list[Node[R, S]]]:
         """Every path through this node, from below the root to a leaf."""
         return (below.path() for below in self.descendants() if not below.children)
 
-    def unshared(self) -> list[Node]:
+    def unshared(self) -> list[Node[R, S]]:
         """This leaf and the nodes above it that lead to no other one, bottom up."""
         nodes = [self]
         above = self.parent
@@ -223,7 +258,7 @@ class Node:
         """Whether something below this node ends behind `position`."""
         return self.deepest > position
 
-    def descendants(self) -> Iterator[Node]:
+    def descendants(self) -> Iterator[Node[R, S]]:
         """This node and all below it, parents before children, older children before younger."""
         stack = [self]
         while stack:
@@ -233,8 +268,12 @@ class Node:
                 stack.extend(reversed(node.children.values()))
 
 
+AnyNode = Node[Any, Any]
+"""A node, to whom its payloads are weights only."""
+
+
 @dataclass(frozen=True, slots=True)
-class Match:
+class Match(Generic[R, S]):
     """How far a prompt agrees with the tree, and the deepest places to return to.
 
     `matched` tokens agree. `path` holds the nodes that agree wholly; `inside` is the node in whose
@@ -243,15 +282,15 @@ class Match:
     """
 
     matched: int
-    path: tuple[Node, ...]
-    inside: Node | None
+    path: tuple[Node[R, S], ...]
+    inside: Node[R, S] | None
     contradicted: bool
 
-    def nodes(self) -> tuple[Node, ...]:
+    def nodes(self) -> tuple[Node[R, S], ...]:
         """The path, with the node in whose run the agreement ends."""
         return self.path if self.inside is None else (*self.path, self.inside)
 
-    def paths(self, position: int) -> Iterable[Sequence[Node]]:
+    def paths(self, position: int) -> Iterable[Sequence[Node[R, S]]]:
         """The paths on which a node that ends at `position` of the prompt lies, or would lie."""
         return self.nodes()[-1].paths() if self.matched == position else (self.path,)
 
@@ -268,7 +307,7 @@ class Match:
         youngest = itertools.islice(reversed(children.values()), SHOWN)
         return max(youngest, key=lambda child: (child.last_used, -child.serial)).tokens
 
-    def deepest_checkpoint(self, limit: int) -> Node | None:
+    def deepest_checkpoint(self, limit: int) -> Node[R, S] | None:
         """The deepest node on the path with a checkpoint at a position of at most `limit`."""
         for node in reversed(self.path):
             if node.checkpoint is not None and node.end <= limit:
@@ -276,17 +315,20 @@ class Match:
         return None
 
 
-class PrefixTree:
+AnyMatch = Match[Any, Any]
+
+
+class PrefixTree(Generic[R, S]):
     """One namespace's tree. Looking up changes nothing; `extend` and `remove` do."""
 
     def __init__(self, noted: Noted | None = None) -> None:
-        self.root = Node(None, 0, as_tokens([]), (), noted or Noted())
+        self.root: Node[R, S] = Node(None, 0, as_tokens([]), (), noted or Noted())
         self.root.fresh = None  # its first child tells that there is something
 
-    def match(self, tokens: Tokens) -> Match:
+    def match(self, tokens: Tokens) -> Match[R, S]:
         """The longest stored prefix of `tokens` (int32, shape `(n,)`), linear in `n`."""
         node, position = self.root, 0
-        path: list[Node] = []
+        path: list[Node[R, S]] = []
         while position < len(tokens):
             child = node.child(int(tokens[position]))
             if child is None:
@@ -299,7 +341,7 @@ class PrefixTree:
             node = child
         return Match(position, tuple(path), None, contradicted=False)
 
-    def extend(self, tokens: Tokens, rows: tuple[Rows, ...]) -> Node:
+    def extend(self, tokens: Tokens, rows: tuple[R, ...]) -> Node[R, S]:
         """The node that ends exactly at `len(tokens)`, made by splitting or by adding a run.
 
         `rows` are those of the positions that the tree does not hold yet, in order and without a
@@ -315,7 +357,7 @@ class PrefixTree:
         run = as_tokens(tokens[match.matched :])
         return node.add(run, rows)
 
-    def remove(self, node: Node) -> None:
+    def remove(self, node: Node[R, S]) -> None:
         """Take a leaf out. Its rows go with it."""
         assert not node.children and node.parent is not None and node.parent.children
         del node.parent.children[int(node.tokens[0])]
@@ -327,7 +369,7 @@ class PrefixTree:
         node.note()
         node.parent, node.rows = None, ()  # whoever still knows the node must not hold its bytes
 
-    def merge(self, node: Node) -> None:
+    def merge(self, node: Node[R, S]) -> None:
         """Let the only child of `node`, which has no checkpoint, take over its run and its rows."""
         assert node.checkpoint is None and node.parent is not None and node.parent.children
         (child,) = (node.children or {}).values()
@@ -340,17 +382,17 @@ class PrefixTree:
         node.note()
         node.parent, node.rows = None, ()
 
-    def nodes(self) -> Iterator[Node]:
+    def nodes(self) -> Iterator[Node[R, S]]:
         """Every node but the root, parents before children."""
         every = self.root.descendants()
         next(every)
         yield from every
 
-    def _split(self, node: Node, position: int) -> Node:
+    def _split(self, node: Node[R, S], position: int) -> Node[R, S]:
         """Cut `node` at `position`, strictly inside its run; returns the new upper half."""
         assert node.parent is not None and node.parent.children is not None
-        upper_rows: list[Rows] = []
-        lower_rows: list[Rows] = []
+        upper_rows: list[R] = []
+        lower_rows: list[R] = []
         for rows in node.rows:
             if rows.end <= position:
                 upper_rows.append(rows)

@@ -207,10 +207,15 @@ def token_bytes(tokenizer: Any) -> Callable[[int], bytes]:
 
 def renders_text(tokenizer: Any) -> bool:
     """Whether a conversation becomes text first. Some tokenizers make tokens of it at once."""
-    own = type(tokenizer._tokenizer).apply_chat_template
+    own = type(unwrapped(tokenizer)).apply_chat_template
     return tokenizer._chat_template is not None or (
         own is PreTrainedTokenizerBase.apply_chat_template
     )
+
+
+def unwrapped(tokenizer: Any) -> Any:
+    """The tokenizer of transformers that mlx-lm's wraps."""
+    return tokenizer._tokenizer
 
 
 def byte_letters() -> frozenset[str]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
@@ -13,6 +15,8 @@ from mlx_hybridcache import CacheReport
 from mlx_hybridcache.disk.tier import DiskStats
 from mlx_hybridcache.store.budget import StoreStats
 from mlx_hybridcache.worker.turns import Load
+
+NAMESPACE = "mlx_hybridcache"
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250)
 
@@ -39,36 +43,21 @@ class Metrics:
     ):
         self.registry = CollectorRegistry()
         self.totals = Totals()
-        name = "mlx_hybridcache_"
-        self.requests = Counter(
-            f"{name}requests", "Requests answered", ["endpoint", "status"], registry=self.registry
-        )
-        self.reasons = Counter(
-            f"{name}prompts", "Prompts by what the cache did", ["reason"], registry=self.registry
-        )
-        self.restored = Counter(
-            f"{name}restored_tokens", "Prompt tokens restored", registry=self.registry
-        )
-        self.replayed = Counter(
-            f"{name}replayed_tokens", "Prompt tokens read", registry=self.registry
-        )
-        self.generated = Counter(
-            f"{name}generated_tokens", "Tokens written", registry=self.registry
-        )
-        self.cancelled = Counter(
-            f"{name}cancelled", "Replies whose client went away", registry=self.registry
-        )
-        self.refused = Counter(
-            f"{name}refused", "Replies not given", ["why"], registry=self.registry
-        )
-        self.forwards = Counter(
-            f"{name}prompt_forwards", "Model calls that prompts took", registry=self.registry
-        )
+        where: Any = {"namespace": NAMESPACE, "registry": self.registry}
+        counter = partial(Counter, namespace=NAMESPACE, registry=self.registry)
+        self.requests = counter("requests", "Requests answered", ["endpoint", "status"])
+        self.reasons = counter("prompts", "Prompts by what the cache did", ["reason"])
+        self.restored = counter("restored_tokens", "Prompt tokens restored")
+        self.replayed = counter("replayed_tokens", "Prompt tokens read")
+        self.generated = counter("generated_tokens", "Tokens written")
+        self.cancelled = counter("cancelled", "Replies whose client went away")
+        self.refused = counter("refused", "Replies not given", ["why"])
+        self.forwards = counter("prompt_forwards", "Model calls that prompts took")
         self.first_token = Histogram(
-            f"{name}time_to_first_token_seconds",
+            "time_to_first_token_seconds",
             "From a request's arrival to its first token",
             buckets=SECONDS,
-            registry=self.registry,
+            **where,
         )
         gauges: dict[str, tuple[str, Callable[[], float]]] = {
             "queued": ("Replies that wait for a slot", waiting),
@@ -78,7 +67,7 @@ class Metrics:
             "hit_ratio": ("Share of prompt tokens that were restored", self._hit_ratio),
         }
         for short, (what, value) in gauges.items():
-            Gauge(f"{name}{short}", what, registry=self.registry).set_function(value)
+            Gauge(short, what, **where).set_function(value)
         self.registry.register(_Held(held, on_disk))
 
     def read(self, report: CacheReport, seconds_to_first_token: float) -> None:
@@ -110,5 +99,5 @@ class _Held(Collector):
             if found is not None:
                 for name, value in asdict(found).items():
                     yield GaugeMetricFamily(
-                        f"mlx_hybridcache_{tier}_{name}", f"The {tier}'s {name}", value=value
+                        f"{NAMESPACE}_{tier}_{name}", f"The {tier}'s {name}", value=value
                     )

@@ -16,9 +16,9 @@ from mlx_hybridcache_bench.kit.tables import Figure
 from places import ROOT
 
 SMALL = [
-    *("disk", "--quick", "--repeats", "1", "--tokens", "2500", "--sizes", "300"),
-    *("--reply-tokens", "8", "--promotion-sizes", "1200"),
-    *("--stand-in-tokens", "1200", "--shapes", "tiny"),
+    *("disk", "--quick", "--repeats", "1", "--tokens", "700", "--sizes", "300"),
+    *("--reply-tokens", "8", "--promotion-sizes", "600"),
+    *("--stand-in-tokens", "600", "--shapes", "tiny"),
 ]
 
 Result = dict[str, Any]
@@ -49,19 +49,19 @@ def test_every_counted_figure_keeps_its_target(whole_run: tuple[int, Result]) ->
 
 
 def test_a_restart_reads_the_last_token_again(parts: Result) -> None:
-    """2,500 tokens, stopped once and killed once: all but one come from files, none did before."""
+    """700 tokens, stopped once and killed once: all but one come from files, none did before."""
     runs = parts["restart"]["runs"]
     assert sorted(run["way"] for run in runs) == sorted([KILLED, STOPPED])
     for run in runs:
-        assert run["prompt_tokens"] > 2500
+        assert run["prompt_tokens"] > 700
         assert run["cold_cached_tokens"] == 0
         assert (run["replayed_tokens"], run["same_reply"]) == (1, True)
 
 
 def test_a_promotion_reads_what_the_caches_need(parts: Result) -> None:
-    """The model and the stand-in at 1,200 tokens: rows up to each checkpoint, and the last of those."""
+    """The model and the stand-in at 600 tokens: rows up to each checkpoint, and the last of those."""
     for promotion in parts["promotion"]["promotions"]:
-        assert promotion["tokens"] == 1200
+        assert promotion["tokens"] == 600
         assert promotion["wrong"] == 0
         assert {NEW, AGAIN} <= set(promotion["reads"])
         assert promotion["files"] >= 2

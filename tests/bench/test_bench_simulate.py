@@ -1,14 +1,13 @@
 """What the simulator of `bench policies` counts is what the engine does, request by request."""
 
-from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
 import pytest
 import tiny
+from long import mostly_long
 from mlx_hybridcache_bench.policies.simulate import Marks, Simulation
 from mlx_hybridcache_bench.policies.sized import SHAPES
-from mlx_hybridcache_bench.policies.traces import TracedRequest
 from mlx_hybridcache_bench.policies.workloads import Chance
 from traced_requests import SCENES
 
@@ -17,13 +16,15 @@ from mlx_hybridcache import HybridPromptCache
 SHAPE = SHAPES["qwen3-next-80b"]
 AMPLE = 10**12
 
+ALWAYS = ("last line changed", "a new branch", "the same, reasoning left out", "exact repeat")
 
-@pytest.mark.parametrize("asks", SCENES.values(), ids=list(SCENES))
+
+@pytest.mark.parametrize("name", mostly_long(SCENES, ALWAYS))
 def test_what_is_read_again_is_what_the_engine_reads_again(
-    asks: Callable[[Chance, int], list[TracedRequest]],
+    name: str,
 ) -> None:
     """1,700 tokens on a tiny Qwen3-Next, every request: replayed tokens, forwards, checkpoints."""
-    trace = asks(Chance(3), 1700)
+    trace = SCENES[name](Chance(3), 1700)
     simulation = Simulation(trace, SHAPE, AMPLE)
     model = tiny.build("qwen3_next")
     with HybridPromptCache(model, memory_budget="1TiB") as cache:

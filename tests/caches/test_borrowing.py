@@ -1,6 +1,7 @@
 """A running request's rows are held once: the store leaves its own in the request's caches meanwhile."""
 
 import gc
+import itertools
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,12 +15,12 @@ import oracle
 import pytest
 import tiny
 from long import forms, mostly_long
-from test_memory import wide_model
+from wide import wide_model
 
 from mlx_hybridcache import HybridPromptCache
 from mlx_hybridcache.caches import checkpoint as checkpoints
 from mlx_hybridcache.caches.room import rounded
-from mlx_hybridcache.store.lazy_rows import is_borrowing
+from mlx_hybridcache.store.lazy_rows import has_lazy_rows
 
 REPLY = 8
 
@@ -53,15 +54,16 @@ def tight(budget: int, model: Any = None) -> Iterator[HybridPromptCache]:
         gc.collect()
         mx.clear_cache()
         baseline = mx.get_active_memory()
-        store = bounds.WatchedStore.of(cache.engine.tiers.memory)
+        store = cache.engine.tiers.memory
+        watched = bounds.WatchedBudget.of(store.budget)
         yield cache
         cache.stats()
-        assert store.running_bytes == 0
-        assert store.over == []
-        assert cache.engine.tiers._loans._lenders == []
-        assert not any(is_borrowing([node]) for node in store.nodes())
+        assert store.budget.running_bytes == 0
+        assert watched.over == []
+        assert cache.engine.tiers._materializer._sources == []
+        assert not any(has_lazy_rows([node]) for node in store.nodes())
         mx.clear_cache()
-        off = cache._worker.call(mx.get_active_memory) - baseline - store.used_bytes()
+        off = cache._worker.call(mx.get_active_memory) - baseline - store.budget.used_bytes
         assert abs(off) <= budget / 100
 
 
@@ -101,7 +103,7 @@ def test_a_conversation_goes_on_where_its_rows_fit_once_only():
     with tight(budget_for(990, 1.5)) as cache:
         history = [*tokens, *(each.token for each in answer(cache, tokens))]
         stats = cache.stats()
-        assert stats.rows_bytes > cache.engine.tiers.memory.budget_bytes / 2
+        assert stats.rows_bytes > cache.engine.tiers.memory.budget.limit_bytes / 2
         longer = [*history, *oracle.prompt(30, seed=2)]
         reply = answer(cache, longer)
         assert cache.last_report.restored_tokens >= 899
@@ -130,7 +132,9 @@ def test_a_pinned_checkpoint_does_not_go_for_a_request():
     with tight(2 * weight) as cache:
         answer(cache, tokens)
         position = cache.pin(tokens)
-        longest = (cache.engine.tiers.memory.budget_bytes - weight) // cache.engine.layout.row_bytes
+        longest = (
+            cache.engine.tiers.memory.budget.limit_bytes - weight
+        ) // cache.engine.layout.row_bytes
         for seed in range(3):
             answer(cache, [*tokens, *oracle.prompt(longest // 2, seed=seed)])
         assert cache.lookup([*tokens, 1]).restored_tokens >= position
@@ -158,7 +162,9 @@ def test_a_follower_restores_from_the_caches_of_its_leader(name):
         def begin(read: int, total: int) -> None:
             if not started:
                 started.append(cache.stream_generate(second, REPLY, sampler=oracle.never_ending))
-            borrowed.append(any(is_borrowing([node]) for node in cache.engine.tiers.memory.nodes()))
+            borrowed.append(
+                any(has_lazy_rows([node]) for node in cache.engine.tiers.memory.nodes())
+            )
 
         replies = [answer(cache, first, prompt_progress_callback=begin), list(started[0])]
         assert started[0].report.restored_tokens >= 500 - 64
@@ -166,7 +172,7 @@ def test_a_follower_restores_from_the_caches_of_its_leader(name):
         for tokens, reply in zip((first, second), replies, strict=True):
             assert_as_plain(cache, tokens, reply)
         assert cache.stats().running_bytes == 0
-        assert not any(is_borrowing([node]) for node in cache.engine.tiers.memory.nodes())
+        assert not any(has_lazy_rows([node]) for node in cache.engine.tiers.memory.nodes())
 
 
 @pytest.mark.parametrize("at", mostly_long([64, 320, 640], [320]))
@@ -258,8 +264,33 @@ def test_a_roomy_store_owns_what_was_read_before_the_reply_ends():
         cache.stats()
         nodes = list(cache.engine.tiers.memory.nodes())
         assert sum(node.rows_nbytes for node in nodes) >= 499 * cache.engine.layout.row_bytes
-        assert not any(is_borrowing([node]) for node in nodes)
+        assert not any(has_lazy_rows([node]) for node in nodes)
         list(stream)
+
+
+@pytest.mark.parametrize("name", ["qwen3_next", "qwen3"])
+def test_what_parts_ways_with_a_running_request_keeps_its_own_rows(name):
+    """Two prompts part ways at 300; the first one's rows were cleared while it runs, and then room is short:
+    what is stored of the second is still the second's.
+    """
+    model = tiny.build(name)
+    shared = oracle.prompt(300, seed=6)
+    first, second = ([*shared, *oracle.prompt(60, seed=seed)] for seed in (7, 8))
+    with roomy(model) as cache:
+        running = cache.stream_generate(first, 500, sampler=oracle.never_ending)
+        begun = [next(running)]
+        cache.clear()
+        list(
+            cache.warm(second)
+        )  # a reply would share a batch with the first, whose caches then leave it anew
+        cache._worker.call(lambda: cache.engine.tiers.memory.shrink(0))
+        asked = [*second, *oracle.TAIL]
+        assert_as_plain(cache, asked, answer(cache, asked))
+        assert_as_plain(cache, first, [*begun, *itertools.islice(running, REPLY - 1)])
+        running.cancel()
+        list(running)
+        if cache.checkpoints():
+            assert_all_points_as_plain(cache)
 
 
 @pytest.mark.parametrize("requests", forms(8, 30))

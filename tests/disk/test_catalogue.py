@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from mlx_hybridcache.disk.catalogue import Catalogue, parts_of, state_of
+from mlx_hybridcache.disk.catalogue import Catalogue
 from mlx_hybridcache.disk.index import Entry
+from mlx_hybridcache.disk.parts import parts_of, state_of
 from mlx_hybridcache.disk.segment import Segment, Tensor
 from mlx_hybridcache.errors import BudgetError
 from mlx_hybridcache.tokens import as_tokens
@@ -90,15 +91,15 @@ def test_what_was_let_go_of_a_file_that_stays_is_taken_back_not_written_again(sh
     """Of [8, 16) the branch needs [8, 12); its other end comes back with its conversation."""
     first = shelf.write(ONE)
     shelf.write(OTHER)
-    used = shelf.catalogue.store.used_bytes()
+    used = shelf.catalogue.store.budget.used_bytes
     leaf = shelf.catalogue.find("ab", ONE).match.path[-1]
     shelf.catalogue.store.forget(leaf, rows=True)
     assert first[1].name in shelf.kept()
     assert sum(one.file_nbytes for one in shelf.catalogue.segments()) == (
-        shelf.catalogue.store.used_bytes()
+        shelf.catalogue.store.budget.used_bytes
     )
     assert spans(shelf.write(ONE)) == [("rows", 16, 20), ("state", 20, 20)]
-    assert shelf.catalogue.store.used_bytes() == used
+    assert shelf.catalogue.store.budget.used_bytes == used
 
 
 def test_what_is_being_written_is_built_on_only_where_something_leads_to_it(shelf):
@@ -134,7 +135,7 @@ def test_used_bytes_are_those_of_the_files_whatever_goes(shelf):
             node = nodes[chance.integers(len(nodes))]
             shelf.catalogue.store.forget(node, rows=bool(chance.random() < 0.5))
         whole = sum(one.file_nbytes for one in shelf.catalogue.segments())
-        assert whole == shelf.catalogue.store.used_bytes()
+        assert whole == shelf.catalogue.store.budget.used_bytes
 
 
 def test_a_budget_lets_the_least_useful_go_first():
@@ -150,7 +151,7 @@ def test_a_budget_lets_the_least_useful_go_first():
             claim = shelf.catalogue.claim(one.file_nbytes, [("ab", tokens)])
             claim.release()
             shelf.catalogue.add(one, tokens[: one.end])
-        assert shelf.catalogue.store.used_bytes() <= 6 * weight
+        assert shelf.catalogue.store.budget.used_bytes <= 6 * weight
     position = [
         shelf.catalogue.find("ab", as_tokens([*(np.arange(20) + 100 * turn), 1])).position
         for turn in range(10)
@@ -173,13 +174,13 @@ def test_what_leads_to_what_is_written_stays_and_others_go(under_way):
     (lacking,) = shelf.catalogue.lacking("ab", prompts[0], state=True, step=STEP)
     state = segment(lacking, prompts[0], "ab")
     store, paths = shelf.catalogue.store, [("ab", tokens) for tokens in prompts]
-    store.budget_bytes = store.used_bytes() + state.file_nbytes - 1
+    store.budget.limit(store.budget.used_bytes + state.file_nbytes - 1)
     claim = shelf.catalogue.claim(state.file_nbytes, paths)
     assert (set(shelf.deleted), shelf.kept()) == (other, rows)
     claim.release()
     assert shelf.catalogue.add(state, prompts[0])
     assert shelf.catalogue.find("ab", as_tokens([*prompts[0], 1])).position == 20
-    store.budget_bytes = store.used_bytes()
+    store.budget.limit(store.budget.used_bytes)
     with pytest.raises(BudgetError):
         shelf.catalogue.claim(state.file_nbytes + 1, paths)
     assert rows <= shelf.kept()
@@ -192,7 +193,7 @@ def test_a_state_inside_a_run_needs_no_room_but_its_own(shelf):
     (lacking,) = shelf.catalogue.lacking("ab", inside, state=True, step=STEP)
     state = segment(lacking, inside, "ab")
     store = shelf.catalogue.store
-    store.budget_bytes = store.used_bytes() + state.file_nbytes
+    store.budget.limit(store.budget.used_bytes + state.file_nbytes)
     shelf.catalogue.claim(state.file_nbytes, [("ab", ONE)]).release()
     assert shelf.catalogue.add(state, inside)
     assert shelf.deleted == []
@@ -208,9 +209,9 @@ def test_a_file_needs_the_room_that_was_claimed_for_it(shelf, there):
     if there:
         shelf.write(ONE[:there])
     store = shelf.catalogue.store
-    store.budget_bytes = store.used_bytes() + rows.file_nbytes
+    store.budget.limit(store.budget.used_bytes + rows.file_nbytes)
     assert shelf.catalogue.add(rows, ONE[:11])
-    assert store.used_bytes() == store.budget_bytes
+    assert store.budget.used_bytes == store.budget.limit_bytes
     assert shelf.deleted == []
 
 
@@ -221,7 +222,7 @@ def test_a_file_that_does_not_fit_is_not_taken():
     shelf = Shelf(budget_bytes=rows.file_nbytes - 1)
     with pytest.raises(BudgetError, match="needs"):
         shelf.catalogue.add(rows, ONE[:11])
-    assert shelf.catalogue.store.used_bytes() == 0
+    assert shelf.catalogue.store.budget.used_bytes == 0
 
 
 def test_a_catalogue_is_the_same_after_a_restart(shelf):
@@ -231,7 +232,7 @@ def test_a_catalogue_is_the_same_after_a_restart(shelf):
     again = Shelf()
     assert again.catalogue.load(entries[::-1]) == []
     assert again.kept() == shelf.kept()
-    assert again.catalogue.store.used_bytes() == shelf.catalogue.store.used_bytes()
+    assert again.catalogue.store.budget.used_bytes == shelf.catalogue.store.budget.used_bytes
     (pinned,) = [node for node in again.catalogue.store.nodes() if node.pinned]
     assert (pinned.end, pinned.last_used) == (20, 3)
 
@@ -252,7 +253,7 @@ def test_rows_of_other_models_go_by_their_own_ends():
     written = rows_only.write(ONE, state=False)
     hybrid = Shelf()
     assert hybrid.catalogue.load([Entry(one, 5, False, one.file_nbytes) for one in written]) == []
-    hybrid.catalogue.make_room(hybrid.catalogue.store.budget_bytes - 10 * 10**3)
+    hybrid.catalogue.make_room(hybrid.catalogue.store.budget.limit_bytes - 10 * 10**3)
     assert hybrid.kept() == {one.name for one in written}
     assert rows_only.catalogue.find("ab", ONE).position == 19
 
@@ -270,7 +271,7 @@ def test_a_file_that_is_gone_takes_with_it_what_needs_it(shelf):
 def test_nothing_is_left_of_a_namespace_whose_files_went(shelf):
     """200 salts, each with what the last one had to go for: one tree and one outline, and none in the end."""
     shelf.write(ONE, namespace="fe")
-    shelf.catalogue.store.budget_bytes = shelf.catalogue.store.used_bytes()
+    shelf.catalogue.store.budget.limit(shelf.catalogue.store.budget.used_bytes)
     for salt in range(200):
         shelf.catalogue.store.tick()
         shelf.write(ONE, namespace=f"{salt:02x}")

@@ -54,7 +54,7 @@ each_family = pytest.mark.parametrize(
     "name",
     mostly_long(
         FAMILIES,
-        ("qwen3_next", "qwen3_5-bf16", "jamba", "gemma3_text", "llama-bf16", "deepseek_v3"),
+        ("qwen3_next", "qwen3_5-bf16", "gemma3_text", "llama-bf16", "deepseek_v3"),
     ),
 )
 
@@ -95,8 +95,16 @@ def hot(cache: HybridPromptCache, tokens: Sequence[int], **options: Any) -> np.n
     return logits
 
 
+COLD: dict[tuple[int, tuple[int, ...]], tuple[nn.Module, np.ndarray]] = {}
+"""By the model's id, which is its own as long as the model is kept here."""
+
+
 def cold(model: nn.Module, tokens: Sequence[int]) -> np.ndarray:
-    return greedy(model, tiny.cold_caches(model, tokens[:-1], STEP), tokens[-1:])
+    key = id(model), tuple(tokens)
+    if key not in COLD:
+        caches = tiny.cold_caches(model, tokens[:-1], STEP)
+        COLD[key] = model, greedy(model, caches, tokens[-1:])
+    return COLD[key][1]
 
 
 def assert_as_cold(cache: HybridPromptCache, tokens: Sequence[int], **options: Any) -> None:
@@ -245,7 +253,11 @@ def until_idle(cache: HybridPromptCache) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["qwen3_next", "qwen3_5-bf16", "jamba", "llama", "gemma3_text-full"]
+    "name",
+    mostly_long(
+        ["qwen3_next", "qwen3_5-bf16", "jamba", "llama", "gemma3_text-full"],
+        ["qwen3_next", "llama", "gemma3_text-full"],
+    ),
 )
 def test_memory_has_the_beginning_and_files_the_rest(name: str, tmp_path: Path) -> None:
     """Memory knows 150 tokens of 300: the rows of the rest are read, and no more than those."""
@@ -387,7 +399,7 @@ def test_closing_writes_what_there_is_time_for(tmp_path: Path) -> None:
     tokens = oracle.prompt(LENGTH, seed=40)
     for name, seconds in (("now", 0.0), ("later", 20.0)):
         cache = oracle.new_cache(model_of("qwen3_next"), cache_dir=tmp_path / name)
-        cache.engine.tiers.disk._rest_until = float("inf") if seconds == 0 else 0.0
+        cache.engine.tiers.disk.write_behind._rest_until = float("inf") if seconds == 0 else 0.0
         oracle.read(cache, tokens)
         cache.close(seconds)
     with opened(tmp_path / "now") as cache:
@@ -817,7 +829,10 @@ def test_no_file_is_touched_on_the_worker_thread(requests: int, tmp_path: Path) 
     assert seen[worker] == []
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-bf16", "qwen3_5-bf16", "gemma3_text"])
+@pytest.mark.parametrize(
+    "name",
+    mostly_long(["llama", "llama-bf16", "qwen3_5-bf16", "gemma3_text"], ["llama", "gemma3_text"]),
+)
 def test_the_first_token_behind_a_promotion_copies_no_buffer(name: str, tmp_path: Path) -> None:
     """2,000 tokens came from files into buffers for 2,300: decoding takes as much more memory as it
     does behind a cold prefill, not a buffer more.

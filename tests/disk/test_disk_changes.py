@@ -14,8 +14,8 @@ from long import forms
 from test_catalogue import STEP, Shelf
 
 from mlx_hybridcache.disk import index as index_module
-from mlx_hybridcache.disk import thread
-from mlx_hybridcache.disk import tier as tiers
+from mlx_hybridcache.disk import thread, tier, write_behind
+from mlx_hybridcache.disk.catalogue import Catalogue
 from mlx_hybridcache.disk.chains import Chains
 from mlx_hybridcache.disk.directory import Directory
 from mlx_hybridcache.disk.index import Entry, Index
@@ -229,7 +229,7 @@ def test_what_changed_gives_the_same_trees_as_a_look_at_all():
         fresh.catalogue.load(list(there.values()))
         assert restorable(shelf.catalogue) == restorable(fresh.catalogue)
         used = sum(one.file_nbytes for one in shelf.catalogue.segments())
-        assert shelf.catalogue.store.used_bytes() == used
+        assert shelf.catalogue.store.budget.used_bytes == used
     assert len(there) > 50
 
 
@@ -365,9 +365,9 @@ def test_a_second_process_takes_over_what_changed_a_piece_at_a_time(tmp_path, qu
     """Two at most: a reader is told what another one wrote; it is put together off its worker, and every
     file is found in the end.
     """
-    monkeypatch.setattr(tiers, "PIECE", 2)
+    monkeypatch.setattr(tier, "PIECE", 2)
     changing, taking = [], []
-    change, take = Chains.change, tiers.Catalogue.take
+    change, take = Chains.change, Catalogue.take
 
     def recorded_change(self, entries, gone=()):
         changing.append((threading.get_ident(), len(entries)))
@@ -382,7 +382,7 @@ def test_a_second_process_takes_over_what_changed_a_piece_at_a_time(tmp_path, qu
     with opened(tmp_path) as writer, opened(tmp_path) as reader:
         assert not reader.disk_stats().is_writer
         monkeypatch.setattr(Chains, "change", recorded_change)
-        monkeypatch.setattr(tiers.Catalogue, "take", recorded_take)
+        monkeypatch.setattr(Catalogue, "take", recorded_take)
         for prompt in prompts:
             oracle.read(writer, prompt)
         assert writer.flush(PATIENCE_SECONDS)
@@ -420,14 +420,14 @@ def test_a_reader_that_could_not_read_a_file_finds_it_again(tmp_path, quick, sai
 
 def test_what_is_due_is_looked_at_a_few_at_a_time(tmp_path, monkeypatch):
     """40 checkpoints that are all there already: no turn looks at more than `LOOKS`, and all are done."""
-    monkeypatch.setattr(tiers, "LOOKS", 3)
+    monkeypatch.setattr(write_behind, "LOOKS", 3)
     looks, turns = [0], []
     with opened(tmp_path) as cache:
         for seed in range(4):
             oracle.read(cache, oracle.prompt(300, seed=seed))
         assert cache.flush(PATIENCE_SECONDS)
         disk = cache.engine.tiers.disk
-        lacking, write = disk.catalogue.lacking, disk.write
+        lacking, write = disk.catalogue.lacking, disk.write_behind.write
 
         def counted(*args, **how):
             looks[0] += 1
@@ -439,9 +439,9 @@ def test_what_is_due_is_looked_at_a_few_at_a_time(tmp_path, monkeypatch):
             turns.append(looks[0])
 
         monkeypatch.setattr(disk.catalogue, "lacking", counted)
-        monkeypatch.setattr(disk, "write", turn)
-        cache._worker.call(lambda: disk._unwritten.update(disk.store.restoring()))
-        due = cache._worker.call(lambda: len(disk._unwritten))
+        monkeypatch.setattr(disk.write_behind, "write", turn)
+        cache._worker.call(lambda: disk.write_behind._unwritten.update(disk.store.restoring()))
+        due = cache._worker.call(lambda: len(disk.write_behind._unwritten))
         assert due > 12
         assert cache.flush(PATIENCE_SECONDS)
         assert max(turns) <= 3

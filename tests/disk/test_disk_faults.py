@@ -1,5 +1,6 @@
 """Whatever happens to a cache directory costs a miss, says so in one line, and changes no reply."""
 
+import itertools
 import logging
 import os
 import shutil
@@ -17,14 +18,14 @@ import oracle
 import pytest
 import tiny
 from faults import DAMAGES, PATIENCE_SECONDS, Said, served
+from long import mostly_long
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.lora import LoRALinear
 from places import SUPPORT
 
 from mlx_hybridcache import Reason, SettingError
 from mlx_hybridcache.cli.main import main as cli
-from mlx_hybridcache.disk import thread
-from mlx_hybridcache.disk import tier as tiers
+from mlx_hybridcache.disk import thread, write_behind
 from mlx_hybridcache.disk.segment import SEGMENTS
 
 MODEL = "qwen3_next"
@@ -59,7 +60,7 @@ def said(caplog):
 def quick(monkeypatch):
     """A disk thread that looks around twenty times a second, and tries again at once."""
     monkeypatch.setattr(thread, "TICK_SECONDS", 0.05)
-    monkeypatch.setattr(tiers, "REST_SECONDS", 0.0)
+    monkeypatch.setattr(write_behind, "REST_SECONDS", 0.0)
 
 
 def opened(root, **settings):
@@ -86,9 +87,18 @@ def assert_healed(root, said, *prompts):
 
 # Damaged files
 
+WHICH = ("first rows", "last rows", "state")
 
-@pytest.mark.parametrize("which", ["first rows", "last rows", "state"])
-@pytest.mark.parametrize("damage", DAMAGES)
+each_damage = pytest.mark.parametrize(
+    ("damage", "which"),
+    mostly_long(
+        itertools.product(DAMAGES, WHICH), list(zip(DAMAGES, itertools.cycle(WHICH), strict=False))
+    ),
+)
+"""Always each damage to one kind of file, and each kind of file by a third of them."""
+
+
+@each_damage
 def test_a_damaged_file_is_a_miss_with_one_line(root, said, damage, which):
     """Each of three files of a 300-token prompt in ten ways, while nobody has the directory open."""
     kind = which.split()[-1]
@@ -102,8 +112,7 @@ def test_a_damaged_file_is_a_miss_with_one_line(root, said, damage, which):
     assert_healed(root, said, FIRST)
 
 
-@pytest.mark.parametrize("which", ["first rows", "last rows", "state"])
-@pytest.mark.parametrize("damage", DAMAGES)
+@each_damage
 def test_a_file_damaged_while_it_is_in_use_is_a_miss_with_one_line(root, said, damage, which):
     """The same to a directory that a cache has open; its report names the reason."""
     kind = which.split()[-1]
@@ -337,7 +346,7 @@ def test_what_could_not_be_written_is_not_forgotten(root, quick, monkeypatch, se
     """Writes fail with one, two or all segments of a prompt under way; `flush` waits for all of them."""
     with faults.tmpfs(root.parent, 0):
         pass  # or skip
-    monkeypatch.setattr(tiers, "QUEUE_SHARE", 64_000_000 // (segments * 8_000))
+    monkeypatch.setattr(write_behind, "QUEUE_SHARE", 64_000_000 // (segments * 8_000))
     with opened(root) as cache:
         with faults.read_only(root):
             served(cache, SECOND)
@@ -348,14 +357,14 @@ def test_what_could_not_be_written_is_not_forgotten(root, quick, monkeypatch, se
         assert served(cache, SECOND) == ("disk", len(SECOND) - 1)
 
 
-@pytest.mark.parametrize("which", range(5))
+@pytest.mark.parametrize("which", mostly_long(range(5), [0, 4]))
 def test_what_is_written_beside_a_failure_is_written_to_its_end(
     tmp_path, quick, monkeypatch, which
 ):
     """One folder cannot be made, two segments are under way: in the end every checkpoint is there."""
     faults.written(tmp_path / "expected", tiny.build(MODEL), FIRST, SECOND)
     expected = {path.name for path in faults.segments(tmp_path / "expected", "state")}
-    monkeypatch.setattr(tiers, "QUEUE_SHARE", 64_000_000 // 40_000)
+    monkeypatch.setattr(write_behind, "QUEUE_SHARE", 64_000_000 // 40_000)
     obstacle = tmp_path / "cache" / SEGMENTS / sorted(expected)[which][:2]
     obstacle.parent.mkdir(parents=True)
     obstacle.touch()
@@ -373,7 +382,7 @@ def test_a_directory_removed_while_in_use_is_begun_anew_with_one_line(
     root, said, monkeypatch, noticed_by
 ):
     """`rm -r` of it all: a miss, then the next prompts are kept in a new one."""
-    monkeypatch.setattr(tiers, "REST_SECONDS", 0.0)
+    monkeypatch.setattr(write_behind, "REST_SECONDS", 0.0)
     if noticed_by == "a look":
         monkeypatch.setattr(thread, "TICK_SECONDS", 0.05)
     with opened(root) as cache:
@@ -521,15 +530,20 @@ def test_a_reader_takes_over_when_the_writer_is_killed(root, said, quick, busy):
 # Another model
 
 
-@pytest.mark.parametrize("end", [0, -1])
 @pytest.mark.parametrize(
-    "path",
-    [
-        "model.embed_tokens.weight",
-        "model.layers.0.linear_attn.A_log",
-        "model.layers.3.mlp.switch_mlp.up_proj.weight",
-        "lm_head.weight",
-    ],
+    ("path", "end"),
+    mostly_long(
+        itertools.product(
+            [
+                "model.embed_tokens.weight",
+                "model.layers.0.linear_attn.A_log",
+                "model.layers.3.mlp.switch_mlp.up_proj.weight",
+                "lm_head.weight",
+            ],
+            [0, -1],
+        ),
+        [("model.embed_tokens.weight", 0), ("lm_head.weight", -1)],
+    ),
 )
 def test_one_changed_number_is_another_model(root, path, end):
     """The next larger float32, at the first and the last place: nothing is shared, in either direction."""

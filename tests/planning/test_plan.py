@@ -99,7 +99,7 @@ def test_four_replies_in_one_batch_claim_what_the_plan_says(monkeypatch):
     def noting(claim):
         def noted(store, *arguments):
             held = claim(store, *arguments)
-            most.append(store.running_bytes)
+            most.append(store.budget.running_bytes)
             return held
 
         return noted

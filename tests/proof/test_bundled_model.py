@@ -230,6 +230,7 @@ def test_fast_functions_have_the_gradients_of_the_plain_ones():
     assert mx.abs(da - db).max() < 1e-4
 
 
+@pytest.mark.long
 def test_training_resumes_to_the_same_weights(tmp_path):
     """Two steps, a checkpoint, two more in a new run: bit for bit as four without a break."""
     settings = Settings(steps=4, **SMOKE)

@@ -48,10 +48,8 @@ def each_way(always: Iterable[str]) -> pytest.MarkDecorator:
     )
 
 
-SOME_KINDS = ("qwen3_next", "jamba", "gemma3_text", "qwen3", "deepseek_v3")
-each_kind = pytest.mark.parametrize(
-    "name", mostly_long(ONE_PER_KIND, [name for name in SOME_KINDS if name != "jamba"])
-)
+SOME_KINDS = ("qwen3_next", "gemma3_text", "qwen3", "deepseek_v3")
+each_kind = pytest.mark.parametrize("name", mostly_long(ONE_PER_KIND, SOME_KINDS))
 
 LENGTHS = (1, 63, 64, 65, 2 * STEP - 1, 2 * STEP, 2 * STEP + 1, 4 * STEP + 9)
 LENGTHS_WITH_A_SINGLE_TOKEN = (2, STEP + 2, 2 * STEP + 2)

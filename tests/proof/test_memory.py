@@ -3,7 +3,6 @@
 import gc
 import random
 from collections.abc import Iterator
-from functools import cache as once
 from typing import Any
 
 import bounds
@@ -12,9 +11,8 @@ import mlx.nn as nn
 import oracle
 import pytest
 import tiny
-import tiny_models
 from long import forms
-from mlx_lm.models import qwen3_next
+from wide import wide_model
 
 from mlx_hybridcache import BudgetError, HybridPromptCache
 from mlx_hybridcache.caches import room
@@ -24,40 +22,6 @@ CONVERSATIONS = forms(25, 50)
 BUDGET = 12_000_000
 UNREPORTED = BUDGET // 100
 """Bytes that MLX may hold beyond or short of what is reported: 1 % of the budget."""
-
-
-@once
-def wide_model(layers: int = 2) -> nn.Module:
-    """A Qwen3-Next, half of its layers attention, whose arrays are large beside what MLX rounds each of them up to.
-
-    Of two layers, a checkpoint weighs 265 KiB, as much as 265 tokens' rows. MLX hands out a recycled buffer of up
-    to two pages more than was asked for, which is most of a small model's array.
-    """
-    mx.random.seed(tiny.SEED)
-    model = qwen3_next.Model(
-        qwen3_next.ModelArgs(
-            model_type="qwen3_next",
-            shared_expert_intermediate_size=32,
-            mlp_only_layers=[],
-            rope_theta=10000.0,
-            partial_rotary_factor=0.25,
-            **tiny_models.COMMON,
-            **tiny_models.EXPERTS,
-            **{
-                **tiny_models.GATED_DELTA,
-                "num_hidden_layers": layers,
-                "full_attention_interval": 2,
-                "linear_num_key_heads": 1,
-                "linear_num_value_heads": 4,
-                "linear_key_head_dim": 128,
-                "linear_value_head_dim": 128,
-                "head_dim": 64,
-            },
-        )
-    )
-    model.eval()
-    mx.eval(model.parameters())
-    return model
 
 
 def new_cache(budget: int, model: nn.Module | None = None) -> HybridPromptCache:
@@ -352,7 +316,7 @@ def test_a_reply_of_unknown_length_claims_its_beginning_and_grows(length: int) -
         claimed, tokens = [], []
         for piece in cache.stream_generate(prompt, length, best_effort=True, **options):
             tokens.append(piece.token)
-            claimed.append(cache.engine.tiers.memory.running_bytes)
+            claimed.append(cache.engine.tiers.memory.budget.running_bytes)
         assert tokens == named
         assert claimed[0] == cache.engine.layout.running_bytes(room.rounded(100 + 512))
         assert claimed[-2] >= cache.engine.layout.running_bytes(length + 100)
@@ -366,16 +330,16 @@ def test_a_restore_holds_no_more_for_a_moment_than_there_was_room_for(name: str)
     """
     model = wide_model() if name == "wide" else tiny.build(name)
     with new_cache(BUDGET, model) as cache:
-        store = bounds.WatchedStore.of(cache.engine.tiers.memory)
+        budget = bounds.WatchedBudget.of(cache.engine.tiers.memory.budget)
         tokens = oracle.prompt(400, seed=31)
         oracle.read(cache, tokens)
         for asked in (oracle.prompt(400, seed=32), tokens, tokens[:150], tokens[:50]):
             gc.collect()
             mx.clear_cache()
-            before = store.highest = store.used_bytes()
+            before = budget.highest = budget.used_bytes
             with bounds.peak_of_mlx() as peak:
                 ready = cache.restore(asked, max_tokens=1000)
-            assert peak[0] <= store.highest - before + 20_000
+            assert peak[0] <= budget.highest - before + 20_000
             ready.release()
 
 
@@ -388,7 +352,9 @@ def test_what_a_slice_has_taken_is_held_by_the_store_alone() -> None:
             assert cache.engine.tiers.memory.stats().checkpoints == 3
             cache.engine.tiers.memory.shrink(BUDGET)
             mx.clear_cache()
-            off.append(mx.get_active_memory() - baseline - cache.engine.tiers.memory.used_bytes())
+            off.append(
+                mx.get_active_memory() - baseline - cache.engine.tiers.memory.budget.used_bytes
+            )
 
     with new_cache(BUDGET) as cache:
         gc.collect()

@@ -1,6 +1,6 @@
 """Both tiers under thousands of operations in any order, checked after each: structure, bytes, replies.
 
-Three thousand always, ten thousand by `pytest -m long`. The same every time that the same tests are collected:
+Two thousand always, ten thousand by `pytest -m long`. The same every time that the same tests are collected:
 hypothesis tries the numbers that it reads in them. `STATE_MACHINE_SEED=7` runs others,
 `STATE_MACHINE_OPERATIONS=100000` has more in the long form.
 """
@@ -39,7 +39,7 @@ from mlx_hybridcache.errors import NotStoredError, PinnedError
 from mlx_hybridcache.store.tree import PrefixTree
 from mlx_hybridcache.tokens import as_tokens
 
-OPERATIONS = forms(3000, int(os.environ.get("STATE_MACHINE_OPERATIONS", "10000")))
+OPERATIONS = forms(2000, int(os.environ.get("STATE_MACHINE_OPERATIONS", "10000")))
 """Of all cases together."""
 
 SEED = int(os.environ.get("STATE_MACHINE_SEED", "0"))
@@ -116,13 +116,13 @@ class CacheMachine(RuleBasedStateMachine):
         self.engine, self.disk = self.cache.engine, self.cache.engine.tiers.disk
         mx.clear_cache()
         self.baseline = mx.get_active_memory()
-        self.memory = bounds.WatchedStore.of(self.engine.tiers.memory, self.really_held)
-        self.files = bounds.WatchedStore.of(self.disk.catalogue.store)
+        self.memory = bounds.WatchedBudget.of(self.engine.tiers.memory.budget, self.really_held)
+        self.files = bounds.WatchedBudget.of(self.disk.catalogue.store.budget)
         self.until_idle()  # what nothing leads to is deleted
         self.tally = bounds.Tally(self.disk.thread.directory)
         assert self.disk.thread.directory.is_writer
         newer = sum(self.obstacles.values())
-        assert self.files.budget_bytes == max(0, DISK_BUDGET - newer)
+        assert self.files.limit_bytes == max(0, DISK_BUDGET - newer)
 
     def really_held(self) -> int:
         """What MLX holds of the budget, less what it may hold beyond it."""
@@ -139,7 +139,7 @@ class CacheMachine(RuleBasedStateMachine):
     def end(self, seconds: int | None) -> None:
         self.go_on.set()
         self.count("evicted", self.cache.stats().evictions)
-        self.count("files evicted", self.files.stats().evictions)
+        self.count("files evicted", self.disk.catalogue.store.stats().evictions)
         self.count("rejected", self.cache.disk_stats().rejected)
         self.count("failed", self.cache.disk_stats().failures)
         self.held.clear()
@@ -175,7 +175,7 @@ class CacheMachine(RuleBasedStateMachine):
         """Nothing is computed, so that MLX must not hold more for a moment than was claimed."""
         self.ask(tokens, salt)
         mx.clear_cache()
-        self.memory.highest = before = self.memory.used_bytes()
+        self.memory.highest = before = self.memory.used_bytes
         with bounds.peak_of_mlx() as peak:
             self.attempt(
                 lambda: self.cache.restore(tokens, max_tokens=8, cache_salt=salt).release()
@@ -295,8 +295,8 @@ class CacheMachine(RuleBasedStateMachine):
     def press(self, part: int) -> None:
         """The system lacks memory: half of what is stored goes, or all of it."""
         store = self.engine.tiers.memory
-        self.cache._worker.call(lambda: store.shrink(store.stored_bytes // part))
-        assert part > 1 or self.pins or store.stored_bytes == 0
+        self.cache._worker.call(lambda: store.shrink(store.budget.stored_bytes // part))
+        assert part > 1 or self.pins or store.budget.stored_bytes == 0
 
     @rule()
     def stall(self) -> None:
@@ -322,7 +322,7 @@ class CacheMachine(RuleBasedStateMachine):
             self.until_idle()
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        self.disk._rest_until = 0.0
+        self.disk.write_behind._rest_until = 0.0
 
     @rule(
         which=places,
@@ -378,7 +378,7 @@ class CacheMachine(RuleBasedStateMachine):
         if how != "no":
             self.cache.clear()
             self.pins.clear()
-            assert self.cache.stats().nodes == 0 == self.files.stats().nodes
+            assert self.cache.stats().nodes == 0 == self.disk.catalogue.store.stats().nodes
             for asked, of in self.asked[-3:]:
                 assert self.cache.lookup(asked, cache_salt=of).restored_tokens == 0
 
@@ -411,11 +411,11 @@ class CacheMachine(RuleBasedStateMachine):
             assert outlined == {name: there(each.root) for name, each in trees.items()}
             check_census(tier)
         if not self.held:
-            assert store.running_bytes == 0
+            assert store.budget.running_bytes == 0
         if self.go_on.is_set():
-            assert store.lingering_bytes == 0
-            assert not disk._in_flight
-        off = mx.get_active_memory() - self.baseline - store.used_bytes()
+            assert store.budget.in_flight_bytes == 0
+            assert not disk.write_behind._in_flight
+        off = mx.get_active_memory() - self.baseline - store.budget.used_bytes
         ahead = sum(self.engine.layout.snapshot_bytes for ready in self.held if not ready.position)
         assert -UNREPORTED - ahead <= off <= UNREPORTED + LIVE_TAPS * len(self.held), (
             f"{off:,} bytes off: {store.stats()}"
@@ -427,7 +427,7 @@ class CacheMachine(RuleBasedStateMachine):
         for (prefix, salt), position in self.pins.items():
             (namespace, *_) = self.engine.sharing.namespaces(self.cache._prompts.salt_of(salt))
             tokens = as_tokens(prefix)
-            (*_, node) = self.engine.tiers.memory._match(namespace, tokens).path
+            (*_, node) = self.engine.tiers.memory.match(namespace, tokens).path
             assert node.end == position
             assert node.pinned
 

@@ -23,6 +23,7 @@ ORDER = [
     {"schema"},
     {"failures", "http"},
     {"metrics", "settings"},
+    {"flags"},
     {"adapter", "errors", "log"},
     {"__init__", "jsontext"},
 ]

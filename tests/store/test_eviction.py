@@ -25,7 +25,7 @@ from mlx_hybridcache.store.eviction import values as census
 from mlx_hybridcache.store.eviction.choose import Eviction
 from mlx_hybridcache.store.eviction.ranking import Ranking
 from mlx_hybridcache.store.eviction.values import Census
-from mlx_hybridcache.store.materialize import Loans
+from mlx_hybridcache.store.materialize import Materializer
 from mlx_hybridcache.store.outline import Outline
 from mlx_hybridcache.store.store import Store
 from mlx_hybridcache.store.tree import Node
@@ -171,7 +171,7 @@ def weighed(monkeypatch, size):
         save(store, [*shared, first, *range(20 + 3 * (first % 7))], is_end=True)
     store.stats()
     store.outlines(0.0)
-    store.budget_bytes = store.used_bytes()
+    store.budget.limit(store.budget.used_bytes)
     with monkeypatch.context() as watching:
         counted(watching, Census, "weights", lambda *_: 1)
         counted(watching, Census, "_look_up", lambda *_: 1)
@@ -206,12 +206,25 @@ def test_rows_that_running_caches_hold_weigh_nothing_until_they_are_the_stores_a
     checkpoint = SizedCheckpoint(40, STATE)
     store.save(N, tokens, lambda start: SizedRows(start, 40, ROW), checkpoint, row_bytes=ROW)
     full_scan.check_census(store)
-    loans = Loans(store)
-    lender = SizedCaches(loans, layout, N, tokens)
+    materializer = Materializer(store)
+    lender = SizedCaches(materializer, layout, N, tokens)
     lender.restored([SizedCache(40)], 40, 64)
-    loans.lean()
-    assert store.rows_bytes == 0
+    materializer.alias()
+    assert store.budget.rows_bytes == 0
     full_scan.check_census(store)
-    assert loans.own(lender)
-    assert store.rows_bytes == 40 * ROW
+    assert materializer.materialize(lender)
+    assert store.budget.rows_bytes == 40 * ROW
     full_scan.check_census(store)
+
+
+def test_rows_of_other_tokens_stay_the_stores():
+    """A request's caches hold 40 rows; what is stored has the first 30 tokens of them, and goes on otherwise."""
+    layout = SizedLayout.of_shape(replace(SHAPES["qwen3-next-80b"], row_bytes=ROW))
+    store = Store(10**9, needs_checkpoints=True)
+    save(store, list(range(20)))
+    save(store, [*range(30), *range(100, 110)])
+    materializer = Materializer(store)
+    source = SizedCaches(materializer, layout, N, as_tokens(range(40)))
+    source.restored([SizedCache(40)], 40, 64)
+    materializer.alias()
+    assert store.budget.rows_bytes == 20 * ROW  # the run of `[20, 40)` parts ways inside

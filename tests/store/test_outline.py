@@ -107,7 +107,7 @@ def test_it_shows_what_is_there_whatever_happened(needs_checkpoints):
             total = sum(one.rows_bytes + (one.checkpoint_bytes or 0) for one in nodes(each))
             assert each.below.nbytes == total
             assert each.below.leaves == sum(not one.children for one in nodes(each))
-        assert sum(each.below.nbytes for each in now.values()) == store.stored_bytes
+        assert sum(each.below.nbytes for each in now.values()) == store.budget.stored_bytes
         before = now
 
 

@@ -3,14 +3,9 @@
 from dataclasses import replace
 from itertools import pairwise
 
-from mlx_hybridcache.store.eviction.policy import (
-    INTERIOR,
-    NEAR_TOKENS,
-    Candidate,
-    Partings,
-    least_useful,
-    likelihood,
-)
+from candidates import Candidate, least_useful
+
+from mlx_hybridcache.store.eviction.policy import INTERIOR, NEAR_TOKENS, Partings
 
 SOME = Candidate(
     gap_tokens=500,
@@ -43,7 +38,7 @@ def test_a_middle_ages_with_its_conversation():
     """Taken long ago, in a conversation that went on just now or nine requests ago."""
     old = replace(SOME, age_ticks=50)
     assert goes_first(replace(old, idle_ticks=9), old)
-    assert likelihood(old) == likelihood(SOME)
+    assert old.likelihood == SOME.likelihood
 
 
 def test_what_frees_more_goes_first():
@@ -75,13 +70,13 @@ def test_of_two_that_stand_at_the_end_the_one_with_the_smaller_gap_goes():
     opener = replace(SOME, gap_tokens=900, below_tokens=4, to_end_tokens=4)
     assert goes_first(replace(END, gap_tokens=4), opener)
     beyond = replace(opener, to_end_tokens=NEAR_TOKENS + 1)
-    assert likelihood(beyond) < likelihood(opener) / 2
+    assert beyond.likelihood < opener.likelihood / 2
 
 
 def test_what_a_running_request_reads_on_from_is_no_end():
     """A cut that the next slice leaves behind goes before an end of the same gap."""
     assert goes_first(replace(END, goes_on=True), END)
-    assert likelihood(replace(END, goes_on=True)) > 0
+    assert replace(END, goes_on=True).likelihood > 0
 
 
 def test_a_thinned_path_is_dense_near_its_end_and_sparse_further_back():

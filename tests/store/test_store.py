@@ -11,6 +11,7 @@ from mlx_hybridcache.caches.checkpoint import Checkpoint
 from mlx_hybridcache.caches.kinds.kind import Snapshot
 from mlx_hybridcache.caches.kinds.rows import RowBlock
 from mlx_hybridcache.errors import BudgetError, NotStoredError
+from mlx_hybridcache.store.lazy_rows import rows_before
 from mlx_hybridcache.store.store import Store
 from mlx_hybridcache.tokens import Namespace, as_tokens
 
@@ -48,6 +49,11 @@ def save(store, tokens, *, is_end=False, is_parting=False, space=N):
     )
 
 
+def blocks(found):
+    """The rows that it restores."""
+    return rows_before(found.nodes(), found.position)
+
+
 def held(store, space=N):
     """What the nodes really hold, counted afresh."""
     tree = store._trees[space]
@@ -76,13 +82,13 @@ def test_checkpoints_of_a_slice_leave_room_to_cut_what_is_stored():
     save(store, range(40))
     prompt = as_tokens([*range(30), *range(100, 120)])
     needed = 20 * ROW + 40 * ROW + 2 * STATE  # new rows, the cut run's other copy, the states
-    store.budget_bytes = store.used_bytes() + needed
+    store.budget.limit(store.budget.used_bytes + needed)
     wanted = store.afford(N, prompt, [30, 50], partings=(30,), row_bytes=ROW, snapshot_bytes=STATE)
     assert (wanted, store.evictions) == ([30, 50], 0)
-    store.budget_bytes -= 1
+    store.budget.limit(store.budget.limit_bytes - 1)
     wanted = store.afford(N, prompt, [30, 50], partings=(30,), row_bytes=ROW, snapshot_bytes=STATE)
     assert (wanted, store.evictions) == ([30, 50], 1)
-    assert store.has_room(20 * ROW + 40 * ROW + len(wanted) * STATE)
+    assert store.budget.has_room(20 * ROW + 40 * ROW + len(wanted) * STATE)
 
 
 @pytest.mark.parametrize("parts_at", [100, 200])
@@ -126,9 +132,9 @@ def test_the_budget_is_never_exceeded_and_bytes_are_what_nodes_hold():
             claims.append(store.claim(chance.randrange(1, 4000)))
         if claims and (turn % 3 == 0 or sum(claim.nbytes for claim in claims) > 10_000):
             claims.pop(0).release()
-        assert store.used_bytes() <= store.budget_bytes
-        assert (store.rows_bytes, store.snapshot_bytes) == held(store)
-        assert store.running_bytes == sum(claim.nbytes for claim in claims)
+        assert store.budget.used_bytes <= store.budget.limit_bytes
+        assert (store.budget.rows_bytes, store.budget.snapshot_bytes) == held(store)
+        assert store.budget.running_bytes == sum(claim.nbytes for claim in claims)
     assert store.stats().evictions > 100
 
 
@@ -231,7 +237,7 @@ def test_a_pin_inside_a_run_keeps_no_more_than_it_needs_and_can_be_lifted():
     store.tick()
     save(store, range(300, 390))
     assert store.find(N, as_tokens([*path, 1])).position == 40
-    assert (store.rows_bytes, 0) == (130 * ROW, 0) == held(store)
+    assert (store.budget.rows_bytes, 0) == (130 * ROW, 0) == held(store)
     assert store.unpin(N, as_tokens(path[:40])) == 40
     assert store.stats().pinned == 0
     store.shrink(10**6)
@@ -318,7 +324,7 @@ def test_rows_alone_restore_at_any_position_or_at_a_stride():
         store.save(N, tokens, lambda start: rows(start, 30), None, row_bytes=ROW)
         asked = as_tokens([*range(17), 99, 99])
         assert store.find(N, asked).position == expected
-        assert sum(block.end - block.start for block in store.find(N, asked).blocks()) == 30
+        assert sum(block.end - block.start for block in blocks(store.find(N, asked))) == 30
 
 
 def test_rows_that_a_request_restores_stay_until_it_has_them():
@@ -330,8 +336,8 @@ def test_rows_that_a_request_restores_stay_until_it_has_them():
     assert found.position == 10
     claim = store.claim(STATE // 2, found)
     assert store.stats().checkpoints == 1
-    assert store.rows_bytes == 20 * ROW
-    assert [(block.start, block.end) for block in found.blocks()] == [(0, 10)]
+    assert store.budget.rows_bytes == 20 * ROW
+    assert [(block.start, block.end) for block in blocks(found)] == [(0, 10)]
     assert found.checkpoint is not None
     claim.release()
 
@@ -346,9 +352,9 @@ def test_a_boundary_whose_checkpoint_went_is_merged_away():
     stats = store.stats()
     assert stats.nodes <= stats.checkpoints + 2
     assert stats.tokens == 6000
-    assert store.rows_bytes == 6000 * ROW == held(store)[0]
-    blocks = store.find(N, as_tokens([*path, 1])).blocks()
-    assert [block.start for block in blocks[1:]] == [block.end for block in blocks[:-1]]
+    assert store.budget.rows_bytes == 6000 * ROW == held(store)[0]
+    found = blocks(store.find(N, as_tokens([*path, 1])))
+    assert [block.start for block in found[1:]] == [block.end for block in found[:-1]]
 
 
 # Limits
@@ -497,7 +503,7 @@ def test_without_checkpoints_every_leaf_is_a_conversation():
     found = [store.find(N, as_tokens([*shared, *[last] * 11])).position for last in (100, 101, 102)]
     assert found == [20, 30, 30]
     assert store.stats().conversations == 2
-    assert store.rows_bytes == 40 * ROW == held(store)[0]
+    assert store.budget.rows_bytes == 40 * ROW == held(store)[0]
     assert store.was_evicted(N, as_tokens([*shared, *[100] * 11]))
 
 
@@ -513,7 +519,11 @@ def test_a_path_holds_no_more_checkpoints_than_allowed():
         assert len(positions(store)) == most_on_a_path(store) == min(cut // 100, 8)
     assert positions(store) == [1600, 3200, 4000, 4800, 5200, 5600, 5900, 6000]
     assert (store.stats().evictions, store.stats().tokens) == (52, 6000)
-    assert (store.rows_bytes, store.snapshot_bytes) == (6000 * ROW, 8 * STATE) == held(store)
+    assert (
+        (store.budget.rows_bytes, store.budget.snapshot_bytes)
+        == (6000 * ROW, 8 * STATE)
+        == held(store)
+    )
 
 
 def test_the_checkpoint_just_saved_and_the_deepest_one_stay():
@@ -595,8 +605,8 @@ def test_limits_hold_whatever_comes(needs_checkpoints):
             pinned = sum(any(node.pinned for node in nodes) for nodes in own)
             assert stats.conversations <= max(5, pinned + 1)
             assert most_on_a_path(store) <= 3
-            assert store.used_bytes() <= store.budget_bytes
-            assert (store.rows_bytes, store.snapshot_bytes) == held(store)
+            assert store.budget.used_bytes <= store.budget.limit_bytes
+            assert (store.budget.rows_bytes, store.budget.snapshot_bytes) == held(store)
         if chance.random() < 0.2:
             claims.append(store.claim(chance.randrange(1, 4000)))
         if claims and (turn % 3 == 0 or sum(claim.nbytes for claim in claims) > 8_000):

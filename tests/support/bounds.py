@@ -15,16 +15,15 @@ from mlx_hybridcache.disk.catalogue import Catalogue, FileRows, FileState
 from mlx_hybridcache.disk.directory import Directory
 from mlx_hybridcache.disk.segment import SEGMENTS
 from mlx_hybridcache.disk.tier import DiskTier
+from mlx_hybridcache.store.budget import Budget
 from mlx_hybridcache.store.store import Store
 from mlx_hybridcache.store.tree import Node
 
-COUNTED = ("rows_bytes", "snapshot_bytes", "running_bytes", "lingering_bytes")
 
+class WatchedBudget(Budget):
+    """A budget that is looked at every time that its bytes change, also in the middle of a request.
 
-class WatchedStore(Store):
-    """A store that is looked at every time that its bytes change, also in the middle of a request.
-
-    `highest` is the most that it said it held or made room for, `over` what was more than the budget;
+    `highest` is the most that it said it held or made room for, `over` what was more than its limit;
     `held` adds what MLX really holds at those moments.
     """
 
@@ -33,26 +32,25 @@ class WatchedStore(Store):
     held: Callable[[], int]
 
     @classmethod
-    def of(cls, store: Store, held: Callable[[], int] = lambda: 0) -> WatchedStore:
-        """The same store, watched from now on."""
-        store.__class__ = cls
-        store.__dict__.update(over=[], highest=0, held=held)
-        return store  # type: ignore[return-value]
+    def of(cls, budget: Budget, held: Callable[[], int] = lambda: 0) -> WatchedBudget:
+        """The same budget, watched from now on."""
+        budget.__class__ = cls
+        budget.__dict__.update(over=[], highest=0, held=held)
+        return budget  # type: ignore[return-value]
 
     def make_room(self, nbytes: int, *args: Any, **options: Any) -> None:
         """The same, noted."""
         super().make_room(nbytes, *args, **options)
-        self.highest = max(self.highest, self.used_bytes() + nbytes)
+        self.highest = max(self.highest, self.used_bytes + nbytes)
 
-    def __setattr__(self, name: str, value: object) -> None:
-        super().__setattr__(name, value)
-        if name in COUNTED:
-            used = self.used_bytes()
-            self.highest = max(self.highest, used)
-            worst = max(used, self.held())
-            if worst > self.budget_bytes:
-                way = " > ".join(frame.name for frame in traceback.extract_stack(limit=8))
-                self.over.append(f"{used:,} counted, {worst:,} at worst, in {way}")
+    def _check(self, more: int) -> None:
+        super()._check(more)
+        used = self.used_bytes
+        self.highest = max(self.highest, used)
+        worst = max(used, self.held())
+        if worst > self.limit_bytes:
+            way = " > ".join(frame.name for frame in traceback.extract_stack(limit=8))
+            self.over.append(f"{used:,} counted, {worst:,} at worst, in {way}")
 
 
 class Tally:
@@ -125,7 +123,7 @@ def check_tree(store: Store, check_payload: Callable[[Node], None]) -> None:
             check_payload(node)
             rows_bytes += node.rows_nbytes
             snapshot_bytes += node.checkpoint.nbytes if node.checkpoint is not None else 0
-    assert (rows_bytes, snapshot_bytes) == (store.rows_bytes, store.snapshot_bytes)
+    assert (rows_bytes, snapshot_bytes) == (store.budget.rows_bytes, store.budget.snapshot_bytes)
 
 
 def check_memory_node(node: Any) -> None:
@@ -143,7 +141,7 @@ def check_memory(store: Store) -> None:
     if store.needs_checkpoints:
         dead = [n for n in store.nodes() if not n.children and n.checkpoint is None]
         assert len(dead) <= 1, [(node.start, node.end, node.pinned, node.is_end) for node in dead]
-    assert store.used_bytes() <= store.budget_bytes
+    assert store.budget.used_bytes <= store.budget.limit_bytes
 
 
 def check_catalogue(catalogue: Catalogue, disk: DiskTier) -> None:
@@ -158,10 +156,9 @@ def check_catalogue(catalogue: Catalogue, disk: DiskTier) -> None:
                 parts[part.segment.name] = parts.get(part.segment.name, 0) + part.nbytes
     assert parts == used
     files = sum(segment.file_nbytes for segment in catalogue.segments())
-    assert store.lingering_bytes == files - sum(used.values()), store.stats()
-    writing = sum(segment.file_nbytes for segment, _ in disk._in_flight.values())
-    assert store.running_bytes == writing
-    assert store.used_bytes() <= store.budget_bytes
+    assert store.budget.in_flight_bytes == files - sum(used.values()), store.stats()
+    assert store.budget.running_bytes == disk.write_behind.in_flight_bytes
+    assert store.budget.used_bytes <= store.budget.limit_bytes
 
 
 @contextmanager

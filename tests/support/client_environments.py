@@ -26,11 +26,16 @@ PINS: dict[str, list[str]] = {
     "litellm": ["litellm==1.110.2"],
     "instructor": ["instructor==1.17.0"],
     "smolagents": ["smolagents[openai]==1.26.0"],
-    "smolagents-mlx": ["smolagents==1.26.0", *_PROJECT["dependencies"]],
+    "smolagents-mlx": [
+        "smolagents==1.26.0",
+        *_PROJECT["dependencies"],
+        *_PROJECT["optional-dependencies"]["cpu"],
+    ],
     "aider": ["aider-chat==0.86.2"],
+    "uv": ["uv>=0.9"],
 }
 """What `pip` installs for each client, beside what that depends on. smolagents' class for MLX runs in
-one process with this library, whose own files come from the checkout."""
+one process with this library, whose own files come from the checkout. uv resolves for other platforms."""
 
 NODE_PINS: dict[str, list[str]] = {
     "ai": ["ai@6.0.326", "@ai-sdk/openai-compatible@2.0.92", "zod@4.6.7"],

@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from mlx_hybridcache.store.eviction.policy import Candidate, utility
+from candidates import Candidate
+
 from mlx_hybridcache.store.store import Store
 from mlx_hybridcache.store.tree import Node
 
@@ -48,25 +49,23 @@ class FullScan:
         return not node.children and node not in self.kept
 
     def worth(self, node: Node, above: int, below: int, deepest: int) -> float:
-        """Its utility, from nothing but what stands around it in the tree."""
+        """What it is worth, from nothing but what stands around it in the tree."""
         store = self.store
         if store.needs_checkpoints and node.checkpoint is None:
             return -math.inf
         freed = node.checkpoint.nbytes if node.checkpoint is not None else 0
         freed += sum(dead.rows_nbytes for dead in self.dead_with(node))
-        return utility(
-            Candidate(
-                gap_tokens=node.end - (above if store.needs_checkpoints else node.start),
-                below_tokens=below - node.end,
-                to_end_tokens=deepest - node.end,
-                freed_bytes=freed,
-                age_ticks=store.clock - node.last_used,
-                idle_ticks=store.clock - node.last_passed,
-                returns=node.returns,
-                goes_on=node in self.kept and not node.children,
-                interior=store.partings.interior,
-            )
-        )
+        return Candidate(
+            gap_tokens=node.end - (above if store.needs_checkpoints else node.start),
+            below_tokens=below - node.end,
+            to_end_tokens=deepest - node.end,
+            freed_bytes=freed,
+            age_ticks=store.clock - node.last_used,
+            idle_ticks=store.clock - node.last_passed,
+            returns=node.returns,
+            goes_on=node in self.kept and not node.children,
+            interior=store.partings.interior,
+        ).worth
 
     def dead_with(self, node: Node) -> list[Node]:
         if node.children or node in self.kept:

@@ -25,7 +25,6 @@ from mlx_lm.sample_utils import make_sampler
 
 from mlx_hybridcache import BudgetError, HybridPromptCache
 from mlx_hybridcache.caches.room import ROW_STEP
-from mlx_hybridcache.decode import batch_check as batching
 from mlx_hybridcache.decode import decoder as generate
 from mlx_hybridcache.errors import CacheMismatchError, NotStoredError, PinnedError
 from mlx_hybridcache.worker import stream as streams
@@ -196,7 +195,7 @@ class Round:
         )
         layout, store = cache.engine.layout, cache.engine.tiers.memory
         least = layout.running_bytes(ROW_STEP) + layout.snapshot_bytes + ROW_STEP * layout.row_bytes
-        store.budget_bytes = int(least * pick((1.0, 2.2, 4, 12, 60, 400)))
+        store.budget.limit(int(least * pick((1.0, 2.2, 4, 12, 60, 400))))
         return cache
 
     # What happens
@@ -336,7 +335,7 @@ class Round:
     def press(self) -> None:
         """The system lacks memory."""
         store, part = self.cache.engine.tiers.memory, self.chance.choice((1, 2, 4))
-        self.cache._worker.call(lambda: store.shrink(store.stored_bytes // part))
+        self.cache._worker.call(lambda: store.shrink(store.budget.stored_bytes // part))
 
     def save_own(self) -> None:
         """A framework brings caches that it read itself, first with tokens that are not theirs."""
@@ -365,7 +364,8 @@ class Round:
     def compare_stored(self) -> None:
         """Restore every stored checkpoint through the public surface, read on, and compare with cold."""
         store = self.cache.engine.tiers.memory
-        budget, store.budget_bytes = store.budget_bytes, 1 << 30  # looking evicts nothing
+        budget = store.budget.limit_bytes
+        store.budget.limit(1 << 30)  # looking evicts nothing
         count = 0
         for salt, tokens in self.stored():
             if tokens:
@@ -376,7 +376,7 @@ class Round:
             assert count == self.cache.stats().checkpoints, (
                 "one in a namespace that nobody asked in"
             )
-        store.budget_bytes = budget
+        store.budget.limit(budget)
 
     def stored(self) -> list[tuple[str, list[int]]]:
         """The tokens of every checkpoint, longest first, with their salts.
@@ -493,22 +493,13 @@ class ThreadedRound(Round):
 
 @contextmanager
 def _short(ahead: int, untaken: int) -> Iterator[None]:
-    """So many tokens are made ahead of a reader, and of one in a batch; a model is tried only once."""
-    before = streams.AHEAD, generate.UNTAKEN, batching.shown
-    streams.AHEAD, generate.UNTAKEN, batching.shown = ahead, untaken, _shown
+    """So many tokens are made ahead of a reader, and of one in a batch."""
+    before = streams.AHEAD, generate.UNTAKEN
+    streams.AHEAD, generate.UNTAKEN = ahead, untaken
     try:
         yield
     finally:
-        streams.AHEAD, generate.UNTAKEN, batching.shown = before
-
-
-def _shown(model: Any, layout: Any, shown: Callable[..., bool] = batching.shown) -> bool:
-    if id(model) not in _known:
-        _known[id(model)] = shown(model, layout)
-    return _known[id(model)]
-
-
-_known: dict[int, bool] = {}
+        streams.AHEAD, generate.UNTAKEN = before
 
 
 def _ends(at: int) -> Callable[[mx.array], mx.array]:

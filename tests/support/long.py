@@ -18,7 +18,7 @@ def in_full(value: Any) -> Any:
 
 def mostly_long(values: Iterable[Any], always: Collection[Any]) -> list[Any]:
     """Parameters: all of `values`, of which the long form alone has those that are not in `always`."""
-    values = list(values)
+    values, always = list(values), list(always)
     assert all(each in values for each in always)
     return [each if each in always else _long(each) for each in values]
 

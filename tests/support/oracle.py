@@ -3,6 +3,7 @@
 The reference knows nothing of the library: mlx-lm's own caches, the whole history read in slices.
 """
 
+import copy
 import functools
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -86,12 +87,38 @@ def prompt(length: int, seed: int, openers: Iterable[int] = ()) -> list[int]:
 
 def cold_logits(model: nn.Module, history: Sequence[int], step: int = STEP) -> Array:
     """Logits `(len(history), VOCAB)` at every position, from plain caches read in slices."""
-    caches, parts = make_prompt_cache(model), []
+    return np.concatenate(list(_slices(model, make_prompt_cache(model), history, step)))
+
+
+def _slices(
+    model: nn.Module, caches: list[Any], history: Sequence[int], step: int
+) -> Iterator[Array]:
     for start in range(0, len(history), step):
         logits = model(mx.array([history[start : start + step]]), cache=caches)
         mx.eval(logits, [cache.state for cache in caches])
-        parts.append(np.array(logits[0]))
-    return np.concatenate(parts)
+        yield np.array(logits[0])
+
+
+class Colds:
+    """The cold runs of one model. A run that begins with whole slices of an earlier one reads the rest."""
+
+    def __init__(self, model: nn.Module, step: int):
+        self.model, self.step = model, step
+        self._behind: dict[tuple[int, ...], tuple[list[Any], list[Array]]] = {}
+
+    def logits(self, history: Sequence[int]) -> Array:
+        """As `cold_logits`."""
+        at = len(history) // self.step * self.step
+        while at and tuple(history[:at]) not in self._behind:
+            at -= self.step
+        caches, parts = self._behind[tuple(history[:at])] if at else ([], [])
+        caches, parts = copy.deepcopy(caches) or make_prompt_cache(self.model), [*parts]
+        for part in _slices(self.model, caches, history[at:], self.step):
+            parts.append(part)
+            at += len(part)
+            if at % self.step == 0:
+                self._behind[tuple(history[:at])] = copy.deepcopy(caches), [*parts]
+        return np.concatenate(parts)
 
 
 def check(
@@ -109,15 +136,14 @@ def check(
     """
     has_window = any(hasattr(kind, "size") for kind in cache.engine.layout.kinds)
     fed = FED + has_window * tiny_models.WINDOW
+    step = cache.engine.prefill.grid.step
     points: list[Point] = []
-    colds: dict[tuple[int, ...], Array] = {}
+    colds, known = Colds(cache.engine.model, step), dict[tuple[int, ...], Array]()
     for history, at in _points(cache, histories, positions):
-        whole = _with_tail(history, cache.engine.prefill.grid.step)
-        cold = colds.get(tuple(whole))
-        if cold is None:
-            cold = colds[tuple(whole)] = cold_logits(
-                cache.engine.model, whole, cache.engine.prefill.grid.step
-            )
+        whole = _with_tail(history, step)
+        if tuple(whole) not in known:
+            known[tuple(whole)] = colds.logits(whole)
+        cold = known[tuple(whole)]
         ready = cache.restore(whole[: at + 1], max_tokens=2 * fed)
         assert (ready.position, ready.rest) == (at, [whole[at]]), f"{at} was not restored"
         rest = whole[at : at + fed]

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import forks
 import httpx2
 
 from mlx_hybridcache.demo import BUNDLED_MODEL
@@ -126,7 +127,7 @@ class Server:
         self.flags = flags
         self.variables = variables
         self.port = free_port()
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: forks.Running | None = None
         self._seen = 0
         self._log = tempfile.NamedTemporaryFile(suffix=".log")  # noqa: SIM115  # lives as long as the server
         self.client = httpx2.Client(base_url=self.url, timeout=PATIENCE_SECONDS, trust_env=False)
@@ -166,14 +167,10 @@ class Server:
         if self.module == THEIRS:  # ours serves the bundled model without being told
             where += ["--model", str(BUNDLED_MODEL)]
         self._seen = 0
-        with Path(self._log.name).open("wb") as log:
-            self.process = subprocess.Popen(
-                command(self.module, *where, *self.flags),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=environment(**self.variables),
-            )
+        Path(self._log.name).write_bytes(b"")
+        self.process = _started(
+            self.module, [*where, *self.flags], self._log.name, self._log.name, **self.variables
+        )
         until = time.monotonic() + PATIENCE_SECONDS
         while not self.healthy:
             assert self.alive, f"{self.module} ended at its start:\n{self.log}"
@@ -247,15 +244,31 @@ def running(module: str, *flags: str, **variables: str) -> Iterator[Server]:
 
 def run_to_its_end(*flags: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """Start ours with flags that it must refuse, at a port that is free unless they name one."""
-    return subprocess.run(
-        command(OURS, "--port", "0", *flags),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE_SECONDS,
-        env=environment(**variables),
-        check=False,
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder) / "out", Path(folder) / "err"
+        for file in (out, err):
+            file.touch()
+        process = _started(OURS, ["--port", "0", *flags], str(out), str(err), **variables)
+        try:
+            status = process.wait(PATIENCE_SECONDS)
+        finally:
+            process.kill()
+        return subprocess.CompletedProcess(flags, status, out.read_text(), err.read_text())
+
+
+def _started(module: str, flags: list[str], out: str, err: str, **variables: str) -> forks.Running:
+    """A server's process. Other variables than ours may matter to what is imported."""
+    where = environment(**variables)
+    if all(name.startswith("MLX_HYBRIDCACHE") for name in variables):
+        return forks.start([module, *flags], out, err, where)
+    with Path(out).open("ab") as stdout, Path(err).open("ab") as stderr:
+        return subprocess.Popen(
+            command(module, *flags),
+            stdin=subprocess.DEVNULL,
+            stdout=stdout,
+            stderr=stderr,
+            env=where,
+        )
 
 
 def user(text: str) -> list[dict[str, Any]]:

@@ -140,8 +140,9 @@ class _Clock:
         self._pending = (0.0, 0.0)
         self._inside = (0.0, 0.0)
         self._kind = ""
-        tier._next = self._around(tier._next)
-        tier._hand_over = self._around(tier._hand_over)
+        writes = tier.write_behind
+        writes._next = self._around(writes._next)
+        writes._hand_over = self._around(writes._hand_over)
         self._write = tier.thread.write
         tier.thread.write = self._written
 

@@ -35,7 +35,7 @@ def machine() -> dict[str, Any]:
 
 def _device() -> str:
     device = str(mx.default_device()).removeprefix("Device(").removesuffix(")").split(",")[0]
-    name = mx.device_info().get("device_name", "") if mx.metal.is_available() else ""
+    name = mx.device_info().get("device_name", "") if device == "gpu" else ""
     return f"{device} {name}".strip()
 
 

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from mlx_hybridcache.caches.checkpoint import Checkpoint
 from mlx_hybridcache.caches.kinds.rows import RowBlock
+from mlx_hybridcache.caches.memory import MemoryStore
 from mlx_hybridcache.prefill.schedule import Grid, Reading, cuts_for
 from mlx_hybridcache.store.store import Store
 from mlx_hybridcache.tokens import Namespace, Tokens, prompt_tokens
@@ -102,7 +103,7 @@ def measure_matching(*, conversations: int, tokens: int, rounds: int, seed: int 
     """Store `conversations`, the longest of `tokens`, and look long prompts up `rounds` times."""
     generator = np.random.default_rng(seed)
     histories = _histories(generator, random.Random(seed), conversations, tokens)
-    store = Store(1 << 50, needs_checkpoints=True)
+    store: MemoryStore = Store(1 << 50, needs_checkpoints=True)
     gc.collect()
     tracemalloc.start()
     before = tracemalloc.get_traced_memory()[0]
@@ -149,7 +150,7 @@ def _histories(
     ]
 
 
-def _read(store: Store, history: Tokens) -> None:
+def _read(store: MemoryStore, history: Tokens) -> None:
     """Store a conversation turn by turn, with the checkpoints that reading it would take."""
     for turn in range(1, TURNS + 1):
         prompt = history[: SYSTEM_TOKENS + (len(history) - SYSTEM_TOKENS) * turn // TURNS]
@@ -168,7 +169,7 @@ def _no_rows(end: int) -> Callable[[int], RowBlock]:
     return lambda start: RowBlock(start, end, ())
 
 
-def _look_up(store: Store, name: str, prompt: Tokens, rounds: int) -> Lookup:
+def _look_up(store: MemoryStore, name: str, prompt: Tokens, rounds: int) -> Lookup:
     ids = [int(token) for token in prompt]
     array_ms: list[float] = []
     match_ms: list[float] = []

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, cast
+from typing import Any, TypeAlias
 
 import numpy as np
 from rich.console import Console
@@ -33,6 +33,8 @@ LONGEST = 2_000
 TURNED_OVER = 20
 TARGET_SIZE, TARGET_RATIO, TARGET_SAVE_MS = 10_000, 1.5, 3.8
 SPACE = Namespace("bench")
+
+SizedStore: TypeAlias = Store[SizedRows, SizedCheckpoint]
 
 Spent = list[float]
 
@@ -141,9 +143,9 @@ def _measured(shape: str, size: int, rounds: int, seed: int) -> Filled:
     return filled
 
 
-def _full(shape: str, size: int, generator: np.random.Generator) -> tuple[Store, list[Tokens]]:
+def _full(shape: str, size: int, generator: np.random.Generator) -> tuple[SizedStore, list[Tokens]]:
     """A store that is full, and the ends of its conversations; the first is the system prompt if flat."""
-    store = Store(1 << 50, needs_checkpoints=True)
+    store: SizedStore = Store(1 << 50, needs_checkpoints=True)
     last: list[Tokens] = []
     for prompt in SHAPES[shape](generator, size):
         store.tick()
@@ -154,12 +156,12 @@ def _full(shape: str, size: int, generator: np.random.Generator) -> tuple[Store,
             last.append(prompt)
     store.shrink(1)
     _publish(store)
-    store.budget_bytes = store.used_bytes()
+    store.budget.limit(store.budget.used_bytes)
     gc.collect()
     return store, last
 
 
-def _measure(store: Store, prompt: Tokens, other: Tokens, filled: Filled) -> None:
+def _measure(store: SizedStore, prompt: Tokens, other: Tokens, filled: Filled) -> None:
     before = store.evictions
     store.tick()
     filled.save_ms.append(_spent(partial(_save, store, prompt)))
@@ -205,27 +207,27 @@ def _on(generator: np.random.Generator, prompt: Tokens, tokens: int = RUN_TOKENS
     return np.concatenate([prompt, more])
 
 
-def _save(store: Store, prompt: Tokens) -> None:
+def _save(store: SizedStore, prompt: Tokens) -> None:
     end = len(prompt)
     is_stored = store.save(
         SPACE,
         prompt,
         lambda start: SizedRows(start, end, ROW_BYTES),
-        cast("Any", SizedCheckpoint(end, STATE_BYTES)),
+        SizedCheckpoint(end, STATE_BYTES),
         row_bytes=ROW_BYTES,
         is_end=True,
     )
     assert is_stored
 
 
-def _afford(store: Store, prompt: Tokens, kept: list[int]) -> None:
+def _afford(store: SizedStore, prompt: Tokens, kept: list[int]) -> None:
     cuts = [len(prompt) - RUN_TOKENS // 2, len(prompt) - 1]
     kept += store.afford(
         SPACE, prompt, cuts, partings=(), row_bytes=ROW_BYTES, snapshot_bytes=STATE_BYTES
     )
 
 
-def _publish(store: Store) -> None:
+def _publish(store: SizedStore) -> None:
     store.stats()
     store.outlines(0.0)
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Generator, Sequence
 from typing import Any, TypeVar, cast
 
 from mlx_hybridcache.caches.layout import Layout
+from mlx_hybridcache.caches.memory import MemoryStore
 from mlx_hybridcache.errors import BudgetError
 from mlx_hybridcache.prefill.prefill import Prefill
 from mlx_hybridcache.prefill.replay import Route, route_of
@@ -70,7 +71,7 @@ class Simulation:
         route: RouteOf = route_of,
     ) -> None:
         self.trace = trace
-        self.store = Store(budget_bytes, needs_checkpoints=True, weigh=weigh)
+        self.store: MemoryStore = Store(budget_bytes, needs_checkpoints=True, weigh=weigh)
         self.account = Account()  # of the last request
         layout, model = SizedLayout.of_shape(shape), SizedModel()
         sharing = Sharing("trace", layout, GRID.step, GRID.every, exact=False)

@@ -16,7 +16,6 @@ from mlx_hybridcache.caches.live import LiveCaches
 from mlx_hybridcache.caches.room import rounded
 from mlx_hybridcache.request.request import Request
 from mlx_hybridcache.store.lazy_rows import Column, Ranges
-from mlx_hybridcache.store.tree import Rows
 from mlx_hybridcache.tiers import Tiers
 
 from .traces import TracedRequest
@@ -99,7 +98,7 @@ class SizedColumn:
     nbytes: int
     row_bytes: int
 
-    def surrender(self, ranges: Ranges) -> None:
+    def materialize(self, ranges: Ranges) -> None:
         self.nbytes = 0
 
 
@@ -194,8 +193,8 @@ class SizedCaches(LiveCaches):
     def view(self, start: int, end: int) -> RowBlock:
         return cast("RowBlock", SizedRows(start, end, self.row_bytes))
 
-    def copies(self, ranges: Ranges) -> list[Rows]:
-        return [SizedRows(start, end, self.row_bytes) for start, end in ranges]
+    def copies(self, ranges: Ranges) -> list[RowBlock]:
+        return [self.view(start, end) for start, end in ranges]
 
     def columns(self) -> list[Column]:
         self.caches.clear()
@@ -203,7 +202,7 @@ class SizedCaches(LiveCaches):
         each = self.row_bytes // layout.shape.arrays
         return [SizedColumn(self.capacity * each, each) for _ in range(layout.shape.arrays)]
 
-    def surrendered(self, ranges: Ranges) -> list[Rows]:
+    def materialized(self, ranges: Ranges) -> list[RowBlock]:
         return self.copies(ranges)
 
 
@@ -221,5 +220,5 @@ class SizedTiers(Tiers):
     def live(self, request: Request, *, shares: bool = True) -> SizedCaches:
         """Caches that are not there yet."""
         return SizedCaches(
-            self._loans, self._layout, request.namespace, request.tokens, shares=shares
+            self._materializer, self._layout, request.namespace, request.tokens, shares=shares
         )

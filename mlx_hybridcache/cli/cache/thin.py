@@ -117,7 +117,7 @@ def _least_useful(entries: Sequence[Entry], most: int, pinned: int) -> list[Segm
     """What goes so that at most `most` bytes stay, or the `pinned` ones, by the policy of servers."""
     catalogue, gone = loaded(entries)
     catalogue.on_unneeded(gone.append)
-    catalogue.store.budget_bytes = max(most, pinned)
+    catalogue.store.budget.limit(max(most, pinned))
     with suppress(BudgetError):  # a file that a pin needs in part stays whole
         catalogue.make_room(0)
     return gone

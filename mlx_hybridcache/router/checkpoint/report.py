@@ -3,16 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from statistics import fmean
 from typing import Any
 
 from ...sizes import format_bytes
 from ..discovery.agreement import DIRECTIONS, PROBES
-from ..discovery.discover import Discovery
+from ..discovery.discover import CHUNK, Discovery
 from ..discovery.experts import EXPERTS_AT_ONCE
 from ..patch import Patch
 
-PLANNED = {"layers": 48, "experts": 512, "hidden": 2048, "expert_hidden": 512, "top_k": 10}
+
+@dataclass(frozen=True)
+class Shape:
+    """The MoE layers of a model."""
+
+    layers: int
+    experts: int
+    hidden: int
+    expert_hidden: int
+    top_k: int
+
+    @property
+    def expert_parameters(self) -> int:
+        """Numbers in the weights of one expert."""
+        return 3 * self.hidden * self.expert_hidden
+
+
+PLANNED = Shape(layers=48, experts=512, hidden=2048, expert_hidden=512, top_k=10)
 """The shape that every report plans for: Qwen3-Next-80B-A3B's."""
 
 
@@ -42,65 +61,52 @@ def report(
     }
     if discovery is not None:
         told["calibration"] = discovery.as_json()
-        told["planned"] = planned(discovery, **PLANNED)
+        told["planned"] = planned(discovery)
     return told | dict(extra or {})
 
 
-def planned(
-    discovery: Discovery,
-    *,
-    layers: int,
-    experts: int,
-    hidden: int,
-    expert_hidden: int,
-    top_k: int,
-) -> dict[str, Any]:
+def planned(discovery: Discovery, shape: Shape = PLANNED) -> dict[str, Any]:
     """What the same calibration would take on this machine for a model of another shape.
-
-    Each measured part grows with what it counts: the forward with the parameters that a token meets,
-    comparing and the null model with runs of experts and their size. Fingerprints are compared in
-    pairs, which is quadratic in experts, but a product of small matrices. Memory is what one layer
-    holds beside the weights: hidden states, what a slice's experts give, fingerprints and their
-    distances, and a block of the null model's experts.
 
     Checked once, on two busy cores: from layers of 32 experts with 24,576 numbers each, one of 512 with
     196,608 was planned at 31 s and 110 MB; it took 26 s and 82 MB.
     """
-    shown = discovery.layers
-    count = len(shown)
-    per_layer = {
-        name: sum(getattr(layer, name) for layer in shown) / count
-        for name in ("forward_seconds", "compare_seconds", "null_seconds")
-    }
-    here = sum(layer.expert_parameters for layer in shown) / count
-    there = 3 * hidden * expert_hidden
-    active = sum(layer.expert_parameters * layer.top_k for layer in shown) / count
-    mean_experts = sum(layer.experts for layer in shown) / count
-    compare = (experts / mean_experts) * (there / here)
-    seconds = layers * (
-        per_layer["forward_seconds"] * (there * top_k / active)
-        + (per_layer["compare_seconds"] + per_layer["null_seconds"]) * compare
-    )
-    chunk = min(discovery.tokens, 1024)
-    held = {
-        "hidden_states": 4 * discovery.tokens * hidden * 4,
-        "logits": 2 * discovery.tokens * experts * 4,
-        "experts_of_a_slice": chunk * top_k * (3 * expert_hidden + hidden) * 4,
-        "fingerprints": experts * PROBES * DIRECTIONS * 8 + 3 * experts * experts * 8,
-        "null_experts": 2 * EXPERTS_AT_ONCE * there * 4,
-    }
     return {
-        "layers": layers,
-        "experts": experts,
-        "hidden": hidden,
-        "expert_hidden": expert_hidden,
-        "top_k": top_k,
-        "seconds": seconds,
-        "peak_bytes": sum(held.values()),
-        "pairs_per_layer": experts * (experts - 1) // 2,
-        "measured_seconds_per_layer": sum(per_layer.values()),
-        "measured_peak_bytes": max(layer.peak_bytes for layer in shown),
+        **asdict(shape),
+        "seconds": _seconds(discovery, shape),
+        "peak_bytes": _peak_bytes(discovery.tokens, shape),
+        "pairs_per_layer": shape.experts * (shape.experts - 1) // 2,
+        "measured_seconds_per_layer": fmean(layer.seconds for layer in discovery.layers),
+        "measured_peak_bytes": max(layer.peak_bytes for layer in discovery.layers),
     }
+
+
+def _seconds(discovery: Discovery, shape: Shape) -> float:
+    """Each measured part grows with what it counts: the forward with the parameters that a token meets,
+    comparing and the null model with runs of experts and their size. Fingerprints are compared in
+    pairs, which is quadratic in experts, but a product of small matrices.
+    """
+    shown = discovery.layers
+    parameters = fmean(layer.expert_parameters for layer in shown)
+    active = fmean(layer.expert_parameters * layer.top_k for layer in shown)
+    forward = fmean(layer.forward_seconds for layer in shown)
+    compare = fmean(layer.compare_seconds + layer.null_seconds for layer in shown)
+    more_experts = shape.experts / fmean(layer.experts for layer in shown)
+    return shape.layers * (
+        forward * (shape.expert_parameters * shape.top_k / active)
+        + compare * (more_experts * (shape.expert_parameters / parameters))
+    )
+
+
+def _peak_bytes(tokens: int, shape: Shape) -> int:
+    """What one layer holds beside the weights."""
+    experts, hidden, expert_hidden = shape.experts, shape.hidden, shape.expert_hidden
+    hidden_states = 4 * tokens * hidden * 4
+    logits = 2 * tokens * experts * 4
+    experts_of_a_slice = min(tokens, CHUNK) * shape.top_k * (3 * expert_hidden + hidden) * 4
+    fingerprints = experts * PROBES * DIRECTIONS * 8 + 3 * experts * experts * 8
+    null_experts = 2 * EXPERTS_AT_ONCE * shape.expert_parameters * 4
+    return hidden_states + logits + experts_of_a_slice + fingerprints + null_experts
 
 
 def card(told: Mapping[str, Any], source: str) -> str:

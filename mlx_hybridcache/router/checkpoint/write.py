@@ -7,7 +7,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,10 +73,7 @@ def write_checkpoint(
     check_output(output)
     changes = list(_changes(source, patch))
     files = sorted(_files(source))
-    needed = sum((source / file).stat().st_size for file in files)
-    free = shutil.disk_usage(output.parent).free
-    if needed > free:
-        raise _no_room(output, needed, free)
+    needed = _needed(source, files, output)
     rows = {
         (change.layer, row)
         for change in changes
@@ -104,6 +101,15 @@ def check_output(output: Path) -> None:
         )
     if not output.parent.is_dir():
         raise RouterError(f"--output {output}: there is no directory {output.parent} to put it in.")
+
+
+def _needed(source: Path, files: Sequence[Path], output: Path) -> int:
+    """Bytes; raises `RouterError` where they do not fit."""
+    needed = sum((source / file).stat().st_size for file in files)
+    free = shutil.disk_usage(output.parent).free
+    if needed > free:
+        raise _no_room(output, needed, free)
+    return needed
 
 
 def _changes(source: Path, patch: Patch) -> Iterator[_Change]:

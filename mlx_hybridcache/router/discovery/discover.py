@@ -130,23 +130,16 @@ def discover(
     Raises `RouterError` as `moe_layers` does and for a model that this device cannot run, `SettingError` for rows of different lengths or fewer
     than two, for another method, and for `min_tokens` below 1.
     """
-    _check(method, tokens, min_tokens)
-    if threshold is None:
-        threshold = RELATIVE_ERROR if method == "outputs" else SIMILARITY
+    settings = _checked(method, threshold, min_tokens, seed, tokens)
     layers = moe_layers(model)
     batch = mx.array(np.asarray(tokens, np.int32))
-    examined = _Examined(
-        _Settings(method, threshold, min_tokens, seed),
-        (len(tokens), len(tokens[0])),
-        len(layers),
-        on_layer,
-    )
+    examined = _Examined(settings, (len(tokens), len(tokens[0])), len(layers), on_layer)
     began = time.perf_counter()
     _read(model, batch, layers, examined)
     return Discovery(
         make_patch(model, examined.groups, method=method),
         method,
-        threshold,
+        settings.threshold,
         min_tokens,
         tokens=batch.size,
         held_out_tokens=int(examined.held_out.sum()),
@@ -155,13 +148,22 @@ def discover(
     )
 
 
-def _check(method: str, tokens: Sequence[Sequence[int]], min_tokens: int) -> None:
+def _checked(
+    method: Method,
+    threshold: float | None,
+    min_tokens: int,
+    seed: int,
+    tokens: Sequence[Sequence[int]],
+) -> _Settings:
     if method not in ("outputs", "scores"):
         raise SettingError(f"{method!r} is no method of discovery; there are outputs and scores.")
     if len(tokens) < 2 or len({len(row) for row in tokens}) != 1 or not tokens[0]:
         raise SettingError("Calibration needs two or more rows of tokens, all of one length.")
     if min_tokens < 1:
         raise SettingError("min_tokens must be at least 1: what no token tells is not known.")
+    if threshold is None:
+        threshold = RELATIVE_ERROR if method == "outputs" else SIMILARITY
+    return _Settings(method, threshold, min_tokens, seed)
 
 
 def _read(model: Any, batch: mx.array, layers: list[MoeLayer], examined: _Examined) -> None:
@@ -237,15 +239,7 @@ class _Examined:
         unseen, agreement = self._compare(layer, LayerBank(layer), x, logits, chosen, seed, work)
         groups = make_groups(agreement.pairs, chosen, layer.count)
         compared = time.perf_counter()
-        # The null model's routing comes from its own router; the scales of both are the layer's.
-        random_logits = null_logits(layer, x, seed)
-        random_chosen = np.array(
-            mx.argpartition(random_logits, kth=-layer.top_k, axis=-1)[:, -layer.top_k :]
-        ).astype(np.int64)
-        null = self._compare(
-            layer, NullBank(layer, seed), x, random_logits, random_chosen, seed, Work()
-        )[1]
-        null_groups = make_groups(null.pairs, random_chosen, layer.count)
+        null_groups = self._null_groups(layer, x, seed)
         done = time.perf_counter()
         inside = [
             distance
@@ -276,6 +270,15 @@ class _Examined:
         )
         if self.on_layer is not None:
             self.on_layer(self.findings[-1], self.layers)
+
+    def _null_groups(self, layer: MoeLayer, x: mx.array, seed: int) -> tuple[Group, ...]:
+        """Its routing comes from a router of its own; the scales of both are the layer's."""
+        logits = null_logits(layer, x, seed)
+        best = mx.argpartition(logits, kth=-layer.top_k, axis=-1)[:, -layer.top_k :]
+        chosen = np.array(best).astype(np.int64)
+        bank = NullBank(layer, seed)
+        _, agreement = self._compare(layer, bank, x, logits, chosen, seed, Work())
+        return make_groups(agreement.pairs, chosen, layer.count)
 
     def _compare(
         self,

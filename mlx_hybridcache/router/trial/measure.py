@@ -143,43 +143,63 @@ def measure(
     The first arm is the original. Flips are sorted by the groups of `patch`, in every arm alike.
     `rounder` is the same model with rounder weights, read in each arm beside the plain one.
     """
-    groups = [[group.members for group in layer.groups] for layer in patch.layers]
-    tallies = {arm.name: _Tally(groups) for arm in arms}
-    names = [*pairs, *([QUANTIZED] if rounder else [])]
-    seen = {pair: {arm.name: _SeenTally(groups) for arm in arms} for pair in names}
-    again = {
-        arm.name: regrouped(rounder.model, arm.patches[0]) if rounder and arm.patches[0] else None
-        for arm in arms
-    }
+    measured = _Measured(model, patch, arms, pairs, rounder)
     for start in range(0, len(texts), AT_ONCE):
-        desk = _Desk([list(text) for text in texts[start : start + AT_ONCE]], reply_tokens)
-        originals: list[_Original] = []
-        for arm in arms:
-            for number, by in enumerate(arm.patches):
-                plain = desk.whole(model, by, arm.way(Way()))
-                originals = originals or [
-                    _Original(*each) for each in zip(desk.texts, plain, strict=True)
-                ]
-                for original, each in zip(originals, plain, strict=True):
-                    tallies[arm.name].add(number, original, each)
-            first = arm.patches[0]
-            for pair, ways in pairs.items():
-                seen[pair][arm.name].add(*desk.pair(model, first, *map(arm.way, ways)))
-            if rounder:
-                way = arm.way(Way())
-                cold = desk.read(model, first, way)
-                seen[QUANTIZED][arm.name].add(cold, desk.read(rounder, again[arm.name], way))
+        measured.add(_Desk([list(text) for text in texts[start : start + AT_ONCE]], reply_tokens))
         on_text(min(start + AT_ONCE, len(texts)))
     return Readings(
         len(texts),
         sum(len(text) for text in texts),
         reply_tokens,
-        {name: tally.result() for name, tally in tallies.items()},
+        {name: tally.result() for name, tally in measured.tallies.items()},
         {
             pair: {arm: tally.result() for arm, tally in by_arm.items()}
-            for pair, by_arm in seen.items()
+            for pair, by_arm in measured.seen.items()
         },
     )
+
+
+class _Measured:
+    """What is known of each arm, while texts come in."""
+
+    def __init__(
+        self,
+        model: Switched,
+        patch: Patch,
+        arms: Sequence[Arm],
+        pairs: Mapping[str, tuple[Way, Way]],
+        rounder: Switched | None,
+    ):
+        groups = [[group.members for group in layer.groups] for layer in patch.layers]
+        names = [*pairs, *([QUANTIZED] if rounder else [])]
+        self.tallies = {arm.name: _Tally(groups) for arm in arms}
+        self.seen = {pair: {arm.name: _SeenTally(groups) for arm in arms} for pair in names}
+        self._model, self._arms, self._pairs, self._rounder = model, arms, pairs, rounder
+        self._again = {
+            arm.name: regrouped(rounder.model, by) if rounder and (by := arm.patches[0]) else None
+            for arm in arms
+        }
+
+    def add(self, desk: _Desk) -> None:
+        """A few more texts, in every arm. The first one reads what the others are held against."""
+        originals: list[_Original] = []
+        for arm in self._arms:
+            for number, by in enumerate(arm.patches):
+                plain = desk.whole(self._model, by, arm.way(Way()))
+                originals = originals or list(map(_Original, desk.texts, plain))
+                for original, each in zip(originals, plain, strict=True):
+                    self.tallies[arm.name].add(number, original, each)
+            self._add_pairs(desk, arm)
+
+    def _add_pairs(self, desk: _Desk, arm: Arm) -> None:
+        first = arm.patches[0]
+        for pair, ways in self._pairs.items():
+            self.seen[pair][arm.name].add(*desk.pair(self._model, first, *map(arm.way, ways)))
+        if self._rounder is not None:
+            way = arm.way(Way())
+            cold = desk.read(self._model, first, way)
+            hot = desk.read(self._rounder, self._again[arm.name], way)
+            self.seen[QUANTIZED][arm.name].add(cold, hot)
 
 
 @dataclass

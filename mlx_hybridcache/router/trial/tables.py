@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .arms import RANDOM
-from .measure import QUANTIZED
+from .measure import QUANTIZED, Compared
 from .trial import Trial
 from .verdict import percent
 
@@ -15,19 +15,7 @@ def tables(found: Trial) -> list[Table]:
     """The figures for people: each arm beside the original, then flips and replies by pair."""
     readings = found.readings
     texts = readings.texts
-    beside: list[tuple[str, ...]] = []
-    for name, arm in readings.arms.items():
-        change = f"{arm.change.mean:+.3%} ({arm.change.low:+.3%} to {arm.change.high:+.3%})"
-        row = (
-            name,
-            f"{arm.perplexity:.4g}",
-            change,
-            f"{arm.divergence:.2g}",
-            f"{arm.top_k:.2%}",
-            f"{arm.flips.outside:,}",
-            f"{arm.greedy:.2%}",
-        )
-        beside.append(row)
+    beside = [(name, *_beside(arm)) for name, arm in readings.arms.items()]
     columns = ("arm", "perplexity", "change (95 %)", "KL, nats", "top-k", "outside", "greedy")
     names = tuple(readings.arms)
     flips = [
@@ -75,6 +63,17 @@ def sentences(found: Trial) -> list[str]:
             f"Not measured: {QUANTIZED}, for a model that is quantized already, or not asked for."
         )
     return [*said, f"Verdict: {found.verdict.sentence}"]
+
+
+def _beside(arm: Compared) -> tuple[str, ...]:
+    return (
+        f"{arm.perplexity:.4g}",
+        f"{arm.change.mean:+.3%} ({arm.change.low:+.3%} to {arm.change.high:+.3%})",
+        f"{arm.divergence:.2g}",
+        f"{arm.top_k:.2%}",
+        f"{arm.flips.outside:,}",
+        f"{arm.greedy:.2%}",
+    )
 
 
 def _cell(swapped: int, inside: int) -> str:

@@ -36,11 +36,6 @@ class Ties:
     unequal: int
     """How many of them differ in any bit."""
 
-    @property
-    def are_equal(self) -> bool:
-        """Whether equal rows gave equal scores wherever this was looked at."""
-        return self.unequal == 0
-
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
         return {

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from math import inf
 
-from ..tree import Node
+from ..tree import AnyNode
 from .values import Census, leaf_below
 
 
@@ -19,14 +19,14 @@ class Eviction:
     """
 
     census: Census
-    kept: frozenset[Node]
-    spare: Node | None
+    kept: frozenset[AnyNode]
+    spare: AnyNode | None
     clock: int
     interior: float
-    _counted: dict[Node, float] | None = field(default=None, init=False)
+    _counted: dict[AnyNode, float] | None = field(default=None, init=False)
     """What nodes that are worth something else in this look counted for last; None before the first."""
 
-    _found: tuple[int, tuple[float, Node] | None] = field(default=(-1, None), init=False)
+    _found: tuple[int, tuple[float, AnyNode] | None] = field(default=(-1, None), init=False)
     """What was found last, and as of which settling."""
 
     def fixed_bytes(self) -> int:
@@ -43,7 +43,7 @@ class Eviction:
             nbytes += self.spare.checkpoint.nbytes
         return nbytes
 
-    def first(self) -> Node | None:
+    def first(self) -> AnyNode | None:
         """The node whose checkpoint (or, without checkpoints, which leaf) goes first."""
         found = self._least()
         return found[1] if found is not None else None
@@ -53,12 +53,12 @@ class Eviction:
         found = self._least()
         return found[0] if found is not None else inf
 
-    def first_of(self, nodes: Collection[Node]) -> Node:
+    def first_of(self, nodes: Collection[AnyNode]) -> AnyNode:
         """The one of these nodes whose checkpoint goes first."""
         self.census.settle()
         return min(nodes, key=self._worth)
 
-    def _least(self) -> tuple[float, Node] | None:
+    def _least(self) -> tuple[float, AnyNode] | None:
         """What goes first with what it counts for, looked for again only where something changed."""
         self.census.settle()
         settlings, found = self._found
@@ -67,7 +67,7 @@ class Eviction:
             self._found = self.census.settlings, found
         return found
 
-    def _look(self) -> tuple[float, Node] | None:
+    def _look(self) -> tuple[float, AnyNode] | None:
         """Rows that nothing restores go first of all; then what is worth least, and was made first."""
         census, now = self.census, (self.clock, self.interior)
         if self._counted is None:
@@ -87,7 +87,7 @@ class Eviction:
             census.ranking.gone(least[0], *now)
         return least
 
-    def _count(self, nodes: Iterable[Node]) -> dict[Node, float]:
+    def _count(self, nodes: Iterable[AnyNode]) -> dict[AnyNode, float]:
         """What these count for: in one look never less than before (`ranking`)."""
         before, found = self._counted or {}, {}
         for node in nodes:
@@ -98,11 +98,11 @@ class Eviction:
         self._counted = before | found
         return found
 
-    def _spared(self) -> Iterator[Node]:
+    def _spared(self) -> Iterator[AnyNode]:
         if self.spare is not None:
             yield self.spare
 
-    def _worth_otherwise(self) -> Iterator[Node]:
+    def _worth_otherwise(self) -> Iterator[AnyNode]:
         """Nodes that free less while the kept ones stay, or are about to be read on from."""
         for node in self.kept:
             children = node.children
@@ -115,28 +115,30 @@ class Eviction:
                 if leaf is not node:
                     yield leaf
 
-    def _may_go(self, node: Node) -> bool:
+    def _may_go(self, node: AnyNode) -> bool:
         if node.pinned or node is self.spare:
             return False
         if self.census.needs_checkpoints and node.checkpoint is not None:
             return True
         return not node.children and node not in self.kept
 
-    def _worth(self, node: Node) -> float:
+    def _worth(self, node: AnyNode) -> float:
         weights = self.census.weights(node, self.kept)
         age, idle = self.clock - node.last_used, self.clock - node.last_passed
         return weights.worth(age, idle, self.interior)
 
-    def dead_with(self, node: Node) -> Iterator[Node]:
+    def dead_with(self, node: AnyNode) -> Iterator[AnyNode]:
         """The nodes whose rows nothing needs any more once `node` restores nothing, bottom up."""
         return self.census.dead_with(node, self.kept)
 
-    def only_joins(self, node: Node) -> bool:
+    def only_joins(self, node: AnyNode) -> bool:
         """Whether `node` is a boundary that nothing stands at and nothing branches from."""
         return self.census.only_joins(node, self.kept)
 
 
-def crowded(paths: Iterable[Sequence[Node]], position: int, most: int) -> Iterator[list[Node]]:
+def crowded(
+    paths: Iterable[Sequence[AnyNode]], position: int, most: int
+) -> Iterator[list[AnyNode]]:
     """Of each path with `most` checkpoints beside the one at `position`, those that may go for it.
 
     The path's last one stays, and so do pins.

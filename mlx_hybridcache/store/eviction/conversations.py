@@ -10,7 +10,7 @@ from __future__ import annotations
 import heapq
 import itertools
 
-from ..tree import Node
+from ..tree import AnyNode
 
 SPARE = 64
 """Leaves that are no longer any may wait beside as many as are."""
@@ -21,23 +21,23 @@ class Conversations:
 
     def __init__(self, needs_checkpoints: bool) -> None:
         self._needs_checkpoints = needs_checkpoints
-        self._queue: list[tuple[int, float, int, Node]] = []
+        self._queue: list[tuple[int, float, int, AnyNode]] = []
         self._entries = itertools.count()  # of entries alike in all else none is compared further
-        self._waiting: dict[Node, int] = {}  # since when at least, by leaf
-        self._pinned: dict[Node, None] = {}
+        self._waiting: dict[AnyNode, int] = {}  # since when at least, by leaf
+        self._pinned: dict[AnyNode, None] = {}
 
-    def note(self, node: Node) -> None:
+    def note(self, node: AnyNode) -> None:
         """Something changed here: if one leaf only is below, its conversation may have become another."""
         while node.children and len(node.children) == 1:
             (node,) = node.children.values()
         if not node.children and node.last_used < self._waiting.get(node, node.last_used + 1):
             self._wait(node, node.last_used)
 
-    def stands(self, own: list[Node]) -> bool:
+    def stands(self, own: list[AnyNode]) -> bool:
         """Whether nodes that lead to one leaf alone are a conversation."""
         return not self._needs_checkpoints or any(node.checkpoint is not None for node in own)
 
-    def oldest(self, written: Node) -> Node | None:
+    def oldest(self, written: AnyNode) -> AnyNode | None:
         """The leaf of the one used longest ago, except that of `written` and those with a pin."""
         found, passed_over = None, []
         while self._queue and found is None:
@@ -69,7 +69,7 @@ class Conversations:
             self.note(leaf)
         self._pinned.clear()
 
-    def _wait(self, leaf: Node, used: int) -> None:
+    def _wait(self, leaf: AnyNode, used: int) -> None:
         self._waiting[leaf] = used
         heapq.heappush(self._queue, (used, leaf.serial, next(self._entries), leaf))
         if len(self._queue) > 2 * len(self._waiting) + SPARE:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ..tree import Node
+from ..tree import AnyNode
 
 
 class Pins:
     """`nodes` are kept with so many bytes each, `nbytes` in all: rows, and the checkpoints that are pinned."""
 
     def __init__(self) -> None:
-        self.pinned: dict[Node, None] = {}
-        self.nodes: dict[Node, int] = {}
+        self.pinned: dict[AnyNode, None] = {}
+        self.nodes: dict[AnyNode, int] = {}
         self.nbytes = 0
 
-    def settle(self, changed: Iterable[Node]) -> bool:
+    def settle(self, changed: Iterable[AnyNode]) -> bool:
         """These nodes have changed, came, or were taken out. Whether a pin is no more."""
         is_less, kept = False, []
         for node in changed:
@@ -33,12 +33,12 @@ class Pins:
             self._keep(node)
         return is_less
 
-    def _keep(self, node: Node) -> None:
+    def _keep(self, node: AnyNode) -> None:
         """Weigh a node again, and what leads to it where that is new."""
         if node.parent is None:
             self.nbytes -= self.nodes.pop(node, 0)
             return
-        above: Node = node
+        above: AnyNode = node
         while above.parent is not None and (above is node or above not in self.nodes):
             weight = above.rows_nbytes
             if above.pinned and above.checkpoint is not None:

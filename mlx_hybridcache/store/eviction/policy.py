@@ -18,7 +18,6 @@ Nothing here is told the kind of workload; `mlx-hybridcache bench policies` meas
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -63,30 +62,6 @@ class Partings:
         return (supposed + self.inside) / (SUPPOSED + self.requests) / FACTORS
 
 
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """One checkpoint that could go, or be taken. Tokens, bytes and ticks of the store's logical clock.
-
-    `gap_tokens` is the distance to the nearest checkpoint above it (the beginning counts as one),
-    `below_tokens` to the next one below it (0 at the end of a path), `to_end_tokens` to the deepest
-    end of its conversations, `freed_bytes` what its removal frees, rows included that nothing else
-    needs. `age_ticks` have passed since it was taken or restored, `idle_ticks` since a request last
-    read or wrote behind it. `returns` counts the prompts that parted ways here, and begins with one
-    where they can be expected to (`schedule.partings`). `goes_on` is true while a running request is
-    about to read on from it. `interior` is how likely resuming further back is (`Partings.interior`).
-    """
-
-    gap_tokens: int
-    below_tokens: int
-    to_end_tokens: int
-    freed_bytes: int
-    age_ticks: int
-    idle_ticks: int
-    returns: int
-    goes_on: bool = False
-    interior: float = INTERIOR
-
-
 class Weights(NamedTuple):
     """What a checkpoint is worth, as far as that does not change while time passes.
 
@@ -99,7 +74,12 @@ class Weights(NamedTuple):
     at_most: float
 
     def worth(self, age_ticks: int, idle_ticks: int, interior: float) -> float:
-        """What it is worth now: the less, the sooner it goes."""
+        """What it is worth now: the less, the sooner it goes.
+
+        Ticks are of the store's logical clock: `age_ticks` have passed since it was taken or restored,
+        `idle_ticks` since a request last read or wrote behind it. `interior` is how likely resuming
+        further back is (`Partings.interior`).
+        """
         passing = min(self.at_most, self.in_passing * interior)
         return self.at_once / (1 + age_ticks) + passing / (1 + idle_ticks)
 
@@ -112,7 +92,15 @@ def weights(
     returns: int,
     goes_on: bool,
 ) -> Weights:
-    """Tokens of replay that a byte of a checkpoint can be expected to save (`Candidate`)."""
+    """Tokens of replay that a byte of a checkpoint can be expected to save.
+
+    `gap_tokens` is the distance to the nearest checkpoint above it (the beginning counts as one),
+    `below_tokens` to the next one below it (0 at the end of a path), `to_end_tokens` to the deepest
+    end of its conversations, `freed_bytes` what its removal frees, rows included that nothing else
+    needs. `returns` counts the prompts that parted ways here, and begins with one where they can be
+    expected to (`schedule.partings`). `goes_on` is true while a running request is about to read on
+    from it.
+    """
     share = gap_tokens / max(freed_bytes, 1)
     seen = math.log2(1 + returns)
     if to_end_tokens <= NEAR_TOKENS and not goes_on:
@@ -122,26 +110,3 @@ def weights(
     # The integral of 1 / distance from the end, over the stretch that this checkpoint serves.
     far = to_end_tokens + NEAR_TOKENS
     return Weights(share * seen, share * math.log(far / (far - below_tokens)), share)
-
-
-def likelihood(candidate: Candidate) -> float:
-    """How likely the next request is to resume here, in the likelihood of resuming at an end just made."""
-    return utility(candidate) * max(candidate.freed_bytes, 1) / candidate.gap_tokens
-
-
-def utility(candidate: Candidate) -> float:
-    """Tokens of replay that a byte of this checkpoint can be expected to save."""
-    found = weights(
-        candidate.gap_tokens,
-        candidate.below_tokens,
-        candidate.to_end_tokens,
-        candidate.freed_bytes,
-        candidate.returns,
-        candidate.goes_on,
-    )
-    return found.worth(candidate.age_ticks, candidate.idle_ticks, candidate.interior)
-
-
-def least_useful(candidates: Sequence[Candidate]) -> int:
-    """The index of the one to remove first; of several alike the first."""
-    return min(range(len(candidates)), key=lambda i: utility(candidates[i]))

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import cast
 
-from ..tree import Node, Noted
+from ..tree import AnyNode, Noted
 from .conversations import Conversations
 from .pins import Pins
 from .policy import Weights
@@ -33,7 +33,7 @@ class Standing:
     `for_above` what it is itself to those above, `for_below` to those below.
     """
 
-    parent: Node | None = None
+    parent: AnyNode | None = None
     above: int = UNKNOWN
     below: int = UNKNOWN
     for_above: int = UNKNOWN
@@ -65,10 +65,10 @@ class Census:
     tokens: int = field(default=0, init=False)
     checkpoints: int = field(default=0, init=False)
     ends: int = field(default=0, init=False)
-    barren: dict[Node, None] = field(default_factory=dict, init=False)
+    barren: dict[AnyNode, None] = field(default_factory=dict, init=False)
     """Leaves at which nothing stands though something must."""
-    _ranked: dict[int, Node] = field(default_factory=dict, init=False)
-    _dead: list[tuple[float, int, Node]] = field(default_factory=list, init=False)
+    _ranked: dict[int, AnyNode] = field(default_factory=dict, init=False)
+    _dead: list[tuple[float, int, AnyNode]] = field(default_factory=list, init=False)
 
     def settle(self) -> None:
         """Put right what has changed since the last time."""
@@ -84,9 +84,9 @@ class Census:
             if node.standing is not None:
                 self._rank(node)
 
-    def _settle(self, changed: dict[Node, None], moved: dict[Node, None]) -> None:
+    def _settle(self, changed: dict[AnyNode, None], moved: dict[AnyNode, None]) -> None:
         here = sorted((node for node in changed if node.parent is not None), key=_END)
-        lost: dict[Node, None] = {}
+        lost: dict[AnyNode, None] = {}
         for node in changed:
             if node.parent is None and node.standing is not None:
                 self._leave(node, lost)
@@ -105,7 +105,7 @@ class Census:
         if self.pins.settle(changed) and self.conversations is not None:
             self.conversations.unpinned()
 
-    def _leave(self, node: Node, lost: dict[Node, None]) -> None:
+    def _leave(self, node: AnyNode, lost: dict[AnyNode, None]) -> None:
         """A node was taken out."""
         standing: Standing = node.standing
         _lose(standing.parent, standing.for_above, lost)
@@ -117,7 +117,7 @@ class Census:
         self._unrank(standing)
         node.standing = None
 
-    def _count(self, node: Node) -> Iterator[Node]:
+    def _count(self, node: AnyNode) -> Iterator[AnyNode]:
         """Count it as what it is now; below which nodes its change decides what goes with what."""
         standing: Standing = node.standing
         children, stands = node.children or {}, node.checkpoint is not None
@@ -138,7 +138,7 @@ class Census:
         elif was <= 1:
             yield from children.values()
 
-    def _look_up(self, node: Node, moved: dict[Node, None]) -> None:
+    def _look_up(self, node: AnyNode, moved: dict[AnyNode, None]) -> None:
         """The nearest checkpoint above it, and above those below for which that has become another."""
         waiting = [node]
         while waiting:
@@ -156,18 +156,18 @@ class Census:
                 waiting += (each.children or {}).values()
 
     def _look_down(
-        self, here: Iterable[Node], lost: dict[Node, None], moved: dict[Node, None]
+        self, here: Iterable[AnyNode], lost: dict[AnyNode, None], moved: dict[AnyNode, None]
     ) -> None:
         """The farthest of the next checkpoints below, from the deepest node that changed upwards.
 
         Of very many branches all are looked at only where the one is `lost` that reached farthest.
         """
-        gained: dict[Node, int] = {}
+        gained: dict[AnyNode, int] = {}
         waiting = [(-node.end, node.serial, node) for node in {**dict.fromkeys(here), **lost}]
         heapq.heapify(waiting)
         known = {node for _, _, node in waiting}
 
-        def look_at(node: Node | None) -> None:
+        def look_at(node: AnyNode | None) -> None:
             if node is not None and node not in known:
                 known.add(node)
                 heapq.heappush(waiting, (-node.end, node.serial, node))
@@ -202,13 +202,13 @@ class Census:
 
     # What may go
 
-    def may_rank(self, node: Node) -> bool:
+    def may_rank(self, node: AnyNode) -> bool:
         """Whether it may go at all, and not first of all."""
         if node.pinned:
             return False
         return node.checkpoint is not None if self.needs_checkpoints else not node.children
 
-    def _rank(self, node: Node) -> None:
+    def _rank(self, node: AnyNode) -> None:
         standing: Standing = node.standing
         if not self.may_rank(node):
             self._unrank(standing)
@@ -227,7 +227,7 @@ class Census:
             del self._ranked[standing.rank]
             standing.rank = None
 
-    def weights(self, node: Node, kept: Collection[Node] = ()) -> Weights:
+    def weights(self, node: AnyNode, kept: Collection[AnyNode] = ()) -> Weights:
         """What it is worth while the rows of `kept` nodes stay, from what stands around it."""
         standing: Standing = node.standing
         freed = node.checkpoint.nbytes if node.checkpoint is not None else 0
@@ -246,16 +246,16 @@ class Census:
         )
 
     def least(
-        self, clock: int, interior: float, hidden: Iterable[Node]
-    ) -> tuple[float, Node] | None:
+        self, clock: int, interior: float, hidden: Iterable[AnyNode]
+    ) -> tuple[float, AnyNode] | None:
         """What goes first of all that is worth something and not `hidden`, with what it is worth."""
         ranks = [node.standing.rank for node in hidden if node.standing is not None]
         found = self.ranking.least(clock, interior, [rank for rank in ranks if rank is not None])
         return None if found is None else (found[0], self._ranked[found[1]])
 
-    def first_dead(self, may_go: Callable[[Node], bool]) -> Node | None:
+    def first_dead(self, may_go: Callable[[AnyNode], bool]) -> AnyNode | None:
         """Of the leaves whose rows restore nothing the one made first that may go."""
-        passed_over: list[tuple[float, int, Node]] = []
+        passed_over: list[tuple[float, int, AnyNode]] = []
         found = None
         while self._dead and found is None:
             *_, node = self._dead[0]
@@ -269,7 +269,7 @@ class Census:
             heapq.heappush(self._dead, each)
         return found
 
-    def dead_with(self, node: Node, kept: Collection[Node] = ()) -> Iterator[Node]:
+    def dead_with(self, node: AnyNode, kept: Collection[AnyNode] = ()) -> Iterator[AnyNode]:
         """The nodes whose rows nothing needs any more once `node` restores nothing, bottom up."""
         if node.children or node in kept:
             return
@@ -279,7 +279,7 @@ class Census:
             yield above
             above = above.parent
 
-    def only_joins(self, node: Node, kept: Collection[Node] = ()) -> bool:
+    def only_joins(self, node: AnyNode, kept: Collection[AnyNode] = ()) -> bool:
         """Whether `node` is a boundary that nothing stands at and nothing branches from."""
         return (
             self.needs_checkpoints
@@ -291,7 +291,7 @@ class Census:
         )
 
 
-def leaf_below(node: Node) -> Node:
+def leaf_below(node: AnyNode) -> AnyNode:
     """The leaf that `node` leads to, if to one only and no checkpoint stands on the way; or itself."""
     below = node
     while (children := below.children) and len(children) == 1:
@@ -301,7 +301,7 @@ def leaf_below(node: Node) -> Node:
     return node if below.children else below
 
 
-def _lose(above: Node | None, reached: int, lost: dict[Node, None]) -> Node | None:
+def _lose(above: AnyNode | None, reached: int, lost: dict[AnyNode, None]) -> AnyNode | None:
     """Something below `above` reaches no longer as far as it did; `above` if that was farthest."""
     if above is None or above.parent is None or reached < above.standing.below:
         return None
@@ -309,14 +309,14 @@ def _lose(above: Node | None, reached: int, lost: dict[Node, None]) -> Node | No
     return above
 
 
-def _checkpoint_above(node: Node) -> int:
-    above = cast("Node", node.parent)
+def _checkpoint_above(node: AnyNode) -> int:
+    above = cast("AnyNode", node.parent)
     if above.checkpoint is not None:
         return above.end
     return 0 if above.standing is None else cast("Standing", above.standing).above
 
 
-def _farthest(node: Node, gained: int, *, is_less: bool) -> int:
+def _farthest(node: AnyNode, gained: int, *, is_less: bool) -> int:
     """How far the next checkpoints below reach, of which those that changed reach to `gained`."""
     if not node.children:
         return node.end

@@ -18,7 +18,7 @@ from mlx_lm.generate import GenerationResponse
 from mlx_hybridcache.cache import Through
 from mlx_hybridcache.worker.turns import PAUSE, Pause
 
-from ..adapter import REASONING
+from ..adapter import REASONING, unwrapped
 from ..errors import ApiError, refuse
 from ..prompts.chat import Rendered
 from ..schema.requests import ChatBody, GenerationBody, NamedTool
@@ -275,8 +275,7 @@ class Constraints:
     @cached_property
     def vocabulary(self) -> LLTokenizer:
         """The tokenizer as llguidance reads it."""
-        # mlx-lm's wrapper keeps the one of transformers, which alone knows the merges.
-        inner = self.tokenizer._tokenizer
+        inner = unwrapped(self.tokenizer)  # which alone knows the merges
         return llguidance.hf.from_tokenizer(inner, eos_token=sorted(self.tokenizer.eos_token_ids))
 
     def _token_of(self, marker: str) -> str | None:

@@ -56,11 +56,7 @@ def asks(
     named = body.max_completion_tokens or body.max_tokens or settings.max_tokens or LONGEST_REPLY
     fitting = loaded.renderer.room.beside(len(rendered.tokens)) or LONGEST_REPLY
     limits = _limits(body, settings, loaded, constraint)
-    is_chat = isinstance(body, ChatBody)
-    goes_on, one_tool_call = True, False
-    if isinstance(body, ChatBody):
-        goes_on = bool(body.continue_final_message)
-        one_tool_call = body.parallel_tool_calls is False
+    chat = body if isinstance(body, ChatBody) else None
     return [
         Ask(
             tokens=rendered.tokens,
@@ -71,10 +67,10 @@ def asks(
             stops=body.stops(),
             top_logprobs=_top_logprobs(body),
             state=rendered.state,
-            is_chat=is_chat,
-            goes_on=goes_on,
+            is_chat=chat is not None,
+            goes_on=chat is None or bool(chat.continue_final_message),
             tools=tools,
-            one_tool_call=one_tool_call,
+            one_tool_call=chat is not None and chat.parallel_tool_calls is False,
             constraint=constraint,
             limits=limits,
             cache_salt=body.cache_salt,

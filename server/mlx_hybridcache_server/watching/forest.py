@@ -15,8 +15,8 @@ from typing import NamedTuple
 import numpy as np
 
 from mlx_hybridcache.cache import Outlines
+from mlx_hybridcache.disk.catalogue import digest
 from mlx_hybridcache.disk.segment import PrefixDigest
-from mlx_hybridcache.disk.tier import digest
 from mlx_hybridcache.store.outline import Outline
 from mlx_hybridcache.store.tree import common_length
 from mlx_hybridcache.tokens import Namespace, Tokens

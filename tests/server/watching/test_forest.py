@@ -8,8 +8,8 @@ from mlx_hybridcache_server.watching.forest import Forest, find
 from test_store import N, save
 
 from mlx_hybridcache.cache import Outlines
+from mlx_hybridcache.disk.catalogue import digest
 from mlx_hybridcache.disk.segment import PrefixDigest, prefix_keys
-from mlx_hybridcache.disk.tier import digest
 from mlx_hybridcache.store.store import Store
 from mlx_hybridcache.tokens import Namespace, as_tokens
 
@@ -95,9 +95,9 @@ def test_any_two_trees_add_up(seed):
     found = shelves(memory, disk)
     (shelf,) = found
     runs = grown(shelf)
-    assert sum(run.memory_bytes for run, _ in runs) == memory.stored_bytes
-    assert sum(run.disk_bytes for run, _ in runs) == disk.stored_bytes
-    assert shelf.nbytes == memory.stored_bytes + disk.stored_bytes
+    assert sum(run.memory_bytes for run, _ in runs) == memory.budget.stored_bytes
+    assert sum(run.disk_bytes for run, _ in runs) == disk.budget.stored_bytes
+    assert shelf.nbytes == memory.budget.stored_bytes + disk.budget.stored_bytes
     stored = {
         tuple(tokens.tolist()[: k + 1])
         for tier, space in ((memory, N), (disk, ON_DISK))

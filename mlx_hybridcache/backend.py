@@ -1,0 +1,72 @@
+"""Which library computes for MLX on Linux: `mlx-cpu`, `mlx-cuda-12` or `mlx-cuda-13`, exactly one of them.
+
+The package `mlx` is the same with each. On macOS it brings its own, and nothing of this applies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+
+from .errors import BackendError
+
+EXTRAS = {"mlx-cpu": "cpu", "mlx-cuda-12": "cuda12", "mlx-cuda-13": "cuda13"}
+"""Each with the extra of this project that installs it."""
+
+
+def installed() -> list[str]:
+    """Names of the backends in this environment."""
+    from importlib.metadata import PackageNotFoundError, distribution
+
+    found = []
+    for name in EXTRAS:
+        try:
+            distribution(name)
+        except PackageNotFoundError:
+            continue
+        found.append(name)
+    return found
+
+
+@contextmanager
+def explaining() -> Iterator[None]:
+    """Raise `BackendError`, which says what to install, where MLX cannot be imported inside."""
+    try:
+        yield
+    except ImportError as error:
+        said = None if isinstance(error, BackendError) else _explanation(error)
+        if said is None:
+            raise
+        raise BackendError(said) from error
+
+
+def _explanation(error: ImportError) -> str | None:
+    if "libmlx" in str(error):
+        return (
+            'MLX has no backend here. Install one: pip install "mlx-hybridcache[cpu]", or for a GPU of '
+            'NVIDIA\'s "mlx-hybridcache[cuda13]", or with a driver older than 580 "mlx-hybridcache[cuda12]".'
+        )
+    if "libcuda.so" in str(error):
+        name = next((each for each in installed() if "cuda" in each), "mlx-cuda-13")
+        return (
+            f"{name} computes on a GPU of NVIDIA's, whose driver is not here ({error}). Install the "
+            f'driver, or compute on the CPU: pip uninstall {name}, then pip install "mlx-hybridcache[cpu]".'
+        )
+    return None
+
+
+@cache
+def say_if_several() -> None:
+    """Warn, once, where several backends are installed."""
+    import logging
+
+    found = installed()
+    if len(found) > 1:
+        logging.getLogger(__name__).warning(
+            "%s are installed, and each writes the same mlx/lib/libmlx.so: the one that came last computes. "
+            'Keep one: pip uninstall %s, then, say, pip install "mlx-hybridcache[%s]".',
+            " and ".join(found),
+            " ".join(found),
+            EXTRAS[found[-1]],
+        )

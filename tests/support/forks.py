@@ -1,0 +1,147 @@
+"""Servers that have imported everything already: a start costs a tenth of what it costs a user.
+
+A process that has imported what servers import, and done nothing yet, is forked for each start
+(`multiprocessing`'s fork server). From there on it is `python -m mlx_hybridcache.server`, or mlx_lm.server. Where
+Metal is, which does not survive a fork, a new interpreter is started as ever.
+"""
+
+from __future__ import annotations
+
+import atexit
+import importlib
+import multiprocessing
+import os
+import runpy
+import signal
+import subprocess
+import sys
+from multiprocessing import forkserver
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Protocol
+from unittest import mock
+
+import pytest
+
+OURS, THEIRS = "mlx_hybridcache.server", "mlx_lm.server"
+STARTED = {("-m", OURS): OURS, ("-m", "mlx_lm", "server"): THEIRS}
+"""What follows the interpreter on a command line."""
+
+IMPORTED = (
+    "mlx_hybridcache_server.service",
+    "mlx_lm.models.qwen3_next",
+    "mlx_lm.tool_parsers.json_tools",
+    THEIRS,
+    __name__,
+)
+
+
+class Running(Protocol):
+    """What tests do with a process."""
+
+    pid: int
+
+    def poll(self) -> int | None: ...
+    def wait(self, timeout: float | None = None) -> int: ...
+    def send_signal(self, number: int) -> None: ...
+    def kill(self) -> None: ...
+
+
+class Forked:
+    """One server process, with the manners of `subprocess.Popen`."""
+
+    def __init__(self, command: list[str], out: str, err: str, environment: dict[str, str]):
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(list(IMPORTED))
+        with mock.patch.dict(os.environ, environment):  # some modules read it as they are imported
+            forkserver.ensure_running()
+        given = (command, out, err, environment)
+        self._process = context.Process(target=_serve, args=given, daemon=True)
+        self._process.start()
+        self.pid = int(self._process.pid or 0)
+
+    def poll(self) -> int | None:
+        """The exit status, negative for a signal; None while it runs."""
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """The exit status, once it has ended."""
+        self._process.join(timeout)
+        status = self._process.exitcode
+        if status is None:
+            raise subprocess.TimeoutExpired(str(self.pid), timeout or 0.0)
+        return status
+
+    def send_signal(self, number: int) -> None:
+        """Nothing once it has ended."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        """Ask it to end."""
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End it at once."""
+        self.send_signal(signal.SIGKILL)
+
+
+def start(command: list[str], out: str, err: str, environment: dict[str, str]) -> Running:
+    """Start a server, a module's name and its flags; what it writes is appended to these files."""
+    if sys.platform == "linux":
+        return Forked(command, out, err, environment)
+    module, *flags = command
+    words = next(words for words, name in STARTED.items() if name == module)
+    with Path(out).open("ab") as stdout, Path(err).open("ab") as stderr:
+        return subprocess.Popen(
+            [sys.executable, *words, *flags],
+            stdin=subprocess.DEVNULL,
+            stdout=stdout,
+            stderr=stderr,
+            env=environment,
+        )
+
+
+def patch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the bench start its servers so too; its other programs are started as ever."""
+    from mlx_hybridcache_bench.serving import servers
+
+    if sys.platform == "linux":
+        replaced = SimpleNamespace(**{**vars(subprocess), "Popen": _popen})
+        monkeypatch.setattr(servers, "subprocess", replaced)
+
+
+def _popen(command: list[str], *, stdout: Any, **how: Any) -> Any:
+    program, *rest = command
+    for words, module in STARTED.items():
+        if program == sys.executable and tuple(rest[: len(words)]) == words:
+            log = f"/proc/{os.getpid()}/fd/{stdout.fileno()}"
+            return Forked([module, *rest[len(words) :]], log, log, dict(os.environ))
+    return subprocess.Popen(command, stdout=stdout, **how)
+
+
+def cpu_seconds() -> float:
+    """What all processes that were forked and have ended took, with what they were forked from."""
+    pid = getattr(forkserver._forkserver, "_forkserver_pid", None)
+    if pid is None:
+        return 0.0
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
+
+
+def _serve(command: list[str], out: str, err: str, environment: dict[str, str]) -> None:
+    """In the new process: become the server."""
+    os.environ.clear()
+    os.environ.update(environment)
+    for number, path in enumerate((os.devnull, out, err)):
+        opened = os.open(path, os.O_WRONLY | os.O_APPEND if number else os.O_RDONLY)
+        os.dup2(opened, number)
+        os.close(opened)
+    module, *_ = sys.argv = command
+    try:
+        if module == OURS:
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+        else:
+            importlib.import_module(module).main()
+    finally:
+        atexit._run_exitfuncs()
