@@ -42,7 +42,7 @@ from .request.generation import Generation, HeldClaim, Ready
 from .request.info import CacheInfo
 from .request.prompts import Prompts
 from .request.request import Progress, Request
-from .router import Patch
+from .router.patch import Patch
 from .settings import CacheSettings, info
 from .store.budget import StoreStats
 from .store.outline import Outline

@@ -30,7 +30,7 @@ ORDER = [
     {"disk", "request"},
     {"caches", "router"},
     {"store"},
-    {"machine", "models", "worker"},
+    {"deferred", "machine", "models", "worker"},
     {"backend", "report", "sizes", "tokens"},
     {"errors"},
 ]

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock, Timeout
 
 from ..errors import HybridCacheError, NotStoredError, SettingError
 from ..store.conversations import Branches, Run, Start, walk
@@ -59,6 +58,8 @@ def is_being_written(root: Path) -> bool:
     """Whether a process has the directory open to write at this moment."""
     if not (root / LOCK).is_file():
         return False
+    from filelock import FileLock, Timeout  # as in `Directory`
+
     lock = FileLock(root / LOCK, mode=0o600, thread_local=False)
     try:
         lock.acquire(timeout=0)

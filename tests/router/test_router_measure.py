@@ -19,6 +19,7 @@ from planted import exact, flipped_signs, noise, plant, random_model, random_row
 
 from mlx_hybridcache import RouterError
 from mlx_hybridcache.cli import canonicalize as canonicalize_command
+from mlx_hybridcache.cli import canonicalizing
 from mlx_hybridcache.demo import BUNDLED_MODEL
 from mlx_hybridcache.router import (
     CARD_FILE,
@@ -392,7 +393,7 @@ def test_canonicalize_measures_on_request(
 ) -> None:
     """The verdict is printed, and stands on the card and in the report."""
     short = partial(trial, pairs={}, draws=1, reply_tokens=1)
-    monkeypatch.setattr(canonicalize_command, "trial", short)
+    monkeypatch.setattr(canonicalizing, "trial", short)
     clone_experts(BUNDLED_MODEL, tmp_path / "cloned", unlike=1e-4, seed=0)
     asked = ["--model", str(tmp_path / "cloned"), "--tokens", "1024", "--measure", "--texts", "2"]
     asked += ["--no-quantized-copy"]

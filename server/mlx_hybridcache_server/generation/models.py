@@ -19,7 +19,8 @@ from mlx_hybridcache import HybridPromptCache, models
 from mlx_hybridcache.caches.layout import Layout
 from mlx_hybridcache.demo import BUNDLED_MODEL
 from mlx_hybridcache.errors import SettingError
-from mlx_hybridcache.router import AUTO, Patch, choose_patch
+from mlx_hybridcache.router.defaults import AUTO
+from mlx_hybridcache.router.patch import Patch
 
 from ..adapter import token_bytes
 from ..calls.formats import ToolFormat
@@ -215,6 +216,10 @@ def _router(
     wanted = settings.canonicalize_router
     if wanted is None or (wanted != AUTO and not is_default):
         return None
+    from mlx_hybridcache.router.choose import (
+        choose_patch,  # with the search for one, which few ask for
+    )
+
     return choose_patch(model, tokenizer, wanted, models.directory(name))
 
 
