@@ -247,6 +247,22 @@ def test_an_error_while_replies_join_ends_nobody(after, monkeypatch, caplog):
                 same(replies, expected)
 
 
+@pytest.mark.parametrize("count", range(8, 15))
+def test_a_reply_that_has_ended_joins_nobody(count, monkeypatch):
+    """Its last token is taken in the very round in which another reply begins, for one of these counts:
+    a batch that cannot be formed costs nobody the end of his.
+    """
+    model = tiny.fresh("qwen3_next")
+    (first, _, options), (second, _, others) = requests_of((60, 200), 30)
+    with new_cache(model) as cache:
+        FaultyJoin(monkeypatch, 0)
+        ended = cache.stream_generate(first, count, **options)
+        begun = cache.stream_generate(second, 30, **others)
+        history = [*first, *(reply.token for reply in ended)]
+        assert cache.lookup([*history, 1]).restored_tokens == len(history)
+        list(begun)
+
+
 def test_a_reader_who_leaves_after_its_batch_failed_frees_everything(monkeypatch):
     """Closed before it could go on, and while it reads again: no claim is left."""
     model = tiny.fresh("qwen3_next")
