@@ -41,7 +41,7 @@ log = logging.getLogger("mlx_hybridcache")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class CacheSettings:
     """What `HybridPromptCache` describes, checked."""
 
     memory_budget: int | str | None

@@ -24,7 +24,7 @@ from ..router import (
     moe_layers,
     write_checkpoint,
 )
-from ..router.checkpoint.report import report
+from ..router.checkpoint.report import patch_report
 from ..router.defaults import ROW_TOKENS
 from ..router.trial.tables import markdown, sentences, tables
 from ..router.trial.trial import (
@@ -63,7 +63,7 @@ def canonicalize(options: argparse.Namespace) -> int:
     if found.patch.groups:
         extra["largest_logit_difference"] = _proven(console, model, found, tokens)
     if options.report is not None:
-        told = report(found.patch, found, extra=extra)
+        told = patch_report(found.patch, found, extra=extra)
         options.report.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
     if not found.patch.groups:
         console.print("No two experts are alike within the threshold: there is nothing to patch.")

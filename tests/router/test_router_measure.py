@@ -52,7 +52,7 @@ from mlx_hybridcache.router.trial.differences import (
     perplexity_change,
     student,
 )
-from mlx_hybridcache.router.trial.measure import PAIRS, QUANTIZED, Compared, Readings, Seen
+from mlx_hybridcache.router.trial.measure import PAIRS, QUANTIZED, Compared, Measurements, Seen
 from mlx_hybridcache.router.trial.reading import Way, read
 from mlx_hybridcache.router.trial.tables import markdown, sentences, tables
 from mlx_hybridcache.router.trial.ties import ties
@@ -336,7 +336,7 @@ def figures_of(
     after: Flips = NONE,
     control: float = 0.2,
     replies: int = 20,
-) -> Readings:
+) -> Measurements:
     def arm(mean: float, width: float) -> Compared:
         around = Difference(mean, mean - width, mean + width, 1000, 20)
         return Compared(10.0, around, (mean,), 0.0, 1.0, 1.0, NO_FLIPS, 20)
@@ -349,7 +349,7 @@ def figures_of(
         "other slices": pair(before, after),
         NOISE: pair(Flips(1000, 90, 80), Flips(1000, 9, 0)),
     }
-    return Readings(20, 1000, 8, arms, seen)
+    return Measurements(20, 1000, 8, arms, seen)
 
 
 @pytest.mark.parametrize(
@@ -368,7 +368,7 @@ def figures_of(
     ],
 )
 def test_the_verdict_follows_the_figures(
-    readings: Readings, coverages: tuple[float, float] | None, helps: bool, words: str
+    readings: Measurements, coverages: tuple[float, float] | None, helps: bool, words: str
 ) -> None:
     """That it does not help here is a verdict too."""
     found = verdict(readings, 5, coverages)

@@ -13,7 +13,7 @@ from ..defaults import ROW_TOKENS, ROWS, TEXTS
 from ..discovery.calibration import calibration_tokens
 from ..patch import Patch
 from .arms import DRAWS, Switched, arms, quantized
-from .measure import PAIRS, Readings, measure
+from .measure import PAIRS, Measurements, measure
 from .reading import Way
 from .ties import Ties, ties
 from .verdict import Verdict, verdict
@@ -27,7 +27,7 @@ class Trial:
     """What came out."""
 
     groups: int
-    readings: Readings
+    readings: Measurements
     ties: Ties
     verdict: Verdict
     has_rounder: bool
