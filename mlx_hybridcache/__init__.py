@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from .deferred import loader
+from .backend import loader
 from .errors import (
     ArgumentError,
     BackendError,

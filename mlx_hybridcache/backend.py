@@ -1,13 +1,15 @@
-"""Which library computes for MLX on Linux: `mlx-cpu`, `mlx-cuda-12` or `mlx-cuda-13`, exactly one of them.
+"""How MLX is loaded: when it is needed, and on Linux with `mlx-cpu`, `mlx-cuda-12` or `mlx-cuda-13`.
 
-The package `mlx` is the same with each. On macOS it brings its own, and nothing of this applies.
+Exactly one of them, with which the package `mlx` is the same. On macOS it brings its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
+from importlib import import_module
 
 from .errors import BackendError
 
@@ -70,3 +72,21 @@ def say_if_several() -> None:
             " ".join(found),
             EXTRAS[found[-1]],
         )
+
+
+def loader(package: str, modules: Mapping[str, str]) -> Callable[[str], object]:
+    """The `__getattr__` of `package`, which finds each name in its module of `modules`, once (PEP 562).
+
+    MLX and mlx-lm take seconds, which `--help` has not. Raises `BackendError` where MLX cannot be loaded.
+    """
+
+    def load(name: str) -> object:
+        if name not in modules:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        with explaining():
+            found: object = getattr(import_module(f".{modules[name]}", package), name)
+        say_if_several()
+        setattr(sys.modules[package], name, found)  # the next time Python finds it without asking
+        return found
+
+    return load

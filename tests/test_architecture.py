@@ -30,7 +30,7 @@ ORDER = [
     {"disk", "request"},
     {"caches", "router"},
     {"store"},
-    {"deferred", "machine", "models", "worker"},
+    {"machine", "models", "worker"},
     {"backend", "report", "sizes", "tokens"},
     {"errors"},
 ]

@@ -11,7 +11,7 @@ with listen(moe_layers(model), print):               # what every router does, a
 
 from typing import TYPE_CHECKING
 
-from ..deferred import loader
+from ..backend import loader
 from .defaults import AUTO
 
 if TYPE_CHECKING:
