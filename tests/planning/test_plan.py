@@ -284,10 +284,10 @@ def test_what_the_flags_allow_fits_into_the_budget(tmp_path, memory):
     settings = read_settings(build_parser("serve"), server_flags(plan))
     assert plan.occupancy(settings.decode_concurrency).needed_bytes <= plan.room.budget_bytes
     longest = mac_plan(path, memory, settings.max_prompt_tokens or 262_144)
-    assert longest.load(1).needed_bytes <= plan.room.budget_bytes
+    assert longest.occupancy(1).needed_bytes <= plan.room.budget_bytes
     if settings.max_prompt_tokens is not None:
         beyond = mac_plan(path, memory, settings.max_prompt_tokens + 256)
-        assert beyond.load(1).needed_bytes > plan.room.budget_bytes
+        assert beyond.occupancy(1).needed_bytes > plan.room.budget_bytes
 
 
 def test_what_does_not_fit_is_said_with_what_to_do(tmp_path):
