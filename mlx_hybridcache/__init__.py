@@ -1,9 +1,8 @@
 """A prompt cache for hybrid language models on MLX: restore the nearest checkpoint, replay the rest."""
 
-from importlib import import_module
 from typing import TYPE_CHECKING
 
-from .backend import explaining, say_if_several
+from .backend import loader
 from .errors import (
     ArgumentError,
     BackendError,
@@ -58,17 +57,9 @@ _LOADED_WHEN_ASKED_FOR = {
     "Ready": "request.generation",
     "StoreStats": "store.budget",
 }
-"""What needs MLX, with its module: importing MLX and mlx-lm takes seconds, which `--help` has not."""
+"""What needs MLX, with its module."""
 
-
-def __getattr__(name: str) -> object:
-    if name not in _LOADED_WHEN_ASKED_FOR:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    with explaining():
-        found: object = getattr(import_module(f".{_LOADED_WHEN_ASKED_FOR[name]}", __name__), name)
-    say_if_several()
-    globals()[name] = found  # the next time Python finds it without asking here
-    return found
+__getattr__ = loader(__name__, _LOADED_WHEN_ASKED_FOR)
 
 
 def __dir__() -> list[str]:

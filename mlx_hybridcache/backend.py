@@ -1,13 +1,16 @@
-"""Which library computes for MLX on Linux: `mlx-cpu`, `mlx-cuda-12` or `mlx-cuda-13`, exactly one of them.
+"""How MLX is loaded: when it is needed, and on Linux with `mlx-cpu`, `mlx-cuda-12` or `mlx-cuda-13`.
 
-The package `mlx` is the same with each. On macOS it brings its own, and nothing of this applies.
+Exactly one of them, with which the package `mlx` is the same. On macOS it brings its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
+from importlib import import_module
+from pathlib import Path
 
 from .errors import BackendError
 
@@ -42,18 +45,37 @@ def explaining() -> Iterator[None]:
 
 
 def _explanation(error: ImportError) -> str | None:
-    if "libmlx" in str(error):
+    """None where it is not MLX's own library, or what that needs, which could not be loaded."""
+    text, found = str(error), installed()
+    if "libcuda.so" in text:
+        name = next((each for each in found if "cuda" in each), "mlx-cuda-13")
+        return (
+            f"{name} computes on a GPU of NVIDIA's, whose driver is not here ({text}). Install the "
+            f'driver, or compute on the CPU: pip uninstall {name}, then pip install "mlx-hybridcache[cpu]".'
+        )
+    if found and ("libmlx" in text or Path(error.path or "").parent.name == "mlx"):
+        return (
+            f"MLX cannot be loaded ({text}), and {' and '.join(found)} {_are(found)} installed. Install it "
+            f"anew: {_pip(found)}."
+        )
+    if "libmlx" in text:
         return (
             'MLX has no backend here. Install one: pip install "mlx-hybridcache[cpu]", or for a GPU of '
             'NVIDIA\'s "mlx-hybridcache[cuda13]", or with a driver older than 580 "mlx-hybridcache[cuda12]".'
         )
-    if "libcuda.so" in str(error):
-        name = next((each for each in installed() if "cuda" in each), "mlx-cuda-13")
-        return (
-            f"{name} computes on a GPU of NVIDIA's, whose driver is not here ({error}). Install the "
-            f'driver, or compute on the CPU: pip uninstall {name}, then pip install "mlx-hybridcache[cpu]".'
-        )
     return None
+
+
+def _are(found: list[str]) -> str:
+    return "are" if len(found) > 1 else "is"
+
+
+def _pip(found: list[str]) -> str:
+    """Both steps, as taking one of several away takes the library of the others with it."""
+    return (
+        f"pip uninstall {' '.join(found)}, then, say, "
+        f'pip install "mlx-hybridcache[{EXTRAS[found[-1]]}]"'
+    )
 
 
 @cache
@@ -65,8 +87,25 @@ def say_if_several() -> None:
     if len(found) > 1:
         logging.getLogger(__name__).warning(
             "%s are installed, and each writes the same mlx/lib/libmlx.so: the one that came last computes. "
-            'Keep one: pip uninstall %s, then, say, pip install "mlx-hybridcache[%s]".',
+            "Keep one: %s.",
             " and ".join(found),
-            " ".join(found),
-            EXTRAS[found[-1]],
+            _pip(found),
         )
+
+
+def loader(package: str, modules: Mapping[str, str]) -> Callable[[str], object]:
+    """The `__getattr__` of `package`, which finds each name in its module of `modules`, once (PEP 562).
+
+    MLX and mlx-lm take seconds, which `--help` has not. Raises `BackendError` where MLX cannot be loaded.
+    """
+
+    def load(name: str) -> object:
+        if name not in modules:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        with explaining():
+            found: object = getattr(import_module(f".{modules[name]}", package), name)
+        say_if_several()
+        setattr(sys.modules[package], name, found)  # the next time Python finds it without asking
+        return found
+
+    return load

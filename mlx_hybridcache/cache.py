@@ -42,8 +42,8 @@ from .request.generation import Generation, HeldClaim, Ready
 from .request.info import CacheInfo
 from .request.prompts import Prompts
 from .request.request import Progress, Request
-from .router import Patch
-from .settings import Settings, info
+from .router.patch import Patch
+from .settings import CacheSettings, info
 from .store.budget import StoreStats
 from .store.outline import Outline
 from .store.references import CountedReferences
@@ -125,7 +125,7 @@ class HybridPromptCache:
     ):
         check_model(model, tokenizer)
         check_text("cache_salt", cache_salt)
-        settings = Settings(
+        settings = CacheSettings(
             memory_budget=memory_budget,
             memory_reserve=memory_reserve,
             exact=exact,
@@ -143,7 +143,7 @@ class HybridPromptCache:
             tokenizer = TokenizerWrapper(tokenizer)
         self._open(model, tokenizer, settings, cache_salt)
 
-    def _open(self, model: Any, tokenizer: Any, settings: Settings, cache_salt: str) -> None:
+    def _open(self, model: Any, tokenizer: Any, settings: CacheSettings, cache_salt: str) -> None:
         layout = settings.layout(model)
         # Also when this one fails, or is dropped rather than closed.
         self._let_go = weakref.finalize(self, layout.release)
@@ -158,11 +158,11 @@ class HybridPromptCache:
         self._prompts = Prompts(self.encoder, layout.vocabulary, cache_salt)
         self._close_files: Callable[[], object] = lambda: None
         self._disk_end: Callable[[], object] = lambda: None
-        self._worker = Worker(
+        self.worker = Worker(
             lambda: _mlx_thread(model), "mlx-hybridcache", load, between=engine.relief.relieve
         )
         if settings.cache_dir is not None and not layout.unsupported:
-            engine.tiers.disk = disk = settings.disk(engine, references, self._worker.post)
+            engine.tiers.disk = disk = settings.disk(engine, references, self.worker.post)
             self._close_files = disk.thread.close
             self._disk_end = weakref.finalize(self, disk.thread.close)
 
@@ -174,7 +174,7 @@ class HybridPromptCache:
     @property
     def is_alive(self) -> bool:
         """Whether the worker thread can still serve requests."""
-        return self._worker.is_alive
+        return self.worker.is_alive
 
     # Generating
 
@@ -246,7 +246,7 @@ class HybridPromptCache:
         steps = _answering(engine, request, options, use_cache=use_cache)
         if through is not None:
             steps = _through(steps, through)
-        return Generation(request, self._worker.stream(steps, request.job))
+        return Generation(request, self.worker.stream(steps, request.job))
 
     # For frameworks that run the model themselves
 
@@ -300,7 +300,7 @@ class HybridPromptCache:
         Cancelled, it keeps what was read.
         """
         request = self._request(prompt, 1, (), prompt_progress_callback, cache_salt)
-        return Generation(request, self._worker.stream(self.engine.warm(request), request.job))
+        return Generation(request, self.worker.stream(self.engine.warm(request), request.job))
 
     @known_keywords
     def restore(
@@ -315,8 +315,8 @@ class HybridPromptCache:
         return _only(list(self._preparing(request, read=False)))
 
     def _preparing(self, request: Request, *, read: bool) -> Stream[Ready]:
-        steps = _handed_over(self.engine.prepare(request, read=read), request, self._worker)
-        return self._worker.stream(steps, request.job)
+        steps = _handed_over(self.engine.prepare(request, read=read), request, self.worker)
+        return self.worker.stream(steps, request.job)
 
     @known_keywords
     def save(
@@ -337,7 +337,7 @@ class HybridPromptCache:
         _check_savable(layout, len(history), prompt_cache, exact=self.info.exact)
         mx.eval([cache.state for cache in prompt_cache])  # lazy arrays belong to this thread
         request = self.engine.sharing.request(history, self._prompts.salt_of(cache_salt), 1)
-        if not self._worker.call(self.engine.tiers.save_foreign, request, prompt_cache):
+        if not self.worker.call(self.engine.tiers.save_foreign, request, prompt_cache):
             raise BudgetError(
                 "Nothing was saved: there was no room (raise memory_budget or release caches)"
                 + layout.stores_every_slice * ", or rows have left a sliding window"
@@ -350,11 +350,11 @@ class HybridPromptCache:
     def lookup(self, prompt: str | Iterable[int], *, cache_salt: str | None = None) -> CacheReport:
         """What would be restored for `prompt`. Changes nothing."""
         request = self._request(prompt, REPLY_ROOM, cache_salt=cache_salt)
-        return self._worker.call(self.engine.lookup, request)
+        return self.worker.call(self.engine.lookup, request)
 
     def stats(self) -> StoreStats:
         """What is held, in bytes and counts. `summary` says the same from then on."""
-        self._worker.call(self.engine.tiers.publish)
+        self.worker.call(self.engine.tiers.publish)
         return self.summary
 
     @property
@@ -364,7 +364,7 @@ class HybridPromptCache:
 
     def disk_stats(self) -> DiskStats | None:
         """What the cache directory holds; None without one."""
-        return self._worker.call(self.engine.tiers.disk.stats)
+        return self.worker.call(self.engine.tiers.disk.stats)
 
     @property
     def disk_summary(self) -> DiskStats | None:
@@ -382,7 +382,7 @@ class HybridPromptCache:
         """The tokens that lead to each stored checkpoint."""
         spaces = self.engine.sharing.namespaces(self._prompts.salt_of(cache_salt))
         memory = self.engine.tiers.memory
-        return self._worker.call(
+        return self.worker.call(
             lambda: [tokens.tolist() for each in spaces for tokens, _ in memory.checkpoints(each)]
         )
 
@@ -392,7 +392,7 @@ class HybridPromptCache:
         In a cache directory that is everything of every model, if this process writes there.
         """
         self.encoder.remembered.clear()
-        self._worker.call(self.engine.clear)
+        self.worker.call(self.engine.clear)
 
     @known_keywords
     def pin(self, prompt: str | Iterable[int], *, cache_salt: str | None = None) -> int:
@@ -401,13 +401,13 @@ class HybridPromptCache:
         Raises `BudgetError` when pins would take more than half the budget.
         """
         tokens, salt = self._prompts.read(prompt, cache_salt)
-        return self._worker.call(self.engine.tiers.pin, salt, tokens, is_pinned=True)
+        return self.worker.call(self.engine.tiers.pin, salt, tokens, is_pinned=True)
 
     @known_keywords
     def unpin(self, prompt: str | Iterable[int], *, cache_salt: str | None = None) -> int:
         """Treat what restores `prompt` like everything else again; returns its position."""
         tokens, salt = self._prompts.read(prompt, cache_salt)
-        return self._worker.call(self.engine.tiers.pin, salt, tokens, is_pinned=False)
+        return self.worker.call(self.engine.tiers.pin, salt, tokens, is_pinned=False)
 
     @known_keywords
     def drop(self, prompt: str | Iterable[int], *, cache_salt: str | None = None) -> int:
@@ -420,7 +420,7 @@ class HybridPromptCache:
         not stored, up to its last token, and `PinnedError` when a pin would go; then nothing is forgotten.
         """
         tokens, salt = self._prompts.read(prompt, cache_salt)
-        left = self._worker.call(self.engine.drop, salt, tokens)
+        left = self.worker.call(self.engine.drop, salt, tokens)
         self.encoder.remembered.clear(salt)
         return left
 
@@ -432,12 +432,12 @@ class HybridPromptCache:
         """
         disk = self.engine.tiers.disk
         until = None if seconds is None else time.monotonic() + seconds
-        while self._worker.call(disk.is_writing):
-            self._worker.check_may_wait()
+        while self.worker.call(disk.is_writing):
+            self.worker.check_may_wait()
             if until is not None and time.monotonic() >= until:
                 return False
             time.sleep(FLUSH_INTERVAL_SECONDS)
-        return self._worker.call(lambda: disk.is_written)
+        return self.worker.call(lambda: disk.is_written)
 
     @known_keywords
     def close(self, flush_seconds: float = 20.0) -> None:
@@ -448,8 +448,8 @@ class HybridPromptCache:
         """
         with suppress(ClosedError):  # closing twice is no mistake
             self.flush(flush_seconds)
-            self._worker.call(self.engine.tiers.memory.clear)
-        self._worker.close()
+            self.worker.call(self.engine.tiers.memory.clear)
+        self.worker.close()
         self._let_go()
         self._disk_end()
         self._close_files()  # another thread that closes it may have come first

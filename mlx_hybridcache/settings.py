@@ -28,7 +28,8 @@ from .prefill.schedule import Grid
 from .request.arguments import check_counts
 from .request.info import CacheInfo
 from .request.sharing import Sharing
-from .router import Patch, applied, apply, choose_patch
+from .router.in_memory import applied, apply
+from .router.patch import Patch
 from .sizes import format_bytes, parse_bytes
 from .store.references import CountedReferences
 from .store.store import Store
@@ -40,7 +41,7 @@ log = logging.getLogger("mlx_hybridcache")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class CacheSettings:
     """What `HybridPromptCache` describes, checked."""
 
     memory_budget: int | str | None
@@ -86,6 +87,8 @@ class Settings:
             )
         store = self._store(model, layout, references)
         if self.router is not None:
+            from .router.choose import choose_patch  # with the search for one, which few ask for
+
             apply(model, choose_patch(model, tokenizer, self.router))
         step = self.prefill_step_size
         sharing = Sharing(self._digest(model), layout, step, self.every, self.exact)

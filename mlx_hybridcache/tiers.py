@@ -240,14 +240,14 @@ class Tiers:
         live: LiveCaches,
         end: int,
         cuts: list[int],
-        partings: Container[int],
+        branch_points: Container[int],
     ) -> list[int]:
         """Of the cuts in the slice that ends at `end`, those whose snapshots and rows are worth their room."""
         kept = self.memory.afford(
             request.namespace,
             request.tokens[:end],
             cuts,
-            partings=partings,
+            branch_points=branch_points,
             row_bytes=live.stored_row_bytes,
             snapshot_bytes=self._layout.snapshot_bytes,
         )
@@ -261,12 +261,12 @@ class Tiers:
         taken: Checkpoint,
         *,
         is_end: bool,
-        is_parting: bool,
+        is_branch_point: bool,
     ) -> None:
         """A checkpoint that was crossed while a prompt was read, with the rows that lead to it."""
         tokens = request.tokens[: taken.position]
         is_stored = self._save(
-            request.namespace, tokens, taken, live, is_end=is_end, is_parting=is_parting
+            request.namespace, tokens, taken, live, is_end=is_end, is_branch_point=is_branch_point
         )
         request.account.taken += is_stored
         request.account.refused += not is_stored
@@ -306,7 +306,7 @@ class Tiers:
         rows: RowsFrom | None = None,
         *,
         is_end: bool = False,
-        is_parting: bool = False,
+        is_branch_point: bool = False,
     ) -> bool:
         """Into memory, and from there to the disk in time."""
         is_stored = self.memory.save(
@@ -316,7 +316,7 @@ class Tiers:
             taken if self._layout.needs_snapshots else None,
             row_bytes=live.stored_row_bytes,
             is_end=is_end,
-            is_parting=is_parting,
+            is_branch_point=is_branch_point,
         )
         if is_stored:
             self.disk.offer(namespace, self.memory.find(namespace, tokens).nodes()[-1])

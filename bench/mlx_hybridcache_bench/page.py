@@ -269,14 +269,14 @@ def _published(cache: HybridPromptCache, changes: _Changes, count: int) -> tuple
         spent.append((1e3 * (then - began), 1e3 * (time.thread_time() - then)))
 
     for _ in range(count):
-        cache._worker.call(publish, changes.one())
+        cache.worker.call(publish, changes.one())
     return _median([a for a, _ in spent]), _median([b for _, b in spent])
 
 
 @contextmanager
 def _noting_calls(cache: HybridPromptCache) -> Iterator[list[str]]:
     """What any thread but this one asks of the worker."""
-    worker: Any = cache._worker
+    worker: Any = cache.worker
     here, noted = threading.get_ident(), []
     kept = {name: getattr(worker, name) for name in ("call", "post", "stream")}
 

@@ -192,7 +192,7 @@ class Layout:
         return not self.unsupported and all(kind.goes_back for kind in self.kinds)
 
     @property
-    def lends_rows(self) -> bool:
+    def shares_rows(self) -> bool:
         """Whether live caches have rows and keep them all, so that the store can leave its own there."""
         return self.row_bytes > 0 and not self.stores_every_slice
 

@@ -81,7 +81,7 @@ class LiveCaches(LazySource[RowBlock]):
         self.claim = materializer.store.budget.claim(0)
         self._layout = layout
         self._materializer = materializer
-        self._shares = shares and layout.lends_rows
+        self._shares = shares and layout.shares_rows
         self._is_known = False
         self._columns: list[BufferColumn] = []
 
@@ -215,7 +215,7 @@ class LiveCaches(LazySource[RowBlock]):
 
     def columns(self) -> list[Column]:
         buffers: list[Arrays] = [
-            kind.surrender(cache)
+            kind.take_arrays(cache)
             for kind, cache in zip(self._layout.kinds, leaves(self.caches), strict=True)
         ]
         self.caches.clear()

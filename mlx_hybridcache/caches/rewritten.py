@@ -14,35 +14,35 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-Place = tuple[Any, str]
+Attribute = tuple[Any, str]
 """A module, and the name under which it keeps one array or several."""
 
 
 class Rewritten:
-    """The places that changed since this was made, once they are `learnt`."""
+    """The attributes that changed since this was made, once they are `learnt`."""
 
     def __init__(self, model: Any):
         # The arrays themselves, so that no new one gets the identity of an old one.
         self._before: dict[tuple[int, str], list[mx.array]] | None = {
-            (id(module), name): _arrays(module, name) for module, name in _places(model)
+            (id(module), name): _arrays(module, name) for module, name in _attributes(model)
         }
-        self._places: list[Place] = []
+        self._attributes: list[Attribute] = []
 
     def learn(self, model: Any) -> Rewritten:
         """A forward has run: what is different now is rewritten by each."""
         before, self._before = self._before or {}, None
-        for module, name in _places(model):
+        for module, name in _attributes(model):
             old, new = before.get((id(module), name), []), _arrays(module, name)
             if [*map(id, old)] != [*map(id, new)]:
-                self._places.append((module, name))
+                self._attributes.append((module, name))
         return self
 
     def arrays(self) -> list[mx.array]:
-        """What stands in those places now: to be evaluated with whatever a forward is run for."""
-        return [array for module, name in self._places for array in _arrays(module, name)]
+        """What stands in those now: to be evaluated with whatever a forward is run for."""
+        return [array for module, name in self._attributes for array in _arrays(module, name)]
 
 
-def _places(model: Any) -> Iterator[Place]:
+def _attributes(model: Any) -> Iterator[Attribute]:
     for module in model.modules():
         yield from ((module, name) for name in [*vars(module), *module])
 

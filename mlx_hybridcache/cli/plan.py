@@ -130,7 +130,7 @@ def _table(plan: Plan, where: str) -> Table:
     table.add_column("")
     for name in ("one running", f"{SEVERAL} running"):
         table.add_column(name, justify="right")
-    loads = [plan.load(count) for count in (1, SEVERAL)]
+    loads = [plan.occupancy(count) for count in (1, SEVERAL)]
     weights = plan.model.weights_bytes
     rows: list[tuple[str, list[int]]] = [
         ("weights", [weights, weights]),

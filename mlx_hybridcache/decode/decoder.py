@@ -190,7 +190,8 @@ class Decoder:
     def _merge(self) -> None:
         """Put every reply that is alone into one batch, if there are two and it is worth it."""
         there = self._merged.replies if self._merged is not None else []
-        alone = [reply for reply in self._alone if not reply.made]  # their clients keep up
+        # Whose clients keep up; what has ended waits for its caches to be stored.
+        alone = [reply for reply in self._alone if not reply.made and not reply.is_last]
         if not _is_worth_it([*there, *alone]):
             return
         # A batch is a speed-up: nothing that is stored goes for it.

@@ -61,7 +61,7 @@ class Reply:
     @property
     def is_last(self) -> bool:
         """Whether it ends with the token made last."""
-        return self.left == 0 or self.read[-1] in self.ends
+        return self.left == 0 or (bool(self.read) and self.read[-1] in self.ends)
 
 
 class Steps(ABC):

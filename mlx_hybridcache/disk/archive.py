@@ -1,7 +1,7 @@
 """A prefix with its checkpoints in one file, to be shipped: a system prompt that nobody reads again.
 
 The file is an uncompressed tar of segments behind a manifest. Nothing of what followed the prefix
-travels: rows that reach further are cut. Whoever reads one trusts nothing in it but checksums: names
+is archived: rows that reach further are cut. Whoever reads one trusts nothing in it but checksums: names
 follow from the segments' own headers, and every byte is accounted for.
 """
 
@@ -33,9 +33,9 @@ from .segment import (
     Segment,
     SegmentError,
     Tensor,
+    check_file,
     prefix_keys,
     read_data,
-    verify,
     write,
 )
 
@@ -132,10 +132,10 @@ class Manifest:
 # Writing
 
 
-def travellers(
+def archived_segments(
     collection: Collection, node: FileNode, *, only_end: bool = False
 ) -> list[tuple[Segment, Segment]]:
-    """The files that restore the end of `node`, each with what travels of it.
+    """The files that restore the end of `node`, each with what is archived of it.
 
     That is the same segment, or for rows that reach beyond the path, where others parted ways or
     the prefix ends, what is left when they are cut there.
@@ -185,17 +185,17 @@ def export(
     `only_end` leaves those before it out. Mode 0600; there whole or not at all. Raises
     `SegmentError` when a file is damaged.
     """
-    travelling = travellers(collection, node, only_end=only_end)
-    place = collection.place(node)
-    assert place is not None
-    members = tuple((sent.name, sent.file_nbytes) for _, sent in travelling)
-    manifest = Manifest(collection.namespace, collection.model, place.key, node.end, members)
+    archived = archived_segments(collection, node, only_end=only_end)
+    members = tuple((sent.name, sent.file_nbytes) for _, sent in archived)
+    manifest = Manifest(
+        collection.namespace, collection.model, collection.key(node), node.end, members
+    )
     on_size(manifest.nbytes)
     with replacing(to) as fd, tempfile.TemporaryDirectory() as scratch:
         _write_member(fd, MANIFEST, [text := manifest.encoded()], len(text))
-        for whole, sent in travelling:
+        for whole, sent in archived:
             if sent is whole:
-                verify(source := path_of(root, whole))
+                check_file(source := path_of(root, whole))
             else:
                 source = _written_cut(root, whole, sent, Path(scratch))
             _write_member(fd, sent.name, _content(source, sent.file_nbytes), sent.file_nbytes)
@@ -356,7 +356,7 @@ def _members(file: BufferedReader, manifest: Manifest) -> Iterator[tuple[Segment
                         raise ArchiveError("It ends too early.")
                     copy.write(piece)
             _must_be_zero(file, -size % _BLOCK)
-            segment = verify(path)
+            segment = check_file(path)
             if (segment.namespace, segment.model) != (manifest.namespace, manifest.model):
                 raise ArchiveError(f"Its member {name} belongs to another model or salt.")
             yield segment, Path(scratch)

@@ -11,6 +11,7 @@ import hashlib
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import Literal
 
@@ -21,7 +22,7 @@ from ..store.budget import Claim
 from ..store.store import Store
 from ..store.tree import common_length
 from ..tokens import Namespace, Tokens, as_tokens
-from .chains import Chains, Difference, Link, Stretch, link_at
+from .chains import Chains, Link, Stretch, TreeUpdate, link_at
 from .index import Entry
 from .parts import FileEnd, FileFound, FileNode, FileRows, Files, FileState, FileStore, payloads
 from .segment import PrefixDigest, Segment
@@ -172,25 +173,25 @@ class Catalogue:
         chains = Chains()
         return [*self.take(chains.change(entries)), *chains.orphans()]
 
-    def take(self, difference: Difference) -> list[Segment]:
+    def take(self, update: TreeUpdate) -> list[Segment]:
         """Do what a change of the directory comes to; returns files that turn out to be of no use.
 
         Takes as long as the change, and for each run that comes as long as what leads to it. What is over
         the budget afterwards goes, least useful first.
         """
         self._files.went.clear()
-        for segment in difference.gone:
+        for segment in update.gone:
             self.forget(segment)
-        self.is_behind |= not self._files.went <= difference.behind
+        self.is_behind |= not self._files.went <= update.behind
         self._files.went.clear()
         budget = self.store.budget.limit_bytes
         self.store.budget.limit(sys.maxsize)
-        useless = [one for come in difference.come for one in self._take(come)]
-        for entry, link in difference.noted:
+        useless = [one for come in update.come for one in self._take(come)]
+        for entry, link in update.noted:
             self._remember(self._at(link), entry)
         self.store.budget.limit(budget)
         self.keep_budget()
-        return [*useless, *difference.orphans]
+        return [*useless, *update.orphans]
 
     def _take(self, stretch: Stretch) -> list[Segment]:
         """One stretch, behind what stands at its beginning."""
@@ -230,15 +231,15 @@ class Catalogue:
                 self.store.budget.hold(self._files.add(each.segment, each.nbytes, part.above))
             node = self.store.graft(above, as_tokens(tokens), tuple(rows))
         if stands is not None and stretch.restores:
-            self.store.stand(node, FileEnd(stands.segment), is_parting=stretch.is_parting)
+            self.store.stand(node, FileEnd(stands.segment), is_branch_point=stretch.is_branch_point)
         elif stands is not None:
             if isinstance(node.checkpoint, FileState):
                 return None
-            is_parting = stretch.is_parting or len(node.children or ()) > 1
+            is_branch_point = stretch.is_branch_point or len(node.children or ()) > 1
             self.store.budget.hold(
                 self._files.add(stands.segment, stands.segment.file_nbytes, stretch.link)
             )
-            self.store.stand(node, FileState(stands.segment), is_parting=is_parting)
+            self.store.stand(node, FileState(stands.segment), is_branch_point=is_branch_point)
         return node
 
     def _add_each(self, stretch: Stretch) -> list[Segment]:
@@ -249,7 +250,7 @@ class Catalogue:
         self._add_rows(stretch.parts, restores=stretch.restores)
         if stretch.stands is not None and not stretch.restores:
             tokens = stretch.link.tokens()
-            self.add(stretch.stands.segment, tokens, is_parting=stretch.is_parting)
+            self.add(stretch.stands.segment, tokens, is_branch_point=stretch.is_branch_point)
         return [segment for segment in segments if segment not in self]
 
     def _add_rows(self, links: Sequence[Link], *, restores: bool) -> None:
@@ -299,54 +300,54 @@ class Catalogue:
         tokens: Tokens,
         *,
         restores: bool | None = None,
-        is_parting: bool = False,
+        is_branch_point: bool = False,
     ) -> bool:
         """A segment is in the directory: `tokens` are all that lead to its end.
 
         `restores` says that rows do so by themselves, as with the model that looks things up if it is
-        not given; `is_parting` that prompts have parted ways here, as they have where the tree branches.
-        False where what it holds is there already, or the rows before it are not. Raises
-        `BudgetError` where there is no room for it.
+        not given; `is_branch_point` that prompts have parted ways here, as they have where the tree branches.
+        False where what it holds is there, or the rows before it are not; `BudgetError` without room.
         """
         segment = self._files.segments.get(segment.name, segment)
-        namespace = Namespace(segment.namespace)
-        found = self.store.find(namespace, tokens)
-        is_read = found.match.matched == len(tokens)
-        if segment.kind == "rows" and (is_read or found.match.matched < segment.start):
-            return False
-        if segment.kind == "state" and (not is_read or _has_state(found, len(tokens))):
+        found = self.store.find(namespace := Namespace(segment.namespace), tokens)
+        if not _adds(segment, found, len(tokens)):
             return False
         if segment not in self:
             self.make_room(segment.file_nbytes, found.match.nodes())
-
         lead = self._link_at(found.nodes(), segment.start)
-
-        def rows_of(start: int) -> FileRows:
-            rows = FileRows(segment, start, segment.end)
-            self.store.budget.hold(self._files.add(segment, rows.nbytes, lead))
-            return rows
-
         stands: FileState | FileEnd | None = None
         if segment.kind == "state":
             stands = FileState(segment)
-            if (node := self._node(segment.namespace, tokens)) is not None:
-                node.set_checkpoint(None)  # a `FileEnd`: this model has states after all
-                is_parting = is_parting or len(node.children or ()) > 1
+            is_branch_point |= self._clear_end(segment.namespace, tokens)
         elif not self._needs_checkpoints if restores is None else restores:
             stands = FileEnd(segment)
         if not self.store.save(
             namespace,
             tokens,
-            rows_of,
+            partial(self._rows, segment, lead),
             stands,
             row_bytes=0,  # of a file all bytes count, whatever part is needed: there is room for them
             is_end=stands is not None,
-            is_parting=is_parting,
+            is_branch_point=is_branch_point,
         ):
             raise BudgetError(f"{segment.name} does not fit the disk budget beside what is kept.")
         if segment.kind == "state":
             self._files.add(segment, segment.file_nbytes, lead)
         return True
+
+    def _rows(self, segment: Segment, lead: Link | None, start: int) -> FileRows:
+        """Those of a file from `start` on, which are needed from now on."""
+        rows = FileRows(segment, start, segment.end)
+        self.store.budget.hold(self._files.add(segment, rows.nbytes, lead))
+        return rows
+
+    def _clear_end(self, namespace: str, tokens: Tokens) -> bool:
+        """A `FileEnd` goes: this model has states after all. Whether several runs go on from here."""
+        node = self._node(namespace, tokens)
+        if node is None:
+            return False
+        node.set_checkpoint(None)
+        return len(node.children or ()) > 1
 
     def make_room(self, nbytes: int, keep: Iterable[FileNode] = ()) -> None:
         """Let the least useful go until `nbytes` more fit. Raises `BudgetError` when they do not."""
@@ -417,6 +418,14 @@ def _reach(
         if segment.kind == "rows" and is_led:
             matched = max(matched, min(common_length(tokens, leading), segment.end))
     return matched
+
+
+def _adds(segment: Segment, found: FileFound, end: int) -> bool:
+    """Whether a segment that ends there has what is not there yet, and what leads to it is."""
+    matched = found.match.matched
+    if segment.kind == "rows":
+        return segment.start <= matched < end
+    return matched == end and not _has_state(found, end)
 
 
 def _has_state(found: FileFound, end: int) -> bool:

@@ -1,7 +1,7 @@
 """Which file leads to which: put together from their headers, and put right file by file.
 
 A key covers all tokens before it, so a file is believed only behind those that hold them. Whoever
-looks at a directory keeps its chains on a thread of his own; what comes of a change (`Difference`) never changes
+looks at a directory keeps its chains on a thread of his own; what comes of a change (`TreeUpdate`) never changes
 itself, is as long as the change, and is ready to be grafted onto the trees.
 """
 
@@ -21,7 +21,7 @@ from .segment import PrefixDigest, Segment
 
 T = TypeVar("T")
 
-Place = tuple[str, str]
+PrefixId = tuple[str, str]
 """A position that something may go on from, whatever leads to it: a namespace, and the key of its tokens."""
 
 
@@ -35,7 +35,7 @@ class Link:
     digest: PrefixDigest
 
     @property
-    def place(self) -> Place:
+    def prefix(self) -> PrefixId:
         """The same for every link to this position."""
         return self.segment.namespace, self.digest.key
 
@@ -69,7 +69,7 @@ class Stretch:
 
     `parts` are links to where each file's part of them ends; without any, the rows are there already.
     `stands` is the checkpoint at the end, or with `restores` the last file, as rows do so by themselves.
-    `passed` is the latest use here or below, `is_parting` that several runs go on from here.
+    `passed` is the latest use here or below, `is_branch_point` that several runs go on from here.
     """
 
     lead: Link | None
@@ -77,7 +77,7 @@ class Stretch:
     parts: tuple[Link, ...]
     stands: Entry | None
     restores: bool
-    is_parting: bool
+    is_branch_point: bool
     passed: int
 
     def segments(self) -> Iterator[Segment]:
@@ -88,7 +88,7 @@ class Stretch:
 
 
 @dataclass(frozen=True, slots=True)
-class Difference:
+class TreeUpdate:
     """What a change of the directory comes to, in the order in which it is to be done.
 
     `gone` files lead nowhere any more, and nor do those `behind` them; what is linked otherwise is in
@@ -102,12 +102,12 @@ class Difference:
     noted: tuple[tuple[Entry, Link], ...] = ()
     orphans: tuple[Segment, ...] = ()
 
-    def pieces(self, most: int) -> Iterator[Difference]:
+    def pieces(self, most: int) -> Iterator[TreeUpdate]:
         """The same in steps of at most so many."""
-        yield from (Difference(gone=each, behind=self.behind) for each in _batched(self.gone, most))
-        yield from (Difference(come=each) for each in _batched(self.come, most))
-        yield from (Difference(noted=each) for each in _batched(self.noted, most))
-        yield from (Difference(orphans=each) for each in _batched(self.orphans, most))
+        yield from (TreeUpdate(gone=each, behind=self.behind) for each in _batched(self.gone, most))
+        yield from (TreeUpdate(come=each) for each in _batched(self.come, most))
+        yield from (TreeUpdate(noted=each) for each in _batched(self.noted, most))
+        yield from (TreeUpdate(orphans=each) for each in _batched(self.orphans, most))
 
 
 def _batched(items: tuple[T, ...], most: int) -> Iterator[tuple[T, ...]]:
@@ -124,11 +124,11 @@ class Chains:
         self.hashed_tokens = 0
         self._entries: dict[str, Entry] = {}
         self._links: dict[str, Link] = {}  # rows at their end; states where they stand
-        self._known: dict[Place, Link] = {}
+        self._known: dict[PrefixId, Link] = {}
         self._unlinked: dict[str, Entry] = {}
         self._states: Counter[str] = Counter()  # by namespace
 
-    def change(self, entries: Iterable[Entry], gone: Iterable[str] = ()) -> Difference:
+    def change(self, entries: Iterable[Entry], gone: Iterable[str] = ()) -> TreeUpdate:
         """These came or are others now, and those went.
 
         Takes as long as what changed; where something went, or begins inside of another's run, it
@@ -153,7 +153,7 @@ class Chains:
         if leaving:
             behind = self._unlink(set(leaving))
             new += [name for name in behind if name in self._unlinked]
-        return Difference(lost, frozenset(behind), self._stretches(self._link(new)), tuple(noted))
+        return TreeUpdate(lost, frozenset(behind), self._stretches(self._link(new)), tuple(noted))
 
     def orphans(self) -> tuple[Segment, ...]:
         """What nothing leads to."""
@@ -178,11 +178,11 @@ class Chains:
         for name in dead:
             self._links.pop(name, None)
         self._known = {
-            place: link for place, link in self._known.items() if link.segment.name not in dead
+            prefix: link for prefix, link in self._known.items() if link.segment.name not in dead
         }
         for name, link in self._links.items():
             if not _is_state(name, link):
-                self._known.setdefault(link.place, link)
+                self._known.setdefault(link.prefix, link)
         self._unlinked |= {name: self._entries[name] for name in dead if name in self._entries}
         return dead
 
@@ -200,8 +200,8 @@ class Chains:
         cuts, linked = _Cuts(inside.values()), []
         for name, entry in waiting:
             segment = entry.segment
-            place, at = _begins(entry)
-            above = self._known.get(place) if at else None
+            prefix, at = _begins(entry)
+            above = self._known.get(prefix) if at else None
             if at and (above is None or above.end != at):
                 continue
             if segment.kind == "rows":
@@ -209,7 +209,7 @@ class Chains:
                 self.hashed_tokens += len(segment.tokens)
                 if link.digest.key != segment.key:
                     continue
-                self._known.setdefault(link.place, link)
+                self._known.setdefault(link.prefix, link)
                 self._cut(link, cuts)
             else:
                 assert above is not None
@@ -219,16 +219,16 @@ class Chains:
             linked.append(name)
         return linked
 
-    def _inside(self, waiting: Sequence[tuple[str, Entry]]) -> dict[str, tuple[Place, int]]:
+    def _inside(self, waiting: Sequence[tuple[str, Entry]]) -> dict[str, tuple[PrefixId, int]]:
         """Where those begin that may do so inside of another's run, as no known one ends there."""
         ends = {
             (entry.segment.namespace, entry.segment.key) for _, entry in waiting if _has_rows(entry)
         }
         begins = {name: _begins(entry) for name, entry in waiting}
         return {
-            name: (place, at)
-            for name, (place, at) in begins.items()
-            if at and place not in ends and place not in self._known
+            name: (prefix, at)
+            for name, (prefix, at) in begins.items()
+            if at and prefix not in ends and prefix not in self._known
         }
 
     def _cut(self, link: Link, cuts: _Cuts) -> None:
@@ -240,9 +240,9 @@ class Chains:
             digest = digest.read(segment.tokens[at - segment.start : position - segment.start])
             self.hashed_tokens += position - at
             at = position
-            if (segment.namespace, digest.key) in cuts.places:
+            if (segment.namespace, digest.key) in cuts.prefixes:
                 cut = Link(segment, position, above, digest)
-                self._known.setdefault(cut.place, cut)
+                self._known.setdefault(cut.prefix, cut)
 
     def _stretches(self, linked: Sequence[str]) -> tuple[Stretch, ...]:
         """What was linked just now, parents first, depth first."""
@@ -263,11 +263,13 @@ class Chains:
                     stands = self._entries[link.segment.name]
             used = [self._entries[part.segment.name].used for part in parts]
             used += [stands.used] if stands is not None else []
-            is_parting = len(onward) > 1
-            found.append(Stretch(lead, link, tuple(parts), stands, restores, is_parting, max(used)))
+            is_branch_point = len(onward) > 1
+            found.append(
+                Stretch(lead, link, tuple(parts), stands, restores, is_branch_point, max(used))
+            )
             waiting += reversed(onward)
-        for place, entry in comes.states.items():  # their rows were there before
-            link = self._known[place]
+        for prefix, entry in comes.states.items():  # their rows were there before
+            link = self._known[prefix]
             found.append(Stretch(link, link, (), entry, False, False, entry.used))
         return _with_passed(found)
 
@@ -279,19 +281,19 @@ class _Coming:
         self,
         entries: Mapping[str, Entry],
         links: Mapping[str, Link],
-        known: Mapping[Place, Link],
+        known: Mapping[PrefixId, Link],
         linked: Sequence[str],
     ):
         rows = {name: links[name] for name in linked if _has_rows(entries[name])}
-        self.states = {links[name].place: entries[name] for name in linked if name not in rows}
+        self.states = {links[name].prefix: entries[name] for name in linked if name not in rows}
         self._rows = rows
-        self._going_on: dict[Place, list[Link]] = defaultdict(list)
+        self._going_on: dict[PrefixId, list[Link]] = defaultdict(list)
         for link in rows.values():
             if link.above is not None:
-                self._going_on[link.above.place].append(link)
+                self._going_on[link.above.prefix].append(link)
         self._ends = {name: [link] for name, link in rows.items()}
-        for place in self.states.keys() | self._going_on.keys():
-            cut = known[place]
+        for prefix in self.states.keys() | self._going_on.keys():
+            cut = known[prefix]
             if cut.segment.name in rows and cut.end < cut.segment.end:
                 self._ends[cut.segment.name].append(cut)
         for ends in self._ends.values():
@@ -314,21 +316,21 @@ class _Coming:
         Both are taken out: another file may end at the same place.
         """
         onward: list[tuple[Link | None, list[Link]]] = [
-            (link, self._ends[each.segment.name]) for each in self._going_on.pop(link.place, ())
+            (link, self._ends[each.segment.name]) for each in self._going_on.pop(link.prefix, ())
         ]
         onward += [(link, left)] if left else []
-        return self.states.pop(link.place, None), onward
+        return self.states.pop(link.prefix, None), onward
 
 
 class _Cuts:
     """Positions where something begins inside of another's run, or stands."""
 
-    def __init__(self, found: Iterable[tuple[Place, int]]):
-        self.places: set[Place] = set()
+    def __init__(self, found: Iterable[tuple[PrefixId, int]]):
+        self.prefixes: set[PrefixId] = set()
         self._positions: dict[str, list[int]] = defaultdict(list)
-        for place, at in found:
-            self.places.add(place)
-            self._positions[place[0]].append(at)
+        for prefix, at in found:
+            self.prefixes.add(prefix)
+            self._positions[prefix[0]].append(at)
         for namespace, positions in self._positions.items():
             self._positions[namespace] = sorted(set(positions))
 
@@ -351,7 +353,7 @@ def _with_passed(found: Sequence[Stretch]) -> tuple[Stretch, ...]:
     return tuple(reversed(done))
 
 
-def _begins(entry: Entry) -> tuple[Place, int]:
+def _begins(entry: Entry) -> tuple[PrefixId, int]:
     """Where rows begin or a state stands."""
     segment = entry.segment
     if segment.kind == "rows":

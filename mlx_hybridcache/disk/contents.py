@@ -8,21 +8,29 @@ from __future__ import annotations
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock, Timeout
 
 from ..errors import HybridCacheError, NotStoredError, SettingError
-from ..tokens import Tokens
+from ..store.conversations import Branches, Run, Start, walk
+from ..store.outline import outlined
+from ..tokens import Namespace, Tokens
 from .catalogue import Catalogue
 from .directory import Directory
 from .index import Entry, scan
 from .parts import FileNode, FileRows, FileState
-from .segment import SEGMENTS, NewerSegmentError, Segment, SegmentError, prefix_key, verify
+from .segment import (
+    SEGMENTS,
+    NewerSegmentError,
+    PrefixDigest,
+    Segment,
+    SegmentError,
+    check_file,
+    prefix_key,
+)
 
 LOCK = "writer.lock"
 SHORT = 12
@@ -50,6 +58,8 @@ def is_being_written(root: Path) -> bool:
     """Whether a process has the directory open to write at this moment."""
     if not (root / LOCK).is_file():
         return False
+    from filelock import FileLock, Timeout  # as in `Directory`
+
     lock = FileLock(root / LOCK, mode=0o600, thread_local=False)
     try:
         lock.acquire(timeout=0)
@@ -89,34 +99,6 @@ def _in_use(root: Path) -> InUseError:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
-    """A position that prompts can be resumed at, and what its own files weigh."""
-
-    key: str
-    position: int
-    nbytes: int
-    is_pinned: bool
-
-
-@dataclass(eq=False)
-class Run:
-    """Positions `[start, end)` that nothing branches from: mostly one conversation, or what several share.
-
-    `depth` runs lead to it. `key` is that of the prefix `[0, end)`, `nbytes` are the run's own,
-    `newest` is when the newest file in it or below was written, in seconds of the wall clock.
-    """
-
-    parent: Run | None
-    depth: int
-    start: int
-    end: int = 0
-    key: str = ""
-    nbytes: int = 0
-    newest: float = 0.0
-    places: list[Place] = field(default_factory=list)
-
-
 class Collection:
     """All files of one namespace: of one model, run in one way, for one salt.
 
@@ -143,12 +125,6 @@ class Collection:
         """The tree, parents before children, depth first."""
         return self.catalogue.store.nodes()
 
-    def place(self, node: FileNode) -> Place | None:
-        """What can be resumed at the end of `node`."""
-        if node.checkpoint is None:
-            return None
-        return Place(self._key(node), node.end, node.checkpoint.nbytes, node.pinned)
-
     def segments(self, node: FileNode) -> list[Segment]:
         """The files that `node` needs beside those of the nodes above it."""
         return [payload.segment for payload in payloads(node)]
@@ -160,33 +136,21 @@ class Collection:
         states = sum(node.checkpoint.nbytes for node in pinned if node.checkpoint is not None)
         return states + sum(node.rows_nbytes for node in kept)
 
-    def runs(self, times: dict[str, float]) -> list[Run]:
-        """The tree with chains joined, parents before children, depth first.
+    def runs(self, times: Mapping[str, float]) -> Iterator[tuple[Start, list[Run]]]:
+        """Every run with those that lead to it, parents before children, depth first.
 
-        `times` tells when each file was written.
+        `times` tells when each file was written, which stands for when it was used.
         """
-        runs: dict[FileNode, Run] = {}
-        for node in self.nodes():
-            above = node.parent
-            parent = runs.get(above) if above is not None else None
-            if parent is None or len(_siblings(node)) > 1:
-                runs[node] = Run(parent, parent.depth + 1 if parent else 0, node.start)
-            else:
-                runs[node] = parent
-            run, place = runs[node], self.place(node)
-            run.end, run.key = node.end, self._key(node)
-            run.nbytes += sum(payload.nbytes for payload in payloads(node))
-            written = [times.get(payload.segment.name, 0.0) for payload in payloads(node)]
-            run.newest = max(run.newest, *written)
-            if place is not None:
-                run.places.append(place)
-        found = list(dict.fromkeys(runs.values()))
-        for run in reversed(found):
-            if run.parent is not None:
-                run.parent.newest = max(run.parent.newest, run.newest)
-        return found
 
-    def _key(self, node: FileNode) -> str:
+        def written(node: FileNode) -> float | None:
+            names = [payload.segment.name for payload in payloads(node)]
+            return max((times.get(name, 0.0) for name in names), default=None)
+
+        top = outlined(self.catalogue.store.root(Namespace(self.namespace)), written)
+        return walk(Branches(None, top, 0), PrefixDigest(self.namespace))
+
+    def key(self, node: FileNode) -> str:
+        """That of the prefix up to the end of `node`."""
         for payload in payloads(node):
             if payload.segment.end == node.end:
                 return payload.segment.key
@@ -217,7 +181,7 @@ def loaded(entries: Sequence[Entry]) -> tuple[Catalogue, list[Segment]]:
     return catalogue, catalogue.load(entries)
 
 
-def find(found: Iterable[Collection], beginning: str) -> tuple[Collection, FileNode]:
+def find_checkpoint(found: Iterable[Collection], beginning: str) -> tuple[Collection, FileNode]:
     """The node whose key begins so, if prompts can be resumed there.
 
     Raises `NotStoredError` when there is none, `SettingError` when there are several.
@@ -225,17 +189,17 @@ def find(found: Iterable[Collection], beginning: str) -> tuple[Collection, FileN
     if not _ID.fullmatch(beginning):
         raise SettingError(f"{beginning!r} is no id: write 4 to 32 hexadecimal digits of one.")
     fitting = [
-        (one, node, place)
+        (one, node, key)
         for one in found
         for node in one.nodes()
-        if (place := one.place(node)) is not None and place.key.startswith(beginning)
+        if node.checkpoint is not None and (key := one.key(node)).startswith(beginning)
     ]
     if not fitting:
         raise NotStoredError(
             f"No checkpoint has an id that begins with {beginning}; `ls --all` lists them."
         )
     if len(fitting) > 1:
-        ids = ", ".join(f"{place.key} at {place.position:,}" for _, _, place in fitting)
+        ids = ", ".join(f"{key} at {node.end:,}" for _, node, key in fitting)
         raise SettingError(f"{len(fitting)} checkpoints begin with {beginning}: {ids}.")
     return fitting[0][:2]
 
@@ -249,11 +213,6 @@ def payloads(node: FileNode) -> list[FileRows | FileState]:
     """Parts of files that a node consists of."""
     state = node.checkpoint
     return [*node.rows, state] if isinstance(state, FileState) else [*node.rows]
-
-
-def _siblings(node: FileNode) -> list[FileNode]:
-    """A node and its siblings."""
-    return list((node.parent.children or {}).values()) if node.parent is not None else []
 
 
 def path_of(root: Path, segment: Segment) -> Path:
@@ -296,7 +255,7 @@ def damaged(
     for entry in entries:
         path = path_of(root, entry.segment)
         try:
-            verify(path)
+            check_file(path)
         except FileNotFoundError:
             pass  # the process that writes there deleted it
         except (SegmentError, OSError) as error:

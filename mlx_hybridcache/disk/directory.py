@@ -14,15 +14,17 @@ import stat
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Literal
-
-from filelock import FileLock, Timeout
+from typing import TYPE_CHECKING, Literal
 
 from ..sizes import format_bytes
 from .files import make_directory
 from .index import Entry, Index, IndexUnavailableError, scan
 from .segment import SEGMENTS, NewerSegmentError, Segment, taken_by, write
+
+if TYPE_CHECKING:
+    from filelock import FileLock
 
 log = logging.getLogger("mlx_hybridcache")
 
@@ -51,14 +53,16 @@ class Directory:
     is_writer: bool = field(default=False, init=False)
     newer_bytes: int = field(default=0, init=False)
     _index: Index | None = field(default=None, init=False)
-    _lock: FileLock = field(init=False)
     _seen: object = field(default=None, init=False)
     _number: int | None = field(default=None, init=False)
     _lock_seen: object = field(default=None, init=False)
     _wrong: set[str] = field(default_factory=set, init=False)
 
-    def __post_init__(self) -> None:
-        self._lock = FileLock(self.root / "writer.lock", mode=0o600, thread_local=False)
+    @cached_property
+    def _lock(self) -> FileLock:
+        from filelock import FileLock  # listing what is there locks nothing, and is to be quick
+
+        return FileLock(self.root / "writer.lock", mode=0o600, thread_local=False)
 
     @property
     def segments(self) -> Path:
@@ -237,7 +241,7 @@ class Directory:
         try:
             make_directory(self.root)
             self._lock.acquire(timeout=0)
-        except (Timeout, OSError):
+        except OSError:  # another process has it, or it cannot be had here
             return False
         self._lock_seen = self._lock_identity()
         self.is_writer = True

@@ -112,7 +112,7 @@ class Files(References):
         self.went: set[str] = set()
 
     def add(self, segment: Segment, nbytes: int, lead: Link | None) -> int:
-        """So many bytes more of a file are needed; by how much what lingers changes."""
+        """So many bytes more of a file are needed; by how much what is in flight changes."""
         if segment.name in self.used:
             self.used[segment.name] += nbytes
             return -nbytes

@@ -290,7 +290,7 @@ def read_data(root: Path, segment: Segment, into: Iterable[memoryview]) -> None:
         _read_data(fd, segment, into, checksum)
 
 
-def verify(path: Path) -> Segment:
+def check_file(path: Path) -> Segment:
     """Check a file from its first byte to its last, in little memory.
 
     Raises `SegmentError` and `OSError`.

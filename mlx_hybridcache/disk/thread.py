@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 
-from .chains import Chains, Difference
+from .chains import Chains, TreeUpdate
 from .directory import Directory, News
 from .index import Entry
 from .segment import Segment, SegmentError, read_data
@@ -58,7 +58,7 @@ class Transfer:
 class Change:
     """What became of the directory. `names` are those of all files, where it was looked at as a whole."""
 
-    difference: Difference
+    update: TreeUpdate
     names: frozenset[str] | None = None
 
 
@@ -74,9 +74,9 @@ class _Watcher:
         if not news.is_whole:
             return Change(self.chains.change(news.entries, news.gone))
         self.chains = Chains()
-        difference = self.chains.change(news.entries)
+        update = self.chains.change(news.entries)
         names = frozenset(entry.segment.name for entry in news.entries)
-        return Change(replace(difference, orphans=self.chains.orphans()), names)
+        return Change(replace(update, orphans=self.chains.orphans()), names)
 
 
 class DiskThread:

@@ -10,7 +10,7 @@ import logging
 import shutil
 import weakref
 from collections import deque
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,9 @@ from ..tokens import Namespace, Tokens
 from ..worker.turns import PAUSE, Job, Pause
 from .arrays import RestoreBuffers, Shapes
 from .catalogue import Catalogue, digest
-from .chains import Chains, Difference
+from .chains import Chains, TreeUpdate
 from .directory import Directory
+from .index import Entry
 from .parts import FileFound, parts_of, state_of
 from .segment import Segment
 from .thread import Change, DiskThread, Transfer
@@ -73,7 +74,7 @@ class DiskTier:
     layout: Layout
     shapes: Shapes
     write_behind: WriteBehind
-    _coming: deque[Difference] = field(default_factory=deque, init=False)
+    _coming: deque[TreeUpdate] = field(default_factory=deque, init=False)
     _is_behind: bool = field(default=False, init=False)
     _newer_bytes: int = field(default=0, init=False)
     _read_bytes: int = field(default=0, init=False)
@@ -113,38 +114,40 @@ class DiskTier:
         try:
             entries = directory.open()
             if budget_bytes is None:
-                held = sum(entry.file_nbytes for entry in entries) + directory.newer_bytes
-                budget_bytes = held + min(shutil.disk_usage(root).free // 2, MOST_BYTES)
+                budget_bytes = _default_budget(directory, entries)
         except OSError as error:
             raise SettingError(
                 f"The cache directory {root} cannot be used: {refusal(error)}"
             ) from error
         catalogue = Catalogue(
-            budget_bytes,
-            needs_checkpoints=store.needs_checkpoints,
-            stride=store.stride,
+            budget_bytes, needs_checkpoints=store.needs_checkpoints, stride=store.stride
         )
         thread = DiskThread(directory, _weakly(post))
         name = str(getattr(model, "model_type", ""))
         shapes = Shapes.of(layout, model)
         write_behind = WriteBehind(thread, catalogue, store, references, step, name)
         tier = cls(thread, catalogue, store, layout, shapes, write_behind)
+        tier._load(entries)
+        return tier
+
+    def _load(self, entries: Sequence[Entry]) -> None:
+        """What is there already."""
+        catalogue, thread = self.catalogue, self.thread
         catalogue.on_unneeded(thread.delete)
         chains = Chains()
-        difference = chains.change(entries)
-        thread.watch(chains, tier.changed)
-        tier._leave_room()
-        for useless in [*catalogue.take(difference), *chains.orphans()]:
+        update = chains.change(entries)
+        thread.watch(chains, self.changed)
+        self._leave_room()
+        for useless in [*catalogue.take(update), *chains.orphans()]:
             thread.delete(useless)
-        tier.publish(None)
+        self.publish(None)
         log.info(
             "%s holds %d checkpoints in %s (%s).",
-            root,
+            thread.directory.root,
             catalogue.checkpoints,
             format_bytes(catalogue.store.budget.used_bytes),
-            "writing" if directory.is_writer else "another process writes; reading only",
+            "writing" if thread.directory.is_writer else "another process writes; reading only",
         )
-        return tier
 
     # Finding
 
@@ -182,18 +185,15 @@ class DiskTier:
         None when a file was not what it should be: it is forgotten then, and another look is due.
         A request that is cancelled meanwhile leaves its buffers to the disk thread until it is done.
         """
-        wanted = self._wanted(deeper, covered := min(found.match.matched, deeper.position))
-        state = state_of(deeper)
+        covered, state = min(found.match.matched, deeper.position), state_of(deeper)
+        wanted = self._wanted(deeper, covered)
         segments = [one for one, _, _ in wanted] + ([state] if state is not None else [])
-        for segment in segments:
-            if not self.shapes.suit(segment):
-                self._reject(segment, "it was not written for this model")
-                return None
+        if not self._suit(segments):
+            return None
         buffers = RestoreBuffers(self.layout, deeper.position, capacity)
         buffers.copy(rows_before(found.nodes(), covered), covered)
         parts = [(one, list(buffers.room_for_rows(one, a, b))) for one, a, b in wanted]
-        if state is not None:
-            parts.append((state, list(buffers.room_for_state(state))))
+        parts += [(state, list(buffers.room_for_state(state)))] if state is not None else []
         abandoned = 0
 
         def done(transfer: Transfer) -> None:
@@ -209,17 +209,26 @@ class DiskTier:
         except BaseException:
             if job.asleep:  # the disk thread still writes into them
                 # Rows that all came from memory nobody writes into, so nobody holds their buffers.
-                nbytes = buffers.state_nbytes + (buffers.rows_nbytes if wanted else 0)
-                abandoned = claim.abandon(nbytes)
+                abandoned = claim.abandon(buffers.state_nbytes + bool(wanted) * buffers.rows_nbytes)
             raise
         if transfer.failed is not None:
             self._reject(transfer.failed, transfer.error, is_told=transfer.is_told)
             return None
         self._read_bytes += sum(segment.file_nbytes for segment in segments)
-        names, clock = self.catalogue.use(deeper), self.catalogue.store.clock
+        self._note_use(deeper)
+        return buffers
+
+    def _suit(self, segments: Iterable[Segment]) -> bool:
+        """Whether all of these are this model's; the first that is not is rejected."""
+        foreign = next((one for one in segments if not self.shapes.suit(one)), None)
+        if foreign is not None:
+            self._reject(foreign, "it was not written for this model")
+        return foreign is None
+
+    def _note_use(self, found: FileFound) -> None:
+        names, clock = self.catalogue.use(found), self.catalogue.store.clock
         if self.thread.directory.is_writer:
             self.thread.change(lambda directory: directory.touch(names, clock))
-        return buffers
 
     def _wanted(self, deeper: FileFound, covered: int) -> list[tuple[Segment, int, int]]:
         """The segments to read for `[covered, deeper.position)`, each with the range that is needed."""
@@ -250,15 +259,15 @@ class DiskTier:
 
         What is to be done about it was put together by the disk thread, and is done a piece at a time.
         """
-        difference = change.difference
+        update = change.update
         if change.names is not None:  # of all that is there, what is not known yet
             catalogue = self.catalogue
             gone = [one for one in catalogue.segments() if one.name not in change.names]
-            come = [each for each in difference.come if catalogue.lacks(each)]
-            difference = replace(difference, gone=tuple(gone), come=tuple(come))
-        self._is_behind |= bool(difference.gone) or self.thread.directory.is_writer
+            come = [each for each in update.come if catalogue.lacks(each)]
+            update = replace(update, gone=tuple(gone), come=tuple(come))
+        self._is_behind |= bool(update.gone) or self.thread.directory.is_writer
         is_idle = not self._coming
-        self._coming += difference.pieces(PIECE)
+        self._coming += update.pieces(PIECE)
         if is_idle:
             self._take_some()
 
@@ -330,6 +339,11 @@ class DiskTier:
             rejected=self._rejected,
             failures=self.write_behind.failures,
         )
+
+
+def _default_budget(directory: Directory, entries: Iterable[Entry]) -> int:
+    held = sum(entry.file_nbytes for entry in entries) + directory.newer_bytes
+    return held + min(shutil.disk_usage(directory.root).free // 2, MOST_BYTES)
 
 
 def _weakly(post: Callable[[Callable[[], None]], None]) -> Callable[[Callable[[], None]], None]:

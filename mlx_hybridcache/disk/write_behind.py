@@ -276,9 +276,9 @@ class WriteBehind:
                     self._look_later()
                     return
                 looks += 1
-                self._current = self._next()
+                self._current = self.next_due()
             if self._current is not None:
-                self._hand_over(self._current)
+                self.hand_over(self._current)
 
     def _look_later(self) -> None:
         """Much of what is due is there already: others have their turns before more is looked at."""
@@ -291,7 +291,7 @@ class WriteBehind:
             self._is_looking = True
             self.thread.later(look)
 
-    def _next(self) -> _Writing | None:
+    def next_due(self) -> _Writing | None:
         """What the next checkpoint lacks; None if it lacks nothing, or must wait."""
         if (due := self._unwritten.pop()) is None:
             return None
@@ -325,7 +325,7 @@ class WriteBehind:
         has_state = node.checkpoint is not None or not self.store.needs_checkpoints
         return node.parent is not None and has_state
 
-    def _hand_over(self, writing: _Writing) -> None:
+    def hand_over(self, writing: _Writing) -> None:
         """One segment more."""
         if not writing.left or not self._is_there(writing.node):
             self._current = None
@@ -386,9 +386,9 @@ class WriteBehind:
         segment, writing = flight.segment, flight.writing
         self.written_bytes += segment.file_nbytes
         try:
-            is_parting = writing.node.returns > 0 and segment.end == writing.node.end
+            is_branch_point = writing.node.returns > 0 and segment.end == writing.node.end
             if segment in self.catalogue or self.catalogue.add(
-                segment, flight.tokens, is_parting=is_parting
+                segment, flight.tokens, is_branch_point=is_branch_point
             ):
                 return True
             # What leads to it went meanwhile and is written again, or all of it is there.

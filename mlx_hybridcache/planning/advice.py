@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..sizes import format_bytes
-from .plan import MOST_RUNNING, Load, Plan
+from .plan import MOST_RUNNING, Occupancy, Plan
 
 READING_AT_ONCE = 8
 """Prompts that the server reads at once by default."""
@@ -58,7 +58,7 @@ def _about_fitting(plan: Plan) -> Iterator[str]:
         longest = plan.longest_context
         shorter = f"Up to {longest:,} tokens fit: use a shorter --context, " if longest else "Take "
         yield (
-            f"One request of {plan.context:,} tokens needs {format_bytes(plan.load(1).needed_bytes)} "
+            f"One request of {plan.context:,} tokens needs {format_bytes(plan.occupancy(1).needed_bytes)} "
             f"beside the weights, of {format_bytes(plan.room.budget_bytes)}. "
             f"{shorter}a smaller quantization, or more memory."
         )
@@ -68,7 +68,7 @@ def _about_fitting(plan: Plan) -> Iterator[str]:
             f"{'does' if plan.at_once == 1 else 'do'}: the flags let the others wait. Where prompts "
             "are shorter, leave the two flags for concurrency out."
         )
-    elif plan.load(SEVERAL).peak_bytes > plan.room.budget_bytes:
+    elif plan.occupancy(SEVERAL).peak_bytes > plan.room.budget_bytes:
         yield (
             f"{SEVERAL} requests of that length fit at once, but not with all their checkpoints and a "
             "batch: the least useful checkpoints go, and replies are written in turns."
@@ -126,7 +126,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "checkpoints": plan.checkpoints,
         "working_set_bytes": plan.room.working_set_bytes,
         "budget_bytes": plan.room.budget_bytes,
-        "running": [_load_json(plan, plan.load(count)) for count in (1, SEVERAL)],
+        "running": [_load_json(plan, plan.occupancy(count)) for count in (1, SEVERAL)],
         "conversation_bytes": plan.conversation_bytes,
         "least_conversation_bytes": plan.least_conversation_bytes,
         "conversations": plan.conversations(plan.conversation_bytes),
@@ -140,7 +140,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _load_json(plan: Plan, load: Load) -> dict[str, int]:
+def _load_json(plan: Plan, load: Occupancy) -> dict[str, int]:
     return {
         "requests": load.requests,
         "live_bytes": load.live_bytes,

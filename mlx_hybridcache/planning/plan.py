@@ -36,7 +36,7 @@ class Room:
 
 
 @dataclass(frozen=True, slots=True)
-class Load:
+class Occupancy:
     """So many requests of the planned length under way. All in bytes.
 
     `live` are their caches; `joined` what they claim for a moment while the last of them joins the
@@ -92,7 +92,7 @@ class Plan:
         """What one running request claims."""
         return self.layout.running_bytes(request_rows(self.context, self.max_tokens))
 
-    def load(self, requests: int) -> Load:
+    def occupancy(self, requests: int) -> Occupancy:
         """`requests` of them at once."""
         joined = held = requests * self.running_bytes
         if requests > 1 and self.layout.merges:
@@ -104,10 +104,10 @@ class Plan:
             joined += batch_bytes(self.layout, requests, capacity, joined)[1]
         rows = requests * self.rows_bytes
         if (
-            self.layout.lends_rows
+            self.layout.shares_rows
         ):  # they lie in the caches, and move to the store a layer at a time at most
             rows = self.context * max(kind.row_bytes for kind in self.layout.kinds)
-        return Load(
+        return Occupancy(
             requests=requests,
             live_bytes=held,
             joined_bytes=joined,
@@ -122,7 +122,7 @@ class Plan:
     @property
     def at_once(self) -> int:
         """How many requests fit at once, each with what it leaves stored."""
-        return min(MOST_RUNNING, self.room.budget_bytes // self.load(1).needed_bytes)
+        return min(MOST_RUNNING, self.room.budget_bytes // self.occupancy(1).needed_bytes)
 
     @property
     def fits(self) -> bool:
@@ -135,7 +135,7 @@ class Plan:
         limit = self.model.longest_context or UNLIMITED
 
         def needed(steps: int) -> int:
-            return replace(self, context=steps * ROW_STEP).load(1).needed_bytes
+            return replace(self, context=steps * ROW_STEP).occupancy(1).needed_bytes
 
         steps = range(1, limit // ROW_STEP + 1)
         return bisect.bisect_right(steps, self.room.budget_bytes, key=needed) * ROW_STEP

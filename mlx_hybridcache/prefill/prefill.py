@@ -14,7 +14,7 @@ from ..tiers import Tiers
 from ..tokens import TurnMarks
 from ..worker.turns import PAUSE, Load, Pause
 from .replay import Route, replay, route_of
-from .schedule import Grid, Reading, partings
+from .schedule import Grid, Reading, branch_points
 
 
 @dataclass(eq=False)
@@ -50,7 +50,7 @@ class Prefill:
             branch=found.match.matched,
             boundaries=request.boundaries,
         )
-        parted = partings(reading, self.grid, is_inside=found.is_inside)
+        branches = branch_points(reading, self.grid, is_inside=found.is_inside)
         request.on_progress(found.position, len(tokens))
         request.advance(found.position)
         slices = replay(
@@ -61,7 +61,7 @@ class Prefill:
             self.route(self.layout, self.grid, reading, exact=request.exact),
             step=lambda: self._step(request),
             stops=account.stops,
-            afford=lambda a, b, cuts: self.tiers.afford(request, live, b, cuts, parted),
+            afford=lambda a, b, cuts: self.tiers.afford(request, live, b, cuts, branches),
         )
         for read in slices:
             account.forwards += 1
@@ -69,8 +69,10 @@ class Prefill:
             del read  # what the store lets go of again must not be held from here
             while left:
                 at = left[0].position
-                is_end, is_parting = at == reading.end, at in parted
-                self.tiers.save(request, live, left.pop(0), is_end=is_end, is_parting=is_parting)
+                is_end, is_branch_point = at == reading.end, at in branches
+                self.tiers.save(
+                    request, live, left.pop(0), is_end=is_end, is_branch_point=is_branch_point
+                )
             live.materialize()
             request.advance(live.position)
             request.on_progress(live.position, len(tokens))

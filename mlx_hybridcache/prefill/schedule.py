@@ -120,7 +120,7 @@ def cuts_for_exact(reading: Reading, grid: Grid) -> list[int]:
     return [cut for cut in grid.cuts(reading.start, reading.end + 1) if cut % grid.step == 0]
 
 
-def partings(reading: Reading, grid: Grid, *, is_inside: bool) -> frozenset[int]:
+def branch_points(reading: Reading, grid: Grid, *, is_inside: bool) -> frozenset[int]:
     """Of the cuts those at which prompts part ways.
 
     One does so now, where it leaves what is stored, if that `is_inside`. And behind the first turn, which

@@ -99,9 +99,7 @@ def token_ids(prompt: Any) -> Iterable[int]:
         if mask is not None and not all(_flat(mask)):
             raise PromptError("The prompt is padded; tokenize it with padding=False.")
         prompt = prompt["input_ids"]
-    if is_compact(prompt):
-        return prompt
-    found = _plain(prompt)
+    found = _ids_as_given(prompt)
     if isinstance(found, (bytes, bytearray, memoryview)):
         raise PromptError("The prompt is bytes. Decode it: prompt.decode().")
     if not isinstance(found, Iterable):
@@ -124,6 +122,11 @@ def token_ids(prompt: Any) -> Iterable[int]:
 
 
 _WANTED = "Text or a list of token ids is needed."
+
+
+def _ids_as_given(value: Any) -> Any:
+    """What is compact already as it is: a long prompt is made no list of."""
+    return value if is_compact(value) else _plain(value)
 
 
 def _plain(value: Any) -> Any:

@@ -8,14 +8,13 @@ from typing import Any
 
 from ..errors import RouterError
 from .checkpoint.write import PATCH_FILE
+from .defaults import AUTO
 from .discovery.calibration import calibration_tokens
 from .discovery.discover import discover
 from .families import moe_layers
 from .patch import Patch
 
 log = logging.getLogger("mlx_hybridcache")
-
-AUTO = "auto"
 
 
 def choose_patch(

@@ -104,9 +104,9 @@ class CountedTrees(Generic[R, S]):
         self.budget.keep(rows=node.rows_nbytes)
         return node
 
-    def stand(self, node: Node[R, S], checkpoint: S, *, is_parting: bool) -> None:
-        """Prompts can be resumed at the end of `node` from now on; `is_parting` as for a node."""
-        node.set_checkpoint(checkpoint, is_parting=is_parting)
+    def stand(self, node: Node[R, S], checkpoint: S, *, is_branch_point: bool) -> None:
+        """Prompts can be resumed at the end of `node` from now on; `is_branch_point` as for a node."""
+        node.set_checkpoint(checkpoint, is_branch_point=is_branch_point)
         self.budget.keep(snapshots=checkpoint.nbytes)
 
     def extend(

@@ -71,7 +71,7 @@ class Trees(Mapping[Namespace, PrefixTree[R, S]], Generic[R, S]):
         changed: dict[Namespace, Outline | None] = dict.fromkeys(self._gone)
         for root in self._noted.roots:
             if (name := self._names.get(root)) is not None:
-                changed[name] = outlined(root, now)
+                changed[name] = outlined(root, lambda node: now)
         self._gone.clear()
         self._noted.roots.clear()
         self._outlines = self._outlines.differing(changed)

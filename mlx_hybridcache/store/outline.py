@@ -7,6 +7,7 @@ object as before, so making one costs as much as what changed, and so does compa
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from .frozen import FrozenMap
@@ -40,7 +41,7 @@ class Outline:
         "used_at",
     )
 
-    def __init__(self, node: AnyNode, now: float | None):
+    def __init__(self, node: AnyNode, used_at: Callable[[AnyNode], float | None]):
         old: Outline | None = node.outline
         self.start, self.end, self.tokens = node.start, node.end, node.tokens
         is_same = old is not None and (old.start, old.end) == (self.start, self.end)
@@ -50,7 +51,7 @@ class Outline:
         self.is_pinned = node.pinned
         self.last_used = node.last_used
         self.used_at: float | None = (
-            old.used_at if old is not None and old.last_used == node.last_used else now
+            old.used_at if old and old.last_used == node.last_used else used_at(node)
         )
         self.children = _children(node, old)
         self._below: Below | None = None
@@ -113,8 +114,11 @@ def _sum(outline: Outline) -> Below:
     )
 
 
-def outlined(root: AnyNode, now: float | None) -> Outline:
-    """The outline of the tree below `root`, at the time `now`. Visits what changed, on the worker."""
+def outlined(root: AnyNode, used_at: Callable[[AnyNode], float | None]) -> Outline:
+    """The outline of the tree below `root`. Visits what changed, on the worker.
+
+    `used_at` tells when a node was used that has been used since the last time.
+    """
     waiting = [root]
     while waiting:
         node = waiting[-1]
@@ -127,7 +131,7 @@ def outlined(root: AnyNode, now: float | None) -> Outline:
         if first:
             waiting += first
             continue
-        node.outline, node.fresh = Outline(node, now), None
+        node.outline, node.fresh = Outline(node, used_at), None
         waiting.pop()
     outline: Outline = root.outline
     return outline

@@ -16,8 +16,8 @@ from .counted import CountedTrees, tokens_to
 from .evicted import Evicted
 from .eviction.choose import Eviction, crowded
 from .eviction.conversations import Conversations
-from .eviction.policy import NEAR_TOKENS, Partings, weights
-from .eviction.values import Census, Weigh
+from .eviction.policy import NEAR_TOKENS, BranchRate, weights
+from .eviction.values import NodeValues, Weigh
 from .lazy_rows import full_nbytes
 from .match import Found
 from .references import References
@@ -56,11 +56,11 @@ class Store(CountedTrees[R, S]):
         self.max_conversations = max_conversations
         self.max_checkpoints = max_checkpoints
         conversations = Conversations(needs_checkpoints) if max_conversations is not None else None
-        self._census = Census(needs_checkpoints, weigh, conversations)
-        super().__init__(budget_bytes, references, self._census.noted)
+        self._values = NodeValues(needs_checkpoints, weigh, conversations)
+        super().__init__(budget_bytes, references, self._values.noted)
         self.before_evicting: Callable[[], None] = lambda: None  # what costs nobody anything
         self.clock = 0
-        self.partings = Partings()
+        self.branch_rate = BranchRate()
         self.evictions = 0
         self._refusals = 0
         self._evicted = Evicted()
@@ -88,8 +88,8 @@ class Store(CountedTrees[R, S]):
 
     def stats(self) -> StoreStats:
         """Counts and bytes at this moment."""
-        census = self._census
-        census.settle()
+        values = self._values
+        values.settle()
         budget = self.budget
         return StoreStats(
             budget_bytes=budget.limit_bytes,
@@ -97,11 +97,11 @@ class Store(CountedTrees[R, S]):
             snapshot_bytes=budget.snapshot_bytes,
             running_bytes=budget.running_bytes,
             lingering_bytes=budget.in_flight_bytes,
-            checkpoints=census.checkpoints,
-            conversations=census.conversations_stored(),
-            nodes=census.nodes,
-            pinned=len(census.pins.pinned),
-            tokens=census.tokens,
+            checkpoints=values.checkpoints,
+            conversations=values.conversations_stored(),
+            nodes=values.nodes,
+            pinned=len(values.pins.pinned),
+            tokens=values.tokens,
             evictions=self.evictions,
             refusals=self._refusals,
         )
@@ -164,7 +164,7 @@ class Store(CountedTrees[R, S]):
         tokens: Tokens,
         cuts: Sequence[int],
         *,
-        partings: Container[int],
+        branch_points: Container[int],
         row_bytes: int,
         snapshot_bytes: int,
     ) -> list[int]:
@@ -172,7 +172,7 @@ class Store(CountedTrees[R, S]):
 
         Room is made for them, for the slice's rows and for cutting what is stored. A cut is left out
         rather than that something more useful goes for it; none is left where not even one fits.
-        `partings` are where prompts part ways (`schedule.partings`).
+        `branch_points` are where prompts part ways (`schedule.branch_points`).
         """
         budget, match = self.budget, self.match(namespace, tokens)
         rows = (len(tokens) - match.matched) * row_bytes
@@ -187,7 +187,7 @@ class Store(CountedTrees[R, S]):
         above = max((n.end for n in match.path if n.checkpoint and n.end < cuts[0]), default=0)
         wanted = list(cuts)
         while not budget.has_room(rows + len(wanted) * snapshot_bytes):
-            worths = self._worths(above, wanted, len(tokens), partings, snapshot_bytes)
+            worths = self._worths(above, wanted, len(tokens), branch_points, snapshot_bytes)
             worst = min(range(len(wanted)), key=worths.__getitem__)
             if len(wanted) > 1 and worths[worst] <= eviction.least():
                 del wanted[worst]
@@ -200,13 +200,13 @@ class Store(CountedTrees[R, S]):
         return wanted
 
     def _worths(
-        self, above: int, cuts: Sequence[int], end: int, partings: Container[int], nbytes: int
+        self, above: int, cuts: Sequence[int], end: int, branch_points: Container[int], nbytes: int
     ) -> list[float]:
         """What checkpoints of `nbytes` at each of these cuts of a slice would be worth."""
         return [
-            self._census.weigh(
-                cut - up, down - cut, end - cut, nbytes, int(cut in partings), False
-            ).worth(0, 0, self.partings.interior)
+            self._values.weigh(
+                cut - up, down - cut, end - cut, nbytes, int(cut in branch_points), False
+            ).worth(0, 0, self.branch_rate.interior)
             for up, cut, down in zip([above, *cuts[:-1]], cuts, [*cuts[1:], end], strict=True)
         ]
 
@@ -226,7 +226,7 @@ class Store(CountedTrees[R, S]):
 
     def use(self, found: Found[R, S]) -> None:
         """Refresh the recency of what was restored, and of nothing else."""
-        self.partings.saw(is_inside=found.is_inside)
+        self.branch_rate.saw(is_inside=found.is_inside)
         nodes = found.match.path[-1:] if found.node is None else (found.node,)
         for node in nodes:
             node.use(self.clock)
@@ -242,16 +242,15 @@ class Store(CountedTrees[R, S]):
         *,
         row_bytes: int,
         is_end: bool = False,
-        is_parting: bool = False,
+        is_branch_point: bool = False,
     ) -> bool:
         """Store the rows of all of `tokens` and what stands at their end.
 
         `rows_of(start)` copies the rows of `[start, len(tokens))`, or says who has them, and is asked only
         for what the tree lacks; `row_bytes` is what the store will hold of each. The checkpoint's own bytes
-        exist already; they and the rows are claimed before the copy is made. `is_parting` says that
-        prompts part ways here. False when they did not fit, when `rows_of` no
-        longer has the rows, or when pins and ends fill a path to `max_checkpoints`, and nothing was
-        added then.
+        exist already; they and the rows are claimed before the copy is made. `is_branch_point`: prompts
+        part ways here. False when they did not fit, when `rows_of` no longer has the rows, or
+        when pins and ends fill a path to `max_checkpoints`, and nothing was added then.
         """
         match = self.match(namespace, tokens)
         at_end = match.path[-1] if match.path and match.matched == len(tokens) else None
@@ -269,7 +268,7 @@ class Store(CountedTrees[R, S]):
                 node = self.extend(namespace, match, tokens, rows)
                 node.use(self.clock, is_end=is_end)
                 if checkpoint is not None:
-                    self.stand(node, checkpoint, is_parting=is_parting)
+                    self.stand(node, checkpoint, is_branch_point=is_branch_point)
                 self._saved(namespace, node)
                 return True
         self._refusals += 1
@@ -289,7 +288,7 @@ class Store(CountedTrees[R, S]):
         """What ends with `node` was stored."""
         for above in node.path():
             above.pass_by(self.clock)
-            if above is not node and self._census.only_joins(above):  # kept while this was written
+            if above is not node and self._values.only_joins(above):  # kept while this was written
                 self._trees[namespace].merge(above)
         self._keep_limits(node)
 
@@ -303,8 +302,8 @@ class Store(CountedTrees[R, S]):
         match = self.match(namespace, tokens)
         position = self._restorable(match, tokens)
         node = match.deepest_checkpoint(position) or self._cut(namespace, tokens, match)
-        self._census.settle()
-        path = {*self._census.pins.nodes, *node.path()}
+        self._values.settle()
+        path = {*self._values.pins.nodes, *node.path()}
         weight = sum(full_nbytes(x) for x in path) + sum(
             x.checkpoint.nbytes for x in path if x.checkpoint and (x.pinned or x is node)
         )
@@ -370,7 +369,7 @@ class Store(CountedTrees[R, S]):
         return self.extend(namespace, match, tokens[: match.matched], None)
 
     def _eviction(self, keep: Iterable[AnyNode] = (), spare: AnyNode | None = None) -> Eviction:
-        return Eviction(self._census, frozenset(keep), spare, self.clock, self.partings.interior)
+        return Eviction(self._values, frozenset(keep), spare, self.clock, self.branch_rate.interior)
 
     def _is_full(self, match: Match[R, S], position: int) -> bool:
         """Whether some path has no room for a checkpoint at `position`, and none that may go."""
@@ -392,11 +391,11 @@ class Store(CountedTrees[R, S]):
 
         The conversation of `written` stays, and so do those that a pin would keep in part.
         """
-        most, conversations = self.max_conversations, self._census.conversations
+        most, conversations = self.max_conversations, self._values.conversations
         if most is None or conversations is None:
             return None
-        self._census.settle()
-        if self._census.conversations_stored() <= most:
+        self._values.settle()
+        if self._values.conversations_stored() <= most:
             return None
         return conversations.oldest(written)
 

@@ -141,11 +141,11 @@ class Node(Generic[R, S]):
         """The run that goes on with `token`."""
         return self.children.get(token) if self.children else None
 
-    def set_checkpoint(self, checkpoint: S | None, *, is_parting: bool = False) -> None:
-        """This stands at its end from now on; `is_parting` says that prompts part ways there."""
+    def set_checkpoint(self, checkpoint: S | None, *, is_branch_point: bool = False) -> None:
+        """This stands at its end from now on; `is_branch_point` says that prompts part ways there."""
         self.checkpoint = checkpoint
         if checkpoint is not None:
-            self.returns = int(is_parting)
+            self.returns = int(is_branch_point)
         self.touch()
 
     def set_rows(self, rows: tuple[R, ...]) -> None:

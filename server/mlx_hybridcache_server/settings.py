@@ -11,6 +11,7 @@ from typing import Any
 from mlx_hybridcache.cli.versions import versions
 from mlx_hybridcache.demo import BUNDLED_MODEL
 from mlx_hybridcache.errors import SettingError
+from mlx_hybridcache.router.defaults import AUTO
 from mlx_hybridcache.sizes import parse_bytes
 
 from .flags import API_KEY_VARIABLE, FLAGS, LARGEST_BODY
@@ -127,8 +128,6 @@ def read_settings(parser: argparse.ArgumentParser, argv: list[str] | None) -> Se
 def _check_router(router: str | None) -> None:
     if router is None:
         return
-    from mlx_hybridcache.router import AUTO  # with MLX, which `--help` does without
-
     if router != AUTO and not Path(router).expanduser().is_file():
         raise SettingError(
             f"--canonicalize-router {router}: there is no such file. Name a router patch, or auto."

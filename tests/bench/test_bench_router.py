@@ -14,7 +14,7 @@ from mlx_hybridcache_bench.router import command as router
 from mlx_hybridcache_bench.router.cloned import clone_experts
 from mlx_hybridcache_bench.router.kinds import ALPHABET, kinds
 from mlx_hybridcache_bench.router.models import Size
-from mlx_hybridcache_bench.router.servers import Load
+from mlx_hybridcache_bench.router.servers import ServerLoad
 from mlx_hybridcache_bench.router.specialised import COPIES, held_out_texts, specialised
 
 from mlx_hybridcache import ModelError
@@ -93,7 +93,7 @@ def test_the_command_serves_tells_and_draws(
 ) -> None:
     """A specialised model on trial, the bundled one cloned, behind two real servers; as small as can be."""
     monkeypatch.setattr(router, "QUICK_SIZE", Size(32, 8, 32, 1))
-    monkeypatch.setattr(router, "QUICK_LOAD", Load(2, 80, 4, 1, 2, 60))
+    monkeypatch.setattr(router, "QUICK_LOAD", ServerLoad(2, 80, 4, 1, 2, 60))
     json_file, plot = tmp_path / "router.json", tmp_path / "router.png"
     parts = ["--only", "specialised", "--only", "servers"]
     main(["router", "--quick", *parts, "--plot", str(plot), "--json", str(json_file)])

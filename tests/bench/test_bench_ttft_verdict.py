@@ -16,7 +16,7 @@ from mlx_hybridcache_bench.serving.watch import LoadWatch, sentence
 from mlx_hybridcache_bench.ttft.contenders import Contender, flags_of
 from mlx_hybridcache_bench.ttft.measure import Measurement
 from mlx_hybridcache_bench.ttft.pace import Pace, duration_text
-from mlx_hybridcache_bench.ttft.plan import NAMES, USUAL, Plan
+from mlx_hybridcache_bench.ttft.plan import NAMES, USUAL, BenchPlan
 from mlx_hybridcache_bench.ttft.remote import at_url
 from mlx_hybridcache_bench.ttft.turns import fit_together, measure_in_turns
 from places import SUPPORT
@@ -156,7 +156,7 @@ def test_servers_are_asked_in_turns(together: bool, monkeypatch: pytest.MonkeyPa
     """Two runs of two scenarios: a b, then b a; the promise comes before anything is measured."""
     monkeypatch.setenv("STAND_IN", json.dumps({}))
     stand_in = SUPPORT / "stand_in_server.py"
-    plan = Plan((600,), 2, ("repeat", "chat"), 2, 20, 20, 300, cold_checks=False)
+    plan = BenchPlan((600,), 2, ("repeat", "chat"), 2, 20, 20, 300, cold_checks=False)
     asked: list[str] = []
     with ServerProcess(Launch("stand-in", (str(stand_in),))) as process:
         process.wait_ready()

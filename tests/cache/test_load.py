@@ -421,7 +421,7 @@ def test_a_worker_that_fails_goes_on(cache):
     def fails():
         raise MemoryError("no room for a list")
 
-    cache._worker.post(fails)
+    cache.worker.post(fails)
     with pytest.raises(MemoryError):
         list(running)
     assert cache.is_alive

@@ -28,7 +28,7 @@ def new_cache(name, **settings):
 def stored(cache, salt=None):
     """The token lists of all checkpoints."""
     namespace = cache.engine.sharing.namespaces(cache._prompts.salt_of(salt))[0]
-    return cache._worker.call(
+    return cache.worker.call(
         lambda: [tokens.tolist() for tokens, _ in cache.engine.tiers.memory.checkpoints(namespace)]
     )
 

@@ -15,6 +15,17 @@ LOADERS = {
 }
 """What Python's loader says of `mlx.core` then."""
 
+HIDES_BACKENDS = """
+import importlib.metadata as metadata
+found = metadata.distribution
+def distribution(name):
+    if name in ("mlx-cpu", "mlx-cuda-12", "mlx-cuda-13"):
+        raise metadata.PackageNotFoundError(name)
+    return found(name)
+metadata.distribution = distribution
+"""
+"""A `sitecustomize`: this environment has a backend."""
+
 COMMANDS = [
     ["-m", "mlx_hybridcache.cli", "verify"],
     ["-m", "mlx_hybridcache.cli", "bench", "decode"],
@@ -46,6 +57,7 @@ def test_a_start_without_a_backend_says_which_to_install(command, why, tmp_path)
     (tmp_path / "mlx").mkdir()
     (tmp_path / "mlx" / "__init__.py").touch()
     (tmp_path / "mlx" / "core.py").write_text(f"raise ImportError({LOADERS[why]!r}, name='core')")
+    (tmp_path / "sitecustomize.py").write_text(HIDES_BACKENDS)
     path = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
     done = subprocess.run(
         [sys.executable, *command],
@@ -64,7 +76,25 @@ def test_a_start_without_a_backend_says_which_to_install(command, why, tmp_path)
         assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
 
 
-def test_its_error_is_an_import_error_too():
+LACKING = {
+    "libmlx.so: cannot open shared object file": ["mlx-cuda-13"],
+    "libnccl.so.2: cannot open shared object file": ["mlx-cpu", "mlx-cuda-13"],
+}
+"""What of several is left when one was taken away, and a backend without what it needs."""
+
+
+@pytest.mark.parametrize("text", LACKING)
+def test_a_backend_that_is_not_whole_is_to_be_installed_anew(text, only_these):
+    """Both steps, with all names: pip alone would say that it is there."""
+    for name in LACKING[text]:
+        package_of(only_these, name)
+    with pytest.raises(BackendError) as caught, backend.explaining():
+        raise ImportError(text, name="core", path="/lib/mlx/core.so")
+    assert f"pip uninstall {' '.join(LACKING[text])}, then" in str(caught.value)
+    assert 'pip install "mlx-hybridcache[cuda13]"' in str(caught.value)
+
+
+def test_its_error_is_an_import_error_too(only_these):
     """Whoever guards an import of MLX catches it as before."""
     assert issubclass(BackendError, HybridCacheError)
     assert issubclass(BackendError, ImportError)

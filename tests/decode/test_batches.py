@@ -52,14 +52,16 @@ def same(replies, expected):
         assert oracle.agree(reply.logprobs, other.logprobs)
 
 
-def together(cache, asks):
-    """Start every ask, then read them to their ends, in turns of one token."""
-    running = [cache.stream_generate(prompt, count, **options) for prompt, count, options in asks]
+def together(cache, requests):
+    """Start every request, then read them to their ends, in turns of one token."""
+    running = [
+        cache.stream_generate(prompt, count, **options) for prompt, count, options in requests
+    ]
     replies = [[] for _ in running]
     while running_now := [
         (reply, one)
-        for reply, one, ask in zip(replies, running, asks, strict=True)
-        if len(reply) < ask[1]
+        for reply, one, request in zip(replies, running, requests, strict=True)
+        if len(reply) < request[1]
     ]:
         for reply, one in running_now:
             reply.append(next(one))
@@ -67,7 +69,7 @@ def together(cache, asks):
     return replies
 
 
-def asks_of(lengths, counts, **options):
+def requests_of(lengths, counts, **options):
     options = {"sampler": oracle.never_ending, "seed": 0} | options
     return [
         (oracle.prompt(length, seed=length), count, options)
@@ -80,14 +82,14 @@ def asks_of(lengths, counts, **options):
 )
 def test_replies_have_the_same_bits_in_a_batch_as_alone(name):
     """Four prompts of 60 to 100 tokens, replies of 5 to 30: they join and leave at their own times."""
-    asks = asks_of((60, 75, 90, 100), (30, 5, 12, 20))
+    requests = requests_of((60, 75, 90, 100), (30, 5, 12, 20))
     with new_cache(name) as cache, batches(cache) as sizes:
-        found = together(cache, asks)
+        found = together(cache, requests)
         assert max(sizes) >= 3
-        for (prompt, _, _), replies in zip(asks, found, strict=True):
+        for (prompt, _, _), replies in zip(requests, found, strict=True):
             history = [*prompt, *(reply.token for reply in replies)]
             assert cache.lookup([*history, 1]).restored_tokens == len(history), "its end is kept"
-    for (prompt, count, options), replies in zip(asks, found, strict=True):
+    for (prompt, count, options), replies in zip(requests, found, strict=True):
         with new_cache(name) as cache:
             same(replies, list(cache.stream_generate(prompt, count, **options)))
 
@@ -95,11 +97,11 @@ def test_replies_have_the_same_bits_in_a_batch_as_alone(name):
 @pytest.mark.parametrize("name", ALONE)
 def test_models_whose_bits_a_batch_would_change_decode_one_by_one(name):
     """Windows: two replies at once, and no forward of two."""
-    asks = asks_of((60, 75), (12, 12))
+    requests = requests_of((60, 75), (12, 12))
     with new_cache(name) as cache, batches(cache) as sizes:
-        found = together(cache, asks)
+        found = together(cache, requests)
         assert set(sizes) == {1}
-    for (prompt, count, options), replies in zip(asks, found, strict=True):
+    for (prompt, count, options), replies in zip(requests, found, strict=True):
         with new_cache(name) as cache:
             same(replies, list(cache.stream_generate(prompt, count, **options)))
 
@@ -107,14 +109,14 @@ def test_models_whose_bits_a_batch_would_change_decode_one_by_one(name):
 def test_exact_mode_decodes_one_by_one():
     """No forward of two."""
     with new_cache("qwen3_next", exact=True) as cache, batches(cache) as sizes:
-        together(cache, asks_of((60, 75), (12, 12)))
+        together(cache, requests_of((60, 75), (12, 12)))
         assert set(sizes) == {1}
 
 
 def test_a_lone_reply_is_not_batched():
     """One request: every forward is of one."""
     with new_cache("qwen3_next") as cache, batches(cache) as sizes:
-        together(cache, asks_of((60,), (12,)))
+        together(cache, requests_of((60,), (12,)))
         assert set(sizes) == {1}
 
 
@@ -123,9 +125,9 @@ def test_many_experts_in_a_large_batch_have_the_same_bits(monkeypatch):
     monkeypatch.setitem(tiny_models.EXPERTS, "num_experts", 16)
     monkeypatch.setitem(tiny_models.EXPERTS, "num_experts_per_tok", 10)
     model = tiny.fresh("qwen3_next")
-    asks = asks_of(range(60, 100, 5), [12] * 8)
+    requests = requests_of(range(60, 100, 5), [12] * 8)
     found = []
-    for chosen in (asks, *([ask] for ask in asks)):
+    for chosen in (requests, *([request] for request in requests)):
         with HybridPromptCache(
             model, oracle.word_tokenizer(), memory_budget="300MB", prefill_step_size=64
         ) as cache:
@@ -136,7 +138,7 @@ def test_many_experts_in_a_large_batch_have_the_same_bits(monkeypatch):
 
 def test_samplers_and_processors_stay_each_replys_own():
     """Seeds, temperatures and penalties in one batch: what each would draw alone."""
-    asks = [
+    requests = [
         (
             oracle.prompt(60 + seed, seed=seed),
             15,
@@ -149,8 +151,8 @@ def test_samplers_and_processors_stay_each_replys_own():
         for seed in range(4)
     ]
     with new_cache("qwen3_next") as cache:
-        found = [list(replies) for replies in together(cache, [(p, 6, o) for p, _, o in asks])]
-    for (prompt, _, options), replies in zip(asks, found, strict=True):
+        found = [list(replies) for replies in together(cache, [(p, 6, o) for p, _, o in requests])]
+    for (prompt, _, options), replies in zip(requests, found, strict=True):
         with new_cache("qwen3_next") as cache:
             expected = [
                 next(g) for g in [cache.stream_generate(prompt, 6, **options)] for _ in "x" * 6
@@ -186,9 +188,9 @@ def test_an_error_in_one_reply_ends_that_reply_only():
 
 def test_a_client_that_takes_nothing_leaves_the_batch_and_comes_back():
     """Its reply waits on caches of its own, at most so many tokens ahead; then it goes on."""
-    asks = asks_of((60, 70), (60, 60))
+    requests = requests_of((60, 70), (60, 60))
     with new_cache("qwen3_next") as cache, batches(cache) as sizes:
-        (slow_prompt, count, options), (prompt, _, _) = asks
+        (slow_prompt, count, options), (prompt, _, _) = requests
         slow = cache.stream_generate(slow_prompt, count, **options)
         first = next(slow)
         replies = list(cache.stream_generate(prompt, count, **options))
@@ -196,16 +198,16 @@ def test_a_client_that_takes_nothing_leaves_the_batch_and_comes_back():
         assert sum(sizes) < 60 + 16 + 2 * UNTAKEN + 10, "nobody decodes far ahead for it"
         rest = [first, *slow]
         assert cache.stats().running_bytes == 0
-    for (prompt, count, options), found in zip(asks, (rest, replies), strict=True):
+    for (prompt, count, options), found in zip(requests, (rest, replies), strict=True):
         with new_cache("qwen3_next") as cache:
             same(found, list(cache.stream_generate(prompt, count, **options)))
 
 
 def test_a_batch_is_not_padded_beyond_what_it_holds():
     """900 tokens and 20: padding would cost more than both; they decode side by side."""
-    asks = asks_of((900, 20, 25), (10, 10, 10))
+    requests = requests_of((900, 20, 25), (10, 10, 10))
     with new_cache("qwen3_next") as cache, batches(cache) as sizes:
-        together(cache, asks)
+        together(cache, requests)
         assert max(sizes) < 3
 
 

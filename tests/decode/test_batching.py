@@ -26,9 +26,11 @@ def new_cache(model, **settings):
     )
 
 
-def together(cache, asks):
-    """Start every ask, then take a token of each in turn until all have ended."""
-    running = [cache.stream_generate(prompt, count, **options) for prompt, count, options in asks]
+def together(cache, requests):
+    """Start every request, then take a token of each in turn until all have ended."""
+    running = [
+        cache.stream_generate(prompt, count, **options) for prompt, count, options in requests
+    ]
     replies = [[] for _ in running]
     take_in_turn(running, replies)
     return replies, [one.report for one in running]
@@ -46,7 +48,7 @@ def take_in_turn(running, replies):
                 pair[0].append(response)
 
 
-def asks_of(lengths, count, options=GREEDY):
+def requests_of(lengths, count, options=GREEDY):
     return [(oracle.prompt(length, seed=length), count, options) for length in lengths]
 
 
@@ -63,20 +65,20 @@ def same(replies, expected):
 def test_models_that_compute_something_else_in_batches_decode_one_by_one(name, caplog):
     """Three prompts of unequal lengths at once, and a turn behind each: as one after another; said once."""
     model = odd_batches.build(name)
-    asks = asks_of((40, 61, 75), 12)
+    requests = requests_of((40, 61, 75), 12)
     with caplog.at_level(logging.WARNING), new_cache(model) as cache:
         assert caplog.text.count("decoded one by one") == 1
         with oracle.batch_sizes(model) as sizes:
-            found, _ = together(cache, asks)
+            found, _ = together(cache, requests)
             assert set(sizes) == {1}
         turns = [
             ([*prompt, *(reply.token for reply in replies), 5, 6, 7], 4, options)
-            for (prompt, _, options), replies in zip(asks, found, strict=True)
+            for (prompt, _, options), replies in zip(requests, found, strict=True)
         ]
         found += together(cache, turns)[0]
         assert caplog.text.count("decoded one by one") == 1
     with new_cache(model) as cache:
-        for (prompt, count, options), replies in zip([*asks, *turns], found, strict=True):
+        for (prompt, count, options), replies in zip([*requests, *turns], found, strict=True):
             same(replies, list(cache.stream_generate(prompt, count, **options)))
 
 
@@ -157,7 +159,7 @@ def _arrays(cache):
 def test_an_error_inside_a_batch_ends_nobody(name, after, monkeypatch, caplog):
     """Three replies with seeds and penalties of their own: each goes on alone, with the bits it has alone."""
     model = tiny.fresh(name)
-    asks = [
+    requests = [
         (
             oracle.prompt(50 + 10 * seed, seed=seed),
             14,
@@ -170,17 +172,17 @@ def test_an_error_inside_a_batch_ends_nobody(name, after, monkeypatch, caplog):
         for seed in range(3)
     ]
     alone = []
-    for prompt, count, options in asks:
+    for prompt, count, options in requests:
         with new_cache(model) as cache:
             alone.append(list(cache.stream_generate(prompt, count, **options)))
     with new_cache(model) as cache, caplog.at_level(logging.WARNING):
         fault = Fault(model, monkeypatch, after)
-        found, reports = together(cache, asks)
-        again, _ = together(cache, asks)
+        found, reports = together(cache, requests)
+        again, _ = together(cache, requests)
         assert fault.raised == 1, "nobody is put into a batch again"
         assert caplog.text.count("decoded one by one from now on") == 1
         assert any("went on alone" in report.detail for report in reports)
-        for (prompt, _, _), replies in zip(asks, found, strict=True):
+        for (prompt, _, _), replies in zip(requests, found, strict=True):
             history = [*prompt, *(reply.token for reply in replies)]
             assert cache.lookup([*history, 1]).restored_tokens == len(history), "its end is kept"
         assert cache.stats().running_bytes == 0
@@ -214,9 +216,9 @@ def test_an_error_while_replies_join_ends_nobody(after, monkeypatch, caplog):
     """Two replies that become a batch, and a third that joins it, fail at any layer: each goes on alone."""
     model = tiny.fresh("qwen3_next")
     layers = len(Layout.of(model).kinds)
-    asks = asks_of((60, 70, 80), 14)
+    requests = requests_of((60, 70, 80), 14)
     alone = []
-    for prompt, count, options in asks:
+    for prompt, count, options in requests:
         with new_cache(model) as cache:
             alone.append(list(cache.stream_generate(prompt, count, **options)))
     for formed_before in (0, layers):  # the batch's own layers are merged first
@@ -224,25 +226,41 @@ def test_an_error_while_replies_join_ends_nobody(after, monkeypatch, caplog):
             caplog.clear()
             with monkeypatch.context() as patch:
                 fault = FaultyJoin(patch, formed_before + after % layers)
-                first = [cache.stream_generate(p, n, **o) for p, n, o in asks[:2]]
+                first = [cache.stream_generate(p, n, **o) for p, n, o in requests[:2]]
                 found = [[next(one), next(one), next(one)] for one in first]
-                third = cache.stream_generate(asks[2][0], asks[2][1], **asks[2][2])
+                third = cache.stream_generate(requests[2][0], requests[2][1], **requests[2][2])
                 found.append([next(third)])
                 running = [*first, third]
                 take_in_turn(running, found)
             assert fault.raised == 1
             assert caplog.text.count("decoded one by one from now on") == 1
-            for (prompt, _, _), replies in zip(asks, found, strict=True):
+            for (prompt, _, _), replies in zip(requests, found, strict=True):
                 history = [*prompt, *(reply.token for reply in replies)]
                 assert cache.lookup([*history, 1]).restored_tokens == len(history), (
                     "its end is kept"
                 )
             with oracle.batch_sizes(model) as sizes:
-                together(cache, asks_of((30, 31), 3))
+                together(cache, requests_of((30, 31), 3))
             assert set(sizes) == {1}, "nobody is put into a batch again"
             assert cache.stats().running_bytes == 0
             for replies, expected in zip(found, alone, strict=True):
                 same(replies, expected)
+
+
+@pytest.mark.parametrize("count", range(8, 15))
+def test_a_reply_that_has_ended_joins_nobody(count, monkeypatch):
+    """Its last token is taken in the very round in which another reply begins, for one of these counts:
+    a batch that cannot be formed costs nobody the end of his.
+    """
+    model = tiny.fresh("qwen3_next")
+    (first, _, options), (second, _, others) = requests_of((60, 200), 30)
+    with new_cache(model) as cache:
+        FaultyJoin(monkeypatch, 0)
+        ended = cache.stream_generate(first, count, **options)
+        begun = cache.stream_generate(second, 30, **others)
+        history = [*first, *(reply.token for reply in ended)]
+        assert cache.lookup([*history, 1]).restored_tokens == len(history)
+        list(begun)
 
 
 def test_a_reader_who_leaves_after_its_batch_failed_frees_everything(monkeypatch):
@@ -250,7 +268,7 @@ def test_a_reader_who_leaves_after_its_batch_failed_frees_everything(monkeypatch
     model = tiny.fresh("qwen3_next")
     with new_cache(model) as cache:
         Fault(model, monkeypatch, 2)
-        running = [cache.stream_generate(p, n, **o) for p, n, o in asks_of((60, 70, 80), 40)]
+        running = [cache.stream_generate(p, n, **o) for p, n, o in requests_of((60, 70, 80), 40)]
         for one in running:
             next(one)
         for one in running:
@@ -261,15 +279,15 @@ def test_a_reader_who_leaves_after_its_batch_failed_frees_everything(monkeypatch
 @pytest.mark.parametrize("budget_bytes", [1_000_000, 1_400_000])
 def test_forming_a_batch_lets_nothing_go_that_is_stored(budget_bytes):
     """A store filled up to the room of three running replies: all of it stays."""
-    asks = asks_of((200, 210, 220), 30)
+    requests = requests_of((200, 210, 220), 30)
     with new_cache(tiny.build("qwen3_next"), memory_budget=budget_bytes) as cache:
-        together(cache, asks)
+        together(cache, requests)
         room = 3 * cache.engine.layout.running_bytes(512) + 200_000
         seed = 1000
         while (before := cache.stats()).held_bytes + room <= budget_bytes:
             oracle.read(cache, oracle.prompt(100, seed=seed))
             seed += 1
-        together(cache, asks)
+        together(cache, requests)
         assert cache.stats().evictions == before.evictions
 
 
@@ -277,6 +295,6 @@ def test_a_batch_is_formed_where_there_is_room():
     """The same three replies in an empty store: one batch of three."""
     with new_cache(tiny.build("qwen3_next"), memory_budget=4_000_000) as cache:
         with oracle.batch_sizes(cache.engine.model) as sizes:
-            together(cache, asks_of((200, 210, 220), 30))
+            together(cache, requests_of((200, 210, 220), 30))
         assert max(sizes) == 3
         assert cache.stats().evictions == 0

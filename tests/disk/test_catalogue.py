@@ -16,7 +16,7 @@ OTHER = as_tokens([*range(12), *range(50, 58)])
 """Parts ways with `ONE` at 12, inside the run [8, 16)."""
 
 
-class Shelf:
+class Filed:
     """A catalogue and what it was told to delete."""
 
     def __init__(self, budget_bytes=10**6, **options):
@@ -55,60 +55,60 @@ def spans(segments):
 
 
 @pytest.fixture
-def shelf():
-    return Shelf()
+def filed():
+    return Filed()
 
 
-def test_a_checkpoint_lacks_rows_up_to_each_step_and_its_state(shelf):
+def test_a_checkpoint_lacks_rows_up_to_each_step_and_its_state(filed):
     """20 tokens at a step of 8: three files of rows, one state; afterwards nothing."""
-    assert spans(shelf.write(ONE)) == [
+    assert spans(filed.write(ONE)) == [
         ("rows", 0, 8),
         ("rows", 8, 16),
         ("rows", 16, 20),
         ("state", 20, 20),
     ]
-    assert shelf.write(ONE) == []
-    found = shelf.catalogue.find("ab", as_tokens([*ONE, 1]))
+    assert filed.write(ONE) == []
+    found = filed.catalogue.find("ab", as_tokens([*ONE, 1]))
     assert found.position == 20
     assert state_of(found).kind == "state"
     assert [(part.start, part.end) for part in parts_of(found)] == [(0, 8), (8, 16), (16, 20)]
 
 
-def test_a_branch_begins_inside_another_file(shelf):
+def test_a_branch_begins_inside_another_file(filed):
     """It goes on from position 12; the first file of eight tokens is shared by both."""
-    shelf.write(ONE)
-    assert spans(shelf.write(OTHER)) == [
+    filed.write(ONE)
+    assert spans(filed.write(OTHER)) == [
         ("rows", 12, 16),
         ("rows", 16, 20),
         ("state", 20, 20),
     ]
-    found = shelf.catalogue.find("ab", as_tokens([*OTHER, 1]))
+    found = filed.catalogue.find("ab", as_tokens([*OTHER, 1]))
     parts = [(part.segment.start, part.start, part.end) for part in parts_of(found)]
     assert parts == [(0, 0, 8), (8, 8, 12), (12, 12, 16), (16, 16, 20)]
 
 
-def test_what_was_let_go_of_a_file_that_stays_is_taken_back_not_written_again(shelf):
+def test_what_was_let_go_of_a_file_that_stays_is_taken_back_not_written_again(filed):
     """Of [8, 16) the branch needs [8, 12); its other end comes back with its conversation."""
-    first = shelf.write(ONE)
-    shelf.write(OTHER)
-    used = shelf.catalogue.store.budget.used_bytes
-    leaf = shelf.catalogue.find("ab", ONE).match.path[-1]
-    shelf.catalogue.store.forget(leaf, rows=True)
-    assert first[1].name in shelf.kept()
-    assert sum(one.file_nbytes for one in shelf.catalogue.segments()) == (
-        shelf.catalogue.store.budget.used_bytes
+    first = filed.write(ONE)
+    filed.write(OTHER)
+    used = filed.catalogue.store.budget.used_bytes
+    leaf = filed.catalogue.find("ab", ONE).match.path[-1]
+    filed.catalogue.store.forget(leaf, rows=True)
+    assert first[1].name in filed.kept()
+    assert sum(one.file_nbytes for one in filed.catalogue.segments()) == (
+        filed.catalogue.store.budget.used_bytes
     )
-    assert spans(shelf.write(ONE)) == [("rows", 16, 20), ("state", 20, 20)]
-    assert shelf.catalogue.store.budget.used_bytes == used
+    assert spans(filed.write(ONE)) == [("rows", 16, 20), ("state", 20, 20)]
+    assert filed.catalogue.store.budget.used_bytes == used
 
 
-def test_what_is_being_written_is_built_on_only_where_something_leads_to_it(shelf):
+def test_what_is_being_written_is_built_on_only_where_something_leads_to_it(filed):
     """Rows that come are as good as there, unless those before them are neither there nor coming."""
-    lacking = shelf.catalogue.lacking("ab", ONE, state=False, step=STEP)
+    lacking = filed.catalogue.lacking("ab", ONE, state=False, step=STEP)
     first, second, third = ((segment(one, ONE, "ab"), ONE[: one.end]) for one in lacking)
 
     def begins(*coming, namespace="ab", tokens=OTHER):
-        left = shelf.catalogue.lacking(namespace, tokens, state=False, step=STEP, coming=coming)
+        left = filed.catalogue.lacking(namespace, tokens, state=False, step=STEP, coming=coming)
         return left[0].start if left else None
 
     assert begins(first, second) == 12
@@ -119,45 +119,45 @@ def test_what_is_being_written_is_built_on_only_where_something_leads_to_it(shel
     )  # written in this order, the second would be led to by nothing
     assert begins(first, second, namespace="cd") == 0
     assert begins(first, second, third, tokens=ONE) is None
-    shelf.write(ONE[:8])
+    filed.write(ONE[:8])
     assert begins(second, third, tokens=ONE) is None
 
 
-def test_used_bytes_are_those_of_the_files_whatever_goes(shelf):
+def test_used_bytes_are_those_of_the_files_whatever_goes(filed):
     """Every file is whole or gone: shares of it are never counted as free."""
     chance = np.random.default_rng(3)
     for _ in range(60):
         shared = int(chance.integers(0, 20))
         tokens = as_tokens([*ONE[:shared], *chance.integers(100, 104, size=12)])
-        shelf.write(tokens)
+        filed.write(tokens)
         if chance.random() < 0.5:
-            nodes = list(shelf.catalogue.store.nodes())
+            nodes = list(filed.catalogue.store.nodes())
             node = nodes[chance.integers(len(nodes))]
-            shelf.catalogue.store.forget(node, rows=bool(chance.random() < 0.5))
-        whole = sum(one.file_nbytes for one in shelf.catalogue.segments())
-        assert whole == shelf.catalogue.store.budget.used_bytes
+            filed.catalogue.store.forget(node, rows=bool(chance.random() < 0.5))
+        whole = sum(one.file_nbytes for one in filed.catalogue.segments())
+        assert whole == filed.catalogue.store.budget.used_bytes
 
 
 def test_a_budget_lets_the_least_useful_go_first():
     """Ten conversations where six fit: the oldest are deleted, the newest stays."""
-    shelf = Shelf(budget_bytes=10**9)
-    weight = sum(one.file_nbytes for one in shelf.write(as_tokens(range(20)), "cd"))
-    shelf = Shelf(budget_bytes=6 * weight)
+    filed = Filed(budget_bytes=10**9)
+    weight = sum(one.file_nbytes for one in filed.write(as_tokens(range(20)), "cd"))
+    filed = Filed(budget_bytes=6 * weight)
     for turn in range(10):
-        shelf.catalogue.store.tick()
+        filed.catalogue.store.tick()
         tokens = as_tokens(np.arange(20) + 100 * turn)
-        lacking = shelf.catalogue.lacking("ab", tokens, state=True, step=STEP)
+        lacking = filed.catalogue.lacking("ab", tokens, state=True, step=STEP)
         for one in (segment(each, tokens, "ab") for each in lacking):
-            claim = shelf.catalogue.claim(one.file_nbytes, [("ab", tokens)])
+            claim = filed.catalogue.claim(one.file_nbytes, [("ab", tokens)])
             claim.release()
-            shelf.catalogue.add(one, tokens[: one.end])
-        assert shelf.catalogue.store.budget.used_bytes <= 6 * weight
+            filed.catalogue.add(one, tokens[: one.end])
+        assert filed.catalogue.store.budget.used_bytes <= 6 * weight
     position = [
-        shelf.catalogue.find("ab", as_tokens([*(np.arange(20) + 100 * turn), 1])).position
+        filed.catalogue.find("ab", as_tokens([*(np.arange(20) + 100 * turn), 1])).position
         for turn in range(10)
     ]
     assert position == [0] * 4 + [20] * 6
-    assert len(shelf.deleted) == 16
+    assert len(filed.deleted) == 16
 
 
 @pytest.mark.parametrize("under_way", [1, 2])
@@ -166,118 +166,118 @@ def test_what_leads_to_what_is_written_stays_and_others_go(under_way):
     conversation goes instead; with nothing else to let go the claim fails, and they stay.
     """
     prompts = [as_tokens(np.arange(20) + 100 * at) for at in range(under_way)]
-    shelf = Shelf()
+    filed = Filed()
     for tokens in prompts:
-        shelf.write(tokens, state=False)
-    rows = shelf.kept()
-    other = {one.name for one in shelf.write(as_tokens(range(900, 920)))}
-    (lacking,) = shelf.catalogue.lacking("ab", prompts[0], state=True, step=STEP)
+        filed.write(tokens, state=False)
+    rows = filed.kept()
+    other = {one.name for one in filed.write(as_tokens(range(900, 920)))}
+    (lacking,) = filed.catalogue.lacking("ab", prompts[0], state=True, step=STEP)
     state = segment(lacking, prompts[0], "ab")
-    store, paths = shelf.catalogue.store, [("ab", tokens) for tokens in prompts]
+    store, paths = filed.catalogue.store, [("ab", tokens) for tokens in prompts]
     store.budget.limit(store.budget.used_bytes + state.file_nbytes - 1)
-    claim = shelf.catalogue.claim(state.file_nbytes, paths)
-    assert (set(shelf.deleted), shelf.kept()) == (other, rows)
+    claim = filed.catalogue.claim(state.file_nbytes, paths)
+    assert (set(filed.deleted), filed.kept()) == (other, rows)
     claim.release()
-    assert shelf.catalogue.add(state, prompts[0])
-    assert shelf.catalogue.find("ab", as_tokens([*prompts[0], 1])).position == 20
+    assert filed.catalogue.add(state, prompts[0])
+    assert filed.catalogue.find("ab", as_tokens([*prompts[0], 1])).position == 20
     store.budget.limit(store.budget.used_bytes)
     with pytest.raises(BudgetError):
-        shelf.catalogue.claim(state.file_nbytes + 1, paths)
-    assert rows <= shelf.kept()
+        filed.catalogue.claim(state.file_nbytes + 1, paths)
+    assert rows <= filed.kept()
 
 
-def test_a_state_inside_a_run_needs_no_room_but_its_own(shelf):
+def test_a_state_inside_a_run_needs_no_room_but_its_own(filed):
     """Sharing a file out copies nothing: what fits the budget to the byte is added."""
-    shelf.write(ONE)
+    filed.write(ONE)
     inside = ONE[:12]
-    (lacking,) = shelf.catalogue.lacking("ab", inside, state=True, step=STEP)
+    (lacking,) = filed.catalogue.lacking("ab", inside, state=True, step=STEP)
     state = segment(lacking, inside, "ab")
-    store = shelf.catalogue.store
+    store = filed.catalogue.store
     store.budget.limit(store.budget.used_bytes + state.file_nbytes)
-    shelf.catalogue.claim(state.file_nbytes, [("ab", ONE)]).release()
-    assert shelf.catalogue.add(state, inside)
-    assert shelf.deleted == []
-    assert len(shelf.kept()) == 5
+    filed.catalogue.claim(state.file_nbytes, [("ab", ONE)]).release()
+    assert filed.catalogue.add(state, inside)
+    assert filed.deleted == []
+    assert len(filed.kept()) == 5
 
 
 @pytest.mark.parametrize("there", [0, 9])
-def test_a_file_needs_the_room_that_was_claimed_for_it(shelf, there):
+def test_a_file_needs_the_room_that_was_claimed_for_it(filed, there):
     """To the byte: its bytes are no multiple of its tokens, and some of those may be there already."""
-    (lacking,) = shelf.catalogue.lacking("ab", ONE[:11], state=False, step=11)
+    (lacking,) = filed.catalogue.lacking("ab", ONE[:11], state=False, step=11)
     rows = segment(lacking, ONE, "ab")
     assert rows.file_nbytes % 11
     if there:
-        shelf.write(ONE[:there])
-    store = shelf.catalogue.store
+        filed.write(ONE[:there])
+    store = filed.catalogue.store
     store.budget.limit(store.budget.used_bytes + rows.file_nbytes)
-    assert shelf.catalogue.add(rows, ONE[:11])
+    assert filed.catalogue.add(rows, ONE[:11])
     assert store.budget.used_bytes == store.budget.limit_bytes
-    assert shelf.deleted == []
+    assert filed.deleted == []
 
 
 def test_a_file_that_does_not_fit_is_not_taken():
     """It is told apart from one that nothing leads to, which would be worth another try."""
-    (lacking,) = Shelf().catalogue.lacking("ab", ONE[:11], state=False, step=11)
+    (lacking,) = Filed().catalogue.lacking("ab", ONE[:11], state=False, step=11)
     rows = segment(lacking, ONE, "ab")
-    shelf = Shelf(budget_bytes=rows.file_nbytes - 1)
+    filed = Filed(budget_bytes=rows.file_nbytes - 1)
     with pytest.raises(BudgetError, match="needs"):
-        shelf.catalogue.add(rows, ONE[:11])
-    assert shelf.catalogue.store.budget.used_bytes == 0
+        filed.catalogue.add(rows, ONE[:11])
+    assert filed.catalogue.store.budget.used_bytes == 0
 
 
-def test_a_catalogue_is_the_same_after_a_restart(shelf):
+def test_a_catalogue_is_the_same_after_a_restart(filed):
     """Loaded in any order; recency and pins come from the index."""
-    written = [*shelf.write(ONE), *shelf.write(OTHER), *shelf.write(ONE, "cd", state=False)]
+    written = [*filed.write(ONE), *filed.write(OTHER), *filed.write(ONE, "cd", state=False)]
     entries = [Entry(one, used, used == 3, one.file_nbytes) for used, one in enumerate(written)]
-    again = Shelf()
+    again = Filed()
     assert again.catalogue.load(entries[::-1]) == []
-    assert again.kept() == shelf.kept()
-    assert again.catalogue.store.budget.used_bytes == shelf.catalogue.store.budget.used_bytes
+    assert again.kept() == filed.kept()
+    assert again.catalogue.store.budget.used_bytes == filed.catalogue.store.budget.used_bytes
     (pinned,) = [node for node in again.catalogue.store.nodes() if node.pinned]
     assert (pinned.end, pinned.last_used) == (20, 3)
 
 
-def test_what_nothing_leads_to_is_told(shelf):
+def test_what_nothing_leads_to_is_told(filed):
     """Rows whose beginning is missing, a state without its rows, tokens that are not what they were."""
-    written = shelf.write(ONE)
+    written = filed.write(ONE)
     for missing in (0, 1):
         left = [one for at, one in enumerate(written) if at != missing]
         entries = [Entry(one, 1, False, one.file_nbytes) for one in left]
-        orphans = Shelf().catalogue.load(entries)
+        orphans = Filed().catalogue.load(entries)
         assert spans(orphans) == spans(written[missing + 1 :])
 
 
 def test_rows_of_other_models_go_by_their_own_ends():
     """A hybrid's catalogue does not take another model's rows for dead weight."""
-    rows_only = Shelf(needs_checkpoints=False)
+    rows_only = Filed(needs_checkpoints=False)
     written = rows_only.write(ONE, state=False)
-    hybrid = Shelf()
+    hybrid = Filed()
     assert hybrid.catalogue.load([Entry(one, 5, False, one.file_nbytes) for one in written]) == []
     hybrid.catalogue.make_room(hybrid.catalogue.store.budget.limit_bytes - 10 * 10**3)
     assert hybrid.kept() == {one.name for one in written}
     assert rows_only.catalogue.find("ab", ONE).position == 19
 
 
-def test_a_file_that_is_gone_takes_with_it_what_needs_it(shelf):
+def test_a_file_that_is_gone_takes_with_it_what_needs_it(filed):
     """Rows: everything below. A state: itself; what leads to the other branch stays."""
-    shelf.write(ONE)
-    other = shelf.write(OTHER)
-    shelf.catalogue.forget(other[0])
-    assert shelf.catalogue.find("ab", as_tokens([*OTHER, 1])).position == 0
-    assert shelf.catalogue.find("ab", as_tokens([*ONE, 1])).position == 20
-    assert {one.name for one in other} <= set(shelf.deleted)
+    filed.write(ONE)
+    other = filed.write(OTHER)
+    filed.catalogue.forget(other[0])
+    assert filed.catalogue.find("ab", as_tokens([*OTHER, 1])).position == 0
+    assert filed.catalogue.find("ab", as_tokens([*ONE, 1])).position == 20
+    assert {one.name for one in other} <= set(filed.deleted)
 
 
-def test_nothing_is_left_of_a_namespace_whose_files_went(shelf):
+def test_nothing_is_left_of_a_namespace_whose_files_went(filed):
     """200 salts, each with what the last one had to go for: one tree and one outline, and none in the end."""
-    shelf.write(ONE, namespace="fe")
-    shelf.catalogue.store.budget.limit(shelf.catalogue.store.budget.used_bytes)
+    filed.write(ONE, namespace="fe")
+    filed.catalogue.store.budget.limit(filed.catalogue.store.budget.used_bytes)
     for salt in range(200):
-        shelf.catalogue.store.tick()
-        shelf.write(ONE, namespace=f"{salt:02x}")
-        assert len(shelf.catalogue.store._trees) == 1
-    assert [name.settings for name in shelf.catalogue.store.outlines(0.0)] == ["c7"]
-    for segment_ in shelf.catalogue.segments():
-        shelf.catalogue.forget(segment_)
-    assert not shelf.catalogue.store._trees
-    assert not shelf.catalogue.store.outlines(0.0)
+        filed.catalogue.store.tick()
+        filed.write(ONE, namespace=f"{salt:02x}")
+        assert len(filed.catalogue.store._trees) == 1
+    assert [name.settings for name in filed.catalogue.store.outlines(0.0)] == ["c7"]
+    for segment_ in filed.catalogue.segments():
+        filed.catalogue.forget(segment_)
+    assert not filed.catalogue.store._trees
+    assert not filed.catalogue.store.outlines(0.0)

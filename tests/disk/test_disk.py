@@ -114,7 +114,7 @@ def assert_as_cold(cache: HybridPromptCache, tokens: Sequence[int], **options: A
 
 def forget_memory(cache: HybridPromptCache) -> None:
     """What a crowd of other requests would do to the memory tier."""
-    cache._worker.call(cache.engine.tiers.memory.clear)
+    cache.worker.call(cache.engine.tiers.memory.clear)
 
 
 def files(directory: Path) -> dict[str, int]:
@@ -376,7 +376,7 @@ def test_flush_writes_what_waits_and_says_when_it_did_not(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("prompts", forms(16, 40))
 def test_the_queue_is_bounded_and_what_waits_in_it_counts(prompts: int, tmp_path: Path) -> None:
-    """A budget of 2 MB and a disk that stands still: at most a sixteenth and a segment is lent, what the
+    """A budget of 2 MB and a disk that stands still: at most a sixteenth and a segment is held, what the
     store let go of meanwhile counts until it is given back, and the budget holds.
     """
     budget = 2_000_000
@@ -648,7 +648,7 @@ def test_buffers_that_a_cancelled_promotion_no_longer_holds_do_not_linger(tmp_pa
                 if node.end < LENGTH:
                     store.forget(node, rows=False)
 
-        cache._worker.call(forget_states)
+        cache.worker.call(forget_states)
         assert cache.lookup(tokens).tier == "disk"
         gc.collect()
         mx.clear_cache()
@@ -704,7 +704,7 @@ def test_a_file_of_which_only_a_part_is_needed_is_not_written_over(tmp_path: Pat
         assert cache.flush(30)
         store = cache.engine.tiers.disk.catalogue.store
         lower = next(node for node in store.nodes() if node.start == 160 and node.end > 180)
-        cache._worker.call(store.forget, lower, rows=True)
+        cache.worker.call(store.forget, lower, rows=True)
         forget_memory(cache)
         oracle.read(cache, base)
         assert cache.flush(30)
@@ -718,7 +718,7 @@ def test_a_file_of_which_only_a_part_is_needed_is_not_written_over(tmp_path: Pat
 
 @pytest.mark.parametrize("late", [False, True])
 def test_a_promotion_that_is_cancelled_gives_its_bytes_back(late: bool, tmp_path: Path) -> None:
-    """The stream is closed before the files are read, or just after: nothing runs or lingers then."""
+    """The stream is closed before the files are read, or just after: nothing runs or is in flight then."""
     tokens = oracle.prompt(LENGTH, seed=97)
     write(tmp_path, tokens)
     with opened(tmp_path, tokenizer=oracle.word_tokenizer()) as cache:
@@ -732,7 +732,7 @@ def test_a_promotion_that_is_cancelled_gives_its_bytes_back(late: bool, tmp_path
             with held_up(cache):
                 stream = cache.stream_generate(tokens, 4)
                 cache.stats()  # one turn later the read has been asked for
-                cache._worker.post(wait)
+                cache.worker.post(wait)
                 assert worker_waits.wait(60)
             done = threading.Event()
             cache.engine.tiers.disk.thread.change(lambda directory: done.set())
@@ -801,7 +801,7 @@ def test_no_file_is_touched_on_the_worker_thread(requests: int, tmp_path: Path) 
     how = {"memory_budget": 1_000_000, "disk_budget": 900_000, "tokenizer": oracle.word_tokenizer()}
     with opened(tmp_path, **how) as cache:
         list(cache.stream_generate(prompts[0], 4))  # whatever is imported late is imported now
-        worker, disk = cache._worker._thread.ident, cache.engine.tiers.disk.thread.ident
+        worker, disk = cache.worker._thread.ident, cache.engine.tiers.disk.thread.ident
         _watched.update({worker: [], disk: []})
         try:
             tiers = set()

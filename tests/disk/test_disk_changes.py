@@ -11,7 +11,7 @@ import pytest
 import tiny
 from faults import Said, segments, served
 from long import forms
-from test_catalogue import STEP, Shelf
+from test_catalogue import STEP, Filed
 
 from mlx_hybridcache.disk import index as index_module
 from mlx_hybridcache.disk import thread, tier, write_behind
@@ -31,8 +31,8 @@ PATIENCE_SECONDS = 30
 
 def files_of(*prompts, namespace="ab", state=True):
     """The files of these prompts, as one process after another would write them, with recencies."""
-    shelf = Shelf()
-    written = [one for tokens in prompts for one in shelf.write(tokens, namespace, state)]
+    filed = Filed()
+    written = [one for tokens in prompts for one in filed.write(tokens, namespace, state)]
     return [Entry(one, used, False, one.file_nbytes) for used, one in enumerate(written, 1)]
 
 
@@ -202,13 +202,13 @@ def test_what_changed_gives_the_same_trees_as_a_look_at_all():
     """70 random steps: prompts that branch anywhere come, files go, are noted, and come back."""
     chance = np.random.default_rng(1)
     base = chance.integers(0, 4, size=60)
-    there, chains, shelf = {}, Chains(), Shelf()
+    there, chains, filed = {}, Chains(), Filed()
     for at in range(70):
         came, went = [], []
         if chance.random() < 0.6:
             tokens = as_tokens([*base[: chance.integers(60)], *chance.integers(0, 4, size=20)])
             namespace, state = ("ab", True) if chance.random() < 0.7 else ("cd", False)
-            known = Shelf(needs_checkpoints=state)
+            known = Filed(needs_checkpoints=state)
             known.catalogue.load(list(there.values()))
             came = noted(known.write(tokens, namespace, state), at + 1)
         elif there:
@@ -220,16 +220,16 @@ def test_what_changed_gives_the_same_trees_as_a_look_at_all():
         for name in went:
             del there[name]
         there |= {entry.segment.name: entry for entry in came}
-        shelf.catalogue.take(chains.change(came, went))
-        if shelf.catalogue.is_behind:  # files that went held some of the same as others
-            shelf.catalogue.is_behind = False
+        filed.catalogue.take(chains.change(came, went))
+        if filed.catalogue.is_behind:  # files that went held some of the same as others
+            filed.catalogue.is_behind = False
             chains = Chains()
-            shelf.catalogue.take(chains.change(there.values()))
-        fresh = Shelf()
+            filed.catalogue.take(chains.change(there.values()))
+        fresh = Filed()
         fresh.catalogue.load(list(there.values()))
-        assert restorable(shelf.catalogue) == restorable(fresh.catalogue)
-        used = sum(one.file_nbytes for one in shelf.catalogue.segments())
-        assert shelf.catalogue.store.budget.used_bytes == used
+        assert restorable(filed.catalogue) == restorable(fresh.catalogue)
+        used = sum(one.file_nbytes for one in filed.catalogue.segments())
+        assert filed.catalogue.store.budget.used_bytes == used
     assert len(there) > 50
 
 
@@ -241,38 +241,38 @@ def test_a_conversation_that_went_takes_no_others_with_it():
     """One of two that part ways inside a file, deleted as its writer lets it go: no look at all is due."""
     base = list(range(20))
     prompts = as_tokens(base), as_tokens([*base[:12], *range(50, 58)])
-    entries, chains, shelf = files_of(*prompts), Chains(), Shelf()
-    shelf.catalogue.take(chains.change(entries))
+    entries, chains, filed = files_of(*prompts), Chains(), Filed()
+    filed.catalogue.take(chains.change(entries))
     branch = [entry.segment.name for entry in entries if entry.segment.start >= 12][-3:]
-    shelf.catalogue.take(chains.change([], branch))
-    assert not shelf.catalogue.is_behind
-    assert shelf.kept() == {entry.segment.name for entry in entries} - set(branch)
+    filed.catalogue.take(chains.change([], branch))
+    assert not filed.catalogue.is_behind
+    assert filed.kept() == {entry.segment.name for entry in entries} - set(branch)
 
 
 def test_what_was_let_go_of_here_comes_back_with_what_goes_on_from_it():
     """A reader with a smaller budget dropped files 3 and 4 of 4, which are still there; then comes the fifth."""
-    entries, chains, shelf = path_of_files(5), Chains(), Shelf()
-    shelf.catalogue.take(chains.change(entries[:-2]))
-    (third,) = (node for node in shelf.catalogue.store.nodes() if node.end == 3 * STEP)
-    shelf.catalogue.store.forget(third, rows=True)
-    assert len(shelf.kept()) == 4
-    assert shelf.catalogue.take(chains.change(entries[-2:])) == []
+    entries, chains, filed = path_of_files(5), Chains(), Filed()
+    filed.catalogue.take(chains.change(entries[:-2]))
+    (third,) = (node for node in filed.catalogue.store.nodes() if node.end == 3 * STEP)
+    filed.catalogue.store.forget(third, rows=True)
+    assert len(filed.kept()) == 4
+    assert filed.catalogue.take(chains.change(entries[-2:])) == []
     tokens = np.concatenate([e.segment.tokens for e in entries if e.segment.kind == "rows"])
-    assert shelf.catalogue.find("ab", as_tokens([*tokens, 1])).position == 5 * STEP
+    assert filed.catalogue.find("ab", as_tokens([*tokens, 1])).position == 5 * STEP
 
 
 def test_recency_and_pins_that_were_noted_are_taken_over():
     """A checkpoint used at 99 and pinned elsewhere, then no longer: so it is here."""
-    entries, chains, shelf = path_of_files(5), Chains(), Shelf()
-    shelf.catalogue.take(chains.change(entries))
+    entries, chains, filed = path_of_files(5), Chains(), Filed()
+    filed.catalogue.take(chains.change(entries))
     state = next(entry for entry in entries if entry.segment.kind == "state")
     for pinned in (True, False):
         noted = Entry(state.segment, 99, pinned, state.file_nbytes)
         difference = chains.change([noted])
         assert (difference.come, difference.gone) == ((), ())
-        shelf.catalogue.take(difference)
-        (node,) = (x for x in shelf.catalogue.store.nodes() if x.end == state.segment.end)
-        assert (node.last_used, node.pinned, shelf.catalogue.store.clock) == (99, pinned, 99)
+        filed.catalogue.take(difference)
+        (node,) = (x for x in filed.catalogue.store.nodes() if x.end == state.segment.end)
+        assert (node.last_used, node.pinned, filed.catalogue.store.clock) == (99, pinned, 99)
 
 
 # The trees
@@ -284,7 +284,7 @@ def test_a_start_visits_as_many_nodes_as_there_are_files(monkeypatch):
     for count in (50, 200):
         entries = path_of_files(count)
         with visits(monkeypatch) as visited:
-            assert Shelf().catalogue.load(entries) == []
+            assert Filed().catalogue.load(entries) == []
         steps.append(visited[0])
     assert steps[1] <= 4 * steps[0] + 10
     assert steps[1] <= 4 * 200
@@ -295,12 +295,12 @@ def test_one_file_more_visits_its_own_path_only(monkeypatch):
     steps = []
     for others in (5, 50):
         entries = [e for seed in range(others) for e in path_of_files(4, seed + 1)]
-        own, chains, shelf = path_of_files(21), Chains(), Shelf()
-        shelf.catalogue.take(chains.change([*entries, *own[:-2]]))
+        own, chains, filed = path_of_files(21), Chains(), Filed()
+        filed.catalogue.take(chains.change([*entries, *own[:-2]]))
         difference = chains.change(own[-2:])
         with visits(monkeypatch) as visited:
-            shelf.catalogue.take(difference)
-        assert {e.segment.name for e in own} <= shelf.kept()
+            filed.catalogue.take(difference)
+        assert {e.segment.name for e in own} <= filed.kept()
         steps.append(visited[0])
     assert steps[0] == steps[1] <= 30
 
@@ -311,12 +311,12 @@ def test_to_forget_a_file_visits_its_own_path_and_what_is_below(monkeypatch, kin
     steps = []
     for others in (5, 50):
         entries = [e for seed in range(others) for e in path_of_files(10, seed)]
-        shelf = Shelf()
-        shelf.catalogue.load(entries)
+        filed = Filed()
+        filed.catalogue.load(entries)
         last = [entry.segment for entry in entries if entry.segment.kind == kind][-1]
         with visits(monkeypatch) as visited:
-            shelf.catalogue.forget(last)
-        assert last.name not in shelf.kept()
+            filed.catalogue.forget(last)
+        assert last.name not in filed.kept()
         steps.append(visited[0])
     assert steps[0] == steps[1] <= 30
 
@@ -324,13 +324,13 @@ def test_to_forget_a_file_visits_its_own_path_and_what_is_below(monkeypatch, kin
 def test_what_a_checkpoint_lacks_is_told_without_reading_what_is_there(monkeypatch):
     """A path of 100 files grows by one: the keys of 8 tokens are reckoned, not of 808."""
     tokens = as_tokens(np.random.default_rng(0).integers(0, 1000, size=101 * STEP))
-    shelf, read = Shelf(), []
-    shelf.write(tokens[: 100 * STEP])
+    filed, read = Filed(), []
+    filed.write(tokens[: 100 * STEP])
     before = PrefixDigest.read
     monkeypatch.setattr(
         PrefixDigest, "read", lambda self, some: read.append(len(some)) or before(self, some)
     )
-    lacking = shelf.catalogue.lacking("ab", tokens, state=True, step=STEP)
+    lacking = filed.catalogue.lacking("ab", tokens, state=True, step=STEP)
     assert [(one.kind, one.end) for one in lacking] == [("rows", 808), ("state", 808)]
     assert sum(read) <= 3 * STEP
 
@@ -388,7 +388,7 @@ def test_a_second_process_takes_over_what_changed_a_piece_at_a_time(tmp_path, qu
         assert writer.flush(PATIENCE_SECONDS)
         files = len(segments(tmp_path))
         wait_until(lambda: reader.disk_stats().files == files)
-        worker = reader._worker._thread.ident
+        worker = reader.worker._thread.ident
         assert {ident for ident, _ in changing} == {reader.engine.tiers.disk.thread.ident}
         assert {ident for ident, _ in taking} == {worker}
         assert max(count for _, count in taking) <= 2
@@ -411,7 +411,7 @@ def test_a_reader_that_could_not_read_a_file_finds_it_again(tmp_path, quick, sai
             assert served(reader, first)[1] < 299
             (tmp_path / "elsewhere").rename(state)
             assert said.take_one()
-            reader._worker.call(reader.engine.tiers.memory.clear)
+            reader.worker.call(reader.engine.tiers.memory.clear)
             oracle.read(writer, second)
             assert writer.flush(PATIENCE_SECONDS)
             wait_until(lambda: reader.lookup(second).tier == "disk")
@@ -440,8 +440,8 @@ def test_what_is_due_is_looked_at_a_few_at_a_time(tmp_path, monkeypatch):
 
         monkeypatch.setattr(disk.catalogue, "lacking", counted)
         monkeypatch.setattr(disk.write_behind, "write", turn)
-        cache._worker.call(lambda: disk.write_behind._unwritten.update(disk.store.restoring()))
-        due = cache._worker.call(lambda: len(disk.write_behind._unwritten))
+        cache.worker.call(lambda: disk.write_behind._unwritten.update(disk.store.restoring()))
+        due = cache.worker.call(lambda: len(disk.write_behind._unwritten))
         assert due > 12
         assert cache.flush(PATIENCE_SECONDS)
         assert max(turns) <= 3

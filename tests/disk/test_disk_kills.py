@@ -12,6 +12,7 @@ from long import forms
 from mlx_hybridcache_bench import cli
 from mlx_hybridcache_bench.kills import power, server_kills
 from mlx_hybridcache_bench.kills.command import figures
+from mlx_hybridcache_bench.kills.killed_writer import Order
 from mlx_hybridcache_bench.kills.server_kills import (
     REPLY,
     ServerAccount,
@@ -72,9 +73,11 @@ def test_power_cuts_lose_nothing_that_was_durable(writers, cuts):
 
 
 def test_the_account_tells_what_is_lost_damaged_left_over_and_too_much(writers, tmp_path):
-    """The oracle itself: a file deleted, one overwritten, one that nobody needs."""
-    account = kill_at_random(writers, tmp_path, 8, seed=2)
-    assert account.faults == []
+    """The oracle itself, behind a writer that ended: a file deleted, one overwritten, one that nobody needs."""
+    account = Account()
+    account.hear(writers.run(Order(str(tmp_path), 2, seconds=60, most_checkpoints=3)))
+    account.check(tmp_path)
+    assert (account.finished, account.faults) == (1, [])
     states = [name for name in sorted(account.promised) if ".state." in name]
     lost, damaged = (tmp_path / SEGMENTS / name for name in states[:2])
     lost.unlink()

@@ -23,11 +23,11 @@ from mlx_hybridcache.disk.segment import (
     Segment,
     SegmentError,
     Tensor,
+    check_file,
     prefix_key,
     prefix_keys,
     read_data,
     read_header,
-    verify,
     write,
 )
 
@@ -95,7 +95,7 @@ def test_what_is_written_is_read(tmp_path, dtype, width):
     segment = rows(tensors=(Tensor("a", "U8", (7,)), Tensor("b", dtype, (3, 5))))
     assert segment.data_nbytes == 7 + 15 * width
     path = stored(tmp_path, segment)
-    assert verify(path) == read_header(path) == segment
+    assert check_file(path) == read_header(path) == segment
     assert read(tmp_path, segment) == content(segment)
 
 
@@ -116,7 +116,7 @@ def test_data_larger_than_one_piece_is_whole(tmp_path):
     cut = 2**20 + 1
     write(tmp_path, segment, [data[:cut], data[cut:]])
     assert read(tmp_path, segment) == data
-    assert verify(place(tmp_path, segment)) == segment
+    assert check_file(place(tmp_path, segment)) == segment
 
 
 def test_the_size_of_a_file_is_known_before_it_is_written(tmp_path):
@@ -175,7 +175,7 @@ def test_every_truncation_is_noticed(tmp_path):
     raw = path.read_bytes()
     for shorter in (*(raw[:n] for n in range(len(raw))), raw + b"\0"):
         path.write_bytes(shorter)
-        for check in (verify, read_header):
+        for check in (check_file, read_header):
             with pytest.raises(SegmentError):
                 check(path)
 
@@ -192,7 +192,7 @@ def test_every_flipped_bit_is_noticed(tmp_path, make):
             raw[at] ^= 1 << bit
             path.write_bytes(raw)
             with pytest.raises(SegmentError):
-                (read_header if at < head else verify)(path)
+                (read_header if at < head else check_file)(path)
             raw[at] ^= 1 << bit
 
 
@@ -354,11 +354,11 @@ def test_no_bytes_raise_anything_else(tmp_path_factory, raw, is_framed, at):
     overwritten = sound[: at * 7] + raw + sound[at * 7 + len(raw) :]
     path.write_bytes(framed if is_framed else raw)
     with pytest.raises(SegmentError):
-        verify(path)
+        check_file(path)
     path.write_bytes(overwritten)
     if overwritten != sound:
         with pytest.raises(SegmentError):
-            verify(path)
+            check_file(path)
 
 
 def test_a_file_under_anothers_name_is_refused(tmp_path):
@@ -458,7 +458,7 @@ def test_another_file_under_the_name_is_replaced(tmp_path):
     segment = rows(2, 4)
     for _ in range(2):
         assert write(tmp_path, segment, [content(segment)]) == segment.file_nbytes
-        assert verify(place(tmp_path, segment)) == segment
+        assert check_file(place(tmp_path, segment)) == segment
         (place(tmp_path, segment)).write_bytes(b"damage")
 
 
@@ -540,4 +540,4 @@ def test_a_killed_writer_leaves_whole_files_or_partial_ones(tmp_path, halves):
     assert len(left_in(tmp_path)) - len(whole) <= 1
     assert len(whole) >= halves - 1
     for path in whole:
-        assert verify(path).data_nbytes == 2**18
+        assert check_file(path).data_nbytes == 2**18

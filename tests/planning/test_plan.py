@@ -62,8 +62,8 @@ def test_a_plan_from_the_config_agrees_with_bytes_really_allocated(tmp_path, nam
     assert plan.running_bytes == near(live)
     assert plan.checkpoints == checkpoints
     assert plan.conversation_bytes == near(stored)
-    assert plan.load(1).peak_bytes == near(live + stored)
-    assert plan.load(4).live_bytes == near(4 * live)
+    assert plan.occupancy(1).peak_bytes == near(live + stored)
+    assert plan.occupancy(4).live_bytes == near(4 * live)
 
 
 def test_the_plan_of_the_bundled_model_agrees_with_bytes_really_allocated():
@@ -84,8 +84,8 @@ def test_the_plan_of_the_bundled_model_agrees_with_bytes_really_allocated():
         cache.prefill(prompt, max_tokens=256).release()
         before = active()
         running = [cache.prefill(prompt, max_tokens=256) for _ in range(4)]
-        assert plan.load(4).live_bytes == near(active() - before)
-        assert cache.stats().running_bytes == plan.load(4).live_bytes
+        assert plan.occupancy(4).live_bytes == near(active() - before)
+        assert cache.stats().running_bytes == plan.occupancy(4).live_bytes
         for each in running:
             each.release()
 
@@ -116,9 +116,9 @@ def test_four_replies_in_one_batch_claim_what_the_plan_says(monkeypatch):
             for prompt in prompts
         ]
         assert len(list(zip(*replies, strict=True))) == 32  # taken in turns, so none is set apart
-    bound = plan.load(4).joined_bytes
+    bound = plan.occupancy(4).joined_bytes
     assert 0.95 * bound < max(most) <= bound
-    assert max(most) > plan.load(4).live_bytes
+    assert max(most) > plan.occupancy(4).live_bytes
 
 
 @pytest.mark.parametrize("requests", [1, 3])
@@ -127,7 +127,7 @@ def test_what_is_needed_is_enough_to_be_served(requests):
     plan = plan_of(BUNDLED_MODEL, 1500, max_tokens=8)
     model, tokenizer = bundled.load()
     prompts = [list(bundled.text_tokens(1500, 1600 * index)) for index in range(requests)]
-    needed = plan.load(requests).needed_bytes
+    needed = plan.occupancy(requests).needed_bytes
     with HybridPromptCache(model, tokenizer, memory_budget=needed, memory_reserve=0) as cache:
         replies = [
             cache.stream_generate(prompt, 8, sampler=lambda x: mx.full(x.shape[:-1], 7))
@@ -282,12 +282,12 @@ def test_what_the_flags_allow_fits_into_the_budget(tmp_path, memory):
         assert server_flags(plan) == []
         return
     settings = read_settings(build_parser("serve"), server_flags(plan))
-    assert plan.load(settings.decode_concurrency).needed_bytes <= plan.room.budget_bytes
+    assert plan.occupancy(settings.decode_concurrency).needed_bytes <= plan.room.budget_bytes
     longest = mac_plan(path, memory, settings.max_prompt_tokens or 262_144)
-    assert longest.load(1).needed_bytes <= plan.room.budget_bytes
+    assert longest.occupancy(1).needed_bytes <= plan.room.budget_bytes
     if settings.max_prompt_tokens is not None:
         beyond = mac_plan(path, memory, settings.max_prompt_tokens + 256)
-        assert beyond.load(1).needed_bytes > plan.room.budget_bytes
+        assert beyond.occupancy(1).needed_bytes > plan.room.budget_bytes
 
 
 def test_what_does_not_fit_is_said_with_what_to_do(tmp_path):

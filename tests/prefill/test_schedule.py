@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 from mlx_hybridcache.prefill.schedule import (
     Grid,
     Reading,
+    branch_points,
     cuts_for,
     cuts_for_exact,
     cuts_for_pausing,
     cuts_in,
-    partings,
     slice_end,
     spaced,
 )
@@ -66,9 +66,9 @@ def test_the_branch_is_cut_where_prompts_part_ways():
 def test_prompts_part_ways_behind_the_first_turn_and_where_one_leaves_what_is_stored():
     """Turns open at 3, 900 and 2,000: ChatML's opener is no turn to come back to."""
     reading = Reading(0, 5_000, turn_starts=[3, 900, 2_000], branch=3_000)
-    assert partings(reading, GRID, is_inside=True) == {900, 3_000}
-    assert partings(reading, GRID, is_inside=False) == {900}
-    assert partings(Reading(0, 5_000), GRID, is_inside=False) == set()
+    assert branch_points(reading, GRID, is_inside=True) == {900, 3_000}
+    assert branch_points(reading, GRID, is_inside=False) == {900}
+    assert branch_points(Reading(0, 5_000), GRID, is_inside=False) == set()
 
 
 def test_declared_boundaries_are_cuts():

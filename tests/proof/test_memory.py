@@ -59,7 +59,7 @@ class Samples:
 
     def between_steps(self) -> None:
         """The same from the reader's thread."""
-        self.cache._worker.call(self.take)  # two public calls would not see one moment
+        self.cache.worker.call(self.take)  # two public calls would not see one moment
 
 
 def conversations(count: int) -> Iterator[list[int]]:

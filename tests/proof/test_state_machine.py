@@ -27,7 +27,7 @@ import mlx.core as mx
 import oracle
 import pytest
 import tiny
-from full_scan import check_census
+from full_scan import check_values
 from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
@@ -251,7 +251,7 @@ class CacheMachine(RuleBasedStateMachine):
                 stream.cancel()
 
         began = threading.Event()
-        self.cache._worker.post(lambda: began.wait(60) and None)
+        self.cache.worker.post(lambda: began.wait(60) and None)
         stream = self.cache.stream_generate(
             tokens, 4, cache_salt=salt, prompt_progress_callback=stop
         )
@@ -268,7 +268,7 @@ class CacheMachine(RuleBasedStateMachine):
             return
         self.stall()
         stream = self.cache.stream_generate(tokens, 4, cache_salt=salt)
-        self.cache._worker.call(lambda: None)  # one turn later the files have been asked for
+        self.cache.worker.call(lambda: None)  # one turn later the files have been asked for
         self.attempt(stream.close)
         self.count("left", times=self.cache.stats().lingering_bytes > 0)
 
@@ -295,7 +295,7 @@ class CacheMachine(RuleBasedStateMachine):
     def press(self, part: int) -> None:
         """The system lacks memory: half of what is stored goes, or all of it."""
         store = self.engine.tiers.memory
-        self.cache._worker.call(lambda: store.shrink(store.budget.stored_bytes // part))
+        self.cache.worker.call(lambda: store.shrink(store.budget.stored_bytes // part))
         assert part > 1 or self.pins or store.budget.stored_bytes == 0
 
     @rule()
@@ -390,7 +390,7 @@ class CacheMachine(RuleBasedStateMachine):
         type(self).operations += self.steps > 0
         if self.go_on.is_set():
             self.until_idle()
-        self.cache._worker.call(self.check)
+        self.cache.worker.call(self.check)
         if self.go_on.is_set() and self.steps % 5 == 0:
             self.check_idle()
         self.check_way()
@@ -398,7 +398,7 @@ class CacheMachine(RuleBasedStateMachine):
             chosen = random.Random(self.steps).choice(self.asked)
             self.attempt(lambda: self.compare(*chosen))
             self.until_idle()
-            self.cache._worker.call(self.check)
+            self.cache.worker.call(self.check)
 
     def check(self) -> None:
         """On the worker thread."""
@@ -409,7 +409,7 @@ class CacheMachine(RuleBasedStateMachine):
             outlined = {name: seen(one) for name, one in tier.outlines(None).items()}
             trees = {name: each for name, each in tier._trees.items() if each.root.children}
             assert outlined == {name: there(each.root) for name, each in trees.items()}
-            check_census(tier)
+            check_values(tier)
         if not self.held:
             assert store.budget.running_bytes == 0
         if self.go_on.is_set():
@@ -435,7 +435,7 @@ class CacheMachine(RuleBasedStateMachine):
         """Nothing is being written or deleted any more: files are what the catalogue says."""
         stats = self.cache.disk_stats()
         assert stats.queued_bytes == 0
-        segments = self.cache._worker.call(self.disk.catalogue.segments)
+        segments = self.cache.worker.call(self.disk.catalogue.segments)
         needed = {each.name: each.file_nbytes for each in segments}
         found = {bounds.name_of(path): path.stat().st_size for path in bounds.files_of(self.root)}
         self.tally.forget_unfinished()
@@ -500,7 +500,7 @@ class CacheMachine(RuleBasedStateMachine):
         while is_writing or was_writing:  # once more: what was written last may have made room
             rounds += 1
             assert rounds < 2_000, "the same is written and deleted without end"
-            was_writing, is_writing = is_writing, self.cache._worker.call(self.disk.is_writing)
+            was_writing, is_writing = is_writing, self.cache.worker.call(self.disk.is_writing)
             done = threading.Event()
             self.disk.thread.change(lambda directory, done=done: done.set())
             assert done.wait(60)
@@ -512,7 +512,7 @@ class CacheMachine(RuleBasedStateMachine):
                 for node in self.engine.tiers.memory.nodes()
             ]
 
-        return self.cache._worker.call(look)
+        return self.cache.worker.call(look)
 
 
 @contextmanager

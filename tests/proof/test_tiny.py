@@ -1,4 +1,4 @@
-"""What the tiny models promise to the tests that lean on them, one family at a time."""
+"""What the tiny models promise to the tests that use them, one family at a time."""
 
 from typing import Any
 

@@ -19,6 +19,7 @@ from planted import exact, flipped_signs, noise, plant, random_model, random_row
 
 from mlx_hybridcache import RouterError
 from mlx_hybridcache.cli import canonicalize as canonicalize_command
+from mlx_hybridcache.cli import canonicalizing
 from mlx_hybridcache.demo import BUNDLED_MODEL
 from mlx_hybridcache.router import (
     CARD_FILE,
@@ -51,7 +52,7 @@ from mlx_hybridcache.router.trial.differences import (
     perplexity_change,
     student,
 )
-from mlx_hybridcache.router.trial.measure import PAIRS, QUANTIZED, Compared, Readings, Seen
+from mlx_hybridcache.router.trial.measure import PAIRS, QUANTIZED, Compared, Measurements, Seen
 from mlx_hybridcache.router.trial.reading import Way, read
 from mlx_hybridcache.router.trial.tables import markdown, sentences, tables
 from mlx_hybridcache.router.trial.ties import ties
@@ -335,7 +336,7 @@ def figures_of(
     after: Flips = NONE,
     control: float = 0.2,
     replies: int = 20,
-) -> Readings:
+) -> Measurements:
     def arm(mean: float, width: float) -> Compared:
         around = Difference(mean, mean - width, mean + width, 1000, 20)
         return Compared(10.0, around, (mean,), 0.0, 1.0, 1.0, NO_FLIPS, 20)
@@ -348,7 +349,7 @@ def figures_of(
         "other slices": pair(before, after),
         NOISE: pair(Flips(1000, 90, 80), Flips(1000, 9, 0)),
     }
-    return Readings(20, 1000, 8, arms, seen)
+    return Measurements(20, 1000, 8, arms, seen)
 
 
 @pytest.mark.parametrize(
@@ -367,7 +368,7 @@ def figures_of(
     ],
 )
 def test_the_verdict_follows_the_figures(
-    readings: Readings, coverages: tuple[float, float] | None, helps: bool, words: str
+    readings: Measurements, coverages: tuple[float, float] | None, helps: bool, words: str
 ) -> None:
     """That it does not help here is a verdict too."""
     found = verdict(readings, 5, coverages)
@@ -392,7 +393,7 @@ def test_canonicalize_measures_on_request(
 ) -> None:
     """The verdict is printed, and stands on the card and in the report."""
     short = partial(trial, pairs={}, draws=1, reply_tokens=1)
-    monkeypatch.setattr(canonicalize_command, "trial", short)
+    monkeypatch.setattr(canonicalizing, "trial", short)
     clone_experts(BUNDLED_MODEL, tmp_path / "cloned", unlike=1e-4, seed=0)
     asked = ["--model", str(tmp_path / "cloned"), "--tokens", "1024", "--measure", "--texts", "2"]
     asked += ["--no-quantized-copy"]

@@ -21,10 +21,10 @@ from mlx_hybridcache_bench.policies.workloads import WORKLOADS, workload
 from test_store import ROW, STATE, N, save
 
 from mlx_hybridcache.errors import BudgetError, NotStoredError
-from mlx_hybridcache.store.eviction import values as census
+from mlx_hybridcache.store.eviction import values
 from mlx_hybridcache.store.eviction.choose import Eviction
 from mlx_hybridcache.store.eviction.ranking import Ranking
-from mlx_hybridcache.store.eviction.values import Census
+from mlx_hybridcache.store.eviction.values import NodeValues
 from mlx_hybridcache.store.materialize import Materializer
 from mlx_hybridcache.store.outline import Outline
 from mlx_hybridcache.store.store import Store
@@ -56,7 +56,9 @@ class CheckedStore(Store):
         self.seen = Counter()
 
     def _eviction(self, keep=(), spare=None):
-        eviction = Checked(self._census, frozenset(keep), spare, self.clock, self.partings.interior)
+        eviction = Checked(
+            self._values, frozenset(keep), spare, self.clock, self.branch_rate.interior
+        )
         eviction.store = self
         eviction.scan = FullScan(self, eviction.kept, spare)
         return eviction
@@ -79,8 +81,14 @@ def change(store, draw, claims):
     if what < 6:
         cuts = sorted(draw.sample(range(1, len(tokens) + 1), min(len(tokens), draw.randrange(4))))
         for cut in cuts:
-            is_parting = draw.random() < 0.2
-            save(store, tokens[:cut], space=space, is_end=cut == len(tokens), is_parting=is_parting)
+            is_branch_point = draw.random() < 0.2
+            save(
+                store,
+                tokens[:cut],
+                space=space,
+                is_end=cut == len(tokens),
+                is_branch_point=is_branch_point,
+            )
     elif what < 9:
         found = store.find(space, prompt)
         if found.position:
@@ -89,7 +97,9 @@ def change(store, draw, claims):
             claims.append(store.claim(draw.randrange(1, 1500), found))
     elif what < 11:
         cuts = sorted(draw.sample(range(1, len(tokens) + 1), min(len(tokens), 3)))
-        store.afford(space, prompt, cuts, partings=cuts[:1], row_bytes=ROW, snapshot_bytes=STATE)
+        store.afford(
+            space, prompt, cuts, branch_points=cuts[:1], row_bytes=ROW, snapshot_bytes=STATE
+        )
     elif what == 11:
         with suppress(NotStoredError, BudgetError):
             draw.choice([store.pin, store.unpin, store.unpin])(space, prompt)
@@ -125,7 +135,7 @@ def test_each_choice_is_that_of_a_full_scan(needs_checkpoints, limits):
     store, claims = CheckedStore(9_000, needs_checkpoints=needs_checkpoints, **limits), []
     for _ in range(1_500):
         change(store, draw, claims)
-        full_scan.check_census(store)
+        full_scan.check_values(store)
     floors = {"choices": 300}
     floors |= {"dead": 5, "kept": 100} if needs_checkpoints else {}
     floors |= {"surplus": 50} if "max_conversations" in limits else {}
@@ -141,7 +151,7 @@ def test_each_choice_on_a_trace_is_that_of_a_full_scan(name):
     store.__class__, store.seen = CheckedStore, Counter()
     for index in range(len(trace)):
         simulation.serve(index)
-        full_scan.check_census(store)
+        full_scan.check_values(store)
     assert store.seen["choices"] > 50
 
 
@@ -173,9 +183,9 @@ def weighed(monkeypatch, size):
     store.outlines(0.0)
     store.budget.limit(store.budget.used_bytes)
     with monkeypatch.context() as watching:
-        counted(watching, Census, "weights", lambda *_: 1)
-        counted(watching, Census, "_look_up", lambda *_: 1)
-        counted(watching, census, "_farthest", looked_at)
+        counted(watching, NodeValues, "weights", lambda *_: 1)
+        counted(watching, NodeValues, "_look_up", lambda *_: 1)
+        counted(watching, values, "_farthest", looked_at)
         counted(watching, Ranking, "_least_of", lambda _, blocks, *__: len(blocks))
         counted(watching, Outline, "__init__", lambda *_: 1)
         counted(watching, Node, "unshared", lambda *_: 1)
@@ -205,16 +215,16 @@ def test_rows_that_running_caches_hold_weigh_nothing_until_they_are_the_stores_a
     tokens = as_tokens(range(40))
     checkpoint = SizedCheckpoint(40, STATE)
     store.save(N, tokens, lambda start: SizedRows(start, 40, ROW), checkpoint, row_bytes=ROW)
-    full_scan.check_census(store)
+    full_scan.check_values(store)
     materializer = Materializer(store)
-    lender = SizedCaches(materializer, layout, N, tokens)
-    lender.restored([SizedCache(40)], 40, 64)
+    live = SizedCaches(materializer, layout, N, tokens)
+    live.restored([SizedCache(40)], 40, 64)
     materializer.alias()
     assert store.budget.rows_bytes == 0
-    full_scan.check_census(store)
-    assert materializer.materialize(lender)
+    full_scan.check_values(store)
+    assert materializer.materialize(live)
     assert store.budget.rows_bytes == 40 * ROW
-    full_scan.check_census(store)
+    full_scan.check_values(store)
 
 
 def test_rows_of_other_tokens_stay_the_stores():

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 from candidates import Candidate, least_useful
 
-from mlx_hybridcache.store.eviction.policy import INTERIOR, NEAR_TOKENS, Partings
+from mlx_hybridcache.store.eviction.policy import INTERIOR, NEAR_TOKENS, BranchRate
 
 SOME = Candidate(
     gap_tokens=500,
@@ -102,16 +102,16 @@ def test_a_thinned_path_is_dense_near_its_end_and_sparse_further_back():
 
 def test_how_far_back_prompts_part_is_learnt():
     """Nothing known: what is supposed. Thirty that part inside, then thirty that come back to the end."""
-    partings = Partings()
-    assert partings.interior == INTERIOR
+    branch_rate = BranchRate()
+    assert branch_rate.interior == INTERIOR
     for _ in range(30):
-        partings.saw(is_inside=True)
-    learnt = partings.interior
+        branch_rate.saw(is_inside=True)
+    learnt = branch_rate.interior
     assert learnt > 4 * INTERIOR
     assert goes_first(replace(SOME, interior=INTERIOR), replace(SOME, interior=learnt))
     for _ in range(30):
-        partings.saw(is_inside=False)
-    assert INTERIOR < partings.interior < learnt / 1.5
+        branch_rate.saw(is_inside=False)
+    assert INTERIOR < branch_rate.interior < learnt / 1.5
     for _ in range(300):
-        partings.saw(is_inside=False)
-    assert partings.interior < INTERIOR
+        branch_rate.saw(is_inside=False)
+    assert branch_rate.interior < INTERIOR

@@ -37,7 +37,7 @@ def state(position):
 N = Namespace("n")
 
 
-def save(store, tokens, *, is_end=False, is_parting=False, space=N):
+def save(store, tokens, *, is_end=False, is_branch_point=False, space=N):
     return store.save(
         space,
         as_tokens(tokens),
@@ -45,7 +45,7 @@ def save(store, tokens, *, is_end=False, is_parting=False, space=N):
         state(len(tokens)) if store.needs_checkpoints else None,
         row_bytes=ROW,
         is_end=is_end,
-        is_parting=is_parting,
+        is_branch_point=is_branch_point,
     )
 
 
@@ -83,10 +83,14 @@ def test_checkpoints_of_a_slice_leave_room_to_cut_what_is_stored():
     prompt = as_tokens([*range(30), *range(100, 120)])
     needed = 20 * ROW + 40 * ROW + 2 * STATE  # new rows, the cut run's other copy, the states
     store.budget.limit(store.budget.used_bytes + needed)
-    wanted = store.afford(N, prompt, [30, 50], partings=(30,), row_bytes=ROW, snapshot_bytes=STATE)
+    wanted = store.afford(
+        N, prompt, [30, 50], branch_points=(30,), row_bytes=ROW, snapshot_bytes=STATE
+    )
     assert (wanted, store.evictions) == ([30, 50], 0)
     store.budget.limit(store.budget.limit_bytes - 1)
-    wanted = store.afford(N, prompt, [30, 50], partings=(30,), row_bytes=ROW, snapshot_bytes=STATE)
+    wanted = store.afford(
+        N, prompt, [30, 50], branch_points=(30,), row_bytes=ROW, snapshot_bytes=STATE
+    )
     assert (wanted, store.evictions) == ([30, 50], 1)
     assert store.budget.has_room(20 * ROW + 40 * ROW + len(wanted) * STATE)
 
@@ -97,7 +101,7 @@ def test_the_checkpoint_at_which_prompts_part_ways_is_kept(parts_at):
     store = Store(10**6, needs_checkpoints=True)
     save(store, range(1000), is_end=True)
     for cut in (100, 200):
-        save(store, range(cut), is_parting=cut == parts_at)
+        save(store, range(cut), is_branch_point=cut == parts_at)
     for other in range(40):
         store.tick()
         save(store, range(5000 + 100 * other, 5080 + 100 * other), is_end=True)
@@ -622,10 +626,10 @@ def test_the_store_learns_where_prompts_part():
     tokens = list(range(300))
     for end in (150, 300):
         save(store, tokens[:end])
-    supposed = store.partings.interior
+    supposed = store.branch_rate.interior
     for _ in range(5):
         store.use(store.find(N, as_tokens([*tokens, 1, 2])))
-    assert store.partings.interior < supposed
+    assert store.branch_rate.interior < supposed
     for _ in range(10):
         store.use(store.find(N, as_tokens([*tokens[:200], 1, 2])))
-    assert store.partings.interior > supposed
+    assert store.branch_rate.interior > supposed

@@ -145,7 +145,7 @@ def check_memory(store: Store) -> None:
 
 
 def check_catalogue(catalogue: Catalogue, disk: DiskTier) -> None:
-    """The disk tier's trees, on the worker thread: every byte of a file is some node's, or lingers."""
+    """The disk tier's trees, on the worker thread: every byte of a file is some node's, or in flight."""
     store, used = catalogue.store, catalogue._files.used
     check_tree(store, lambda node: None)
     parts: dict[str, int] = {}

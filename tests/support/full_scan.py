@@ -64,7 +64,7 @@ class FullScan:
             idle_ticks=store.clock - node.last_passed,
             returns=node.returns,
             goes_on=node in self.kept and not node.children,
-            interior=store.partings.interior,
+            interior=store.branch_rate.interior,
         ).worth
 
     def dead_with(self, node: Node) -> list[Node]:
@@ -131,31 +131,31 @@ def surplus(store: Store, written: Node) -> Node | None:
     return oldest[0] if oldest is not None else None
 
 
-def check_census(store: Store) -> None:
+def check_values(store: Store) -> None:
     """Every number that is kept up to date is the one that looking at everything gives."""
-    census: Any = store._census
-    census.settle()
+    values: Any = store._values
+    values.settle()
     nodes = [*store.nodes()]
     assert all(tree.root.children for tree in store._trees.values())
-    assert census.nodes == len(nodes)
-    assert census.tokens == sum(len(node.tokens) for node in nodes)
-    assert census.checkpoints == sum(node.checkpoint is not None for node in nodes)
-    assert census.conversations_stored() == len(conversations(store))
-    assert set(census.pins.pinned) == {node for node in nodes if node.pinned}
+    assert values.nodes == len(nodes)
+    assert values.tokens == sum(len(node.tokens) for node in nodes)
+    assert values.checkpoints == sum(node.checkpoint is not None for node in nodes)
+    assert values.conversations_stored() == len(conversations(store))
+    assert set(values.pins.pinned) == {node for node in nodes if node.pinned}
     kept = {above for node in nodes if node.pinned for above in node.path()}
-    assert set(census.pins.nodes) == kept
-    assert census.pins.nbytes == FullScan(store).fixed_bytes()
+    assert set(values.pins.nodes) == kept
+    assert values.pins.nbytes == FullScan(store).fixed_bytes()
     ranked = set()
     for tree in store._trees.values():
         for node, (above, below, deepest) in surroundings(tree.root).items():
             standing = node.standing
             assert (standing.above, standing.below, node.deepest) == (above, below, deepest)
-            if census.may_rank(node):
+            if values.may_rank(node):
                 ranked.add(standing.rank)
-                assert census._ranked[standing.rank] is node
-                assert standing.weights == census.weights(node)
+                assert values._ranked[standing.rank] is node
+                assert standing.weights == values.weights(node)
             else:
                 assert standing.rank is None
-    assert set(census._ranked) == ranked
+    assert set(values._ranked) == ranked
     dead = {node for node in nodes if not node.children and node.checkpoint is None}
-    assert set(census.barren) == (dead if store.needs_checkpoints else set())
+    assert set(values.barren) == (dead if store.needs_checkpoints else set())

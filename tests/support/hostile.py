@@ -1,4 +1,4 @@
-"""One round of hostile concurrency, made of nothing but its seed: who asks, who lags, who leaves, what goes.
+"""One round of hostile concurrency, made of nothing but its seed: who requests, who lags, who leaves, what goes.
 
 The events happen on the worker's own thread, between its turns, so that a round is the same every time. At
 its end every checkpoint of every namespace, and every reply, is held against a cold run of its tokens.
@@ -203,7 +203,7 @@ class Round:
     def perform(self) -> None:
         """The events, on the worker's thread."""
         self.cache.load.__class__ = Accompanied
-        for _ in self.cache._worker.stream(self.conduct()):
+        for _ in self.cache.worker.stream(self.conduct()):
             raise AssertionError("a conductor says nothing")
 
     def conduct(self) -> Iterator[Pause]:
@@ -335,7 +335,7 @@ class Round:
     def press(self) -> None:
         """The system lacks memory."""
         store, part = self.cache.engine.tiers.memory, self.chance.choice((1, 2, 4))
-        self.cache._worker.call(lambda: store.shrink(store.budget.stored_bytes // part))
+        self.cache.worker.call(lambda: store.shrink(store.budget.stored_bytes // part))
 
     def save_own(self) -> None:
         """A framework brings caches that it read itself, first with tokens that are not theirs."""
@@ -388,7 +388,7 @@ class Round:
         if store.needs_checkpoints:
             found = [(s, each) for s in SALTS for each in self.cache.checkpoints(cache_salt=s)]
         else:
-            found = self.cache._worker.call(self.places)
+            found = self.cache.worker.call(self.places)
         return sorted(found, key=lambda each: -len(each[1]))
 
     def places(self) -> list[tuple[str, list[int]]]:

@@ -443,8 +443,8 @@ def test_a_prefill_that_a_close_cuts_short_says_so(prompt: list[int]) -> None:
 
     def on_progress(read: int, total: int) -> None:
         if 0 < read < total and not closers:
-            closers.append(begun(cache._worker.close))
-            while cache._worker._stop.alive:
+            closers.append(begun(cache.worker.close))
+            while cache.worker._stop.alive:
                 time.sleep(0.001)
 
     with pytest.raises(ClosedError):

@@ -23,20 +23,20 @@ from .report import failures, readable
 
 Part = dict[str, Any]
 
-TIMED = ("recurrence",)
-COMPARED = tuple(name for name in PARTS if name not in TIMED)
+BENCHES = {
+    "bench router": ["--quick", "--only", "cloned", "--texts", "6"],
+    "bench hotpath": ["--quick"],
+    "bench ttft": ["--quick", "--repeats", "1"],
+}
+"""Choices that change with the patch and without; what a hit costs; the first token beside `mlx_lm.server`'s."""
+
+TIMED = ("recurrence", "bench hotpath", "bench ttft")
+COMPARED = (*(name for name in PARTS if name not in TIMED), "bench router")
 """Each in a process of its own, side by side where there is a GPU: the first kernels of each are compiled
 on the CPU, which takes most of the time."""
 
 SHARE_FOR_COMPARING = 0.5
 """Of the time, so that what is timed comes to its turn."""
-
-BENCHES = {
-    "router": ["--quick", "--only", "cloned", "--texts", "6"],
-    "hotpath": ["--quick"],
-    "ttft": ["--quick", "--repeats", "1"],
-}
-"""Flips with the patch and without; what a hit costs; the first token beside `mlx_lm.server`'s."""
 
 TOLD_CHARACTERS = 6_000
 
@@ -62,18 +62,21 @@ def main() -> int:
 def _parts(only: list[str] | None, seconds: float) -> Iterable[tuple[str, Part]]:
     now = time.monotonic()
     middle, end = now + SHARE_FOR_COMPARING * seconds, now + seconds
+    there = {*PARTS, *(f"bench {name}" for name in COMMANDS)}
 
     def wanted(names: Iterable[str]) -> list[str]:
-        return [name for name in names if only is None or name in only]
+        return [name for name in names if name in there and (only is None or name in only)]
 
     beside = len(COMPARED) if machine()["device"].startswith("gpu") else 1
     with ThreadPoolExecutor(beside) as pool:
         names = wanted(COMPARED)
-        yield from zip(names, pool.map(partial(_compare, end=middle), names), strict=True)
+        yield from zip(names, pool.map(partial(_run, end=middle), names), strict=True)
     for name in wanted(TIMED):
-        yield name, _compare(name, end=end)
-    for name in wanted(name for name in BENCHES if name in COMMANDS):
-        yield f"bench {name}", _bench(name, end=end)
+        yield name, _run(name, end=end)
+
+
+def _run(name: str, *, end: float) -> Part:
+    return _bench(name, end=end) if name in BENCHES else _compare(name, end=end)
 
 
 def _compare(name: str, *, end: float) -> Part:
@@ -89,10 +92,10 @@ def _compare(name: str, *, end: float) -> Part:
 def _bench(name: str, *, end: float) -> Part:
     with tempfile.TemporaryDirectory(prefix="on-a-gpu-") as scratch:
         file = Path(scratch, "result.json")
-        command = [sys.executable, "-m", "mlx_hybridcache.cli", "bench", name, *BENCHES[name]]
-        if name == "ttft":
+        command = [sys.executable, "-m", "mlx_hybridcache.cli", *name.split(), *BENCHES[name]]
+        if name == "bench ttft":
             command += ["--out", str(Path(scratch, "ttft"))]
-        if name == "router":
+        if name == "bench router":
             command += ["--plot", str(Path(scratch, "router.png"))]
         part = _timed([*command, "--json", str(file)], end)
         part["result"] = json.loads(file.read_text()) if file.exists() else None

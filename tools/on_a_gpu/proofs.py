@@ -7,9 +7,11 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 import tiny
 
 from mlx_hybridcache import models
+from mlx_hybridcache.caches.layout import fresh_caches
 from mlx_hybridcache.demo import BUNDLED_MODEL
 from mlx_hybridcache.demo.workloads import default_text
 from mlx_hybridcache.verify import verify
@@ -24,9 +26,17 @@ KINDS = {
     "qwen3": "rows",
     "deepseek_v3": "latent rows",
 }
-STORED_AS = ("float32", "bfloat16", "4-bit")
+STORED_AS = {
+    "float32": (mx.float32, None),
+    "bfloat16": (mx.bfloat16, None),
+    "4-bit bfloat16": (mx.bfloat16, 4),
+    "4-bit float32": (mx.float32, 4),
+}
+"""What is not quantized, and the bits of the rest."""
+
 TOKENS, STEP = 900, 128
 KIND_TOKENS, KIND_STEP = 330, 64
+TWICE = (1, 8, 64, 128, 300)
 
 Found = Iterator[tuple[str, dict[str, Any]]]
 """What a part found, one by one: a name, and plain values."""
@@ -35,10 +45,10 @@ Found = Iterator[tuple[str, dict[str, Any]]]
 def stored_as(how: str) -> tuple[Any, Any]:
     """The bundled model in that form, and its tokenizer."""
     model, tokenizer = models.load(str(BUNDLED_MODEL))
-    if how != "float32":
-        model.set_dtype(mx.bfloat16)
-    if how == "4-bit":
-        nn.quantize(model, group_size=64, bits=4)
+    dtype, bits = STORED_AS[how]
+    model.set_dtype(dtype)
+    if bits is not None:
+        nn.quantize(model, group_size=64, bits=bits)
     mx.eval(model.parameters())
     return model, tokenizer
 
@@ -48,12 +58,31 @@ def text_tokens(tokenizer: Any, count: int) -> list[int]:
     return list(tokenizer.encode(default_text()[: 12 * count], add_special_tokens=False))[:count]
 
 
+def control(model: Any, ids: list[int]) -> dict[str, Any]:
+    """Prompts read twice by plain mlx-lm, in one slice each: `steady` if their logits are numbers and equal.
+
+    Where they are not, nothing can be proven of a cache.
+    """
+    logits = []
+    try:
+        for count in (*TWICE, *TWICE):
+            read = model(mx.array([ids[:count]]), cache=fresh_caches(model))
+            logits.append(np.array(read[0, -1].astype(mx.float32)))
+    except RuntimeError as error:
+        return {"skipped": f"MLX cannot compute this here: {error}"}
+    first, second = np.split(np.stack(logits), 2)
+    differing = int((first != second).sum())  # what is no number differs from itself
+    return {"logits": first.size, "that_differ": differing, "steady": not differing}
+
+
 def bundled(how: str) -> Found:
     """`verify` and `verify --exact` of the bundled model."""
     model, tokenizer = stored_as(how)
     ids = text_tokens(tokenizer, TOKENS + TOKENS // 3)
-    prompts = [ids[:TOKENS], ids[: 2 * TOKENS // 3] + ids[TOKENS:]]
-    yield from _both_modes(f"bundled, {how}", model, prompts, STEP)
+    yield f"bundled, {how}, plain mlx-lm twice", (seen := control(model, ids))
+    if seen.get("steady"):
+        prompts = [ids[:TOKENS], ids[: 2 * TOKENS // 3] + ids[TOKENS:]]
+        yield from _both_modes(f"bundled, {how}", model, prompts, STEP)
 
 
 def kind(family: str) -> Found:

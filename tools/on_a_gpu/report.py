@@ -66,6 +66,12 @@ def _sentences(parts: Parts) -> list[str]:
             f"slices by at most {max(row['cold_against_cold'] for row in default):.3g}; the first "
             f"{GREEDY_TOKENS} greedy tokens differ at {sum(row['other_tokens'] for row in default)} of them"
         )
+    said += [
+        f"{name}: {row['that_differ']:,} of {row['logits']:,} logits differ or are no numbers, so nothing "
+        "was proven of the cache there"
+        for name, row in rows
+        if not row.get("steady", True)
+    ]
     said += [f"{name}: {row['ratio']:.1f} x mlx-lm's loop" for name, row in rows if "ratio" in row]
     return said
 

@@ -141,8 +141,8 @@ class _Clock:
         self._inside = (0.0, 0.0)
         self._kind = ""
         writes = tier.write_behind
-        writes._next = self._around(writes._next)
-        writes._hand_over = self._around(writes._hand_over)
+        writes.next_due = self._around(writes.next_due)
+        writes.hand_over = self._around(writes.hand_over)
         self._write = tier.thread.write
         tier.thread.write = self._written
 

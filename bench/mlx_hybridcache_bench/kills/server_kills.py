@@ -15,7 +15,7 @@ import httpx2
 
 from mlx_hybridcache.disk.catalogue import Catalogue
 from mlx_hybridcache.disk.index import scan
-from mlx_hybridcache.disk.segment import SEGMENTS, verify
+from mlx_hybridcache.disk.segment import SEGMENTS, check_file
 from mlx_hybridcache.errors import HybridCacheError
 from mlx_hybridcache.tokens import as_tokens
 
@@ -116,7 +116,7 @@ class _Known:
     def __init__(self, root: Path, account: ServerAccount) -> None:
         entries = scan(root, None, adopt=False, on_rejected=self._rejected)
         for entry in entries:
-            verify(root / SEGMENTS / entry.segment.name)
+            check_file(root / SEGMENTS / entry.segment.name)
         account.verified += len(entries)
         self._catalogue = Catalogue(1 << 40, needs_checkpoints=True)
         orphans = self._catalogue.load(entries)

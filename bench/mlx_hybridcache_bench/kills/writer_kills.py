@@ -14,7 +14,7 @@ from pathlib import Path
 from mlx_hybridcache.disk.catalogue import Catalogue
 from mlx_hybridcache.disk.directory import Directory
 from mlx_hybridcache.disk.files import PARTIAL
-from mlx_hybridcache.disk.segment import SEGMENTS, Segment, SegmentError, read_data, verify
+from mlx_hybridcache.disk.segment import SEGMENTS, Segment, SegmentError, check_file, read_data
 
 from .killed_writer import BUDGET_BYTES, Order, as_line, content
 
@@ -89,7 +89,7 @@ class Account:
         self.checked += 1
         room = bytearray(segment.data_nbytes)
         try:
-            found = verify(root / SEGMENTS / segment.name)
+            found = check_file(root / SEGMENTS / segment.name)
             read_data(root, segment, [memoryview(room)])
         except (SegmentError, OSError) as error:
             self.faults.append(f"{segment.name} was offered: {error}")

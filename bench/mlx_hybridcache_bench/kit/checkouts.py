@@ -55,6 +55,8 @@ class Checkout:
             "PYTHONPATH": os.pathsep.join([*folders, *([given] if given else [])]),
             # Else `python -m` looks into the current folder first, which may be another checkout.
             "PYTHONSAFEPATH": "1",
+            # Installed, a package is compiled once; where that is off, each start would compile it.
+            "PYTHONDONTWRITEBYTECODE": "",
         }
 
     def run(self, arguments: Sequence[str], *, statuses: Sequence[int] = (0,)) -> Spent:

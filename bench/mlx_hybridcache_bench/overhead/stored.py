@@ -223,7 +223,7 @@ def _save(store: SizedStore, prompt: Tokens) -> None:
 def _afford(store: SizedStore, prompt: Tokens, kept: list[int]) -> None:
     cuts = [len(prompt) - RUN_TOKENS // 2, len(prompt) - 1]
     kept += store.afford(
-        SPACE, prompt, cuts, partings=(), row_bytes=ROW_BYTES, snapshot_bytes=STATE_BYTES
+        SPACE, prompt, cuts, branch_points=(), row_bytes=ROW_BYTES, snapshot_bytes=STATE_BYTES
     )
 
 

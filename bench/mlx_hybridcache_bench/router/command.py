@@ -26,11 +26,11 @@ from ..kit.text import tokenizer_of
 from ..serving.scenarios import Material
 from .models import Said, Size, Tried, cloned, look, try_cloned, try_model, try_specialised
 from .plot import plot_tried
-from .servers import CLIENTS, SHARED, UNIQUE, WITH, WITHOUT, Load, Served, launches, serve
+from .servers import CLIENTS, SHARED, UNIQUE, WITH, WITHOUT, Served, ServerLoad, launches, serve
 
 SIZE, QUICK_SIZE = Size(64, 20, 128, 8), Size(32, 16, 64, 2)
-LOAD = Load(requests=8, prompt=1_000, reply=32, repeats=3, texts=20, text=300)
-QUICK_LOAD = Load(requests=4, prompt=300, reply=8, repeats=1, texts=4, text=120)
+LOAD = ServerLoad(requests=8, prompt=1_000, reply=32, repeats=3, texts=20, text=300)
+QUICK_LOAD = ServerLoad(requests=4, prompt=300, reply=8, repeats=1, texts=4, text=120)
 SEEDS, QUICK_SEEDS = 5, 1
 UNLIKE = 1e-4
 """How far clones of the bundled model's experts are off, of their own size."""
@@ -109,7 +109,7 @@ def _measure(
     args: argparse.Namespace,
     parts: Sequence[str],
     size: Size,
-    load: Load,
+    load: ServerLoad,
     result: _Result,
     said: Said,
 ) -> None:
@@ -145,7 +145,7 @@ def _equivalent(model: str, name: str) -> Iterator[tuple[Any, Any]]:
         yield model, None
 
 
-def _serve(model: str, patch: Patch, load: Load, said: Said) -> Served:
+def _serve(model: str, patch: Patch, load: ServerLoad, said: Said) -> Served:
     longest = max(2 * load.prompt, load.texts * load.text)
     material = Material(tokenizer_of(model), longest + 1_000)
     with tempfile.TemporaryDirectory(prefix="bench-router-") as directory:
@@ -208,7 +208,7 @@ def _planted_figures(planted: Sequence[Tried]) -> list[Figure]:
     return found
 
 
-def _show(console: Console, result: _Result, load: Load) -> None:
+def _show(console: Console, result: _Result, load: ServerLoad) -> None:
     everyone = [*result.seeds, *result.tried]
     if everyone:
         _show_discoveries(console, everyone)
@@ -268,7 +268,7 @@ def _show_seeds(console: Console, seeds: Sequence[Tried]) -> None:
     )
 
 
-def _show_served(console: Console, served: Served, load: Load) -> None:
+def _show_served(console: Console, served: Served, load: ServerLoad) -> None:
     rows = []
     for name in (ORIGINAL, CANONICALIZED):
         for prefix in (SHARED, UNIQUE):

@@ -28,7 +28,7 @@ Said = Callable[[str], object]
 
 
 @dataclass(frozen=True, slots=True)
-class Load:
+class ServerLoad:
     """What servers are asked: requests of a run, tokens of a prompt and of a reply, runs, and texts."""
 
     requests: int
@@ -88,7 +88,7 @@ def launches(model: str, patch: Path) -> list[Launch]:
     ]
 
 
-def serve(starts: Sequence[Launch], material: Material, load: Load, said: Said) -> Served:
+def serve(starts: Sequence[Launch], material: Material, load: ServerLoad, said: Said) -> Served:
     """Start the servers, ask both the same things in turns, stop them. Raises `RequestFailed`."""
     with ExitStack() as stack:
         processes = [stack.enter_context(ServerProcess(launch)) for launch in starts]
@@ -107,7 +107,9 @@ def serve(starts: Sequence[Launch], material: Material, load: Load, said: Said) 
         return Served(tuple(_rates(targets, material, load, said)), tuple(determined))
 
 
-def _rates(targets: Sequence[Target], material: Material, load: Load, said: Said) -> list[Rate]:
+def _rates(
+    targets: Sequence[Target], material: Material, load: ServerLoad, said: Said
+) -> list[Rate]:
     """Servers and caches change places from run to run: a b, b a, and so on."""
     found = []
     for run in range(load.repeats):
@@ -120,7 +122,9 @@ def _rates(targets: Sequence[Target], material: Material, load: Load, said: Said
     return found
 
 
-def _run(target: Target, material: Material, prefix: str, cache: str, load: Load, run: int) -> Rate:
+def _run(
+    target: Target, material: Material, prefix: str, cache: str, load: ServerLoad, run: int
+) -> Rate:
     """`CLIENTS` clients ask in turn until all requests are answered. Every run begins with new nonces."""
     nonce = fresh_nonce()
     steps = []
@@ -152,7 +156,7 @@ def _run(target: Target, material: Material, prefix: str, cache: str, load: Load
     )
 
 
-def _determined(target: Target, material: Material, load: Load) -> Determined:
+def _determined(target: Target, material: Material, load: ServerLoad) -> Determined:
     """Each text cold, cold again, through the cache, and from it; half of it is stored before."""
     cold = hot = cached = 0
     for number in range(load.texts):

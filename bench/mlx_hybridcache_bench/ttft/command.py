@@ -22,7 +22,7 @@ from ..report.summary import notes, servers_sheet, sheets
 from ..report.verdict import verdicts
 from .conduct import conduct
 from .options import add_arguments, contenders_of, fields_of, plan_of
-from .plan import Plan
+from .plan import BenchPlan
 
 __all__ = ["add_arguments", "run", "write"]
 
@@ -67,7 +67,7 @@ def _is_well(results: Results, promised: list[Figure]) -> bool:
     return whole and all(figure.kept for figure in promised if figure.counted)
 
 
-def _settings(plan: Plan, args: argparse.Namespace) -> dict[str, Any]:
+def _settings(plan: BenchPlan, args: argparse.Namespace) -> dict[str, Any]:
     return {
         "quick": args.quick,
         "sizes": list(plan.sizes),

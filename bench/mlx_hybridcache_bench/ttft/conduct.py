@@ -19,13 +19,13 @@ from ..serving.watch import LoadWatch
 from .contenders import Contender
 from .measure import Measurement
 from .pace import Pace, duration_text
-from .plan import Plan
+from .plan import BenchPlan
 from .turns import fit_together, measure_in_turns
 
 
 def conduct(
     contenders: Sequence[Contender],
-    plan: Plan,
+    plan: BenchPlan,
     tokenizer: object | None,
     results: Results,
     folder: Path,
@@ -77,7 +77,7 @@ def _promise(seconds: float) -> str:
 
 def _measurements(
     contenders: Sequence[Contender],
-    plan: Plan,
+    plan: BenchPlan,
     tokenizer: object | None,
     pace: Pace,
     begin: Callable[[Contender, int], Callable[[str, int], None]],

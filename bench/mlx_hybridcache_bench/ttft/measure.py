@@ -17,7 +17,7 @@ from .contenders import Contender
 from .dialect import Dialect
 from .new_starts import measure_new_starts
 from .pace import REQUEST_SECONDS, Pace
-from .plan import Plan
+from .plan import BenchPlan
 from .remote import RemoteServer
 from .session import EARLIER, STOP_SECONDS, Advance, Session
 
@@ -28,7 +28,7 @@ class Measurement(Session):
     def __init__(
         self,
         contender: Contender,
-        plan: Plan,
+        plan: BenchPlan,
         tokenizer: object | None,
         advance: Advance,
         pace: Pace | None = None,

@@ -14,7 +14,7 @@ from ..serving.crowd import AT_ONCE
 from ..serving.scenarios import LONGER
 from ..serving.servers import OURS, THEIRS, ServerError
 from .contenders import LLAMA, Contender, compared, flags_of
-from .plan import MIXED_REQUESTS, NAMES, USUAL, Plan, sizes_of
+from .plan import MIXED_REQUESTS, NAMES, USUAL, BenchPlan, sizes_of
 from .remote import at_url
 
 SIZES, QUICK_SIZES = ("12K", "30K", "60K", "120K"), ("1050",)
@@ -103,7 +103,7 @@ def _add_out(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def plan_of(args: argparse.Namespace) -> Plan:
+def plan_of(args: argparse.Namespace) -> BenchPlan:
     """What is to be asked. Raises `PromptError`."""
     try:
         sizes = sizes_of(args.sizes or (QUICK_SIZES if args.quick else SIZES))
@@ -117,7 +117,7 @@ def plan_of(args: argparse.Namespace) -> Plan:
         or args.timeout <= 0
     ):
         raise PromptError("--clients, --requests, --repeats and --timeout take numbers above 0.")
-    return Plan(
+    return BenchPlan(
         sizes=sizes,
         repeats=args.repeats or REPEATS,
         names=tuple(args.scenarios or USUAL),
@@ -130,7 +130,7 @@ def plan_of(args: argparse.Namespace) -> Plan:
     )
 
 
-def contenders_of(args: argparse.Namespace, plan: Plan) -> list[Contender]:
+def contenders_of(args: argparse.Namespace, plan: BenchPlan) -> list[Contender]:
     """Everything is looked up before anything is started: mistakes cost no waiting."""
     fields = fields_of(args.extra)
     api_key = None

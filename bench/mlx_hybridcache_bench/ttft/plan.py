@@ -36,7 +36,7 @@ ROOM = 1.25
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class BenchPlan:
     """Sizes in tokens; how often; what; how many clients at once; patience with one request."""
 
     sizes: tuple[int, ...]

@@ -13,7 +13,7 @@ from ..serving.side import Nonces, Side
 from ..serving.target import Target
 from .contenders import Contender
 from .dialect import ESTIMATED, Dialect, learn, material_for, says_sizes
-from .plan import Plan
+from .plan import BenchPlan
 from .remote import RemoteServer
 
 MOST_RESTARTS = 5
@@ -40,7 +40,7 @@ class Session:
     def __init__(
         self,
         contender: Contender,
-        plan: Plan,
+        plan: BenchPlan,
         tokenizer: object | None,
         advance: Advance,
         nonces: Nonces,

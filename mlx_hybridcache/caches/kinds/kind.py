@@ -97,7 +97,7 @@ class LayerKind:
         """
         return ()
 
-    def surrender(self, cache: Any) -> Arrays:
+    def take_arrays(self, cache: Any) -> Arrays:
         """The buffers in which its rows lie; `cache` has none and is of no use any more."""
         return ()
 

@@ -99,7 +99,7 @@ class RowsKind(LayerKind):
     def view_rows(self, cache: Any, start: int, end: int) -> Arrays:
         return tuple(x[:, :, start:end] for x in (cache.keys, cache.values))
 
-    def surrender(self, cache: Any) -> Arrays:
+    def take_arrays(self, cache: Any) -> Arrays:
         buffers = (cache.keys, cache.values)
         cache.keys = cache.values = None
         return buffers

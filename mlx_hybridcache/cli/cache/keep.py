@@ -9,7 +9,7 @@ from ...disk import archive
 from ...disk.contents import (
     SHORT,
     by_namespace,
-    find,
+    find_checkpoint,
     look,
     must_be_free,
     must_be_one,
@@ -35,7 +35,7 @@ def _set_pin(options: argparse.Namespace, *, is_pinned: bool) -> int:
     root: Path = options.cache_dir
     must_be_one(root)
     with writing(root) as (directory, entries):
-        one, node = find(by_namespace(entries), options.id)
+        one, node = find_checkpoint(by_namespace(entries), options.id)
         directory.pin([segment.name for segment in one.segments(node)], is_pinned=is_pinned)
     print(f"{'Pinned' if is_pinned else 'Unpinned'} [0, {node.end:,}) of {one.model or 'a model'}.")
     return 0
@@ -49,7 +49,7 @@ def export(options: argparse.Namespace) -> int:
         raise SettingError(
             f"--to {options.to} exists already. Name another file, or add --force to write over it."
         )
-    one, node = find(look(root), options.id)
+    one, node = find_checkpoint(look(root), options.id)
     with bytes_bar("export") as bar:
         sent = archive.export(
             root,

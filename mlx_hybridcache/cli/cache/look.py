@@ -5,15 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from ...disk.contents import SHORT, Collection, Run, is_being_written, look, written_at
+from ...disk.contents import SHORT, Collection, is_being_written, look, written_at
 from ...sizes import format_bytes
+from ...store.conversations import Place, Run, Start
 from ..console import age, count, wide_console
 
 WIDTH = 200
@@ -30,7 +31,7 @@ def ls(options: argparse.Namespace) -> int:
             {
                 "cache_dir": str(root),
                 "namespaces": [
-                    _facts(one) | {"runs": [_run_facts(run) for run in one.runs(times)]}
+                    _facts(one) | {"runs": [_run_facts(*each) for each in one.runs(times)]}
                     for one in found
                 ],
             }
@@ -44,56 +45,64 @@ def ls(options: argparse.Namespace) -> int:
     return 0
 
 
-def _tree(one: Collection, runs: Sequence[Run], *, is_long: bool) -> Tree:
+def _tree(one: Collection, runs: Iterable[tuple[Start, list[Run]]], *, is_long: bool) -> Tree:
     counted = one.catalogue.store.stats()
     about = f" {one.namespace[:8]}: {count(counted.conversations, 'conversation')}, "
     about += f"{count(one.catalogue.checkpoints, 'checkpoint')}, {format_bytes(one.nbytes())}"
     tree = Tree(Text(one.model or "a model", "bold") + Text(about, "not bold"))
-    branches: dict[Run | None, Tree] = {None: tree}
-    for run in runs:
-        branches[run] = branches[run.parent].add(Text(_line(one, run)))
-        for place in run.places if is_long and one.has_states else ():
-            words = [f"● {place.position:,}", format_bytes(place.nbytes)]
+    branches: dict[Run, Tree] = {}
+    for start, (*above, run) in runs:
+        parent = branches[above[-1]] if above else tree
+        branches[run] = parent.add(Text(_line(one, start, run)))
+        for place in _checkpoints(run) if is_long and one.has_states else ():
+            words = [f"● {place.position:,}", format_bytes(place.disk_bytes or 0)]
             words += ["pinned"] * place.is_pinned
             branches[run].add(Text("  ".join([*words, place.key[:SHORT]])))
     return tree
 
 
-def _line(one: Collection, run: Run) -> str:
+def _checkpoints(run: Run) -> list[Place]:
+    """Its places that prompts can be resumed at."""
+    return [place for place in run.places if place.disk_bytes is not None]
+
+
+def _line(one: Collection, start: Start, run: Run) -> str:
     """`[1,024, 3,000)  ● 6 checkpoints  3.1 MiB  3 min  disk  70658b181e03`.
 
     The id is that of the last checkpoint; its position is told where the run goes on behind it.
     """
-    last = run.places[-1] if run.places else None
+    places = _checkpoints(run)
+    last = places[-1] if places else None
     words = [f"[{run.start:,}, {run.end:,})"]
     if one.has_states and last is not None:
-        words.append(f"● {count(len(run.places), 'checkpoint')}")
-    words += [format_bytes(run.nbytes), age(_seconds(run)), "disk"]
-    words += ["pinned"] * any(place.is_pinned for place in run.places)
+        words.append(f"● {count(len(places), 'checkpoint')}")
+    words += [format_bytes(run.disk_bytes), age(_seconds(start)), "disk"]
+    words += ["pinned"] * any(place.is_pinned for place in places)
     if last is not None:
         at = f" at {last.position:,}" * (last.position != run.end)
         words.append(last.key[:SHORT] + at)
     return "  ".join(words)
 
 
-def _run_facts(run: Run) -> dict[str, object]:
+def _run_facts(start: Start, path: list[Run]) -> dict[str, object]:
+    *above, run = path
     return {
         "id": run.key[:SHORT],
-        "parent": run.parent.key[:SHORT] if run.parent is not None else "",
-        "depth": run.depth,
+        "parent": above[-1].key[:SHORT] if above else "",
+        "depth": len(above),
         "start": run.start,
         "end": run.end,
-        "bytes": run.nbytes,
-        "age_seconds": _seconds(run),
+        "bytes": run.disk_bytes,
+        "age_seconds": _seconds(start),
         "tier": "disk",
         "checkpoints": [
             {
                 "id": place.key[:SHORT],
                 "position": place.position,
-                "bytes": place.nbytes,
+                "bytes": place.disk_bytes,
                 "pinned": place.is_pinned,
             }
-            for place in run.places
+            for place in _checkpoints(run)
         ],
     }
 
@@ -164,8 +173,9 @@ def _facts(one: Collection) -> dict[str, object]:
     return {"namespace": one.namespace, "model": one.model, **_counts(one)}
 
 
-def _seconds(run: Run) -> int:
-    return max(0, int(time.time() - run.newest))
+def _seconds(start: Start) -> int:
+    """Since the newest file in a run or below it was written."""
+    return max(0, int(time.time() - start.used[0]))
 
 
 def _print_json(found: dict[str, object]) -> None:

@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 
-from . import keep, look, thin
-
-Run = Callable[[argparse.Namespace], int]
-Command = Callable[[str, Run, str], argparse.ArgumentParser]
-"""Adds a command: its name, what runs it, what it is for."""
+Command = Callable[[str, str, str], argparse.ArgumentParser]
+"""Adds a command: its name, the module and function that run it, what it is for."""
 
 
 def main(argv: Sequence[str], prog: str) -> int:
@@ -26,8 +24,8 @@ def main(argv: Sequence[str], prog: str) -> int:
         parser.print_help()
         return 0
     options = parser.parse_args(argv)
-    run: Run = options.run
-    return run(options)
+    module, name = options.run.split(".")  # imported alone: shipping needs what looking does not
+    return int(getattr(import_module(f".{module}", __package__), name)(options))
 
 
 def _parser(prog: str) -> argparse.ArgumentParser:
@@ -36,7 +34,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     where = argparse.ArgumentParser(add_help=False)
     where.add_argument("--cache-dir", required=True, type=_path, help="the directory of a server")
 
-    def command(name: str, run: Run, what: str) -> argparse.ArgumentParser:
+    def command(name: str, run: str, what: str) -> argparse.ArgumentParser:
         added = commands.add_parser(name, parents=[where], help=what, description=what)
         added.set_defaults(run=run)
         return added
@@ -48,35 +46,37 @@ def _parser(prog: str) -> argparse.ArgumentParser:
 
 
 def _add_looking(command: Command) -> None:
-    ls = command("ls", look.ls, "conversations as a tree: positions, sizes, ages, ids")
+    ls = command("ls", "look.ls", "conversations as a tree: positions, sizes, ages, ids")
     ls.add_argument("--all", action="store_true", help="every checkpoint on a line of its own")
     ls.add_argument("--json", action="store_true", help="the same for programs")
-    stats = command("stats", look.stats, "bytes and counts, per model and in total")
+    stats = command("stats", "look.stats", "bytes and counts, per model and in total")
     stats.add_argument("--json", action="store_true", help="the same for programs")
 
 
 def _add_thinning(command: Command) -> None:
-    verify = command("verify", thin.verify, "check every file from its first byte to its last")
+    verify = command("verify", "thin.verify", "check every file from its first byte to its last")
     verify.add_argument("--delete", action="store_true", help="delete those that are damaged")
-    prune = command("prune", thin.prune, "let the least useful go, pins excepted")
+    prune = command("prune", "thin.prune", "let the least useful go, pins excepted")
     prune.add_argument("--yes", action="store_true", help="do not ask")
     prune.add_argument("--to", required=True, metavar="SIZE", help="what may stay: bytes, or 20GB")
-    clear = command("clear", thin.clear, "delete everything, pins included")
+    clear = command("clear", "thin.clear", "delete everything, pins included")
     clear.add_argument("--yes", action="store_true", help="do not ask")
 
 
 def _add_keeping(command: Command) -> None:
-    for name, run in (("pin", keep.pin), ("unpin", keep.unpin)):
-        pin = command(name, run, f"{name} a checkpoint and what leads to it")
+    for name in ("pin", "unpin"):
+        pin = command(name, f"keep.{name}", f"{name} a checkpoint and what leads to it")
         pin.add_argument("id", help="the beginning of an id that `ls` shows")
-    sends = command("export", keep.export, "write a prefix with its checkpoints into one file")
+    sends = command("export", "keep.export", "write a prefix with its checkpoints into one file")
     sends.add_argument("id", help="the beginning of an id that `ls` shows")
     sends.add_argument("--to", required=True, type=_path, metavar="FILE", help="the file to write")
     sends.add_argument(
         "--only-end", action="store_true", help="leave the checkpoints before the last one out"
     )
     sends.add_argument("--force", action="store_true", help="write over a file that is there")
-    gets = command("import", keep.import_, "put an exported prefix into this directory, and pin it")
+    gets = command(
+        "import", "keep.import_", "put an exported prefix into this directory, and pin it"
+    )
     gets.add_argument("file", type=_path, help="what `export` wrote")
     gets.add_argument("--no-pin", action="store_true", help="it may go like everything else")
 

@@ -35,7 +35,7 @@ PLANNED = Shape(layers=48, experts=512, hidden=2048, expert_hidden=512, top_k=10
 """The shape that every report plans for: Qwen3-Next-80B-A3B's."""
 
 
-def report(
+def patch_report(
     patch: Patch,
     discovery: Discovery | None,
     *,

@@ -18,7 +18,7 @@ from ...sizes import format_bytes
 from ..discovery.discover import Discovery
 from ..patch import LayerPatch, Patch, RouterTensor, copied_rows, differing_rows, rows_digest
 from .headers import Stored, stored_tensors
-from .report import card, report
+from .report import card, patch_report
 
 PATCH_FILE = "router_patch.json"
 REPORT_FILE = "router_report.json"
@@ -81,7 +81,7 @@ def write_checkpoint(
     }
     tensors = sum(change.before != change.after for change in changes)
     written = Written(output, tensors, len(rows), len(files) + len(OWN_FILES), needed)
-    told = report(patch, discovery, tensors=written.tensors, rows=written.rows, extra=extra)
+    told = patch_report(patch, discovery, tensors=written.tensors, rows=written.rows, extra=extra)
     with _becoming(output, needed) as directory:
         for file in files:
             _copy(source / file, directory / file)

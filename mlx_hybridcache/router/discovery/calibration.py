@@ -8,11 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import RouterError, refusal
-
-ROWS = 32
-"""Rows of calibration tokens; every second one is held out."""
-
-ROW_TOKENS = 256
+from ..defaults import ROW_TOKENS, ROWS
 
 LONGEST_TOKEN = 24
 """Characters: so much text is tokenized for each token wanted, and no more of a whole book."""

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import RouterError, SettingError
+from ..defaults import MIN_TOKENS, RELATIVE_ERROR, SIMILARITY
 from ..families import MoeLayer, moe_layers
 from ..in_memory import make_patch
 from ..patch import Group, Patch
@@ -28,17 +29,8 @@ from .groups import make_groups, usage
 
 Method = Literal["outputs", "scores"]
 
-RELATIVE_ERROR = 0.05
-"""Default threshold of `outputs`: largest relative error at the 95th percentile."""
-
 COSINE = 0.99
-"""The second condition of `outputs`: smallest cosine at the 95th percentile (5 % may be below)."""
-
-SIMILARITY = 0.7
-"""Default threshold of `scores`, as published: smallest cosine of two experts' scores over tokens."""
-
-MIN_TOKENS = 8
-"""Held-out tokens that must be routed to an expert; with fewer it is left alone."""
+"""The second condition of `outputs`, beside the relative error: smallest cosine at the 95th percentile (5 % may be below)."""
 
 CHUNK = 1024
 """Tokens that a block reads at a time: what bounds the memory of its experts' activations."""

@@ -22,7 +22,7 @@ from .differences import (
     log_probabilities,
     perplexity_change,
 )
-from .reading import Reading, Way, read
+from .reading import Observation, Way, read
 
 AT_ONCE = 4
 """Texts that are read for all arms before the next ones, which bounds the memory that logits take."""
@@ -103,7 +103,7 @@ class Seen:
 
 
 @dataclass(frozen=True, slots=True)
-class Readings:
+class Measurements:
     """All that was measured: for each arm its distance from the original and its flips, by pair."""
 
     texts: int
@@ -137,7 +137,7 @@ def measure(
     rounder: Switched | None = None,
     reply_tokens: int = 16,
     on_text: Callable[[int], object] = lambda done: None,
-) -> Readings:
+) -> Measurements:
     """Read `texts`, at least two and all of one length, in every arm and every pair of ways.
 
     The first arm is the original. Flips are sorted by the groups of `patch`, in every arm alike.
@@ -147,7 +147,7 @@ def measure(
     for start in range(0, len(texts), AT_ONCE):
         measured.add(_Desk([list(text) for text in texts[start : start + AT_ONCE]], reply_tokens))
         on_text(min(start + AT_ONCE, len(texts)))
-    return Readings(
+    return Measurements(
         len(texts),
         sum(len(text) for text in texts),
         reply_tokens,
@@ -208,9 +208,9 @@ class _Desk:
 
     texts: list[list[int]]
     reply_tokens: int
-    known: dict[tuple[int, str | None, Way, bool], list[Reading]] = field(default_factory=dict)
+    known: dict[tuple[int, str | None, Way, bool], list[Observation]] = field(default_factory=dict)
 
-    def whole(self, model: Switched, by: Patch | None, way: Way) -> list[Reading]:
+    def whole(self, model: Switched, by: Patch | None, way: Way) -> list[Observation]:
         """With logits, which are many; they are not kept here."""
         with model.by(by):
             found = read(model.model, model.layers, self.texts, way, reply_tokens=self.reply_tokens)
@@ -219,7 +219,7 @@ class _Desk:
 
     def read(
         self, model: Switched, by: Patch | None, way: Way, *, again: bool = False
-    ) -> list[Reading]:
+    ) -> list[Observation]:
         """Without logits. `again` is a second reading in the same way, which is not the first one."""
         key = _key(model, by, way, again)
         if key not in self.known:
@@ -232,7 +232,7 @@ class _Desk:
 
     def pair(
         self, model: Switched, by: Patch | None, cold: Way, hot: Way
-    ) -> tuple[list[Reading], list[Reading]]:
+    ) -> tuple[list[Observation], list[Observation]]:
         """Cold and hot: two readings, even where both are read in one way."""
         return self.read(model, by, cold), self.read(model, by, hot, again=cold == hot)
 
@@ -246,13 +246,13 @@ def _key(
 class _Original:
     """What the original made of a text, and what each arm's reading is held against."""
 
-    def __init__(self, text: Sequence[int], reading: Reading) -> None:
+    def __init__(self, text: Sequence[int], reading: Observation) -> None:
         self.following = np.array(text[1:])
         self.reading = reading
         self.likeliest = reading.likeliest
         self.nats, _ = self.scores(reading)
 
-    def scores(self, reading: Reading) -> tuple[Floats, float]:
+    def scores(self, reading: Observation) -> tuple[Floats, float]:
         """(T - 1,) -log p of each token that follows; and the sum of KL(original || reading)."""
         nats, total = [], 0.0
         for start in range(0, len(self.following), TOKENS_AT_ONCE):
@@ -266,7 +266,7 @@ class _Original:
         return np.concatenate(nats), total
 
 
-def _rows(reading: Reading, rows: slice) -> Floats:
+def _rows(reading: Observation, rows: slice) -> Floats:
     assert reading.logits is not None, "these readings are compared by their logits"
     return np.array(reading.logits[rows].astype(mx.float32))
 
@@ -285,7 +285,7 @@ class _Tally:
     flips: Flips = NO_FLIPS
     replies: int = 0
 
-    def add(self, variant: int, original: _Original, reading: Reading) -> None:
+    def add(self, variant: int, original: _Original, reading: Observation) -> None:
         nats, divergence_sum = original.scores(reading)
         self.differences.setdefault(variant, []).append(nats - original.nats)
         self.nats, self.tokens = self.nats + float(nats.sum()), self.tokens + len(nats)
@@ -324,7 +324,7 @@ class _SeenTally:
     same: int = 0
     positions: int = 0
 
-    def add(self, cold: Sequence[Reading], hot: Sequence[Reading]) -> None:
+    def add(self, cold: Sequence[Observation], hot: Sequence[Observation]) -> None:
         for before, after in zip(cold, hot, strict=True):
             found = _flips(before, after, self.groups)
             self.flips += found
@@ -337,6 +337,6 @@ class _SeenTally:
         return Seen(self.flips, self.routed, self.replies, self.same / self.positions)
 
 
-def _flips(first: Reading, second: Reading, groups: Sequence[Groups]) -> Flips:
+def _flips(first: Observation, second: Observation, groups: Sequence[Groups]) -> Flips:
     layers = zip(first.selected, second.selected, groups, strict=True)
     return sum((flips(a, b, each) for a, b, each in layers), NO_FLIPS)

@@ -47,7 +47,7 @@ class Way:
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
+class Observation:
     """What a model made of one text of T tokens."""
 
     logits: mx.array | None
@@ -68,13 +68,13 @@ def read(
     *,
     reply_tokens: int = 0,
     on_routing: Callable[[Routing], None] = lambda routing: None,
-) -> list[Reading]:
+) -> list[Observation]:
     """Read `texts`, all of one length, from empty caches; go on greedily for `reply_tokens`.
 
     Texts are read `way.rows` at once, the last ones together with the first again where they are too few.
     `on_routing` hears of every forward over them, not of the reply's.
     """
-    found: list[Reading] = []
+    found: list[Observation] = []
     for start in range(0, len(texts), way.rows):
         part = [list(texts[(start + row) % len(texts)]) for row in range(way.rows)]
         found += _Together(model, layers, way, on_routing).read(part, reply_tokens)
@@ -94,7 +94,7 @@ class _Together:
     is_reply: bool = False
     chosen: dict[int, list[NDArray[np.integer[Any]]]] = field(default_factory=dict)
 
-    def read(self, texts: list[list[int]], reply_tokens: int) -> list[Reading]:
+    def read(self, texts: list[list[int]], reply_tokens: int) -> list[Observation]:
         tokens, self.rows = mx.array(texts), len(texts)
         caches = make_prompt_cache(self.model)
         changes: dict[str, Any] = {}
@@ -110,7 +110,7 @@ class _Together:
         likeliest = np.array(logits.argmax(axis=-1))
         selected = [np.concatenate(self.chosen[layer.index], axis=1) for layer in self.layers]
         return [
-            Reading(
+            Observation(
                 logits[row],
                 likeliest[row],
                 tuple(each[row] for each in selected),

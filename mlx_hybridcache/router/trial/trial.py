@@ -9,16 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import RouterError
-from ..discovery.calibration import ROW_TOKENS, ROWS, calibration_tokens
+from ..defaults import ROW_TOKENS, ROWS, TEXTS
+from ..discovery.calibration import calibration_tokens
 from ..patch import Patch
 from .arms import DRAWS, Switched, arms, quantized
-from .measure import PAIRS, Readings, measure
+from .measure import PAIRS, Measurements, measure
 from .reading import Way
 from .ties import Ties, ties
 from .verdict import Verdict, verdict
-
-TEXTS = 20
-"""Texts that a patch is tried on; none of them was calibrated with."""
 
 REPLY_TOKENS = 16
 """Tokens that are written after each text, greedily."""
@@ -29,7 +27,7 @@ class Trial:
     """What came out."""
 
     groups: int
-    readings: Readings
+    readings: Measurements
     ties: Ties
     verdict: Verdict
     has_rounder: bool

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from .arms import CANONICALIZED, ORIGINAL, RANDOM
 from .differences import NO_FLIPS, Difference, Flips
-from .measure import NOISE, Readings, Seen
+from .measure import NOISE, Measurements, Seen
 
 SERVING = "other slices", "beside others"
 """Pairs in which nothing differs but what a server does anyway: a cache must survive these."""
@@ -33,7 +33,7 @@ class Verdict:
 
 
 def verdict(
-    readings: Readings, groups: int, coverages: tuple[float, float] | None = None
+    readings: Measurements, groups: int, coverages: tuple[float, float] | None = None
 ) -> Verdict:
     """The verdict on a patch of `groups` groups.
 
@@ -69,7 +69,7 @@ def verdict(
     return Verdict(helps, said)
 
 
-def _flips(readings: Readings) -> tuple[bool, str]:
+def _flips(readings: Measurements) -> tuple[bool, str]:
     before, after = (_together(readings, arm, SERVING) for arm in (ORIGINAL, CANONICALIZED))
     same = f"Perplexity stays the same ({percent(readings.arms[CANONICALIZED].change)})."
     if before.swapped == 0:
@@ -104,7 +104,7 @@ def _flips(readings: Readings) -> tuple[bool, str]:
     return True, f"It helps here: {what}; {replies}. {same}"
 
 
-def _elsewhere(readings: Readings) -> str:
+def _elsewhere(readings: Measurements) -> str:
     """What noise of a known size shows, where the device itself shows nothing."""
     noisy = [pair for pair in readings.seen if pair.startswith(NOISE)][:1]
     if not noisy:
@@ -116,11 +116,11 @@ def _elsewhere(readings: Readings) -> str:
     )
 
 
-def _together(readings: Readings, arm: str, pairs: tuple[str, ...] | list[str]) -> Flips:
+def _together(readings: Measurements, arm: str, pairs: tuple[str, ...] | list[str]) -> Flips:
     return sum((each.flips for each in _seen(readings, arm, pairs)), NO_FLIPS)
 
 
-def _seen(readings: Readings, arm: str, pairs: tuple[str, ...] | list[str]) -> list[Seen]:
+def _seen(readings: Measurements, arm: str, pairs: tuple[str, ...] | list[str]) -> list[Seen]:
     return [readings.seen[pair][arm] for pair in pairs if pair in readings.seen]
 
 

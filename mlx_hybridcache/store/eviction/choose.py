@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from math import inf
 
 from ..tree import AnyNode
-from .values import Census, leaf_below
+from .values import NodeValues, leaf_below
 
 
 @dataclass(slots=True)
@@ -15,10 +15,10 @@ class Eviction:
     """One look at all trees, to make room.
 
     `kept` nodes keep their rows and `spare` its checkpoint, because a request needs them now. `clock` is
-    the store's logical time, `interior` how likely resuming further back is (`Partings`).
+    the store's logical time, `interior` how likely resuming further back is (`BranchRate`).
     """
 
-    census: Census
+    values: NodeValues
     kept: frozenset[AnyNode]
     spare: AnyNode | None
     clock: int
@@ -31,8 +31,8 @@ class Eviction:
 
     def fixed_bytes(self) -> int:
         """Bytes that would be left if everything went that may."""
-        self.census.settle()
-        pins, seen, nbytes = self.census.pins.nodes, set(), self.census.pins.nbytes
+        self.values.settle()
+        pins, seen, nbytes = self.values.pins.nodes, set(), self.values.pins.nbytes
         for node in (*self.kept, self.spare):
             above = node
             while above is not None and above.parent is not None and above not in seen:
@@ -55,36 +55,36 @@ class Eviction:
 
     def first_of(self, nodes: Collection[AnyNode]) -> AnyNode:
         """The one of these nodes whose checkpoint goes first."""
-        self.census.settle()
+        self.values.settle()
         return min(nodes, key=self._worth)
 
     def _least(self) -> tuple[float, AnyNode] | None:
         """What goes first with what it counts for, looked for again only where something changed."""
-        self.census.settle()
+        self.values.settle()
         settlings, found = self._found
-        if settlings != self.census.settlings:
+        if settlings != self.values.settlings:
             found = self._look()
-            self._found = self.census.settlings, found
+            self._found = self.values.settlings, found
         return found
 
     def _look(self) -> tuple[float, AnyNode] | None:
         """Rows that nothing restores go first of all; then what is worth least, and was made first."""
-        census, now = self.census, (self.clock, self.interior)
+        values, now = self.values, (self.clock, self.interior)
         if self._counted is None:
-            census.ranking.begin(*now)
+            values.ranking.begin(*now)
         else:
-            census.ranking.settle(*now)
+            values.ranking.settle(*now)
         otherwise = dict.fromkeys(self._worth_otherwise())
-        own = self._count(node for node in otherwise if census.may_rank(node))
-        dead = census.first_dead(self._may_go)
+        own = self._count(node for node in otherwise if values.may_rank(node))
+        dead = values.first_dead(self._may_go)
         if dead is not None:
             return -inf, dead
-        found = census.least(*now, [*otherwise, *self._spared()])
+        found = values.least(*now, [*otherwise, *self._spared()])
         ranked = [(worth, node) for node, worth in own.items() if self._may_go(node)]
         ranked += [found] if found is not None else []
         least = min(ranked, key=lambda each: (each[0], each[1].serial), default=None)
         if least is not None:
-            census.ranking.gone(least[0], *now)
+            values.ranking.gone(least[0], *now)
         return least
 
     def _count(self, nodes: Iterable[AnyNode]) -> dict[AnyNode, float]:
@@ -93,7 +93,7 @@ class Eviction:
         for node in nodes:
             worth = self._worth(node)
             if node not in before and self._counted is not None:
-                before[node] = self.census.ranking.held(node.standing.rank)
+                before[node] = self.values.ranking.held(node.standing.rank)
             found[node] = max(worth, before.get(node, -inf))
         self._counted = before | found
         return found
@@ -118,22 +118,22 @@ class Eviction:
     def _may_go(self, node: AnyNode) -> bool:
         if node.pinned or node is self.spare:
             return False
-        if self.census.needs_checkpoints and node.checkpoint is not None:
+        if self.values.needs_checkpoints and node.checkpoint is not None:
             return True
         return not node.children and node not in self.kept
 
     def _worth(self, node: AnyNode) -> float:
-        weights = self.census.weights(node, self.kept)
+        weights = self.values.weights(node, self.kept)
         age, idle = self.clock - node.last_used, self.clock - node.last_passed
         return weights.worth(age, idle, self.interior)
 
     def dead_with(self, node: AnyNode) -> Iterator[AnyNode]:
         """The nodes whose rows nothing needs any more once `node` restores nothing, bottom up."""
-        return self.census.dead_with(node, self.kept)
+        return self.values.dead_with(node, self.kept)
 
     def only_joins(self, node: AnyNode) -> bool:
         """Whether `node` is a boundary that nothing stands at and nothing branches from."""
-        return self.census.only_joins(node, self.kept)
+        return self.values.only_joins(node, self.kept)
 
 
 def crowded(

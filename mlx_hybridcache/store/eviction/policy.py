@@ -8,9 +8,9 @@ time since it was last confirmed:
 * prompts come back to the end of a conversation, where repeats and next turns land;
 * further back, the less often the further from the end (sparse prefix caching, arXiv 2605.05219), so that
   a path ends up densely covered near its end and sparsely further back, and keeps its early anchors
-  (llama.cpp issue 25023); how often is learnt from where the prompts so far have parted ways (`Partings`);
+  (llama.cpp issue 25023); how often is learnt from where the prompts so far have parted ways (`BranchRate`);
 * where prompts have parted ways before they will again, and so they will behind the first turn, which is the
-  system prompt where there is one: that counts as one parting before there was any.
+  system prompt where there is one: that counts as one branch before there was any.
 
 Nothing here is told the kind of workload; `mlx-hybridcache bench policies` measures it on eight.
 """
@@ -40,7 +40,7 @@ FACTORS = 5.0
 
 
 @dataclass(slots=True)
-class Partings:
+class BranchRate:
     """Where prompts have parted ways with what was stored: of so many `requests`, so many `inside`.
 
     Both fade. Chats with reasoning come back to the end; labelling tasks and documents never do.
@@ -78,7 +78,7 @@ class Weights(NamedTuple):
 
         Ticks are of the store's logical clock: `age_ticks` have passed since it was taken or restored,
         `idle_ticks` since a request last read or wrote behind it. `interior` is how likely resuming
-        further back is (`Partings.interior`).
+        further back is (`BranchRate.interior`).
         """
         passing = min(self.at_most, self.in_passing * interior)
         return self.at_once / (1 + age_ticks) + passing / (1 + idle_ticks)
@@ -98,7 +98,7 @@ def weights(
     `below_tokens` to the next one below it (0 at the end of a path), `to_end_tokens` to the deepest
     end of its conversations, `freed_bytes` what its removal frees, rows included that nothing else
     needs. `returns` counts the prompts that parted ways here, and begins with one where they can be
-    expected to (`schedule.partings`). `goes_on` is true while a running request is about to read on
+    expected to (`schedule.branch_points`). `goes_on` is true while a running request is about to read on
     from it.
     """
     share = gap_tokens / max(freed_bytes, 1)

@@ -47,7 +47,7 @@ class Standing:
 
 
 @dataclass(eq=False)
-class Census:
+class NodeValues:
     """The nodes of one store. With `needs_checkpoints`, checkpoints are what restores; else any leaf may go.
 
     The counts are those of the last `settle`. `ends` are leaves that restore something.

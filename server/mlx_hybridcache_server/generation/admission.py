@@ -31,19 +31,19 @@ class Admission:
         self.metrics = metrics
         self.timeout_seconds = settings.request_timeout
 
-    def admit(self, replies: int) -> Places:
+    def admit(self, replies: int) -> Admitted:
         """Places for the replies of one request. Raises `ApiError` 429 when there are not as many."""
         if self.taken + replies > self.most:
             self.metrics.refused.labels("queue").inc()
             raise self._full(replies)
         self.taken += replies
-        return Places(self, replies)
+        return Admitted(self, replies)
 
-    async def slots(self, held: AsyncExitStack) -> Reading:
+    async def slots(self, held: AsyncExitStack) -> ReadingSlot:
         """A slot to run in, then one to read in."""
         await held.enter_async_context(self._running)
         await self._reading.acquire()
-        reading = Reading(self._reading)
+        reading = ReadingSlot(self._reading)
         held.callback(reading.end)
         return reading
 
@@ -70,7 +70,7 @@ class Admission:
         )
 
 
-class Places:
+class Admitted:
     """The places of one request. They are free again as its replies end, at the latest with it.
 
     `held` is what else it keeps until then: the model that it uses.
@@ -120,7 +120,7 @@ class Places:
                 raise
             raise self.too_late() from error
 
-    async def turn(self, held: AsyncExitStack) -> Reading:
+    async def turn(self, held: AsyncExitStack) -> ReadingSlot:
         """Wait for a slot to run in and one to read in. `held` gives both back.
 
         Raises `ApiError` 504 when its time is over before.
@@ -133,7 +133,7 @@ class Places:
             admission.waiting -= 1
 
 
-class Reading:
+class ReadingSlot:
     """A slot in which a prompt is read. It is free from when it is read, whatever follows."""
 
     def __init__(self, slots: asyncio.Semaphore):

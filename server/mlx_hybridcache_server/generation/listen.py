@@ -17,7 +17,7 @@ from mlx_hybridcache.worker.turns import PAUSE, Pause
 
 from ..adapter import NORMAL
 from ..calls.parts import Part, Parts
-from .pieces import Piece, Progress, TokenLogprob
+from .pieces import Piece, PromptProgress, TokenLogprob
 from .stop_text import StopText
 
 
@@ -35,15 +35,15 @@ class Listener:
     top_logprobs: int | None
     bytes_of: Callable[[int], bytes] | None = None
     ends: frozenset[int] = frozenset()
-    progress: Progress | None = None
+    progress: PromptProgress | None = None
 
     def on_progress(self, read: int, total: int) -> None:
         """The library's progress callback; what it says goes out at the next pause."""
-        self.progress = Progress(read, total)
+        self.progress = PromptProgress(read, total)
 
     def listen(
         self, responses: Iterator[GenerationResponse | Pause]
-    ) -> Iterator[Piece | Progress | Pause]:
+    ) -> Iterator[Piece | PromptProgress | Pause]:
         """The pieces, with progress between the slices of the prompt."""
         stop, parts = StopText(self.stops), self.split() if self.split is not None else None
         space = None

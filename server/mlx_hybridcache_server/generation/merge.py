@@ -6,16 +6,18 @@ import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
-from .pieces import Piece, Progress
-from .serving import Run
+from .pieces import Piece, PromptProgress
+from .serving import RunningReply
 
 WAITING = 16
 """Items of all replies that may wait for a slow client."""
 
-_Arrived = asyncio.Queue[tuple[Run, Piece | Progress | Exception | None]]
+_Arrived = asyncio.Queue[tuple[RunningReply, Piece | PromptProgress | Exception | None]]
 
 
-async def merged(runs: Sequence[Run]) -> AsyncGenerator[tuple[Run, Piece | Progress]]:
+async def merged(
+    runs: Sequence[RunningReply],
+) -> AsyncGenerator[tuple[RunningReply, Piece | PromptProgress]]:
     """What every run brings, as it comes. Runs of one prompt share its reading in the library.
 
     Closing this iterator, or an error in one run, cancels them all.
@@ -43,7 +45,7 @@ async def merged(runs: Sequence[Run]) -> AsyncGenerator[tuple[Run, Piece | Progr
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _pump(run: Run, arrived: _Arrived) -> None:
+async def _pump(run: RunningReply, arrived: _Arrived) -> None:
     last: Exception | None = None
     try:
         async with aclosing(run.pieces()) as pieces:

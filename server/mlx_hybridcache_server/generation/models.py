@@ -19,7 +19,8 @@ from mlx_hybridcache import HybridPromptCache, models
 from mlx_hybridcache.caches.layout import Layout
 from mlx_hybridcache.demo import BUNDLED_MODEL
 from mlx_hybridcache.errors import SettingError
-from mlx_hybridcache.router import AUTO, Patch, choose_patch
+from mlx_hybridcache.router.defaults import AUTO
+from mlx_hybridcache.router.patch import Patch
 
 from ..adapter import token_bytes
 from ..calls.formats import ToolFormat
@@ -111,12 +112,11 @@ class Loaded:
         return ((tokens[0], -math.inf),) if tokens is not None and len(tokens) == 1 else ()
 
 
+MakeRoom = Callable[[], None]
+
+
 def load(
-    settings: Settings,
-    name: str,
-    adapter: str | None = None,
-    *,
-    make_room: Callable[[], None] | None = None,
+    settings: Settings, name: str, adapter: str | None = None, *, make_room: MakeRoom | None = None
 ) -> Loaded:
     """Load the model that `name` means, a directory or a repository, and make its cache.
 
@@ -136,15 +136,34 @@ def load(
     )
     if make_room is not None:
         make_room()
-    if settings.use_default_chat_template and tokenizer.chat_template is None:
-        tokenizer.chat_template = getattr(tokenizer, "default_chat_template", None)
-        tokenizer.has_chat_template = tokenizer.chat_template is not None
+    _suit(tokenizer, settings, name)
     drafts = is_default and settings.draft_model is not None
     draft = _load_draft(settings, model, tokenizer) if drafts else None
-    cache = HybridPromptCache(
+    router = _router(settings, model, tokenizer, name, is_default=is_default)
+    cache = _cache(settings, model, tokenizer, router)
+    own = own_names(settings) if is_default else (_other_name(name, settings),)
+    return Loaded(
+        id=own[0],
+        shown=settings.aliases if is_default and settings.aliases else own[:1],
+        names=frozenset({*own, name, *_paths(name)}),
+        source=name,
+        adapter=adapter,
+        tokenizer=tokenizer,
+        cache=cache,
+        renderer=_renderer(settings, tokenizer, cache, name),
+        constraints=Constraints(tokenizer),
+        token_bytes=token_bytes(tokenizer),
+        draft=draft,
+    )
+
+
+def _cache(
+    settings: Settings, model: Any, tokenizer: Any, router: Patch | None
+) -> HybridPromptCache:
+    return HybridPromptCache(
         model,
         tokenizer,
-        router=_router(settings, model, tokenizer, name, is_default=is_default),
+        router=router,
         # With the cache off the budget bounds running requests only.
         memory_budget=settings.memory_budget or None,
         exact=settings.exact,
@@ -158,33 +177,29 @@ def load(
         cache_dir=settings.cache_dir if settings.uses_cache else None,
         disk_budget=settings.disk_budget if settings.uses_cache else None,
     )
-    info = cache.info
+
+
+def _suit(tokenizer: Any, settings: Settings, name: str) -> None:
+    """Give it the template that the settings want, and say what they want in vain."""
+    if settings.use_default_chat_template and tokenizer.chat_template is None:
+        tokenizer.chat_template = getattr(tokenizer, "default_chat_template", None)
+        tokenizer.has_chat_template = tokenizer.chat_template is not None
     if settings.max_thinking_tokens is not None and not tokenizer.has_thinking:
         log.warning("--max-thinking-tokens has no effect: %s reasons in no block of its own.", name)
-    context = settings.context_length
+
+
+def _paths(name: str) -> tuple[str, str]:
+    path = Path(name).expanduser()
+    return str(path), str(path.resolve())
+
+
+def _renderer(settings: Settings, tokenizer: Any, cache: HybridPromptCache, name: str) -> Renderer:
+    info, context = cache.info, settings.context_length
     if context is None:
         context = models.longest_context(models.configuration(name))
-    path = Path(name).expanduser()
-    own = own_names(settings) if is_default else (_other_name(name, settings),)
-    return Loaded(
-        id=own[0],
-        shown=settings.aliases if is_default and settings.aliases else own[:1],
-        names=frozenset({*own, name, str(path), str(path.resolve())}),
-        source=name,
-        adapter=adapter,
-        tokenizer=tokenizer,
-        cache=cache,
-        renderer=Renderer(
-            tokenizer,
-            info.marks,
-            info.vocabulary,
-            settings.chat_template_args,
-            Room(settings.max_prompt_tokens, info.longest_prompt, context or None),
-            cache.encoder,
-        ),
-        constraints=Constraints(tokenizer),
-        token_bytes=token_bytes(tokenizer),
-        draft=draft,
+    room = Room(settings.max_prompt_tokens, info.longest_prompt, context or None)
+    return Renderer(
+        tokenizer, info.marks, info.vocabulary, settings.chat_template_args, room, cache.encoder
     )
 
 
@@ -203,6 +218,10 @@ def _router(
     wanted = settings.canonicalize_router
     if wanted is None or (wanted != AUTO and not is_default):
         return None
+    from mlx_hybridcache.router.choose import (
+        choose_patch,  # with the search for one, which few ask for
+    )
+
     return choose_patch(model, tokenizer, wanted, models.directory(name))
 
 

@@ -8,7 +8,7 @@ from ..calls.parts import Part
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
+class PromptProgress:
     """So many of the prompt's tokens are read."""
 
     read: int

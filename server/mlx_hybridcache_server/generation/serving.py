@@ -29,14 +29,14 @@ from ..log import CLIENTS
 from ..metrics import Metrics
 from ..prompts.threads import Rendering
 from ..settings import Settings
-from .admission import Admission, Places, Reading
+from .admission import Admission, Admitted, ReadingSlot
 from .changes import kind_of_change
 from .history import REMEMBERED, Record
 from .leases import Leases
 from .limits import NO_LIMITS, Limits
 from .listen import Listener
 from .models import DEFAULT_NAME, Loaded, Named, load, on_own_thread
-from .pieces import Count, Piece, Progress
+from .pieces import Count, Piece, PromptProgress
 from .trace import Recorder, Served
 
 log = logging.getLogger("mlx_hybridcache.server")
@@ -49,7 +49,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
+class ReplyRequest:
     """One reply that is wanted."""
 
     tokens: Tokens
@@ -79,19 +79,26 @@ class UnderWay(Protocol):
         ...
 
 
-class Run:
+class RunningReply:
     """One reply under way. Read `pieces` once; then `report`, `count` and `timings` are complete."""
 
-    def __init__(self, serving: Serving, loaded: Loaded, ask: Ask, reply_id: str, places: Places):
-        self.ask = ask
+    def __init__(
+        self,
+        serving: Serving,
+        loaded: Loaded,
+        request: ReplyRequest,
+        reply_id: str,
+        admitted: Admitted,
+    ):
+        self.request = request
         self.reply_id = reply_id
-        self.count = Count(prompt=len(ask.tokens))
+        self.count = Count(prompt=len(request.tokens))
         self.report: CacheReport | None = None
         self._serving = serving
         self._loaded = loaded
-        self._places = places
+        self._admitted = admitted
         self._arrived_at = time.time()
-        self._progress: Progress | None = None
+        self._progress: PromptProgress | None = None
         self._began = self._first = self._last = 0.0
         self._is_late = False
         self._giving_back: asyncio.Future[None] | None = None
@@ -104,17 +111,17 @@ class Run:
     @property
     def seconds_to_first_token(self) -> float:
         """From its arrival, waiting included."""
-        return self._first - self._places.arrived
+        return self._first - self._admitted.arrived
 
     @property
     def endpoint(self) -> str:
         """Where it was asked for."""
-        return "/v1/chat/completions" if self.ask.is_chat else "/v1/completions"
+        return "/v1/chat/completions" if self.request.is_chat else "/v1/completions"
 
     @property
     def seconds_waited(self) -> float:
         """In the queue, until it was handed to the model's thread."""
-        return max(0.0, self._began - self._places.arrived)
+        return max(0.0, self._began - self._admitted.arrived)
 
     @property
     def read_tokens(self) -> int:
@@ -137,16 +144,16 @@ class Run:
             "completion_tokens": self.count.completion,
         }
 
-    async def pieces(self) -> AsyncGenerator[Piece | Progress]:
+    async def pieces(self) -> AsyncGenerator[Piece | PromptProgress]:
         """Wait for a turn, then what comes. Closing this iterator cancels the request."""
         serving = self._serving
         async with AsyncExitStack() as held:
-            held.callback(self._places.leave)
+            held.callback(self._admitted.leave)
             serving.runs[self] = None
             held.callback(serving.runs.pop, self)
-            reading = await self._places.turn(held)
+            reading = await self._admitted.turn(held)
             generation = self._start(held)
-            left = self._places.left_seconds
+            left = self._admitted.left_seconds
             if left is not None:
                 timer = asyncio.get_running_loop().call_later(left, self._give_up, generation, held)
                 held.callback(timer.cancel)
@@ -154,7 +161,7 @@ class Run:
                 async for item in items:
                     yield item
 
-    def _start(self, held: AsyncExitStack) -> Generation[Piece | Progress]:
+    def _start(self, held: AsyncExitStack) -> Generation[Piece | PromptProgress]:
         """Hand it to the worker; `held` ends it."""
         serving = self._serving
         serving.check_open()
@@ -164,15 +171,17 @@ class Run:
         held.callback(self._closed, generation)
         return generation
 
-    def _give_up(self, generation: Generation[Piece | Progress], held: AsyncExitStack) -> None:
+    def _give_up(
+        self, generation: Generation[Piece | PromptProgress], held: AsyncExitStack
+    ) -> None:
         """The time is over. What it holds is free at once, though its client may not be listening."""
         self._is_late = True
         generation.cancel()
         self._giving_back = asyncio.ensure_future(held.aclose())
 
     async def _counted(
-        self, generation: Generation[Piece | Progress], reading: Reading
-    ) -> AsyncGenerator[Piece | Progress]:
+        self, generation: Generation[Piece | PromptProgress], reading: ReadingSlot
+    ) -> AsyncGenerator[Piece | PromptProgress]:
         finished = False
         async for item in generation:
             if isinstance(item, Piece):
@@ -183,7 +192,7 @@ class Run:
                 self.count.completion += 1
                 self.count.reasoning += item.is_reasoning
                 finished = item.finish is not None
-                if item.finish == "length" and self.ask.best_effort:
+                if item.finish == "length" and self.request.best_effort:
                     clients.warning(
                         "A reply went on until no more fitted: its request set no max_tokens, or more. "
                         "--max-tokens bounds those that set none."
@@ -193,7 +202,7 @@ class Run:
             yield item
         if not finished:
             if self._is_late:
-                raise self._places.too_late()
+                raise self._admitted.too_late()
             self._serving.check_open()
 
     def timings(self) -> dict[str, float]:
@@ -206,45 +215,50 @@ class Run:
             "predicted_ms": round((self._last - self._first) * 1e3, 3),
         }
 
-    def _generate(self) -> Generation[Piece | Progress]:
-        ask, loaded = self.ask, self._loaded
-        listener = Listener(
-            ask.stops,
-            partial(Parts, loaded.tokenizer, ask.state, ask.tools, only_one=ask.one_tool_call)
-            if ask.is_chat
-            else None,
-            ask.top_logprobs,
-            loaded.token_bytes if ask.goes_on else None,
-            ask.limits.ends,
+    def _listener(self) -> Listener:
+        request, loaded = self.request, self._loaded
+        parts = partial(
+            Parts, loaded.tokenizer, request.state, request.tools, only_one=request.one_tool_call
         )
-        sampling = ask.sampling
+        return Listener(
+            request.stops,
+            parts if request.is_chat else None,
+            request.top_logprobs,
+            loaded.token_bytes if request.goes_on else None,
+            request.limits.ends,
+        )
+
+    def _generate(self) -> Generation[Piece | PromptProgress]:
+        request, loaded, listener = self.request, self._loaded, self._listener()
+        sampling = request.sampling
         processors = sampling.processors()
-        processors += ask.limits.processors(loaded.tokenizer, ask.state)
-        through: Through[Piece | Progress] = listener.listen
-        if ask.constraint is not None:
-            guide = ask.constraint.start()
+        processors += request.limits.processors(loaded.tokenizer, request.state)
+        through: Through[Piece | PromptProgress] = listener.listen
+        if request.constraint is not None:
+            guide = request.constraint.start()
             processors.append(guide)  # last: no bias can allow what the grammar does not
             through = guide.watching(through)
         recorder, uses_cache = self._serving.recorder, self._serving.settings.uses_cache
-        if recorder is not None and (ask.use_cache or not uses_cache):  # else it declined the cache
-            served = Served.now(loaded.cache.info, ask.tokens, ask.cache_salt)
+        declined = uses_cache and not request.use_cache
+        if recorder is not None and not declined:
+            served = Served.now(loaded.cache.info, request.tokens, request.cache_salt)
             through = recorder.watching(through, served)
         return loaded.cache.stream_generate(
-            ask.tokens,
-            ask.max_tokens,
+            request.tokens,
+            request.max_tokens,
             prompt_progress_callback=listener.on_progress,
-            cache_salt=ask.cache_salt,
-            use_cache=ask.use_cache,
-            seed=ask.seed,
-            best_effort=ask.best_effort,
+            cache_salt=request.cache_salt,
+            use_cache=request.use_cache,
+            seed=request.seed,
+            best_effort=request.best_effort,
             # Greedy replies draw nothing, so they need no random stream of their own.
             sampler=sampling.sampler(loaded.tokenizer) if sampling.temperature else None,
             logits_processors=processors or None,
             through=through,
-            **ask.options,
+            **request.options,
         )
 
-    def _read(self, generation: Generation[Piece | Progress]) -> None:
+    def _read(self, generation: Generation[Piece | PromptProgress]) -> None:
         """The first token is there."""
         self._first = time.perf_counter()
         self.report = report = generation.report
@@ -252,7 +266,7 @@ class Run:
         self.count.cached = report.restored_tokens
         self._serving.metrics.read(report, self.seconds_to_first_token)
 
-    def _closed(self, generation: Generation[Piece | Progress]) -> None:
+    def _closed(self, generation: Generation[Piece | PromptProgress]) -> None:
         generation.cancel()  # which ends nothing if it has ended
         self._serving.generations.discard(generation)
         self._serving.metrics.generated.inc(self.count.completion)
@@ -261,7 +275,7 @@ class Run:
 
 
 class Serving:
-    """Runs asks on the model that is loaded, within the limits that were set."""
+    """Runs replies on the model that is loaded, within the limits that were set."""
 
     def __init__(self, settings: Settings, loaded: Loaded, recorder: Recorder | None = None):
         self.settings = settings
@@ -381,7 +395,7 @@ class Serving:
         if self._loading is not None and self._loading.exception() is None:
             self._loading.result().cache.close()
 
-    def remember(self, run: Run, divergence: Divergence | None) -> None:
+    def remember(self, run: RunningReply, divergence: Divergence | None) -> None:
         """Keep what happened for `/v1/cache/recent`."""
         assert run.report is not None
         changed = text = None
@@ -391,7 +405,7 @@ class Serving:
                 for name in ("before", "asked", "stored")
             }
             changed = kind_of_change(**parts)
-            if self.settings.show_prompts and not run.ask.cache_salt:
+            if self.settings.show_prompts and not run.request.cache_salt:
                 text = parts
         self.remembered += 1
         self.recent.appendleft(

@@ -9,7 +9,7 @@ from typing import Any
 from mlx_hybridcache import CacheReport, Generation
 from mlx_hybridcache.tokens import Tokens
 
-from .admission import Places
+from .admission import Admitted
 from .models import Loaded
 from .serving import Serving
 
@@ -25,9 +25,9 @@ class Warming:
         loaded: Loaded,
         tokens: Tokens,
         salt: str | None,
-        places: Places,
+        admitted: Admitted,
     ):
-        self._serving, self._loaded, self._places = serving, loaded, places
+        self._serving, self._loaded, self._admitted = serving, loaded, admitted
         self._tokens, self._salt = tokens, salt
         self._arrived_at = time.time()
         self._state = "queued"
@@ -52,7 +52,7 @@ class Warming:
         async with AsyncExitStack() as held:
             serving.runs[self] = None
             held.callback(serving.runs.pop, self)
-            await self._places.turn(held)
+            await self._admitted.turn(held)
             generation = self._start(held)
             async for found in generation:
                 assert generation.report is not None

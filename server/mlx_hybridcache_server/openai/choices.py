@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 from ..generation.pieces import Piece, TokenLogprob
-from ..generation.serving import Run
+from ..generation.serving import RunningReply
 from .logprobs import TokenNames
 from .message import ChatMessage, Delta
 
@@ -13,7 +13,7 @@ from .message import ChatMessage, Delta
 class Choice(Protocol):
     """What a kind of reply makes of a run's pieces."""
 
-    run: Run
+    run: RunningReply
 
     async def take(self, piece: Piece) -> dict[str, Any] | None:
         """The chunk that `piece` completes, if any."""
@@ -27,7 +27,7 @@ class Choice(Protocol):
 class ChatChoice:
     """A choice of `/v1/chat/completions`."""
 
-    def __init__(self, index: int, run: Run, message: ChatMessage, names: TokenNames):
+    def __init__(self, index: int, run: RunningReply, message: ChatMessage, names: TokenNames):
         self.run = run
         self._index = index
         self._message = message
@@ -76,7 +76,7 @@ class ChatChoice:
 class TextChoice:
     """A choice of `/v1/completions`. `echo` is the prompt when it is to be repeated."""
 
-    def __init__(self, index: int, run: Run, names: TokenNames, echo: str):
+    def __init__(self, index: int, run: RunningReply, names: TokenNames, echo: str):
         self.run = run
         self._index = index
         self._names = names
@@ -105,7 +105,7 @@ class TextChoice:
         return self._choice(self._text, self._logprobs, 0)
 
     def _choice(self, text: str, logprobs: list[TokenLogprob], start: int) -> dict[str, Any]:
-        with_top = bool(self.run.ask.top_logprobs)
+        with_top = bool(self.run.request.top_logprobs)
         return {
             "index": self._index,
             "text": text,

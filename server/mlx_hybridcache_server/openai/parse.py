@@ -1,4 +1,4 @@
-"""From a request's fields to asks: defaults filled in, everything refused that can be refused now."""
+"""From a request's fields to the replies that it wants: defaults filled in, and refused what can be."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..calls.formats import ToolFormat
 from ..errors import refuse
 from ..generation.limits import Limits
 from ..generation.models import DEFAULT_NAME, Loaded
-from ..generation.serving import Ask
+from ..generation.serving import ReplyRequest
 from ..grammar.constrain import Constraint
 from ..prompts.chat import Rendered
 from ..schema.requests import ChatBody, CompletionBody, GenerationBody
@@ -40,14 +40,14 @@ def check(body: GenerationBody, settings: Settings) -> None:
         raise refuse("echo cannot be combined with logprobs.", "echo")
 
 
-def asks(
+def parse(
     body: GenerationBody,
     rendered: Rendered,
     settings: Settings,
     loaded: Loaded,
     constraint: Constraint | None,
     tools: ToolFormat | None = None,
-) -> list[Ask]:
+) -> list[ReplyRequest]:
     """The `n` replies that are wanted to one prompt."""
     sampling = _sampling(body, settings, loaded.renderer.vocabulary)
     if is_silent(body):
@@ -58,7 +58,7 @@ def asks(
     limits = _limits(body, settings, loaded, constraint)
     chat = body if isinstance(body, ChatBody) else None
     return [
-        Ask(
+        ReplyRequest(
             tokens=rendered.tokens,
             max_tokens=min(named, fitting),
             best_effort=named >= fitting,

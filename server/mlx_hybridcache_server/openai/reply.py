@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..generation.merge import merged
-from ..generation.pieces import Count, Piece, Progress
-from ..generation.serving import Run, Serving
+from ..generation.pieces import Count, Piece, PromptProgress
+from ..generation.serving import RunningReply, Serving
 from ..http.keepalive import progress_comment
 from ..http.wire import event
 from ..log import CLIENTS
@@ -35,7 +35,7 @@ class Reply:
         by_run = self._by_run()
         async with aclosing(self._pieces()) as pieces:
             async for run, item in pieces:
-                if not isinstance(item, Progress):
+                if not isinstance(item, PromptProgress):
                     await by_run[run].take(item)
         choices = [choice.whole() for choice in by_run.values()]
         body = self.envelope.around(choices, usage=self._usage(), timings=self._timings())
@@ -53,7 +53,7 @@ class Reply:
         more: dict[str, Any] = {"usage": None} if self.wants_usage else {}
         async with aclosing(self._pieces()) as pieces:
             async for run, item in pieces:
-                if isinstance(item, Progress):
+                if isinstance(item, PromptProgress):
                     yield progress_comment(item.read, item.total)
                     continue
                 chunk = await by_run[run].take(item)
@@ -65,10 +65,10 @@ class Reply:
         if self.wants_usage:
             yield event(self.envelope.around([], usage=self._usage(), timings=self._timings()))
 
-    def _pieces(self) -> AsyncGenerator[tuple[Run, Piece | Progress]]:
+    def _pieces(self) -> AsyncGenerator[tuple[RunningReply, Piece | PromptProgress]]:
         return merged([choice.run for group in self.groups for choice in group])
 
-    def _by_run(self) -> dict[Run, Choice]:
+    def _by_run(self) -> dict[RunningReply, Choice]:
         return {choice.run: choice for group in self.groups for choice in group}
 
     def _usage(self) -> dict[str, Any]:

@@ -16,9 +16,9 @@ from starlette.responses import PlainTextResponse, Response
 
 from ..errors import ApiError
 from ..generation import models
-from ..generation.admission import Places
+from ..generation.admission import Admitted
 from ..generation.models import Loaded
-from ..generation.serving import Run, Serving, serving_of
+from ..generation.serving import RunningReply, Serving, serving_of
 from ..grammar.constrain import Constraint, is_constrained
 from ..http.disconnects import unless_gone
 from ..http.event_stream import EventStream, events
@@ -37,7 +37,7 @@ from .functions import FunctionChoice
 from .logprobs import TokenNames
 from .message import ChatMessage
 from .notices import warning_headers
-from .parse import asks, check, warn_of_switches
+from .parse import check, parse, warn_of_switches
 from .reply import Reply, late
 
 log = logging.getLogger("mlx_hybridcache.server")
@@ -46,7 +46,7 @@ router = APIRouter(route_class=JsonRoute)
 STARTED = int(time.time())
 STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
 
-Begin = Callable[[Serving, Places, int], Coroutine[Any, Any, Reply]]
+Begin = Callable[[Serving, Admitted, int], Coroutine[Any, Any, Reply]]
 """Renders what was asked for, which weighs so many bytes, for the places that it was given."""
 
 
@@ -70,10 +70,10 @@ async def _answered(body: GenerationBody, request: Request, replies: int, begin:
     log.debug("Request: %s", body)
     check(body, serving.settings)
     with ExitStack() as held:
-        places = serving.admission.admit(replies)
-        held.callback(places.close)
+        admitted = serving.admission.admit(replies)
+        held.callback(admitted.close)
         weight = len(await request.body())
-        beginning = places.in_time(begin(serving, places, weight))
+        beginning = admitted.in_time(begin(serving, admitted, weight))
         if body.stream:
             return await _stream(body, request, beginning, held)
         answer = await unless_gone(request, serving.metrics, beginning)
@@ -111,9 +111,9 @@ async def _stream(
     return EventStream(told, held.pop_all().close, headers)
 
 
-async def _chat(body: ChatBody, serving: Serving, places: Places, weight: int) -> Reply:
+async def _chat(body: ChatBody, serving: Serving, admitted: Admitted, weight: int) -> Reply:
     may_call = callable_tools(body)
-    loaded = await serving.model(places.held, body.model, body.adapters)
+    loaded = await serving.model(admitted.held, body.model, body.adapters)
     warn_of_switches(body, loaded.tokenizer.chat_template)
     steps = loaded.renderer.chat(
         body,
@@ -125,17 +125,17 @@ async def _chat(body: ChatBody, serving: Serving, places: Places, weight: int) -
     constraint = await _constraint(body, rendered, serving, loaded)
     tools = (constraint and constraint.tools) or may_call
     calls = loaded.tool_format(tools, calls=body.tool_choice != "none")
-    wanted = asks(body, rendered, serving.settings, loaded, constraint, calls)
+    wanted = parse(body, rendered, serving.settings, loaded, constraint, calls)
     kind = "chat.completion.chunk" if body.stream else "chat.completion"
     envelope = Envelope.new("chatcmpl", kind, body.model or loaded.id)
     choices: list[Choice] = [
         ChatChoice(
             index,
-            Run(serving, loaded, ask, envelope.id, places),
+            RunningReply(serving, loaded, each, envelope.id, admitted),
             ChatMessage(calls),
             TokenNames(loaded.token_bytes),
         )
-        for index, ask in enumerate(wanted)
+        for index, each in enumerate(wanted)
     ]
     if body.wants_function_call:
         choices = [FunctionChoice(choice) for choice in choices]
@@ -143,16 +143,16 @@ async def _chat(body: ChatBody, serving: Serving, places: Places, weight: int) -
 
 
 async def _completions(
-    body: CompletionBody, serving: Serving, places: Places, weight: int
+    body: CompletionBody, serving: Serving, admitted: Admitted, weight: int
 ) -> Reply:
-    loaded = await serving.model(places.held, body.model, body.adapters)
+    loaded = await serving.model(admitted.held, body.model, body.adapters)
     envelope = Envelope.new("cmpl", "text_completion", body.model or loaded.id)
     groups: list[list[TextChoice]] = []
     for prompt in _prompts(body):
         steps = loaded.renderer.text(prompt, salt=body.cache_salt)
         rendered = await serving.rendering.steps(steps, len(prompt))
         constraint = await _constraint(body, rendered, serving, loaded)
-        wanted = asks(body, rendered, serving.settings, loaded, constraint)
+        wanted = parse(body, rendered, serving.settings, loaded, constraint)
         echo = ""
         if body.echo:
             echo = await serving.rendering.call(partial(_text_of, prompt, loaded), len(prompt))
@@ -161,11 +161,11 @@ async def _completions(
             [
                 TextChoice(
                     first + i,
-                    Run(serving, loaded, ask, envelope.id, places),
+                    RunningReply(serving, loaded, each, envelope.id, admitted),
                     TokenNames(loaded.token_bytes),
                     echo,
                 )
-                for i, ask in enumerate(wanted)
+                for i, each in enumerate(wanted)
             ]
         )
     return Reply(serving, envelope, groups, body.wants_usage())

@@ -15,7 +15,7 @@ from mlx_hybridcache import HybridPromptCache
 from mlx_hybridcache.tokens import Namespace, Tokens
 
 from ..errors import ApiError, refuse
-from ..generation.admission import Places
+from ..generation.admission import Admitted
 from ..generation.models import Loaded
 from ..generation.serving import Serving, serving_of
 from ..generation.trace import Served
@@ -24,7 +24,7 @@ from ..http.disconnects import unless_gone
 from ..http.wire import JsonRoute
 from ..schema.requests import Conversation, PrefixBody
 from .figures import figures
-from .forest import Forest, find
+from .namespaces import named, namespace_trees
 
 router = APIRouter(route_class=JsonRoute)
 
@@ -97,30 +97,30 @@ class _Prefix:
         return np.append(self.tokens, self.tokens[-1:]) if self.is_stored else self.tokens
 
 
-Act = Callable[[_Prefix, Serving, Places], Awaitable[dict[str, Any]]]
+Act = Callable[[_Prefix, Serving, Admitted], Awaitable[dict[str, Any]]]
 
 
 async def _admitted(body: PrefixBody, request: Request, act: Act) -> dict[str, Any]:
     """What comes of a prefix. It is admitted, timed and left with its client like a reply."""
     serving = serving_of(request)
-    places = serving.admission.admit(1)
+    admitted = serving.admission.admit(1)
     try:
         weight = len(await request.body())
 
         async def work() -> dict[str, Any]:
-            return await act(await _prefix(body, serving, places, weight), serving, places)
+            return await act(await _prefix(body, serving, admitted, weight), serving, admitted)
 
-        return await unless_gone(request, serving.metrics, places.in_time(work()))
+        return await unless_gone(request, serving.metrics, admitted.in_time(work()))
     finally:
-        places.close()
+        admitted.close()
 
 
-async def _prefix(body: PrefixBody, serving: Serving, places: Places, weight: int) -> _Prefix:
+async def _prefix(body: PrefixBody, serving: Serving, admitted: Admitted, weight: int) -> _Prefix:
     if [body.messages, body.prompt, body.key].count(None) != 2:
         raise refuse("Give either messages or a prompt, or the key of what is stored.", "messages")
     if not serving.settings.uses_cache:
         raise refuse("The cache is turned off (--prompt-cache-size 0).")
-    loaded = await serving.model(places.held, body.model)
+    loaded = await serving.model(admitted.held, body.model)
     if body.key is not None:
         return await asyncio.to_thread(_stored, body.key, loaded)
     if body.prompt is not None:
@@ -139,41 +139,41 @@ async def _prefix(body: PrefixBody, serving: Serving, places: Places, weight: in
 
 def _stored(key: str, loaded: Loaded) -> _Prefix:
     own = Namespace(loaded.cache.info.settings)
-    found = find(Forest().shelves(loaded.cache.outlines, own), key)
+    found = named(namespace_trees(loaded.cache.outlines, own), key)
     if found is None:
         raise ApiError(404, f"Nothing is stored under {key!r} any more.", code="not_stored")
-    shelf, tokens = found
-    if shelf.salt is None:
+    tree, tokens = found
+    if tree.salt is None:
         raise ApiError(
             409,
             "This was stored for another model, or for a salt that no request has named since the "
             "start; `mlx-hybridcache cache` looks after it.",
             code="other_namespace",
         )
-    return _Prefix(loaded, tokens, shelf.salt, is_stored=True)
+    return _Prefix(loaded, tokens, tree.salt, is_stored=True)
 
 
-async def _warm(prefix: _Prefix, serving: Serving, places: Places) -> dict[str, Any]:
+async def _warm(prefix: _Prefix, serving: Serving, admitted: Admitted) -> dict[str, Any]:
     tokens = prefix.to_read()
     prefix.loaded.renderer.room.check(len(tokens), "key")  # others were checked as they were read
     served = Served.now(prefix.cache.info, tokens, prefix.salt)
-    report, position = await Warming(serving, prefix.loaded, tokens, prefix.salt, places).done()
+    report, position = await Warming(serving, prefix.loaded, tokens, prefix.salt, admitted).done()
     if serving.recorder is not None:
         serving.recorder.put(served)
     return {**asdict(report), "position": position, "pinned": False}
 
 
-async def _pin(prefix: _Prefix, serving: Serving, places: Places) -> dict[str, Any]:
-    found = await _warm(prefix, serving, places)
+async def _pin(prefix: _Prefix, serving: Serving, admitted: Admitted) -> dict[str, Any]:
+    found = await _warm(prefix, serving, admitted)
     kept = await serving.between_turns(prefix.cache.pin, prefix.tokens, cache_salt=prefix.salt)
     return {**found, "pinned": True, "position": kept}
 
 
-async def _unpin(prefix: _Prefix, serving: Serving, places: Places) -> dict[str, Any]:
+async def _unpin(prefix: _Prefix, serving: Serving, admitted: Admitted) -> dict[str, Any]:
     kept = await serving.between_turns(prefix.cache.unpin, prefix.tokens, cache_salt=prefix.salt)
     return {"pinned": False, "position": kept}
 
 
-async def _drop(prefix: _Prefix, serving: Serving, places: Places) -> dict[str, Any]:
+async def _drop(prefix: _Prefix, serving: Serving, admitted: Admitted) -> dict[str, Any]:
     left = await serving.between_turns(prefix.cache.drop, prefix.tokens, cache_salt=prefix.salt)
     return {"dropped": True, "position": left}

@@ -1,4 +1,4 @@
-"""The forest as people look at it: rows, of which each is a conversation or what several share.
+"""What is stored as people look at it: rows, of which each is a conversation or what several share.
 
 Every prompt that a template rendered begins with the same tokens, and many questions with the same
 word. Nobody looks for a fork there: runs that part ways again within `SHORTEST` tokens are folded. Their
@@ -14,12 +14,12 @@ from heapq import nlargest
 
 import numpy as np
 
-from mlx_hybridcache.cache import Outlines
 from mlx_hybridcache.disk.segment import PrefixDigest
+from mlx_hybridcache.store.conversations import NOTHING, Branches, Digest, Early, Run, Runs, Start
 from mlx_hybridcache.store.tree import common_length
-from mlx_hybridcache.tokens import Namespace, Tokens, TurnMarks
+from mlx_hybridcache.tokens import Tokens, TurnMarks
 
-from .forest import NOTHING, Branches, Early, Forest, Run, Shelf, Start
+from .namespaces import NamespaceTree
 
 SHORTEST = 8
 """Tokens of what several share. An opener of a turn has fewer, and so have words shared by chance."""
@@ -49,14 +49,14 @@ class _Group:
 
     branches: Branches
     without: frozenset[int]
-    above: PrefixDigest
+    above: Digest
     folded: tuple[Tokens, ...] = ()
     turns: int = 0  # that open before
 
 
 @dataclass(eq=False, slots=True)
 class Fork:
-    """The rows below a row, or a shelf's. The bytes are those of the runs that are folded into it."""
+    """The rows below a row, or a namespace's. The bytes are those of the runs that are folded into it."""
 
     begins: int
     turns: int  # that open before
@@ -72,7 +72,7 @@ class Rows:
     """Rows as they are looked at. `marks` say where turns open."""
 
     def __init__(self, marks: TurnMarks) -> None:
-        self.forest = Forest()
+        self.runs = Runs()
         self._openers = marks.openers
         self._least = max(SHORTEST, len(marks.user_opener) + 1)
         self._early = Early()
@@ -80,13 +80,13 @@ class Rows:
         self._known: dict[Start, int] = {}
         self._most_known: int | None = None
 
-    def shelves(self, outlines: Outlines, own: Namespace) -> list[Shelf]:
-        """A new look, as the forest's."""
+    def look_again(self) -> None:
+        """A new look. What is not asked for until the next time is forgotten."""
         if self._most_known is not None and len(self._known) > self._most_known:
             self._known.clear()
             self._most_known = None
         self._early.look_again()
-        return self.forest.shelves(outlines, own)
+        self.runs.look_again()
 
     def keep(self, runs: Iterable[Run]) -> None:
         """The look is over: forget the forks of all other runs, and in time what was counted."""
@@ -94,9 +94,9 @@ class Rows:
         if self._most_known is None:
             self._most_known = max(FEWEST_KNOWN, 2 * len(self._known))
 
-    def top(self, shelf: Shelf) -> Fork:
-        """What stands on a shelf."""
-        return self._fork(Fork(0, 0), shelf.branches, PrefixDigest(shelf.key))
+    def top(self, tree: NamespaceTree) -> Fork:
+        """What stands in a namespace."""
+        return self._fork(Fork(0, 0), tree.branches, PrefixDigest(tree.key))
 
     def below(self, row: Row) -> Fork:
         """What goes on behind a row."""
@@ -118,8 +118,8 @@ class Rows:
             found = nlargest(most, found, key=lambda it: it[0].nbytes if by_size else it[0].used)
         return [self._row(fork, start, group) for start, group in found]
 
-    def _fork(self, fork: Fork, branches: Branches, above: PrefixDigest) -> Fork:
-        waiting: list[tuple[Branches, PrefixDigest, tuple[Tokens, ...], int]]
+    def _fork(self, fork: Fork, branches: Branches, above: Digest) -> Fork:
+        waiting: list[tuple[Branches, Digest, tuple[Tokens, ...], int]]
         waiting = [(branches, above, (), fork.turns)]
         while waiting:
             branches, above, folded, turns = waiting.pop()
@@ -142,9 +142,9 @@ class Rows:
         is_pinned = any(place.is_pinned for place in run.places)
         return run.end - run.start >= self._least or len(run.branches) == 0 or is_pinned
 
-    def run(self, start: Start, above: PrefixDigest) -> Run:
+    def run(self, start: Start, above: Digest) -> Run:
         """The run that begins there, with its turns counted."""
-        run = self.forest.run(start, above)
+        run = self.runs.run(start, above)
         if run.turns is None:
             run.turns = sum(
                 int(np.count_nonzero(part == opener))
@@ -164,7 +164,7 @@ class Rows:
 
     def conversations(self, start: Start) -> int:
         """Leaves below it, of both tiers as one tree: as many as its rows have together."""
-        if start.memory is None or start.disk is None:
+        if start.in_memory is None or start.on_disk is None:
             return _leaves(start)
         waiting = [start]
         while waiting:
@@ -176,7 +176,9 @@ class Rows:
             unknown = [
                 each
                 for each in below
-                if each.memory is not None and each.disk is not None and each not in self._known
+                if each.in_memory is not None
+                and each.on_disk is not None
+                and each not in self._known
             ]
             if unknown:
                 waiting += unknown
@@ -188,15 +190,15 @@ class Rows:
 
 def _leaves(start: Start) -> int:
     """Where one tier holds all of it."""
-    outline = start.memory or start.disk
+    outline = start.in_memory or start.on_disk
     assert outline is not None
     return outline.below.leaves
 
 
 def _behind(start: Start) -> Branches:
     """Where the tiers part ways, or the first of them ends."""
-    memory, disk, at = start
-    assert memory is not None
-    assert disk is not None
-    one, other = memory.tokens[at - memory.start :], disk.tokens[at - disk.start :]
-    return Branches(memory, disk, at + common_length(one, other))
+    in_memory, on_disk, at = start
+    assert in_memory is not None
+    assert on_disk is not None
+    one, other = in_memory.tokens[at - in_memory.start :], on_disk.tokens[at - on_disk.start :]
+    return Branches(in_memory, on_disk, at + common_length(one, other))

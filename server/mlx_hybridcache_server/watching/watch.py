@@ -15,6 +15,7 @@ from typing import Any
 
 from fastapi.sse import format_sse_event
 
+from mlx_hybridcache.store.conversations import Place
 from mlx_hybridcache.tokens import Namespace
 
 from ..errors import ApiError
@@ -22,7 +23,7 @@ from ..generation.serving import Serving
 from ..http.wire import event
 from ..schema.requests import WatchBody
 from .figures import figures, running
-from .forest import Place, Shelf
+from .namespaces import NamespaceTree, namespace_trees
 from .rows import Fork, Row, Rows
 
 INTERVAL_SECONDS = 1.0
@@ -43,10 +44,10 @@ SHOWN_TOKENS = 24
 BETWEEN_TURNS = " · "
 
 FIRST_SHOWN = 30
-"""Conversations of the model's own shelf that a page sees before it asks for more."""
+"""Conversations of the model's own namespace that a page sees before it asks for more."""
 
 OWN = "own"
-"""What a shelf is that belongs to the served model and to no salt."""
+"""What a namespace is that belongs to the served model and to no salt."""
 
 
 async def watch(serving: Serving, body: WatchBody) -> AsyncGenerator[bytes]:
@@ -139,7 +140,8 @@ class Watcher:
         if looked == self._looked_at:  # outlines equal themselves only
             return {}
         self._looked_at = looked
-        looks = [self._look(shelf, own) for shelf in self._rows.shelves(outlines, own)]
+        self._rows.look_again()
+        looks = [self._look(tree, own) for tree in namespace_trees(outlines, own)]
         shown = {row.run.key: (look, row) for look in looks for row in look.rows}
         lists = {key: told for look in looks for key, told in look.lists.items()}
         was, had = self._shown, self._lists
@@ -160,25 +162,25 @@ class Watcher:
             }
         }
 
-    def _look(self, shelf: Shelf, own: Namespace) -> _Look:
+    def _look(self, tree: NamespaceTree, own: Namespace) -> _Look:
         """The rows of what is open, as many of each as the page asks for.
 
-        A shelf's only row is open, unless the page has closed it: what matters begins behind it. It
+        A namespace's only row is open, unless the page has closed it: what matters begins behind it. It
         stays so when others come.
         """
-        kind = OWN if shelf.salt == own.salt else "other" if shelf.salt is None else "salted"
-        top, asked = self._rows.top(shelf), self._body.open
+        kind = OWN if tree.salt == own.salt else "other" if tree.salt is None else "salted"
+        top, asked = self._rows.top(tree), self._body.open
         look = _Look(
             {
-                "key": shelf.key,
+                "key": tree.key,
                 "kind": kind,
-                "bytes": shelf.nbytes,
+                "bytes": tree.nbytes,
                 "all": len(top),
-                "conversations": self._rows.conversations(shelf.start),
+                "conversations": self._rows.conversations(tree.start),
             }
         )
         waiting: list[tuple[str, int, Fork]]
-        waiting = [(shelf.key, asked.get(shelf.key, FIRST_SHOWN if kind == OWN else 0), top)]
+        waiting = [(tree.key, asked.get(tree.key, FIRST_SHOWN if kind == OWN else 0), top)]
         while waiting:
             key, most, fork = waiting.pop()
             rows = self._rows.first(fork, most, self._body.order)
@@ -196,8 +198,8 @@ class Watcher:
     def _told_row(self, row: Row, *, is_private: bool) -> dict[str, Any]:
         run, start, below = row.run, row.start, self._rows.below(row)
         total = {
-            "memory": start.weight(start.memory),
-            "disk": start.weight(start.disk),
+            "memory": start.weight(start.in_memory),
+            "disk": start.weight(start.on_disk),
         }
         resting = [place for place in run.places if place.position > run.start]
         return {
@@ -241,7 +243,7 @@ class Watcher:
 
 @dataclass(slots=True)
 class _Look:
-    """What is shown of one shelf: rows, and the keys below each that is open."""
+    """What is shown of one namespace: rows, and the keys below each that is open."""
 
     told: dict[str, Any]
     rows: list[Row] = field(default_factory=list)

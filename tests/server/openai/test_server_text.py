@@ -16,7 +16,7 @@ from mlx_hybridcache_server.calls.formats import ToolFormat
 from mlx_hybridcache_server.calls.parts import Parts
 from mlx_hybridcache_server.generation.changes import kind_of_change
 from mlx_hybridcache_server.generation.listen import Listener
-from mlx_hybridcache_server.generation.pieces import Count, Piece, Progress
+from mlx_hybridcache_server.generation.pieces import Count, Piece, PromptProgress
 from mlx_hybridcache_server.generation.stop_text import StopText
 from mlx_hybridcache_server.http.wire import JsonResponse, event, written
 from mlx_hybridcache_server.openai.envelope import usage
@@ -127,7 +127,7 @@ def test_pauses_become_progress():
     listener = Listener((), None, None)
     listener.on_progress(512, 2048)
     items = list(listener.listen(iter([PAUSE, response("x", finish="length")])))
-    assert items[0] == Progress(512, 2048)
+    assert items[0] == PromptProgress(512, 2048)
     assert isinstance(items[1], Piece)
 
 

@@ -4,8 +4,9 @@ import random
 
 import numpy as np
 import pytest
+from mlx_hybridcache_server.watching.namespaces import namespace_trees
 from mlx_hybridcache_server.watching.rows import SHORTEST, Rows
-from test_forest import ON_DISK, store
+from test_namespaces import ON_DISK, store
 from test_store import N, save
 
 from mlx_hybridcache.cache import Outlines
@@ -15,18 +16,19 @@ OPENER, USER, SYSTEM = 90, 91, 92
 MARKS = TurnMarks(frozenset({OPENER}), (OPENER, USER))
 
 
-def shelf_of(rows, memory, disk=None):
+def tree_of(rows, memory, disk=None):
     on_disk = disk.outlines(9.0) if disk is not None else {}
-    (shelf,) = rows.shelves(Outlines(memory.outlines(5.0), on_disk), N)
-    return shelf
+    rows.look_again()
+    (tree,) = namespace_trees(Outlines(memory.outlines(5.0), on_disk), N)
+    return tree
 
 
 def below(rows, row):
     return rows.first(rows.below(row), 10_000, "recent")
 
 
-def tops(rows, shelf):
-    return rows.first(rows.top(shelf), 10_000, "recent")
+def tops(rows, tree):
+    return rows.first(rows.top(tree), 10_000, "recent")
 
 
 def told(rows, each):
@@ -41,11 +43,11 @@ def test_what_a_template_puts_first_is_no_row():
     asked = [[OPENER, USER, 6, 7, k, *range(30)] for k in range(2)]
     agent = [*opened, 7, *range(40, 60)]
     rows = Rows(MARKS)
-    shelf = shelf_of(rows, store(*chats, *asked, agent))
-    found = {told(rows, each) for each in tops(rows, shelf)}
+    tree = tree_of(rows, store(*chats, *asked, agent))
+    found = {told(rows, each) for each in tops(rows, tree)}
     assert found == {(0, 25, 3, (1, 2)), (0, 24, 1, (1, 1)), (0, 35, 1, (1, 1))}
-    assert len(rows.top(shelf)) == len(tops(rows, shelf)) == 4
-    shared = next(each for each in tops(rows, shelf) if rows.conversations(each.start) == 3)
+    assert len(rows.top(tree)) == len(tops(rows, tree)) == 4
+    shared = next(each for each in tops(rows, tree) if rows.conversations(each.start) == 3)
     assert np.concatenate([*shared.folded, *shared.run.tokens]).tolist() == chats[0][:25]
     assert {told(rows, each) for each in below(rows, shared)} == {(25, 35, 1, (2, 2))}
 
@@ -54,9 +56,9 @@ def test_a_short_run_that_is_pinned_stays_a_row():
     """Three tokens that two prompts share, pinned: somebody must be able to unpin them."""
     memory = store(range(3), [*range(3), *range(20, 40)], [*range(3), *range(40, 60)])
     rows = Rows(TurnMarks())
-    assert len(rows.top(shelf_of(rows, memory))) == 2
+    assert len(rows.top(tree_of(rows, memory))) == 2
     memory.pin(N, as_tokens(range(3)))
-    (row,) = tops(rows, shelf_of(rows, memory))
+    (row,) = tops(rows, tree_of(rows, memory))
     assert (row.begins, row.run.end, row.turns) == (0, 3, None)
 
 
@@ -65,8 +67,8 @@ def test_tiers_that_part_ways_within_a_few_tokens_share_no_row():
     rows = Rows(MARKS)
     memory = store([OPENER, USER, *range(30)])
     disk = store([OPENER, SYSTEM, *range(20)], space=ON_DISK)
-    shelf = shelf_of(rows, memory, disk)
-    assert {told(rows, each) for each in tops(rows, shelf)} == {
+    tree = tree_of(rows, memory, disk)
+    assert {told(rows, each) for each in tops(rows, tree)} == {
         (0, 32, 1, (1, 1)),
         (0, 22, 1, (1, 1)),
     }
@@ -83,10 +85,10 @@ def test_a_row_is_its_own_and_the_rows_below_it(seed, order):
 
     rows = Rows(TurnMarks(frozenset({1}), (1, 0)))
     memory, disk = store(*prompts()), store(*prompts(), space=ON_DISK)
-    shelf = shelf_of(rows, memory, disk)
+    tree = tree_of(rows, memory, disk)
 
     def weight(row):
-        return sum(row.start.weight(each) for each in (row.start.memory, row.start.disk))
+        return sum(row.start.weight(each) for each in (row.start.in_memory, row.start.on_disk))
 
     def check(fork, whole, conversations):
         found = rows.first(fork, 10_000, order)
@@ -113,8 +115,8 @@ def test_a_row_is_its_own_and_the_rows_below_it(seed, order):
     ends = {
         each for each in leaves if not any(o != each and o[: len(each)] == each for o in leaves)
     }
-    assert rows.conversations(shelf.start) == len(ends)
-    check(rows.top(shelf), shelf.nbytes, len(ends))
+    assert rows.conversations(tree.start) == len(ends)
+    check(rows.top(tree), tree.nbytes, len(ends))
 
 
 def test_counting_again_looks_only_at_what_changed(monkeypatch):
@@ -129,8 +131,8 @@ def test_counting_again_looks_only_at_what_changed(monkeypatch):
     rows = Rows(TurnMarks())
     known = []
     for k in range(120):
-        shelf = shelf_of(rows, memory, disk)
-        assert rows.conversations(shelf.start) == 60
+        tree = tree_of(rows, memory, disk)
+        assert rows.conversations(tree.start) == 60
         rows.keep(())
         known.append(len(rows._known))
         memory.tick()

@@ -12,11 +12,11 @@ from mlx_hybridcache_server.generation.models import load
 from mlx_hybridcache_server.generation.serving import Serving
 from mlx_hybridcache_server.schema.requests import WatchBody
 from mlx_hybridcache_server.settings import build_parser, read_settings
-from mlx_hybridcache_server.watching import forest
 from mlx_hybridcache_server.watching.watch import MOST_WATCHING, Watcher
 from servers import CHAT, COMPLETIONS, INSTANT, OURS, running, user
 from test_store import save
 
+from mlx_hybridcache.store import conversations
 from mlx_hybridcache.tokens import Namespace
 
 WATCH = "/v1/cache/watch"
@@ -60,7 +60,7 @@ def prompt_of(count, start):
 
 
 def top(told):
-    """The rows of the first shelf; each weighs what it shares and all below it."""
+    """The rows of the first namespace; each weighs what it shares and all below it."""
     runs = {run["key"]: run for run in told["tree"]["runs"]}
     return [runs[key] for key in told["tree"]["lists"][told["tree"]["shelves"][0]["key"]]["keys"]]
 
@@ -138,9 +138,9 @@ def test_the_first_event_is_what_the_cache_says(server):
     assert sum(run["total"]["memory"] for run in top(told)) == weighs
     on_disk = sum(run["total"]["disk"] for run in top(told))
     assert 0 < on_disk <= told["cache"]["disk"]["held_bytes"]
-    (shelf,) = told["tree"]["shelves"]
-    assert shelf["conversations"] == told["cache"]["conversations"]
-    assert shelf["conversations"] == sum(run["conversations"] for run in top(told))
+    (namespace,) = told["tree"]["shelves"]
+    assert namespace["conversations"] == told["cache"]["conversations"]
+    assert namespace["conversations"] == sum(run["conversations"] for run in top(told))
 
 
 def until_written(server):
@@ -247,10 +247,14 @@ def test_text_is_told_only_with_the_flag_and_never_of_salted_requests(server, st
             "cache_salt": salt,
         }
         assert strict.client.post(COMPLETIONS, json=body, headers=key).status_code == 200
-    shelves = updates(strict, headers=key)[0]["tree"]["shelves"]
-    opened = {shelf["key"]: 9 for shelf in shelves}
+    namespaces = updates(strict, headers=key)[0]["tree"]["shelves"]
+    opened = {namespace["key"]: 9 for namespace in namespaces}
     told = updates(strict, headers=key, open=opened)[0]["tree"]
-    kinds = {key: shelf["kind"] for shelf in shelves for key in told["lists"][shelf["key"]]["keys"]}
+    kinds = {
+        key: namespace["kind"]
+        for namespace in namespaces
+        for key in told["lists"][namespace["key"]]["keys"]
+    }
     texts = {kinds[run["key"]]: run["text"] for run in told["runs"]}
     assert texts["own"].startswith("Marmalade None")
     assert texts["salted"] is None
@@ -312,9 +316,9 @@ def crowded():
                 save(engine.tiers.memory, chain(k, end), space=Namespace(engine.sharing.settings))
         engine.tiers.publish()
 
-    serving.loaded.cache._worker.call(fill)
+    serving.loaded.cache.worker.call(fill)
     yield serving
-    serving.loaded.cache._worker.call(engine.tiers.memory.clear)
+    serving.loaded.cache.worker.call(engine.tiers.memory.clear)
     serving.close()
 
 
@@ -327,7 +331,7 @@ def test_an_update_asks_the_worker_for_nothing(crowded, monkeypatch):
     cache = crowded.loaded.cache
     watcher = Watcher(crowded, WatchBody())
     for name in ("call", "post", "stream"):
-        monkeypatch.setattr(cache._worker, name, None)
+        monkeypatch.setattr(cache.worker, name, None)
     assert watcher.update()["cache"]["conversations"] == 1000
     assert watcher.update() == {}
 
@@ -343,15 +347,15 @@ def test_an_update_touches_only_what_changed(crowded, monkeypatch):
     assert len(first["runs"]) == 30
     assert [each["all"] for each in first["lists"].values()] == [1000]
     grown = []
-    whole = forest._grown
-    monkeypatch.setattr(forest, "_grown", lambda *how: grown.append(how) or whole(*how))
+    whole = conversations._grown
+    monkeypatch.setattr(conversations, "_grown", lambda *how: grown.append(how) or whole(*how))
 
     def go_on():
         engine.tiers.memory.tick()
         save(engine.tiers.memory, chain(999, 13), space=Namespace(engine.sharing.settings))
         engine.tiers.publish()
 
-    cache._worker.call(go_on)
+    cache.worker.call(go_on)
     told = watcher.update()["tree"]
     assert (len(told["runs"]), len(grown)) == (1, 2)
     assert len(told["lists"]) == 1

@@ -29,8 +29,8 @@ export async function doing(button, work) {
 }
 
 // Buttons are kept while their kind stays, so that the one that has the focus keeps it.
-export function actions(node, run, shelf) {
-  const can = shelf?.kind !== "other";
+export function actions(node, run, namespace) {
+  const can = namespace?.kind !== "other";
   const isPinned = run.pins.length > 0;
   const isCold = run.parts.some((part) => !part[2]) || run.places.some((place) => place[1] === null);
   const wanted = [

@@ -8,11 +8,11 @@ const MORE = 50;
 
 const by = (id) => document.getElementById(id);
 const runs = new Map(); // by key, as the server told them
-const lists = new Map(); // keys below a shelf or an unfolded run, and how many there are
+const lists = new Map(); // keys below a namespace or an unfolded run, and how many there are
 const rows = new Map(); // by key: elements
 const shown = new Map(); // key of a run that is unfolded -> how many branches
 const unfolded = new Set(); // also those without branches
-let shelves = [];
+let namespaces = [];
 let order = "recent";
 let most = 0; // the last position drawn
 let changed = () => {}; // the view is another one: the server must be asked anew
@@ -38,7 +38,7 @@ export function showTree(told, isFirst) {
     runs.clear();
     lists.clear();
   }
-  shelves = told.shelves;
+  namespaces = told.shelves;
   for (const key of told.gone) {
     runs.delete(key);
     lists.delete(key);
@@ -46,7 +46,7 @@ export function showTree(told, isFirst) {
   for (const run of told.runs) runs.set(run.key, run);
   for (const [key, list] of Object.entries(told.lists)) {
     lists.set(key, list);
-    if (runs.has(key) && !shown.has(key)) unfold(key); // a shelf's only row, which the server opens
+    if (runs.has(key) && !shown.has(key)) unfold(key); // a namespace's only row, which the server opens
   }
   const end = Math.max(1, ...[...runs.values()].map((run) => run.end));
   const hasGrown = end !== most;
@@ -123,7 +123,7 @@ function fill(parts, run) {
       .filter(Boolean)
       .join(", "),
   );
-  actions(parts.acts, run, shelfOf(run.key));
+  actions(parts.acts, run, namespaceOf(run.key));
   if (unfolded.has(run.key)) stands(parts, run);
 }
 
@@ -157,8 +157,8 @@ function tiersOf(run) {
   return [memory && "memory", disk && "disk"].filter(Boolean).join(" + ");
 }
 
-function shelfOf(key) {
-  return shelves.find((shelf) => descends(shelf.key, key)) ?? shelves[0];
+function namespaceOf(key) {
+  return namespaces.find((namespace) => descends(namespace.key, key)) ?? namespaces[0];
 }
 
 function descends(from, key) {
@@ -233,20 +233,20 @@ function stands(parts, run) {
 function place() {
   const tree = by("tree");
   isLate = tree.matches(":hover") || tree.contains(document.activeElement);
-  const several = shelves.length > 1;
-  const wanted = shelves.map((shelf) => {
-    const group = shelfElement(shelf);
-    group.head.hidden = !several && shelf.kind === "own";
-    say(group.title, shelfTitle(shelf));
-    group.fold.setAttribute("aria-expanded", String(Boolean(lists.get(shelf.key)?.keys.length)));
-    list(group.below, group.rest, shelf.key, 0);
+  const several = namespaces.length > 1;
+  const wanted = namespaces.map((namespace) => {
+    const group = namespaceElement(namespace);
+    group.head.hidden = !several && namespace.kind === "own";
+    say(group.title, namespaceTitle(namespace));
+    group.fold.setAttribute("aria-expanded", String(Boolean(lists.get(namespace.key)?.keys.length)));
+    list(group.below, group.rest, namespace.key, 0);
     return group.item;
   });
   reconcile(tree, wanted, false);
   for (const key of [...groups.keys()]) {
-    if (!shelves.some((shelf) => shelf.key === key)) groups.delete(key);
+    if (!namespaces.some((namespace) => namespace.key === key)) groups.delete(key);
   }
-  by("no-tree").hidden = runs.size > 0 || shelves.length > 0;
+  by("no-tree").hidden = runs.size > 0 || namespaces.length > 0;
   by("axis").hidden = !runs.size;
 }
 
@@ -277,10 +277,10 @@ function reconcile(parent, wanted, stays) {
   });
 }
 
-const groups = new Map(); // shelves' elements, by key
+const groups = new Map(); // namespaces' elements, by key
 
-function shelfElement(shelf) {
-  if (groups.has(shelf.key)) return groups.get(shelf.key);
+function namespaceElement(namespace) {
+  if (groups.has(namespace.key)) return groups.get(namespace.key);
   const parts = {
     title: element("span"),
     below: element("ul", { class: "top" }),
@@ -288,24 +288,24 @@ function shelfElement(shelf) {
   };
   parts.fold = element(
     "button",
-    { type: "button", class: "fold shelf", on: { click: () => toggleShelf(shelf.key) } },
+    { type: "button", class: "fold namespace", on: { click: () => toggleNamespace(namespace.key) } },
     element("span", { class: "twist", "aria-hidden": "true" }),
     parts.title,
   );
-  parts.rest.addEventListener("click", () => showMore(shelf.key));
+  parts.rest.addEventListener("click", () => showMore(namespace.key));
   parts.head = element("h3", {}, parts.fold);
-  parts.item = element("section", { "data-shelf": shelf.kind }, parts.head, parts.below, parts.rest);
-  groups.set(shelf.key, parts);
+  parts.item = element("section", { "data-namespace": namespace.kind }, parts.head, parts.below, parts.rest);
+  groups.set(namespace.key, parts);
   return parts;
 }
 
-function shelfTitle(shelf) {
+function namespaceTitle(namespace) {
   const names = {
     own: "This model",
-    salted: `With a cache_salt · ${shelf.key.slice(0, 8)}`,
-    other: `Another model, setting or salt, on disk · ${shelf.key.slice(0, 8)}`,
+    salted: `With a cache_salt · ${namespace.key.slice(0, 8)}`,
+    other: `Another model, setting or salt, on disk · ${namespace.key.slice(0, 8)}`,
   };
-  return `${names[shelf.kind]} · ${many(shelf.conversations, "conversation")}, ${bytes(shelf.bytes)}`;
+  return `${names[namespace.kind]} · ${many(namespace.conversations, "conversation")}, ${bytes(namespace.bytes)}`;
 }
 
 // What a reader does
@@ -329,12 +329,12 @@ function toggle(key) {
     parts.more.hidden = true;
     parts.below.replaceChildren();
     unfolded.delete(key);
-    if (runs.get(key).branches) shown.set(key, 0); // said, as the server would open a shelf's only row
+    if (runs.get(key).branches) shown.set(key, 0); // said, as the server would open a namespace's only row
   }
   if (runs.get(key).branches) changed();
 }
 
-function toggleShelf(key) {
+function toggleNamespace(key) {
   shown.set(key, lists.get(key)?.keys.length ? 0 : FIRST);
   changed();
 }

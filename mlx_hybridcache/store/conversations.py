@@ -1,4 +1,6 @@
-"""Both tiers' trees as one: runs that nothing branches from, grown only where somebody looks.
+"""The one picture of what is stored, for the page and for `cache ls`: both tiers' trees as one.
+
+It is made of runs that nothing branches from, grown only where somebody looks.
 
 A run is mostly one conversation, or what several share. It is in memory, on disk or both, here one and
 there the other. Works on outlines, on any thread, and changes nothing.
@@ -10,50 +12,56 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from heapq import nlargest
 from operator import attrgetter
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
-import numpy as np
-
-from mlx_hybridcache.cache import Outlines
-from mlx_hybridcache.disk.catalogue import digest
-from mlx_hybridcache.disk.segment import PrefixDigest
-from mlx_hybridcache.store.outline import Outline
-from mlx_hybridcache.store.tree import common_length
-from mlx_hybridcache.tokens import Namespace, Tokens
+from ..tokens import Tokens
+from .outline import Outline
+from .tree import common_length
 
 NOTHING: frozenset[int] = frozenset()
+
+
+class Digest(Protocol):
+    """What names a prefix that grows."""
+
+    @property
+    def key(self) -> str:
+        """The name."""
+
+    def read(self, tokens: Tokens) -> Digest:
+        """The digest of what `tokens` make the prefix; this one stays what it is."""
 
 
 class Start(NamedTuple):
     """Where a run begins, at position `at`: in each tier the node it lies in, None where it is not."""
 
-    memory: Outline | None
-    disk: Outline | None
+    in_memory: Outline | None
+    on_disk: Outline | None
     at: int
 
     @property
     def used(self) -> tuple[float, int]:
         """When it or anything below was last used. The later, the greater."""
-        return max(each.below.used for each in (self.memory, self.disk) if each is not None)
+        return max(each.below.used for each in (self.in_memory, self.on_disk) if each is not None)
 
     @property
     def nbytes(self) -> int:
         """What it and everything below weigh in both tiers."""
-        return self.weight(self.memory) + self.weight(self.disk)
+        return self.weight(self.in_memory) + self.weight(self.on_disk)
 
     @property
     def token(self) -> int:
         """Its first."""
-        first = self.memory or self.disk
+        first = self.in_memory or self.on_disk
         assert first is not None
         return int(first.tokens[self.at - first.start])
 
     def differs_within(self, least: int) -> bool:
         """Whether what the tiers hold of it is not the same for that many tokens."""
-        assert self.memory is not None
-        assert self.disk is not None
+        assert self.in_memory is not None
+        assert self.on_disk is not None
         one, other = (
-            each.tokens[self.at - each.start :][:least] for each in (self.memory, self.disk)
+            each.tokens[self.at - each.start :][:least] for each in (self.in_memory, self.on_disk)
         )
         return one.tobytes() != other.tobytes()
 
@@ -70,16 +78,16 @@ class Branches:
     There may be a thousand of which thirty are looked at, once a second: so none is made before.
     """
 
-    def __init__(self, memory: Outline | None, disk: Outline | None, at: int):
-        self._memory, self._disk, self._at = _ways(memory, at), _ways(disk, at), at
+    def __init__(self, in_memory: Outline | None, on_disk: Outline | None, at: int):
+        self._in_memory, self._on_disk, self._at = _ways(in_memory, at), _ways(on_disk, at), at
 
     def __len__(self) -> int:
-        if not self._memory or not self._disk:
-            return len(self._memory) + len(self._disk)
-        return len(self._memory.keys() | self._disk.keys())
+        if not self._in_memory or not self._on_disk:
+            return len(self._in_memory) + len(self._on_disk)
+        return len(self._in_memory.keys() | self._on_disk.keys())
 
     def __iter__(self) -> Iterator[Start]:
-        return map(self._start, {**self._memory, **self._disk})
+        return map(self._start, {**self._in_memory, **self._on_disk})
 
     def first(self, most: int, order: str, without: frozenset[int] = NOTHING) -> list[Start]:
         """The latest used (`recent`) or the heaviest (`size`), at most `most`, but for some tokens."""
@@ -90,43 +98,43 @@ class Branches:
             return [*self][:most]
         if order == "size":
             return nlargest(most, self, key=_NBYTES)
-        if not self._memory or not self._disk:
+        if not self._in_memory or not self._on_disk:
             # The newest are mostly the last ones, and a heap that meets the greatest first is done soonest.
-            newest_first = reversed([*(self._memory or self._disk).values()])
+            newest_first = reversed([*(self._in_memory or self._on_disk).values()])
             tokens = [
                 int(each.tokens[self._at - each.start])
                 for each in nlargest(most, newest_first, key=_USED)
             ]
         else:
-            tokens = nlargest(most, self._memory.keys() | self._disk.keys(), key=self._used)
+            tokens = nlargest(most, self._in_memory.keys() | self._on_disk.keys(), key=self._used)
         return list(map(self._start, tokens))
 
     def forks_within(self, least: int, early: Early) -> list[Start]:
         """Those that part ways again before they have `least` tokens."""
         found = {
             int(each.tokens[self._at - each.start])
-            for ways in (self._memory, self._disk)
+            for ways in (self._in_memory, self._on_disk)
             for each in ways.values()
             if each.end - self._at < least and early.parts(each, self._at, least)
         }
-        if self._memory and self._disk:
+        if self._in_memory and self._on_disk:
             found |= {
                 token
-                for token in self._memory.keys() & self._disk.keys()
+                for token in self._in_memory.keys() & self._on_disk.keys()
                 if self._start(token).differs_within(least)
             }
         return [self._start(token) for token in sorted(found)]
 
     def _start(self, token: int) -> Start:
-        return Start(self._memory.get(token), self._disk.get(token), self._at)
+        return Start(self._in_memory.get(token), self._on_disk.get(token), self._at)
 
     def _used(self, token: int) -> tuple[float, int]:
-        memory, disk = self._memory.get(token), self._disk.get(token)
-        if memory is None or disk is None:
-            alone = memory or disk
+        in_memory, on_disk = self._in_memory.get(token), self._on_disk.get(token)
+        if in_memory is None or on_disk is None:
+            alone = in_memory or on_disk
             assert alone is not None
             return alone.below.used
-        return max(memory.below.used, disk.below.used)
+        return max(in_memory.below.used, on_disk.below.used)
 
 
 class Early:
@@ -175,7 +183,7 @@ class Run:
     `parts` are ranges with the tiers that hold them. Bytes are the run's own, rows and checkpoints.
     """
 
-    digest: PrefixDigest
+    digest: Digest
     start: int
     end: int = 0
     key: str = ""
@@ -193,89 +201,60 @@ class Run:
         return max((place.used_at or 0.0 for place in self.places), default=0.0) or None
 
 
-@dataclass(frozen=True, slots=True)
-class Shelf:
-    """All that one namespace holds. Without `salt` it is known by files only: of another model or salt."""
-
-    key: str
-    salt: str | None
-    nbytes: int
-    branches: Branches
-    start: Start
-
-
-class Forest:
+class Runs:
     """Runs as they are looked at. What did not change since the last look is the same object."""
 
     def __init__(self) -> None:
         self._runs: dict[Start, Run] = {}
         self._before: dict[Start, Run] = {}
 
-    def shelves(self, outlines: Outlines, own: Namespace) -> list[Shelf]:
-        """A new look: the model's own shelf first, then those with salts, then those of others."""
+    def look_again(self) -> None:
+        """What is not asked for until the next time is forgotten."""
         self._before, self._runs = self._runs, {}
-        salts = {digest(name): name.salt for name in (own, *outlines.memory)}
-        memory = {digest(name): each for name, each in outlines.memory.items()}
-        on_disk = {name.settings: each for name, each in outlines.disk.items()}
-        shelves = []
-        for key in dict.fromkeys([*memory, *on_disk]):
-            top = Start(memory.get(key), on_disk.get(key), 0)
-            shelves.append(Shelf(key, salts.get(key), top.nbytes, Branches(*top), top))
-        return sorted(shelves, key=lambda shelf: (shelf.salt != own.salt, shelf.salt is None))
 
-    def run(self, start: Start, above: PrefixDigest) -> Run:
+    def run(self, start: Start, above: Digest) -> Run:
         """The run that begins there; `above` is the digest of what leads to it."""
         found = self._runs.get(start) or self._before.get(start) or _grown(start, above)
         self._runs[start] = found
         return found
 
 
-def find(shelves: list[Shelf], key: str) -> tuple[Shelf, Tokens] | None:
-    """The tokens of the prefix that `key` names, and the shelf it lies on. Looks at everything."""
-    for shelf in shelves:
-        for path in _paths(shelf):
-            run = path[-1]
-            place = next((each for each in run.places if each.key == key), None)
-            if run.key == key or place is not None:
-                tokens = np.concatenate([part for each in path for part in each.tokens])
-                return shelf, tokens[: run.end if place is None else place.position]
-    return None
-
-
-def _paths(shelf: Shelf) -> Iterator[list[Run]]:
-    """Every run of a shelf with those above it."""
-    top = PrefixDigest(shelf.key)
-    waiting: list[tuple[Start, PrefixDigest, list[Run]]]
-    waiting = [(start, top, []) for start in shelf.branches]
+def walk(branches: Branches, above: Digest) -> Iterator[tuple[Start, list[Run]]]:
+    """Every run with those that lead to it, parents before children, depth first."""
+    waiting: list[tuple[Start, Digest, list[Run]]]
+    waiting = [(start, above, []) for start in reversed([*branches])]
     while waiting:
         start, above, path = waiting.pop()
         run = _grown(start, above)
         here = [*path, run]
-        yield here
-        waiting += [(branch, run.digest, here) for branch in run.branches]
+        yield start, here
+        waiting += [(branch, run.digest, here) for branch in reversed([*run.branches])]
 
 
-def _grown(start: Start, above: PrefixDigest) -> Run:
+def _grown(start: Start, above: Digest) -> Run:
     run = Run(above, start.at)
-    (memory, disk, at) = start
+    (in_memory, on_disk, at) = start
     while True:
-        first = memory or disk
+        first = in_memory or on_disk
         assert first is not None
-        end = min(each.end for each in (memory, disk) if each is not None)
-        if memory is not None and disk is not None:
-            one, other = memory.tokens[at - memory.start :], disk.tokens[at - disk.start :]
+        end = min(each.end for each in (in_memory, on_disk) if each is not None)
+        if in_memory is not None and on_disk is not None:
+            one, other = (
+                in_memory.tokens[at - in_memory.start :],
+                on_disk.tokens[at - on_disk.start :],
+            )
             end = at + common_length(one, other)
         run.tokens.append(first.tokens[at - first.start : end - first.start])
         run.digest = run.digest.read(run.tokens[-1])
-        run.memory_bytes += _rows_bytes(memory, at, end)
-        run.disk_bytes += _rows_bytes(disk, at, end)
-        _add_part(run.parts, at, end, memory is not None, disk is not None)
-        _add_place(run, end, memory, disk)
-        branches = Branches(memory, disk, end)
+        run.memory_bytes += _rows_bytes(in_memory, at, end)
+        run.disk_bytes += _rows_bytes(on_disk, at, end)
+        _add_part(run.parts, at, end, in_memory is not None, on_disk is not None)
+        _add_place(run, end, in_memory, on_disk)
+        branches = Branches(in_memory, on_disk, end)
         if len(branches) != 1:
             run.end, run.key, run.branches = end, run.digest.key, branches
             return run
-        ((memory, disk, at),) = branches
+        ((in_memory, on_disk, at),) = branches
 
 
 def _ways(outline: Outline | None, at: int) -> Mapping[int, Outline]:
@@ -296,18 +275,18 @@ def _rows_bytes(outline: Outline | None, start: int, end: int) -> int:
 
 
 def _add_part(
-    parts: list[tuple[int, int, bool, bool]], start: int, end: int, memory: bool, disk: bool
+    parts: list[tuple[int, int, bool, bool]], start: int, end: int, in_memory: bool, on_disk: bool
 ) -> None:
-    if parts and parts[-1][2:] == (memory, disk):
-        parts[-1] = (parts[-1][0], end, memory, disk)
+    if parts and parts[-1][2:] == (in_memory, on_disk):
+        parts[-1] = (parts[-1][0], end, in_memory, on_disk)
     else:
-        parts.append((start, end, memory, disk))
+        parts.append((start, end, in_memory, on_disk))
 
 
-def _add_place(run: Run, end: int, memory: Outline | None, disk: Outline | None) -> None:
+def _add_place(run: Run, end: int, in_memory: Outline | None, on_disk: Outline | None) -> None:
     """Where a node ends, if something stands there, is pinned, or nothing follows."""
-    here = memory if memory is not None and memory.end == end else None
-    there = disk if disk is not None and disk.end == end else None
+    here = in_memory if in_memory is not None and in_memory.end == end else None
+    there = on_disk if on_disk is not None and on_disk.end == end else None
     standing = [
         each
         for each in (here, there)
