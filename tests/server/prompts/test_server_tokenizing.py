@@ -4,6 +4,7 @@ import random
 
 import pytest
 from bundled import text
+from long import forms
 from made_tokenizers import TOKENIZERS, bundled, byte_level, sentence_piece
 from mlx_hybridcache_server.errors import ApiError
 from mlx_hybridcache_server.prompts.tokenizing import (
@@ -16,6 +17,8 @@ from mlx_hybridcache_server.prompts.tokenizing import (
 from mlx_hybridcache_server.prompts.vocabulary import longest_token, seams
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+
+from mlx_hybridcache.tokenizing.encoder import Encoder
 
 each_tokenizer = pytest.mark.parametrize("make", TOKENIZERS.values(), ids=TOKENIZERS)
 
@@ -64,9 +67,10 @@ def odd_text(seed, length):
     return "".join(parts)
 
 
-def read(tokenizer, said, room=NO_LIMIT, *, special=False):
+def read(tokenizer, said, room=NO_LIMIT, *, special=False, encoder=None):
     """The tokens, and what each piece weighed."""
-    steps = Tokenizing.learn(tokenizer, room).steps(said, "prompt", special=special)
+    tokenizing = Tokenizing.learn(tokenizer, room, encoder)
+    steps = tokenizing.steps(said, "prompt", special=special)
     weights = []
     try:
         while True:
@@ -197,3 +201,59 @@ def test_a_text_without_a_place_to_cut_is_refused_before_it_takes_memory():
     steps = Tokenizing.learn(bundled(), NO_LIMIT).steps("a" * (UNCUT + 1), "prompt", special=True)
     with pytest.raises(ApiError, match="without a place"):
         next(steps)
+
+
+class Counted:
+    """The bundled tokenizer, which writes down what it is asked to read."""
+
+    def __init__(self):
+        self.read = []
+
+    def encode(self, said, **kwargs):
+        """The own tokenizer's."""
+        self.read.append(said)
+        return bundled().encode(said, **kwargs)
+
+
+def letters_read(said):
+    """How many letters of each text the tokenizer reads; what a seam is tried by is not counted."""
+    learnt, counted = Encoder.learn(bundled()), Counted()
+    encoder = Encoder(counted, learnt.ids, frame=learnt.frame)
+    found = []
+    for each in said:
+        made = read(bundled(), each, encoder=encoder)[0]
+        assert made == bundled().encode(each, add_special_tokens=False)
+        found.append(sum(map(len, counted.read)))
+        counted.read.clear()
+    return found
+
+
+def test_of_a_long_message_with_another_ending_only_the_ending_is_read():
+    """Five pieces in one turn are read once; with another question, or behind other turns, the last is."""
+    document = f"<|im_start|>user\n{text(30_000, 3_000)[: 5 * PIECE]}"
+    turns = "<|im_start|>system\nBe brief.<|im_end|>\n"
+    first, *others = letters_read(
+        [
+            document + " Why?<|im_end|>\n",
+            document + " Why?<|im_end|>\n",
+            document + " What else is there?<|im_end|>\n",
+            turns + document + " Who?<|im_end|>\n" + turns,
+        ]
+    )
+    assert first > 5 * PIECE
+    assert others[0] == 0
+    assert max(others) <= 2 * PIECE
+
+
+@each_tokenizer
+@pytest.mark.parametrize("count", forms(3, 150))
+def test_histories_read_in_pieces_have_the_tokens_that_they_have_as_a_whole(make, count):
+    """Long and short turns that are sent again, cut, and changed in their middle, to one memory."""
+    tokenizer = make()
+    encoder, rng = Encoder.learn(tokenizer), random.Random(3)
+    said = ""
+    for seed in range(count):
+        said = said[: rng.randrange(len(said) + 1)] + odd_text(seed, rng.choice([90, 3 * PIECE]))
+        expected = tokenizer.encode(said, add_special_tokens=False)
+        for _ in range(2):
+            assert read(tokenizer, said, encoder=encoder)[0] == expected
