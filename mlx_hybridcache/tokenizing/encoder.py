@@ -5,7 +5,7 @@ from __future__ import annotations
 import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +16,9 @@ from .remembered import Remembered
 
 Frame = tuple[list[int], list[int]]
 """What opens and what closes every text."""
+
+WORTH = 512
+"""Letters that are known between two parts that are not: fewer are read with them, in one call."""
 
 PROBE = "The lamp of Ada is red."
 
@@ -77,13 +80,17 @@ class Encoder:
             return
         edges = self._edges(text)
         found = self.remembered.find(salt, _between(text, edges))
+        stretches = map(Part, edges, edges[1:], found)
+        runs = [list(run) for _, run in groupby(stretches, lambda part: part.tokens is None)]
         unread = 0
-        for (start, end), tokens in zip(pairwise(edges), found, strict=True):
-            if tokens is None:
+        for index, run in enumerate(runs):
+            start, end = run[0].start, run[-1].end
+            known = [part.tokens for part in run if part.tokens is not None]
+            if not known or (0 < index < len(runs) - 1 and end - start < WORTH):
                 continue
             if unread < start:
                 yield Part(unread, start, None)
-            yield Part(start, end, tokens)
+            yield Part(start, end, np.concatenate(known))
             unread = end
         if unread < len(text):
             yield Part(unread, len(text), None)

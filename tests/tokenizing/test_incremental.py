@@ -144,6 +144,15 @@ def test_only_what_is_new_is_read():
         read.clear()
 
 
+def test_what_is_known_between_two_new_turns_does_not_part_them():
+    """The end of a turn is known from the first one on; three new turns are read in one call nevertheless."""
+    encoder, read = counted()
+    encoder.read(chat("a"), "")
+    read.clear()
+    encoder.read(chat("p", "q", "r"), "")
+    assert read == [chat("p", "q", "r").removesuffix("<|im_end|>\n")]
+
+
 def test_a_salt_learns_nothing_of_another():
     """The same text is read once for each."""
     encoder, read = counted()

@@ -163,8 +163,9 @@ class Tokenizing:
         """
         if stop - start <= 2 * PIECE:
             return stop
-        if can_cut and (cuts := self.encoder.cuts(text, start + 1, start + 2 * PIECE)):
-            return cuts[-1]
+        near = start + PIECE
+        if can_cut and (cuts := self.encoder.cuts(text, start + 1, near + PIECE)):
+            return max([cut for cut in cuts if cut <= near], default=cuts[0])
         furthest = min(start + UNCUT, stop)
         for near in range(start + PIECE, furthest, PIECE) if can_cut else ():
             for seam in self._seams(text, near, min(near + PIECE, furthest)):
