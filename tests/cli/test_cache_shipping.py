@@ -110,7 +110,10 @@ def test_an_archive_is_a_private_tar(archive, cache, tmp_path):
         first, *others = tar.getmembers()
         manifest = json.load(tar.extractfile(first))
         assert first.name == "manifest.json"
-        tar.extractall(tmp_path / "segments", filter="data")
+        for member in others:
+            path = tmp_path / "segments" / member.name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(tar.extractfile(member).read())
     assert (manifest["format"], manifest["position"]) == ("mlx_hybridcache prefix", 1500)
     assert manifest["model"] == "qwen3_next"
     assert [(x.name, x.size) for x in others] == [
