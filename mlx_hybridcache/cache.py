@@ -47,6 +47,7 @@ from .settings import CacheSettings, info
 from .store.budget import StoreStats
 from .store.outline import Outline
 from .store.references import CountedReferences
+from .tokenizing.encoder import Encoder
 from .tokens import Namespace, prompt_tokens
 from .worker.stream import Stream
 from .worker.turns import Load, Pause
@@ -152,7 +153,9 @@ class HybridPromptCache:
         """What this cache is for all of its life."""
         self.load: Load = load
         """How many requests read, wait for what others read, and write."""
-        self._prompts = Prompts(tokenizer, layout.vocabulary, cache_salt)
+        self.encoder = Encoder.learn(tokenizer)
+        """Turns text into tokens, and remembers what it has read within a bound of its own."""
+        self._prompts = Prompts(self.encoder, layout.vocabulary, cache_salt)
         self._close_files: Callable[[], object] = lambda: None
         self._disk_end: Callable[[], object] = lambda: None
         self.worker = Worker(
@@ -388,6 +391,7 @@ class HybridPromptCache:
 
         In a cache directory that is everything of every model, if this process writes there.
         """
+        self.encoder.remembered.clear()
         self.worker.call(self.engine.clear)
 
     @known_keywords
@@ -396,13 +400,13 @@ class HybridPromptCache:
 
         Raises `BudgetError` when pins would take more than half the budget.
         """
-        tokens, salt = self._prompts.tokens(prompt), self._prompts.salt_of(cache_salt)
+        tokens, salt = self._prompts.read(prompt, cache_salt)
         return self.worker.call(self.engine.tiers.pin, salt, tokens, is_pinned=True)
 
     @known_keywords
     def unpin(self, prompt: str | Iterable[int], *, cache_salt: str | None = None) -> int:
         """Treat what restores `prompt` like everything else again; returns its position."""
-        tokens, salt = self._prompts.tokens(prompt), self._prompts.salt_of(cache_salt)
+        tokens, salt = self._prompts.read(prompt, cache_salt)
         return self.worker.call(self.engine.tiers.pin, salt, tokens, is_pinned=False)
 
     @known_keywords
@@ -415,8 +419,10 @@ class HybridPromptCache:
         as long as they do. Raises `NotStoredError` when `prompt` is
         not stored, up to its last token, and `PinnedError` when a pin would go; then nothing is forgotten.
         """
-        tokens, salt = self._prompts.tokens(prompt), self._prompts.salt_of(cache_salt)
-        return self.worker.call(self.engine.drop, salt, tokens)
+        tokens, salt = self._prompts.read(prompt, cache_salt)
+        left = self.worker.call(self.engine.drop, salt, tokens)
+        self.encoder.remembered.clear(salt)
+        return left
 
     @known_keywords
     def flush(self, seconds: float | None = None) -> bool:
@@ -468,7 +474,7 @@ class HybridPromptCache:
         cache_salt: str | None = None,
         best_effort: bool = False,
     ) -> Request:
-        tokens, salt = self._prompts.tokens(prompt), self._prompts.salt_of(cache_salt)
+        tokens, salt = self._prompts.read(prompt, cache_salt)
         return self.engine.sharing.request(
             tokens,
             salt,

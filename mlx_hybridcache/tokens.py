@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +25,9 @@ def prompt_tokens(ids: Iterable[int], vocabulary: int) -> Tokens:
     `[0, vocabulary)`.
     """
     try:
-        tokens = _as_array(ids if isinstance(ids, list) else [*ids])
+        tokens = (
+            ids.copy() if is_compact(ids) else _as_array(ids if isinstance(ids, list) else [*ids])
+        )
     except (TypeError, ValueError, OverflowError) as error:
         raise PromptError(
             f"The prompt must be text or a list of token ids; one of its items is neither ({error})."
@@ -41,6 +43,11 @@ def prompt_tokens(ids: Iterable[int], vocabulary: int) -> Tokens:
             "Was the prompt made with another model's tokenizer?"
         )
     return tokens.view(np.int32)
+
+
+def is_compact(ids: object) -> TypeGuard[Tokens]:
+    """Whether ids have the form that prompts have here, so that no list is made of them."""
+    return isinstance(ids, np.ndarray) and ids.dtype == np.int32 and ids.ndim == 1
 
 
 def _as_array(ids: list[int]) -> npt.NDArray[np.uint32] | npt.NDArray[np.int64]:

@@ -30,7 +30,7 @@ ORDER = [
     {"disk", "request"},
     {"caches", "router"},
     {"store"},
-    {"machine", "models", "worker"},
+    {"machine", "models", "tokenizing", "worker"},
     {"backend", "report", "sizes", "tokens"},
     {"errors"},
 ]

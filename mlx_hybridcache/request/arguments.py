@@ -11,6 +11,7 @@ from os import PathLike
 from typing import Any, ParamSpec, TypeVar
 
 from ..errors import ArgumentError, PromptError, SettingError
+from ..tokens import is_compact
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -98,7 +99,7 @@ def token_ids(prompt: Any) -> Iterable[int]:
         if mask is not None and not all(_flat(mask)):
             raise PromptError("The prompt is padded; tokenize it with padding=False.")
         prompt = prompt["input_ids"]
-    found = _plain(prompt)
+    found = _ids_as_given(prompt)
     if isinstance(found, (bytes, bytearray, memoryview)):
         raise PromptError("The prompt is bytes. Decode it: prompt.decode().")
     if not isinstance(found, Iterable):
@@ -121,6 +122,11 @@ def token_ids(prompt: Any) -> Iterable[int]:
 
 
 _WANTED = "Text or a list of token ids is needed."
+
+
+def _ids_as_given(value: Any) -> Any:
+    """What is compact already as it is: a long prompt is made no list of."""
+    return value if is_compact(value) else _plain(value)
 
 
 def _plain(value: Any) -> Any:

@@ -4,27 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 from ..errors import PromptError
+from ..tokenizing.encoder import Encoder
 from ..tokens import Tokens, prompt_tokens
 from .arguments import check_text, check_whole, token_ids
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """How one cache reads prompts: text by `tokenizer`, if there is one, ids below `vocabulary`."""
+    """How one cache reads prompts: text by `encoder`, if it has a tokenizer, ids below `vocabulary`."""
 
-    tokenizer: Any
+    encoder: Encoder
     vocabulary: int
     salt: str
 
-    def tokens(self, prompt: str | Iterable[int]) -> Tokens:
-        """int32, shape `(n,)`. Raises `PromptError`."""
-        return prompt_tokens(
-            self._encoded(prompt) if isinstance(prompt, str) else token_ids(prompt),
-            self.vocabulary,
-        )
+    def read(self, prompt: str | Iterable[int], cache_salt: str | None) -> tuple[Tokens, str]:
+        """int32, shape `(n,)`, and the call's salt. Raises `PromptError` and `ArgumentError`."""
+        salt = self.salt_of(cache_salt)
+        ids = self._encoded(prompt, salt) if isinstance(prompt, str) else token_ids(prompt)
+        return prompt_tokens(ids, self.vocabulary), salt
 
     def salt_of(self, cache_salt: str | None) -> str:
         """The salt of one call, the cache's own unless it names one. Raises `ArgumentError`."""
@@ -33,14 +32,11 @@ class Prompts:
         check_text("cache_salt", cache_salt)
         return cache_salt
 
-    def _encoded(self, prompt: str) -> Iterable[int]:
-        tokenizer = self.tokenizer
+    def _encoded(self, prompt: str, salt: str) -> Iterable[int]:
+        tokenizer = self.encoder.tokenizer
         if tokenizer is None:
             raise PromptError("A text prompt needs a tokenizer; give one to the constructor.")
         check_whole(prompt)
         # The rule by which mlx_lm.stream_generate adds special tokens.
         bos = tokenizer.bos_token
-        ids: Iterable[int] = tokenizer.encode(
-            prompt, add_special_tokens=bos is None or not prompt.startswith(bos)
-        )
-        return ids
+        return self.encoder.prompt(prompt, salt, special=bos is None or not prompt.startswith(bos))

@@ -166,7 +166,7 @@ def test_a_prompt_of_another_kind_is_refused_by_what_it_is(cache, prompt, said):
 )
 def test_one_sequence_is_read_however_it_is_wrapped(cache, prompt):
     """Three ids as a list, as arrays with and without a batch of one, as transformers returns them."""
-    assert cache._prompts.tokens(prompt).tolist() == [3, 4, 5]
+    assert cache._prompts.read(prompt, None)[0].tolist() == [3, 4, 5]
 
 
 def test_what_the_models_own_tokenizer_returns_is_a_prompt(cache):
@@ -175,9 +175,10 @@ def test_what_the_models_own_tokenizer_returns_is_a_prompt(cache):
     messages = [{"role": "user", "content": "Hello."}]
     ids = plain.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     encoded = plain.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
-    assert cache._prompts.tokens(encoded).tolist() == ids
+    assert cache._prompts.read(encoded, None)[0].tolist() == ids
     assert (
-        cache._prompts.tokens(plain("Hello.")).tolist() == cache._prompts.tokens("Hello.").tolist()
+        cache._prompts.read(plain("Hello."), None)[0].tolist()
+        == cache._prompts.read("Hello.", None)[0].tolist()
     )
 
 

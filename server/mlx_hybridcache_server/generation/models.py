@@ -198,7 +198,9 @@ def _renderer(settings: Settings, tokenizer: Any, cache: HybridPromptCache, name
     if context is None:
         context = models.longest_context(models.configuration(name))
     room = Room(settings.max_prompt_tokens, info.longest_prompt, context or None)
-    return Renderer(tokenizer, info.marks, info.vocabulary, settings.chat_template_args, room)
+    return Renderer(
+        tokenizer, info.marks, info.vocabulary, settings.chat_template_args, room, cache.encoder
+    )
 
 
 def _other_name(name: str, settings: Settings) -> str:

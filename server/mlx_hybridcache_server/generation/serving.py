@@ -18,6 +18,7 @@ from fastapi import Request
 from mlx_hybridcache import CacheReport, Generation
 from mlx_hybridcache.cache import Through
 from mlx_hybridcache.report import Divergence
+from mlx_hybridcache.tokens import Tokens
 
 from ..adapter import NORMAL, Sampling
 from ..calls.formats import ToolFormat
@@ -51,7 +52,7 @@ T = TypeVar("T")
 class ReplyRequest:
     """One reply that is wanted."""
 
-    tokens: list[int]
+    tokens: Tokens
     max_tokens: int
     sampling: Sampling
     seed: int

@@ -33,13 +33,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self, TypeVar
 
-import numpy as np
 from mlx_lm.generate import GenerationResponse
 
 from mlx_hybridcache.cache import Through
 from mlx_hybridcache.errors import SettingError
 from mlx_hybridcache.request.info import CacheInfo
-from mlx_hybridcache.tokens import Namespace, TurnMarks
+from mlx_hybridcache.tokens import Namespace, Tokens, TurnMarks
 from mlx_hybridcache.worker.turns import Pause
 
 log = logging.getLogger("mlx_hybridcache.server")
@@ -64,11 +63,11 @@ class Served:
     began: float
     namespace: Namespace
     marks: TurnMarks
-    tokens: Sequence[int]
+    tokens: Tokens
     reply: Sequence[int] = ()
 
     @classmethod
-    def now(cls, info: CacheInfo, tokens: Sequence[int], salt: str | None) -> Self:
+    def now(cls, info: CacheInfo, tokens: Tokens, salt: str | None) -> Self:
         """A request that begins at this moment."""
         namespace = Namespace(info.settings, salt or "")
         return cls(time.monotonic(), namespace, info.marks, tokens)
@@ -79,8 +78,8 @@ class Served:
         told = {
             "t": round(max(0.0, self.began - since), 3),
             "conversation": None,
-            "tokens": _numbers(chain, self.tokens),
-            "turns": self.marks.starts(np.array(self.tokens, dtype=np.int32)),
+            "tokens": _numbers(chain, self.tokens.tolist()),
+            "turns": self.marks.starts(self.tokens),
             "reply": len(self.reply),
             "keeps_reply": not self.marks.strips(self.reply),
             "reply_tokens": _numbers(chain, self.reply),

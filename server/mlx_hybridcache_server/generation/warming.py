@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from typing import Any
 
 from mlx_hybridcache import CacheReport, Generation
+from mlx_hybridcache.tokens import Tokens
 
 from .admission import Admitted
 from .models import Loaded
@@ -23,7 +23,7 @@ class Warming:
         self,
         serving: Serving,
         loaded: Loaded,
-        tokens: Sequence[int],
+        tokens: Tokens,
         salt: str | None,
         admitted: Admitted,
     ):

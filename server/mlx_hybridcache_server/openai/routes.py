@@ -119,6 +119,7 @@ async def _chat(body: ChatBody, serving: Serving, admitted: Admitted, weight: in
         body,
         continues=bool(body.continue_final_message),
         opens_reply=body.add_generation_prompt is not False,
+        salt=body.cache_salt,
     )
     rendered = await serving.rendering.steps(steps, weight)
     constraint = await _constraint(body, rendered, serving, loaded)
@@ -148,7 +149,8 @@ async def _completions(
     envelope = Envelope.new("cmpl", "text_completion", body.model or loaded.id)
     groups: list[list[TextChoice]] = []
     for prompt in _prompts(body):
-        rendered = await serving.rendering.steps(loaded.renderer.text(prompt), len(prompt))
+        steps = loaded.renderer.text(prompt, salt=body.cache_salt)
+        rendered = await serving.rendering.steps(steps, len(prompt))
         constraint = await _constraint(body, rendered, serving, loaded)
         wanted = parse(body, rendered, serving.settings, loaded, constraint)
         echo = ""

@@ -6,8 +6,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from mlx_hybridcache.errors import PromptError
-from mlx_hybridcache.tokens import TurnMarks, prompt_tokens
+from mlx_hybridcache.tokenizing.encoder import Encoder
+from mlx_hybridcache.tokens import Tokens, TurnMarks, prompt_tokens
 
 from ..adapter import (
     NORMAL,
@@ -28,7 +31,7 @@ from .tokenizing import NO_LIMIT, Room, Steps, Tokenizing
 class Rendered:
     """A prompt, the state in which its reply begins, and whether it may begin with reasoning."""
 
-    tokens: list[int]
+    tokens: Tokens
     state: str = NORMAL
     may_reason: bool = False
 
@@ -37,7 +40,7 @@ class Rendered:
 class Renderer:
     """Renders conversations with one tokenizer, in steps that are not for the event loop.
 
-    Raises `ApiError` 400 for what has no `room`.
+    Raises `ApiError` 400 for what has no `room`. What was tokenized for one `salt` is not known to another.
     """
 
     tokenizer: Any
@@ -45,22 +48,30 @@ class Renderer:
     vocabulary: int
     template_args: dict[str, Any]
     room: Room = NO_LIMIT
+    encoder: Encoder | None = None
     _tokenizing: Tokenizing = field(init=False)
     _takes: Abilities = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_tokenizing", Tokenizing.learn(self.tokenizer, self.room))
+        object.__setattr__(
+            self, "_tokenizing", Tokenizing.learn(self.tokenizer, self.room, self.encoder)
+        )
         takes = Abilities.learn(self._probe) if self.tokenizer.has_chat_template else Abilities()
         object.__setattr__(self, "_takes", takes)
 
-    def text(self, prompt: str | Sequence[int], param: str = "prompt") -> Steps[Rendered]:
+    def text(
+        self, prompt: str | Sequence[int], param: str = "prompt", *, salt: str | None = None
+    ) -> Steps[Rendered]:
         """A raw prompt, as `/v1/completions` takes it."""
         if isinstance(prompt, str):
-            prompt = yield from self._tokenizing.steps(prompt, param, special=True)
+            ids: Iterable[int] = yield from self._tokenizing.steps(
+                prompt, param, special=True, salt=salt or ""
+            )
         else:
             self.room.check(len(prompt), param)
+            ids = prompt
         yield len(prompt)
-        return Rendered(_checked(prompt, self.vocabulary, param))
+        return Rendered(_checked(ids, self.vocabulary, param))
 
     def chat(
         self,
@@ -68,12 +79,13 @@ class Renderer:
         *,
         continues: bool = False,
         opens_reply: bool = True,
+        salt: str | None = None,
     ) -> Steps[Rendered]:
         """A conversation up to where its reply begins, or, if it `continues`, goes on."""
         messages = for_template(body.messages, self._takes)
         if not self.tokenizer.has_chat_template:
             roles = dict(body.role_mapping) if body.role_mapping else None
-            return (yield from self.text(without_template(messages, roles), "messages"))
+            return (yield from self.text(without_template(messages, roles), "messages", salt=salt))
         if continues and messages[-1]["role"] != "assistant":
             raise refuse(
                 "continue_final_message needs an assistant message at the end; the last one is "
@@ -82,6 +94,7 @@ class Renderer:
             )
         tokens = yield from self._apply(
             messages,
+            salt or "",
             tools=body.tools or None,
             add_generation_prompt=opens_reply and not continues,
             **({"continue_final_message": True} if continues else {}),
@@ -92,22 +105,22 @@ class Renderer:
             tokens, initial_state(self.tokenizer, turn), may_reason(self.tokenizer, turn)
         )
 
-    def prefix(self, body: Conversation) -> Steps[list[int]]:
+    def prefix(self, body: Conversation, *, salt: str | None = None) -> Steps[Tokens]:
         """What every prompt begins with that begins with these messages.
 
         The tokens that two continuations have in common, and the first one behind: a template may
         need a user message to render at all, and the next turn's opener is shared as well.
         """
-        both: list[list[int]] = []
+        both: list[Tokens] = []
         for word in ("0", "a"):
             following = {"role": "user", "content": word}
             longer = body.model_copy(update={"messages": [*body.messages, following]})
-            rendered = yield from self.chat(longer, opens_reply=False)
+            rendered = yield from self.chat(longer, opens_reply=False, salt=salt)
             both.append(rendered.tokens)
         one, other = both
-        pairs = enumerate(zip(one, other, strict=False))
-        shared = next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))
-        return one[: shared + 1]
+        shortest = min(len(one), len(other))
+        differs = np.flatnonzero(one[:shortest] != other[:shortest])
+        return one[: (int(differs[0]) if len(differs) else shortest) + 1]
 
     def _probe(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> str:
         is_text = renders_text(self.tokenizer)
@@ -116,12 +129,14 @@ class Renderer:
         )
         return found if is_text else str(self.tokenizer.decode(found))
 
-    def _apply(self, messages: list[dict[str, Any]], **kwargs: Any) -> Steps[list[int]]:
+    def _apply(self, messages: list[dict[str, Any]], salt: str, **kwargs: Any) -> Steps[Tokens]:
         is_text = renders_text(self.tokenizer)
         try:
             found = self.tokenizer.apply_chat_template(messages, tokenize=not is_text, **kwargs)
             if is_text:
-                found = yield from self._tokenizing.steps(found, "messages", special=False)
+                found = yield from self._tokenizing.steps(
+                    found, "messages", special=False, salt=salt
+                )
         except ApiError:
             raise
         except Exception as error:  # templates raise jinja2's errors, their authors' and Python's
@@ -142,17 +157,16 @@ class Renderer:
             )
         return extra
 
-    def _last_turn(self, tokens: list[int]) -> list[int]:
+    def _last_turn(self, tokens: Tokens) -> list[int]:
         """Markers of earlier turns, or that a user has written, say nothing about this reply."""
-        for at in range(len(tokens) - 1, -1, -1):
-            if tokens[at] in self.marks.openers:
-                return tokens[at:]
-        return tokens
+        openers = np.fromiter(self.marks.openers, dtype=np.int32)
+        opened = np.flatnonzero(np.isin(tokens, openers))
+        last: list[int] = tokens[opened[-1] if len(opened) else 0 :].tolist()
+        return last
 
 
-def _checked(ids: Iterable[int], vocabulary: int, param: str) -> list[int]:
+def _checked(ids: Iterable[int], vocabulary: int, param: str) -> Tokens:
     try:
-        tokens: list[int] = prompt_tokens(ids, vocabulary).tolist()
+        return prompt_tokens(ids, vocabulary)
     except PromptError as error:
         raise refuse(str(error), param) from error
-    return tokens

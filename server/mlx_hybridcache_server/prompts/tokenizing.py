@@ -12,6 +12,11 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, TypeVar
 
+import numpy as np
+
+from mlx_hybridcache.tokenizing.encoder import Encoder, as_ids, frame
+from mlx_hybridcache.tokens import Tokens
+
 from ..errors import ApiError, refuse
 from .vocabulary import longest_token, seams
 
@@ -92,46 +97,55 @@ class Tokenizing:
 
     The steps of several texts may run on several threads at once: a fast tokenizer is only read,
     and one that is written in Python changes no more than what it remembers of words. `frame` is
-    what opens and what closes every text.
+    what opens and what closes every text. What `encoder` remembers is not read again.
     """
 
     tokenizer: Any
+    encoder: Encoder
     room: Room
     longest_token: int | None
     seams: re.Pattern[str] | None
     frame: tuple[list[int], list[int]] | None
 
     @classmethod
-    def learn(cls, tokenizer: Any, room: Room) -> Tokenizing:
+    def learn(cls, tokenizer: Any, room: Room, encoder: Encoder | None = None) -> Tokenizing:
         """Learn once what the vocabulary proves of every text, and what opens and closes one."""
-        made = cls(tokenizer, room, longest_token(tokenizer), seams(tokenizer), None)
+        encoder = encoder or Encoder.learn(tokenizer)
+        made = cls(tokenizer, encoder, room, longest_token(tokenizer), seams(tokenizer), None)
         if not any(made._holds(PROBE, seam) for seam in made._seams(PROBE, 0, len(PROBE))):
-            return replace(made, seams=None)
-        return replace(made, frame=made._framed(PROBE))
+            return replace(made, seams=None, frame=encoder.frame)
+        return replace(made, frame=encoder.frame or frame(tokenizer))
 
-    def steps(self, text: str, param: str, *, special: bool) -> Steps[list[int]]:
+    def steps(self, text: str, param: str, *, special: bool, salt: str = "") -> Steps[Tokens]:
         """The tokens of `text`, with those that open and close every text if `special`.
 
         Raises `ApiError` 400 as soon as there are too many: before the first is made, where the
         text's length proves it.
         """
         self._check(0, text, 0, param)
-        frame = self.frame if special else ([], [])
-        end = self._piece_end(text, 0, param, can_cut=frame is not None)
-        yield end
-        if frame is None or end == len(text):
-            tokens = self._encode(text, special=special)
+        around = self.frame if special else ([], [])
+        if around is None:
+            yield self._piece_end(text, 0, len(text), param, can_cut=False)
+            tokens = as_ids(self._encode(text, special=True))
             self.room.check(len(tokens), param)
             return tokens
-        before, behind = frame
-        tokens, start = [*before], 0
-        while True:
-            tokens += self._encode(text[start:end])
-            self._check(len(tokens) + len(behind), text, end, param)
-            if end == len(text):
-                return tokens + behind
-            start, end = end, self._piece_end(text, end, param)
-            yield end - start
+        before, behind = map(as_ids, around)
+        found = [before]
+        count = len(before) + len(behind)
+        for part in self.encoder.parts(text, salt):
+            start = part.start
+            while start < part.end:
+                if part.tokens is None:
+                    end = self._piece_end(text, start, part.end, param)
+                    yield end - start
+                    tokens = self.encoder.read(text[start:end], salt)
+                else:
+                    end, tokens = part.end, part.tokens
+                found.append(tokens)
+                count += len(tokens)
+                self._check(count, text, end, param)
+                start = end
+        return np.concatenate([*found, behind])
 
     def _check(self, tokens: int, text: str, read: int, param: str) -> None:
         """Refuse a text of which `read` characters are `tokens`, as soon as the rest must be too many."""
@@ -139,22 +153,31 @@ class Tokenizing:
         ahead = left // self.longest_token if self.longest_token else 0
         self.room.check(tokens + ahead, param, at_least=left > 0)
 
-    def _piece_end(self, text: str, start: int, param: str, *, can_cut: bool = True) -> int:
-        """Where the piece that begins at `start` ends: at a seam, or with the text."""
-        if len(text) - start <= 2 * PIECE:
-            return len(text)
-        furthest = min(start + UNCUT, len(text))
+    def _piece_end(
+        self, text: str, start: int, stop: int, param: str, *, can_cut: bool = True
+    ) -> int:
+        """Where the piece that begins at `start` ends: where the tokenizer surely cuts, or at `stop`.
+
+        A stretch between two such places is cut at seams if it is too long, counted from where it
+        begins: so its pieces are found again, whatever is before it and however it ends.
+        """
+        if stop - start <= 2 * PIECE:
+            return stop
+        near = start + PIECE
+        if can_cut and (cuts := self.encoder.cuts(text, start + 1, near + PIECE)):
+            return max([cut for cut in cuts if cut <= near], default=cuts[0])
+        furthest = min(start + UNCUT, stop)
         for near in range(start + PIECE, furthest, PIECE) if can_cut else ():
             for seam in self._seams(text, near, min(near + PIECE, furthest)):
                 if self._holds(text, seam):
                     return seam
-        if furthest < len(text):
+        if furthest < stop:
             raise refuse(
                 f"The prompt has {UNCUT:,} characters without a place where this model's tokenizer "
                 "surely cuts, as between two words or lines; so many are not read at once.",
                 param,
             )
-        return len(text)
+        return stop
 
     def _seams(self, text: str, start: int, end: int) -> list[int]:
         """The first that may be one."""
@@ -166,14 +189,6 @@ class Tokenizing:
         """Whether what is around a seam reads the same when it is cut there."""
         left, right = text[max(0, seam - AROUND) : seam], text[seam : seam + AROUND]
         return self._encode(left + right) == self._encode(left) + self._encode(right)
-
-    def _framed(self, text: str) -> tuple[list[int], list[int]] | None:
-        """The tokens that stand before and behind those of a text's own; None if they are no frame."""
-        own, whole = self._encode(text), self._encode(text, special=True)
-        for at in range(len(whole) - len(own) + 1):
-            if whole[at : at + len(own)] == own:
-                return whole[:at], whole[at + len(own) :]
-        return None
 
     def _encode(self, text: str, *, special: bool = False) -> list[int]:
         without = {} if special else {"add_special_tokens": False}

@@ -8,10 +8,11 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 from fastapi import APIRouter, Request
 
 from mlx_hybridcache import HybridPromptCache
-from mlx_hybridcache.tokens import Namespace
+from mlx_hybridcache.tokens import Namespace, Tokens
 
 from ..errors import ApiError, refuse
 from ..generation.admission import Admitted
@@ -83,7 +84,7 @@ class _Prefix:
     """What a request names, as tokens. Of a prompt the last one is not stored by reading it."""
 
     loaded: Loaded
-    tokens: list[int]
+    tokens: Tokens
     salt: str | None
     is_stored: bool = False
 
@@ -91,9 +92,9 @@ class _Prefix:
     def cache(self) -> HybridPromptCache:
         return self.loaded.cache
 
-    def to_read(self) -> list[int]:
+    def to_read(self) -> Tokens:
         """The prompt that is warm when all of it is meant to be."""
-        return [*self.tokens, self.tokens[-1]] if self.is_stored else self.tokens
+        return np.append(self.tokens, self.tokens[-1:]) if self.is_stored else self.tokens
 
 
 Act = Callable[[_Prefix, Serving, Admitted], Awaitable[dict[str, Any]]]
@@ -123,14 +124,16 @@ async def _prefix(body: PrefixBody, serving: Serving, admitted: Admitted, weight
     if body.key is not None:
         return await asyncio.to_thread(_stored, body.key, loaded)
     if body.prompt is not None:
-        rendered = await serving.rendering.steps(loaded.renderer.text(body.prompt), weight)
+        steps = loaded.renderer.text(body.prompt, salt=body.cache_salt)
+        rendered = await serving.rendering.steps(steps, weight)
         return _Prefix(loaded, rendered.tokens, body.cache_salt)
     conversation = Conversation(
         messages=body.messages or [],
         tools=body.tools,
         chat_template_kwargs=body.chat_template_kwargs,
     )
-    tokens = await serving.rendering.steps(loaded.renderer.prefix(conversation), weight)
+    prefix = loaded.renderer.prefix(conversation, salt=body.cache_salt)
+    tokens = await serving.rendering.steps(prefix, weight)
     return _Prefix(loaded, tokens, body.cache_salt)
 
 
@@ -147,7 +150,7 @@ def _stored(key: str, loaded: Loaded) -> _Prefix:
             "start; `mlx-hybridcache cache` looks after it.",
             code="other_namespace",
         )
-    return _Prefix(loaded, tokens.tolist(), tree.salt, is_stored=True)
+    return _Prefix(loaded, tokens, tree.salt, is_stored=True)
 
 
 async def _warm(prefix: _Prefix, serving: Serving, admitted: Admitted) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from ..generation.serving import Serving
 def figures(serving: Serving) -> dict[str, Any]:
     """What the cache holds, as the last request left it, and what it gave since the start."""
     grammars = serving.loaded.constraints.compiled
+    encoder = serving.loaded.cache.encoder
     found, disk = serving.loaded.cache.summary, serving.loaded.cache.disk_summary
     return {
         "object": "cache",
@@ -24,6 +25,12 @@ def figures(serving: Serving) -> dict[str, Any]:
             "count": len(grammars),
             "bytes": grammars.nbytes,
             "most_bytes": grammars.most_bytes,
+        },
+        "tokenizing": {
+            "whole": encoder.whole,
+            "texts": len(encoder.remembered),
+            "bytes": encoder.remembered.nbytes,
+            "most_bytes": encoder.remembered.most_bytes,
         },
         "requests": asdict(serving.metrics.totals),
     }

@@ -1,9 +1,11 @@
 """From messages to prompt tokens, with the bundled model's own template."""
 
+from dataclasses import replace
+
 import pytest
 from bundled import chat, load
 from mlx_hybridcache_server.errors import ApiError
-from mlx_hybridcache_server.prompts.chat import Renderer
+from mlx_hybridcache_server.prompts.chat import Rendered, Renderer
 from mlx_hybridcache_server.schema.requests import ChatBody, Conversation
 from mlx_hybridcache_server.schema.tool_choice import callable_tools
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -40,7 +42,14 @@ def done(steps):
         while True:
             next(steps)
     except StopIteration as end:
-        return end.value
+        return with_list(end.value)
+
+
+def with_list(made):
+    """The same with its tokens as a list, which compares as a whole."""
+    if isinstance(made, Rendered):
+        return replace(made, tokens=made.tokens.tolist())
+    return made.tolist()
 
 
 def text(rendered):

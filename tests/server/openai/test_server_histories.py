@@ -46,7 +46,7 @@ def tokens(name: str, messages: list[Any], **how: Any) -> list[int]:
         try:
             next(steps)
         except StopIteration as end:
-            return list(end.value.tokens)
+            return end.value.tokens.tolist()
 
 
 def text(name: str, messages: list[Any], **how: Any) -> str:

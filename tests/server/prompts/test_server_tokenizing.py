@@ -1,10 +1,11 @@
 """Texts in pieces: the same tokens as in one piece, and refused before the work where it is certain."""
 
 import random
-from functools import cache
 
 import pytest
-from bundled import load, text
+from bundled import text
+from long import forms
+from made_tokenizers import TOKENIZERS, bundled, byte_level, sentence_piece
 from mlx_hybridcache_server.errors import ApiError
 from mlx_hybridcache_server.prompts.tokenizing import (
     NO_LIMIT,
@@ -14,65 +15,11 @@ from mlx_hybridcache_server.prompts.tokenizing import (
     Tokenizing,
 )
 from mlx_hybridcache_server.prompts.vocabulary import longest_token, seams
-from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
-from tokenizers.trainers import BpeTrainer
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-GPT_2 = r"'s|'t| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-QWEN = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-SAMPLE = [
-    "The lamp of Ada is red.\n\nIt stands\tnear the door, and 1234 more.   Été à Zoë's. 中文。\n"
-]
+from mlx_hybridcache.tokenizing.encoder import Encoder
 
-
-def byte_level(pattern=QWEN, normalizer=None):
-    """As GPT-2, Llama 3 and Qwen: words by a pattern, spelled in bytes."""
-    made = Tokenizer(models.BPE())
-    made.normalizer = normalizer
-    made.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(pattern), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    return trained(made, BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False))
-
-
-def sentence_piece(prepends=False):
-    """As Gemma, or with a space before each text as Llama 2: one word, bytes for what is unknown."""
-    made = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
-    steps = [normalizers.Replace(" ", "▁")]
-    made.normalizer = normalizers.Sequence([*[normalizers.Prepend("▁")] * prepends, *steps])
-    names = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    split = pre_tokenizers.Split("▁", "merged_with_next")
-    made.pre_tokenizer = split  # while it learns, so that no token spans words
-    wrapped = trained(made, BpeTrainer(vocab_size=600, special_tokens=names, show_progress=False))
-    wrapped.backend_tokenizer.pre_tokenizer = None
-    return wrapped
-
-
-def trained(made, trainer):
-    made.train_from_iterator(SAMPLE * 3, trainer)
-    made.add_special_tokens(["<|im_start|>", "<|im_end|>", "<s>"])
-    made.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", made.token_to_id("<s>"))]
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=made)
-
-
-def bundled():
-    _, tokenizer = load()
-    return tokenizer
-
-
-TOKENIZERS = {
-    "bundled": bundled,
-    "qwen": cache(lambda: byte_level(normalizer=normalizers.NFC())),
-    "gpt-2": cache(lambda: byte_level(GPT_2)),
-    "gemma": cache(sentence_piece),
-    "llama-2": cache(lambda: sentence_piece(prepends=True)),
-}
 each_tokenizer = pytest.mark.parametrize("make", TOKENIZERS.values(), ids=TOKENIZERS)
 
 ODD = [
@@ -120,15 +67,16 @@ def odd_text(seed, length):
     return "".join(parts)
 
 
-def read(tokenizer, said, room=NO_LIMIT, *, special=False):
+def read(tokenizer, said, room=NO_LIMIT, *, special=False, encoder=None):
     """The tokens, and what each piece weighed."""
-    steps = Tokenizing.learn(tokenizer, room).steps(said, "prompt", special=special)
+    tokenizing = Tokenizing.learn(tokenizer, room, encoder)
+    steps = tokenizing.steps(said, "prompt", special=special)
     weights = []
     try:
         while True:
             weights.append(next(steps))
     except StopIteration as end:
-        return end.value, weights
+        return end.value.tolist(), weights
 
 
 @each_tokenizer
@@ -253,3 +201,59 @@ def test_a_text_without_a_place_to_cut_is_refused_before_it_takes_memory():
     steps = Tokenizing.learn(bundled(), NO_LIMIT).steps("a" * (UNCUT + 1), "prompt", special=True)
     with pytest.raises(ApiError, match="without a place"):
         next(steps)
+
+
+class Counted:
+    """The bundled tokenizer, which writes down what it is asked to read."""
+
+    def __init__(self):
+        self.read = []
+
+    def encode(self, said, **kwargs):
+        """The own tokenizer's."""
+        self.read.append(said)
+        return bundled().encode(said, **kwargs)
+
+
+def letters_read(said):
+    """How many letters of each text the tokenizer reads; what a seam is tried by is not counted."""
+    learnt, counted = Encoder.learn(bundled()), Counted()
+    encoder = Encoder(counted, learnt.ids, frame=learnt.frame)
+    found = []
+    for each in said:
+        made = read(bundled(), each, encoder=encoder)[0]
+        assert made == bundled().encode(each, add_special_tokens=False)
+        found.append(sum(map(len, counted.read)))
+        counted.read.clear()
+    return found
+
+
+def test_of_a_long_message_with_another_ending_only_the_ending_is_read():
+    """Five pieces in one turn are read once; with another question, or behind other turns, the last is."""
+    document = f"<|im_start|>user\n{text(30_000, 3_000)[: 5 * PIECE]}"
+    turns = "<|im_start|>system\nBe brief.<|im_end|>\n"
+    first, *others = letters_read(
+        [
+            document + " Why?<|im_end|>\n",
+            document + " Why?<|im_end|>\n",
+            document + " What else is there?<|im_end|>\n",
+            turns + document + " Who?<|im_end|>\n" + turns,
+        ]
+    )
+    assert first > 5 * PIECE
+    assert others[0] == 0
+    assert max(others) <= 2 * PIECE
+
+
+@each_tokenizer
+@pytest.mark.parametrize("count", forms(3, 150))
+def test_histories_read_in_pieces_have_the_tokens_that_they_have_as_a_whole(make, count):
+    """Long and short turns that are sent again, cut, and changed in their middle, to one memory."""
+    tokenizer = make()
+    encoder, rng = Encoder.learn(tokenizer), random.Random(3)
+    said = ""
+    for seed in range(count):
+        said = said[: rng.randrange(len(said) + 1)] + odd_text(seed, rng.choice([90, 3 * PIECE]))
+        expected = tokenizer.encode(said, add_special_tokens=False)
+        for _ in range(2):
+            assert read(tokenizer, said, encoder=encoder)[0] == expected

@@ -198,3 +198,15 @@ def test_neighbouring_prompts_restore_from_each_other(server):
     for reply in replies:
         assert cached(reply) >= 0.5 * reply["usage"]["prompt_tokens"]
     assert all(a["usage"] != b["usage"] for a, b in pairwise(replies))
+
+
+def test_what_is_remembered_of_texts_is_told_beside_the_budget(server):
+    """A chat's text is remembered within its bound, and forgotten with everything else."""
+    server.answer(CHAT, messages=user("Which lamp is red?"), max_tokens=1, **INSTANT)
+    told = server.client.get("/v1/cache").json()["tokenizing"]
+    assert told["whole"] is None
+    assert told["texts"] > 0
+    assert 0 < told["bytes"] < told["most_bytes"]
+    server.client.delete("/v1/cache")
+    left = server.client.get("/v1/cache").json()["tokenizing"]
+    assert (left["texts"], left["bytes"]) == (0, 0)
