@@ -28,7 +28,7 @@ from .http.wire import ErrorResponse, JsonResponse
 from .log import CLIENTS
 from .metrics import Metrics
 from .openai import routes as openai_routes
-from .openai.notices import WARNING_HEADER
+from .replies.notices import WARNING_HEADER
 from .schema.requests import FIELDS
 from .watching import cache_routes, page_routes
 

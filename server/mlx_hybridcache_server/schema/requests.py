@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -140,6 +140,8 @@ class AllowedChoice(_Body):
 class GenerationBody(_Body):
     """What chats and completions have in common. Ranges are mlx_lm.server's, and OpenAI's."""
 
+    endpoint: ClassVar[str]
+
     _warnings: list[str] = PrivateAttr(default_factory=list)
     _dialect: Dialect = PrivateAttr(default_factory=Dialect)
 
@@ -233,7 +235,9 @@ class Conversation(_Body):
 
 
 class ChatBody(Conversation, GenerationBody):
-    """`POST /v1/chat/completions`."""
+    """`POST /v1/chat/completions`, and what a request of another protocol for chats is put into."""
+
+    endpoint: ClassVar[str] = "/v1/chat/completions"
 
     logprobs: bool | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | AllowedChoice | None = None
@@ -247,6 +251,8 @@ Prompt = Annotated[str, Field(min_length=1)] | TokenIds
 
 class CompletionBody(GenerationBody):
     """`POST /v1/completions`. A list of prompts gives a choice for each."""
+
+    endpoint: ClassVar[str] = "/v1/completions"
 
     prompt: Prompt | Annotated[list[Prompt], Field(min_length=1)]
     logprobs: bool | Annotated[int, Field(ge=0, le=20)] | None = None
