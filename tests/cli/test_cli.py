@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import forks
 import mlx.nn as nn
 import pytest
+from places import SUPPORT
 
 import mlx_hybridcache.demo.run as demo
 from mlx_hybridcache import models
@@ -20,10 +21,12 @@ from mlx_hybridcache.demo import BUNDLED_MODEL, process
 from mlx_hybridcache.demo.client import REPLY_TOKENS, TOP_LOGPROBS, Client, Reply
 
 LOSES_STATES = """
+import pytest, scans
+scans.patch(pytest.MonkeyPatch())
 from mlx_hybridcache.caches.kinds.recurrent import RecurrentKind
 RecurrentKind.fill = lambda *args: None
 """
-"""A `sitecustomize` for a server whose restores leave the recurrent state out."""
+"""A `sitecustomize` for a server that reads prompts as those of other tests do, and whose restores leave the recurrent state out."""
 
 
 @pytest.fixture
@@ -93,7 +96,7 @@ def test_the_demo_shows_every_call_and_that_hot_equals_cold(tmp_path, monkeypatc
 def test_a_wrong_reply_from_the_cache_fails_the_demo(tmp_path, monkeypatch, capsys):
     """A server that loses a state on restore answers otherwise, and the exit status says so."""
     (tmp_path / "sitecustomize.py").write_text(LOSES_STATES)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{SUPPORT}", prepend=os.pathsep)
     assert main(["demo", "--tokens", "600"]) == 1
     shown = capsys.readouterr().out
     assert "the same again" in shown
