@@ -5,6 +5,7 @@ import gc
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -656,7 +657,7 @@ def test_buffers_that_a_cancelled_promotion_no_longer_holds_do_not_linger(tmp_pa
         with held_up(cache):
             stream = cache.stream_generate(tokens, 4)
             while not stream._request.job.asleep:
-                pass
+                time.sleep(0.001)
             stream.close()
             lingering = cache.stats().lingering_bytes
             held = mx.get_active_memory() - before
@@ -744,7 +745,7 @@ def test_a_promotion_that_is_cancelled_gives_its_bytes_back(late: bool, tmp_path
             with held_up(cache):
                 stream = cache.stream_generate(tokens, 4)
                 while not stream._request.job.asleep:
-                    pass
+                    time.sleep(0.001)
                 stream.close()
                 assert cache.stats().lingering_bytes > 0
                 assert cache.stats().running_bytes == 0
