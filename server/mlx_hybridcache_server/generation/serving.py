@@ -59,6 +59,7 @@ class ReplyRequest:
     stops: tuple[str, ...] = ()
     top_logprobs: int | None = None
     state: str = NORMAL
+    endpoint: str = "/v1/chat/completions"
     is_chat: bool = True
     goes_on: bool = False  # where the prompt's text ends, so that a leading space counts
     tools: ToolFormat | None = None
@@ -116,7 +117,7 @@ class RunningReply:
     @property
     def endpoint(self) -> str:
         """Where it was asked for."""
-        return "/v1/chat/completions" if self.request.is_chat else "/v1/completions"
+        return self.request.endpoint
 
     @property
     def seconds_waited(self) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import cycle, islice
@@ -13,14 +14,17 @@ import schemathesis
 import strict
 from hypothesis import HealthCheck, Phase, given, settings
 from long import forms
+from mlx_hybridcache_server.schema.fields import FIELDS
 from schemathesis import GenerationMode
 from schemathesis.specs.openapi import checks
 from servers import (
     CHAT,
     COMPLETIONS,
+    MESSAGES,
     OURS,
     Server,
     Stream,
+    events_of,
     read_stream,
     running,
 )
@@ -33,6 +37,8 @@ BODIES = {
     f"POST {CHAT}": 12,
     "POST /chat/completions": 3,
     f"POST {COMPLETIONS}": 15,
+    f"POST {MESSAGES}": 12,
+    f"POST {MESSAGES}/count_tokens": 6,
     "POST /v1/cache/warm": 10,
     "POST /v1/cache/pin": 5,
     "DELETE /v1/cache/pin": 5,
@@ -101,14 +107,17 @@ class Fuzzed:
         judged()
 
     def send(self, case: schemathesis.Case) -> tuple[int, Any]:
-        """The status and the reply, which must be a documented one, in OpenAI's shape if an error."""
+        """The status and the reply, which must be a documented one, in its API's shape if an error."""
         response = case.call(base_url=self.server.url, session=self.session, timeout=60)
         case.validate_response(response, checks=CONFORMS)
         assert response.status_code < 500, f"{case!r}: {response.text}"
         (kind,) = response.headers.get("content-type", [""])
         if response.status_code >= 400:
-            assert_error(response.json())
-            return response.status_code, response.json()["error"]
+            return response.status_code, error_of(response.json(), str(case.path))
+        if kind.startswith("text/event-stream") and case.path == MESSAGES:
+            events = events_of(response.text)
+            assert [each["type"] for each in events][-2:] == ["message_delta", "message_stop"]
+            return response.status_code, events
         if kind.startswith("text/event-stream"):
             stream = Stream(response.status_code, {})
             list(read_stream(iter(response.text.split("\n")), stream))
@@ -119,11 +128,20 @@ class Fuzzed:
         return response.status_code, response.json() if is_json else response.text
 
 
-def assert_error(reply: dict[str, Any]) -> None:
+def error_of(reply: dict[str, Any], path: str) -> dict[str, Any]:
+    """What is wrong, from either API's shape. Anthropic's message begins with the name of a field."""
+    error: dict[str, Any] = reply["error"]
+    assert error["message"]
+    assert error["type"]
+    if path.startswith(MESSAGES):
+        assert (reply.keys(), reply["type"]) == ({"type", "error"}, "error")
+        assert error.keys() == {"type", "message"}
+        name = re.split("[.: ]", error["message"], maxsplit=1)[0]
+        is_general = error["message"].startswith("The body ")
+        return {**error, "param": name if name in FIELDS else None, "code": is_general or None}
     assert reply.keys() == {"error"}
-    assert reply["error"].keys() == {"message", "type", "param", "code"}
-    assert reply["error"]["message"]
-    assert reply["error"]["type"]
+    assert error.keys() == {"message", "type", "param", "code"}
+    return error
 
 
 FLAGS = ("--max-tokens", "2", "--max-prompt-tokens", "2000", "--prefill-step-size", "256")
@@ -163,7 +181,7 @@ def bounded(case: schemathesis.Case) -> schemathesis.Case:
 
 
 def test_the_openapi_names_every_endpoint(fuzzed):
-    """Fourteen operations, and none of the page's; the alias of the chat is described as the chat is."""
+    """Sixteen operations, and none of the page's; the alias of the chat is described as the chat is."""
     assert fuzzed.operations.keys() == {*BODIES, *NO_BODIES}
     paths = fuzzed.server.client.get("/openapi.json").json()["paths"]
     alias, chat = paths["/chat/completions"]["post"], paths[CHAT]["post"]
