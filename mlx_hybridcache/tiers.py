@@ -30,6 +30,9 @@ from .store.tree import AnyMatch, R, S
 from .tokens import Namespace, Tokens
 from .worker.turns import Job, Pause
 
+TRIES = 64
+"""Files that one request passes over before it is content with memory: each try reads what leads to one."""
+
 
 class NoDisk:
     """The disk tier of a cache without a directory: nothing is found there, and nothing kept."""
@@ -159,19 +162,22 @@ class Tiers:
         """Fill `live` as far into the prompt as either tier reaches; returns what was found for it."""
         self.memory.tick()
         self.disk.tick()
-        while True:
+        for _ in range(TRIES):
             found = self.find(request)
             request.matched(found)
             deeper = self._on_disk(request, found.position)
             if deeper is None:
-                return self._restore(request, live, found)
+                break
             try:
                 promoted = yield from self._promote(request, live, found, deeper)
             except BudgetError:  # what memory has needs less
-                return self._restore(request, live, found)
+                break
             if promoted is not None:
                 return promoted
             request.account.rejected += 1  # again, without the file that was not what it should be
+        else:
+            found = self.find(request)
+        return self._restore(request, live, found)
 
     def _promote(
         self, request: Request, live: LiveCaches, found: MemoryFound, deeper: FileFound

@@ -16,6 +16,7 @@ COMMANDS = {
     "overhead": ("overhead.command", "what the cache costs, each part beside its target"),
     "decode": ("decode", "tokens per second with and without the KV cache"),
     "ttft": ("ttft.command", "time to first token of any server, with a report to show"),
+    "hotpath": ("hotpath.command", "what a hot request costs a server, beside others"),
     "start": ("start", "what it takes to start servers and commands, beside others"),
     "against": ("against", "a bench or the demo of this checkout beside an older one"),
     "disk": ("disk.command", "a restart with a cache directory, and what the directory costs"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -19,7 +18,7 @@ from .kit.machine import machine, one_line
 from .kit.paired import Paired, Spent
 from .kit.tables import Figure, Spread, show, show_figures, write_json
 from .serving.client import COMPLETIONS, Client
-from .serving.servers import COMMANDS, OURS, THEIRS, Launch, ServerError, ServerProcess
+from .serving.servers import OURS, THEIRS, Launch, ServerError, ServerProcess
 
 PAIRS, QUICK_PAIRS = 7, 1
 SERVER_RATIO = 1.15
@@ -128,10 +127,8 @@ def _programs(checkouts: Sequence[Checkout], model: str, directory: str) -> list
 
 def _start_server(name: str, checkout: Checkout, model: str) -> Spent:
     """Until its first reply, as mlx_lm.server listens before its model is loaded; it is stopped then."""
-    variables = (f"{key}={value}" for key, value in checkout.variables.items())
-    arguments = (*variables, sys.executable, *COMMANDS[name], "--model", model)
     began = time.perf_counter()
-    with ServerProcess(Launch(name, arguments, "/usr/bin/env")) as process:
+    with ServerProcess(Launch.of(name, model).within(checkout.variables)) as process:
         process.wait_ready()
         with Client(process.url) as client:
             client.ask(COMPLETIONS, {"prompt": "The", "max_tokens": 1})

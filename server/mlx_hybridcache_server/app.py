@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from mlx_hybridcache import HybridCacheError
 
 from . import __doc__ as purpose
+from .anthropic import routes as anthropic_routes
 from .errors import as_api_error, refuse
 from .failures import log_failure, not_served
 from .generation.serving import Serving
@@ -28,8 +29,10 @@ from .http.wire import ErrorResponse, JsonResponse
 from .log import CLIENTS
 from .metrics import Metrics
 from .openai import routes as openai_routes
-from .openai.notices import WARNING_HEADER
-from .schema.requests import FIELDS
+from .replies.notices import WARNING_HEADER
+from .responses import routes as responses_routes
+from .responses.kept import KeptResponses
+from .schema.fields import FIELDS
 from .watching import cache_routes, page_routes
 
 log = logging.getLogger(CLIENTS)
@@ -59,14 +62,40 @@ class ErrorReply(BaseModel):
     error: Error
 
 
-ERRORS: dict[int | str, dict[str, Any]] = {
-    "4XX": {"model": ErrorReply, "description": "Refused, for the reason given"},
-    "5XX": {"model": ErrorReply, "description": "Failed, too late, or shutting down"},
-}
+class MessagesError(BaseModel):
+    """The same in Anthropic's words; where a field is at fault, the message begins with its name."""
+
+    type: str
+    message: str
+
+
+class MessagesErrorReply(BaseModel):
+    """Anthropic's error object."""
+
+    type: Literal["error"]
+    error: MessagesError
+
+
+def _errors(model: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
+    return {
+        "4XX": {"model": model, "description": "Refused, for the reason given"},
+        "5XX": {"model": model, "description": "Failed, too late, or shutting down"},
+    }
+
+
+ERRORS = _errors(ErrorReply)
 """What every endpoint may answer, for `/openapi.json`."""
 
+MESSAGES_ERRORS = _errors(MessagesErrorReply)
 
-ROUTERS = (cache_routes.router, openai_routes.router, page_routes.router)
+
+ROUTERS = (
+    cache_routes.router,
+    openai_routes.router,
+    anthropic_routes.router,
+    responses_routes.router,
+    page_routes.router,
+)
 
 
 def build_app(serving: Serving) -> FastAPI:
@@ -79,8 +108,10 @@ def build_app(serving: Serving) -> FastAPI:
         default_response_class=JsonResponse,
     )
     app.state.serving = serving
+    app.state.kept_responses = KeptResponses()
     for router in ROUTERS:
-        app.include_router(router, responses=ERRORS)
+        is_messages = router is anthropic_routes.router
+        app.include_router(router, responses=MESSAGES_ERRORS if is_messages else ERRORS)
     app.state.routers = ROUTERS
     app.add_exception_handler(HTTPException, _failed)
     app.add_exception_handler(HybridCacheError, _failed)

@@ -1,4 +1,4 @@
-"""Errors as OpenAI's clients read them."""
+"""Errors as clients of OpenAI's and Anthropic's APIs read them."""
 
 from __future__ import annotations
 
@@ -20,6 +20,16 @@ RETRY_SECONDS = 5
 
 MOST_SAID = 2000
 """Characters of a message: it may quote what a client sent, which may be megabytes."""
+
+ANTHROPIC_KINDS = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
 
 
 class ApiError(HTTPException):
@@ -44,8 +54,14 @@ class ApiError(HTTPException):
         kind = self.code or self.body()["error"]["type"]
         return f"{kind} ({self.param})" if self.param else str(kind)
 
-    def body(self) -> dict[str, Any]:
-        """`{"error": ...}`."""
+    def body(self, *, as_anthropic: bool = False) -> dict[str, Any]:
+        """`{"error": ...}`, for OpenAI's clients or for Anthropic's."""
+        if as_anthropic:
+            kind = ANTHROPIC_KINDS.get(self.status_code)
+            kind = kind or ("invalid_request_error" if self.status_code < 500 else "api_error")
+            is_named = self.param is None or self.detail.startswith(self.param)
+            said = self.detail if is_named else f"{self.param}: {self.detail}"
+            return {"type": "error", "error": {"type": kind, "message": said}}
         kinds = {
             401: "authentication_error",
             403: "permission_error",

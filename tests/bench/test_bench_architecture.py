@@ -13,7 +13,7 @@ PACKAGE = "bench.mlx_hybridcache_bench"  # as `module_name` writes it, which beg
 
 ORDER = [
     {"cli"},
-    {"afternoon", "against", "decode", "kills", "page", "router", "start", "ttft"},
+    {"afternoon", "against", "decode", "hotpath", "kills", "page", "router", "start", "ttft"},
     {"report"},
     {"disk"},
     {"serving"},

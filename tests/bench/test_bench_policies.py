@@ -2,23 +2,31 @@
 
 import json
 from dataclasses import replace
+from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import pytest
-from long import forms
+import tiny
+from long import forms, mostly_long
 from mlx_hybridcache_bench import cli
 from mlx_hybridcache_bench.policies.baselines import LlamaCpp, MlxLm, Overlaps
 from mlx_hybridcache_bench.policies.offline import Clairvoyant, floor
 from mlx_hybridcache_bench.policies.outcomes import BASELINES, OFFLINE, OURS, POLICIES, measure
-from mlx_hybridcache_bench.policies.simulate import SPACE, Simulation
+from mlx_hybridcache_bench.policies.simulate import SPACE, Marks, Simulation
 from mlx_hybridcache_bench.policies.sized import SHAPES, SizedLayout, SizedRequest
 from mlx_hybridcache_bench.policies.traces import TracedRequest, write_trace
-from mlx_hybridcache_bench.policies.workloads import workload
+from mlx_hybridcache_bench.policies.workloads import Chance, workload
+from traced_requests import SCENES
 
+from mlx_hybridcache import HybridPromptCache
 from mlx_hybridcache.store.tree import common_length
 
 SHAPE = SHAPES["qwen3-next-80b"]
 GB = 10**9
+AMPLE = 10**12
+
+ALWAYS = ("last line changed", "a new branch", "the same, reasoning left out", "exact repeat")
 
 
 def asked(tokens, reply=(), turns=(), keeps_reply=True):
@@ -161,3 +169,30 @@ def test_the_command_reads_recorded_traces(tmp_path, chats):
     assert set(outcome["replayed_tokens"]) == set(POLICIES)
     assert outcome["prompt_tokens"] == sum(len(each.tokens) for each in chats[:40])
     assert plot.stat().st_size > 1000
+
+
+@pytest.mark.parametrize("name", mostly_long(SCENES, ALWAYS))
+def test_what_is_read_again_is_what_the_engine_reads_again(
+    name: str,
+) -> None:
+    """1,700 tokens on a tiny Qwen3-Next, every request: replayed tokens, forwards, checkpoints."""
+    trace = SCENES[name](Chance(3), 1700)
+    simulation = Simulation(trace, SHAPE, AMPLE)
+    model = tiny.build("qwen3_next")
+    with HybridPromptCache(model, memory_budget="1TiB") as cache:
+        marks: Any = Marks()
+        cache.engine.prefill.marks = marks
+        for index, asked in enumerate(trace):
+            replayed = simulation.serve(index)
+            tokens, reply = ((x % 151).tolist() for x in (asked.tokens, asked.reply))
+            marks.turns = tuple(asked.turns)
+            ready = cache.prefill(tokens)
+            report = ready.report
+            assert replayed == report.replayed_tokens
+            assert simulation.account.forwards == report.forwards
+            assert simulation.account.taken == report.checkpoints_taken
+            if asked.keeps_reply:
+                # The reply's end, which the simulation saves too.
+                model(mx.array([[*ready.rest, *reply]]), cache=ready.prompt_cache)
+                cache.save([*tokens, *reply], ready.prompt_cache)
+            ready.release()

@@ -27,6 +27,7 @@ from mlx_hybridcache import Reason, SettingError
 from mlx_hybridcache.cli.main import main as cli
 from mlx_hybridcache.disk import thread, write_behind
 from mlx_hybridcache.disk.segment import SEGMENTS
+from mlx_hybridcache.tiers import TRIES
 
 MODEL = "qwen3_next"
 FIRST = oracle.prompt(300, seed=1)
@@ -125,6 +126,18 @@ def test_a_file_damaged_while_it_is_in_use_is_a_miss_with_one_line(root, said, d
         assert cache.flush(PATIENCE_SECONDS)
     said.take_one()
     assert_healed(root, said, FIRST)
+
+
+def test_a_file_that_fails_again_and_again_holds_nobody_up(root, said, monkeypatch):
+    """Were it found anew each time, a request would pass over it so often and go on without the disk."""
+    DAMAGES["a bit of its data"](faults.segments(root, "rows")[0])
+    with opened(root) as cache:
+        catalogue = cache.engine.tiers.disk.catalogue
+        monkeypatch.setattr(catalogue, "forget", lambda segment: None)
+        assert served(cache, FIRST)[0] == "none"
+        assert cache.disk_stats().rejected == TRIES
+        monkeypatch.undo()
+    said.take()
 
 
 def test_a_file_that_is_gone_is_a_miss_with_one_line(root, said):

@@ -5,6 +5,9 @@ from typing import Any
 
 import pytest
 
+LONG = (pytest.mark.long, pytest.mark.timeout(2400))
+"""Beside as many others as there are cores, on a slow machine, a whole form may take a quarter of an hour."""
+
 
 def forms(short: Any, whole: Any) -> list[Any]:
     """Parameters: how much is done always, and how much in the long form."""
@@ -13,7 +16,7 @@ def forms(short: Any, whole: Any) -> list[Any]:
 
 def in_full(value: Any) -> Any:
     """A parameter that the long form alone has."""
-    return pytest.param(value, id="whole", marks=pytest.mark.long)
+    return pytest.param(value, id="whole", marks=LONG)
 
 
 def mostly_long(values: Iterable[Any], always: Collection[Any]) -> list[Any]:
@@ -25,4 +28,4 @@ def mostly_long(values: Iterable[Any], always: Collection[Any]) -> list[Any]:
 
 def _long(value: Any) -> Any:
     arguments = value if isinstance(value, tuple) else (value,)
-    return pytest.param(*arguments, marks=pytest.mark.long)
+    return pytest.param(*arguments, marks=LONG)

@@ -25,6 +25,7 @@ OURS = "mlx_hybridcache.server"
 THEIRS = "mlx_lm.server"
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
+MESSAGES = "/v1/messages"
 PATIENCE_SECONDS = 120
 
 
@@ -117,6 +118,18 @@ def read_stream(lines: Iterator[str], stream: Stream) -> Iterator[str]:
             assert line.startswith("data: "), line
             stream.events.append(json.loads(line.removeprefix("data: ")))
             yield "event"
+
+
+def events_of(text: str) -> list[dict[str, Any]]:
+    """The events of Anthropic's streams, each named as its type. Pings and comments are left out."""
+    events = []
+    for part in text.split("\n\n"):
+        lines = [line for line in part.split("\n") if line and not line.startswith(":")]
+        if lines and lines != ["event: ping", 'data: {"type":"ping"}']:
+            name, data = lines
+            events.append(json.loads(data.removeprefix("data: ")))
+            assert name == f"event: {events[-1]['type']}", part
+    return events
 
 
 class Server:

@@ -6,7 +6,7 @@ import ctypes
 import gc
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,6 +103,13 @@ def timed(call: Callable[[], object]) -> tuple[Spent, object]:
     wall, cpu = time.perf_counter(), time.process_time()
     result = call()
     return Spent(time.perf_counter() - wall, time.process_time() - cpu), result
+
+
+def copied(arrays: Sequence[mx.array]) -> list[mx.array]:
+    """One plain copy of each, made."""
+    copies = [mx.array(each) for each in arrays]
+    mx.eval(copies)
+    return copies
 
 
 def tidy() -> None:

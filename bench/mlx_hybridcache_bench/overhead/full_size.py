@@ -18,7 +18,7 @@ from rich.console import Console
 from mlx_hybridcache import HybridPromptCache, Ready
 
 from ..kit.machine import GIB
-from ..kit.paired import Paired, measure, tidy
+from ..kit.paired import Paired, copied, measure, tidy
 from ..kit.standin import QWEN3_NEXT_80B, SHAPES, VOCABULARY, Shapes, StandIn, stands_at
 from ..kit.tables import Figure, show
 
@@ -213,7 +213,7 @@ class _Bench:
         arrays += self.snapshot_arrays()
         mx.eval(arrays)
         return measure(
-            lambda: _copied(arrays), self.restored, pairs=pairs, prepare_a=tidy, prepare_b=tidy
+            lambda: copied(arrays), self.restored, pairs=pairs, prepare_a=tidy, prepare_b=tidy
         )
 
     def snapshot_arrays(self) -> list[mx.array]:
@@ -241,7 +241,7 @@ class _Bench:
             tidy()
 
         paired = measure(
-            lambda: _copied(arrays),
+            lambda: copied(arrays),
             lambda: self.cache.save(history, ready.prompt_cache),
             pairs=pairs,
             prepare_a=tidy,
@@ -265,9 +265,3 @@ class _Bench:
         rows = len(self.prompt) - 1 + BRANCHES * ENDING
         expected = rows * self.shapes.row_bytes + stats.checkpoints * self.shapes.snapshot_bytes
         return mx.get_active_memory() - before, expected, stats.held_bytes
-
-
-def _copied(arrays: list[mx.array]) -> list[mx.array]:
-    copies = [mx.array(x) for x in arrays]
-    mx.eval(copies)
-    return copies

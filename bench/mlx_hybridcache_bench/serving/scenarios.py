@@ -75,9 +75,9 @@ class Blank(Material):
 
 def repeat(material: Material, nonce: str, size: int) -> Script:
     """One long message, and four times the same: hot requests are short and need many pairs."""
-    messages = [_user(f"{nonce}\n{material.text(size)}\n\nWhat is this text about?")]
+    messages = [user(f"{nonce}\n{material.text(size)}\n\nWhat is this text about?")]
     for name in (COLD, AGAIN, AGAIN, AGAIN, AGAIN):
-        yield _chat(name, messages)
+        yield chat_step(name, messages)
 
 
 def chat(material: Material, nonce: str, size: int) -> Script:
@@ -85,8 +85,8 @@ def chat(material: Material, nonce: str, size: int) -> Script:
     messages = [_system(f"{nonce}\nYou are a helpful assistant.")]
     for turn in range(6):
         text = material.text(size // 2 if turn == 0 else size // 20, turn * size)
-        messages.append(_user(f"{text}\n\nSum it up in one sentence."))
-        reply = yield _chat(f"turn {turn + 1}", messages, max_tokens=WHOLE_REPLY)
+        messages.append(user(f"{text}\n\nSum it up in one sentence."))
+        reply = yield chat_step(f"turn {turn + 1}", messages, max_tokens=WHOLE_REPLY)
         messages.append(reply.message())
 
 
@@ -94,7 +94,7 @@ def changed_ending(material: Material, nonce: str, size: int) -> Script:
     """One long message whose last line changes."""
     endings = "What is this text about?", "Name one rule that it states.", "Who wrote it?"
     for name, ending in zip((COLD, *CHANGES), endings, strict=True):
-        yield _chat(name, [_user(f"{nonce}\n{material.text(size)}\n\n{ending}")])
+        yield chat_step(name, [user(f"{nonce}\n{material.text(size)}\n\n{ending}")])
 
 
 def system_prompt(material: Material, nonce: str, size: int) -> Script:
@@ -102,18 +102,18 @@ def system_prompt(material: Material, nonce: str, size: int) -> Script:
     system = _system(f"{nonce}\n{material.text(size)}")
     questions = "What is a class?", "How do I write a loop?", "When does a generator end?"
     for name, question in zip((COLD, "another user", "a third user"), questions, strict=True):
-        yield _chat(name, [system, _user(question)])
+        yield chat_step(name, [system, user(question)])
 
 
 def volatile_line(material: Material, nonce: str, size: int) -> Script:
     """A system prompt with a line that changes in its middle, and a conversation of two turns behind it."""
     before = material.text(size // 2)
     after = material.text(size // 4, size // 2)
-    asked = _user(f"{material.text(size // 4, size)}\n\nSum it up in one sentence.")
+    asked = user(f"{material.text(size // 4, size)}\n\nSum it up in one sentence.")
     for name, day in zip((COLD, *CHANGED_LINES), ("Monday", "Tuesday", "Friday"), strict=True):
         system = _system(f"{nonce}\n{before}\n\nToday is {day}.\n\n{after}")
         answered = {"role": "assistant", "content": "It describes how Python works."}
-        yield _chat(name, [system, asked, answered, _user("Say it in one word.")])
+        yield chat_step(name, [system, asked, answered, user("Say it in one word.")])
 
 
 def tool_loop(material: Material, nonce: str, size: int) -> Script:
@@ -124,8 +124,8 @@ def tool_loop(material: Material, nonce: str, size: int) -> Script:
     tools = {"tools": [weather]}
     messages = [_system(f"{nonce}\n{material.text(size // 20)}")]
     for number, city in enumerate(("Oslo", "Lima", "Rome")):
-        messages.append(_user(f"What is the weather in {city}?"))
-        called = yield _chat(f"question {number + 1}", messages, WHOLE_REPLY, **tools)
+        messages.append(user(f"What is the weather in {city}?"))
+        called = yield chat_step(f"question {number + 1}", messages, WHOLE_REPLY, **tools)
         call = _call_or(called, number, city)
         messages.append(call)
         notes = material.text(size // 4, number * size)
@@ -134,21 +134,21 @@ def tool_loop(material: Material, nonce: str, size: int) -> Script:
             {"role": "tool", "tool_call_id": each["id"], "content": json.dumps(result)}
             for each in call["tool_calls"]
         ]
-        answered = yield _chat(f"result {number + 1}", messages, WHOLE_REPLY, **tools)
+        answered = yield chat_step(f"result {number + 1}", messages, WHOLE_REPLY, **tools)
         messages.append(answered.message())
 
 
 def branch_and_back(material: Material, nonce: str, size: int) -> Script:
     """A second answer to one conversation's opening, then the first branch again and further."""
-    opening = [_user(f"{nonce}\n{material.text(size)}\n\nWhat is this text about?")]
-    reply = yield _chat(COLD, opening, max_tokens=WHOLE_REPLY)
+    opening = [user(f"{nonce}\n{material.text(size)}\n\nWhat is this text about?")]
+    reply = yield chat_step(COLD, opening, max_tokens=WHOLE_REPLY)
     trunk = [*opening, reply.message()]
-    old = [*trunk, _user("Say it in one word.")]
-    new = [*trunk, _user("Name one rule that it states.")]
-    old_reply = yield _chat("old branch", old, max_tokens=WHOLE_REPLY)
-    yield _chat("new branch", new)
-    yield _chat("back to the old", old, max_tokens=WHOLE_REPLY)
-    yield _chat("old goes on", [*old, old_reply.message(), _user("Why that one?")])
+    old = [*trunk, user("Say it in one word.")]
+    new = [*trunk, user("Name one rule that it states.")]
+    old_reply = yield chat_step("old branch", old, max_tokens=WHOLE_REPLY)
+    yield chat_step("new branch", new)
+    yield chat_step("back to the old", old, max_tokens=WHOLE_REPLY)
+    yield chat_step("old goes on", [*old, old_reply.message(), user("Why that one?")])
 
 
 def completions(material: Material, nonce: str, size: int) -> Script:
@@ -163,12 +163,12 @@ def sessions(material: Material, nonce: str, size: int) -> Script:
     opened: list[list[Message]] = []
     for number in range(SESSIONS):
         text = material.text(size // 6, (number + 1) * size // 6)
-        opened.append([system, _user(f"{text}\n\nSum it up in one sentence.")])
+        opened.append([system, user(f"{text}\n\nSum it up in one sentence.")])
     for messages in opened:
-        reply = yield _chat("opened", messages)
-        messages += [reply.message(), _user("Say it in one word.")]
+        reply = yield chat_step("opened", messages)
+        messages += [reply.message(), user("Say it in one word.")]
     for messages in opened:
-        yield _chat("visited again", messages)
+        yield chat_step("visited again", messages)
 
 
 def throughput(material: Material, nonce: str, size: int) -> Script:
@@ -204,7 +204,10 @@ def steps_of(name: str) -> list[str]:
             return names
 
 
-def _chat(name: str, messages: list[Message], max_tokens: int = SHORT_REPLY, **more: Any) -> Step:
+def chat_step(
+    name: str, messages: list[Message], max_tokens: int = SHORT_REPLY, **more: Any
+) -> Step:
+    """A request for the next turn of a conversation; `more` are fields of its body."""
     return Step(name, CHAT, {"messages": list(messages), "max_tokens": max_tokens, **more})
 
 
@@ -212,7 +215,8 @@ def _complete(name: str, prompt: str, max_tokens: int = SHORT_REPLY) -> Step:
     return Step(name, COMPLETIONS, {"prompt": prompt, "max_tokens": max_tokens})
 
 
-def _user(content: str) -> Message:
+def user(content: str) -> Message:
+    """What a user says."""
     return {"role": "user", "content": content}
 
 

@@ -8,12 +8,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Self
 
 import httpx2
+import psutil
 
 from mlx_hybridcache import HybridCacheError
 
@@ -50,6 +51,13 @@ class Launch:
     def of(cls, name: str, model: str, extra: Sequence[str] = ()) -> Launch:
         """`OURS` or `THEIRS` on `model`, a directory or owner/name."""
         return cls(name, (*COMMANDS[name], "--model", model, *extra))
+
+    def within(self, variables: Mapping[str, str]) -> Launch:
+        """The same in an environment with these variables, such as another checkout's."""
+        given = (f"{key}={value}" for key, value in variables.items())
+        return replace(
+            self, program="/usr/bin/env", arguments=(*given, self.program, *self.arguments)
+        )
 
 
 class ServerProcess:
@@ -122,7 +130,7 @@ class ServerProcess:
         return self._process.pid if self._process is not None else None
 
     def cpu_seconds(self) -> float | None:
-        """Processor time that the process has used, all its threads; None where no clock tells."""
+        """Processor time that the process has used, all its threads; None where nothing tells."""
         return cpu_seconds(self._process.pid) if self._process is not None else None
 
     def stop(self, patience_seconds: float = STOP_SECONDS) -> None:
@@ -163,9 +171,16 @@ def free_port() -> int:
 
 
 def cpu_seconds(pid: int) -> float | None:
-    """Processor time of a running process, by the clock that Linux keeps for it; None elsewhere."""
+    """Processor time of a running process, by the clock that Linux keeps for it, elsewhere by what the
+    system tells; None of one that may not be seen.
+    """
     clock = ctypes.c_int()
     clock_of = getattr(ctypes.CDLL(None), "clock_getcpuclockid", None)  # macOS has none
-    if clock_of is None or clock_of(pid, ctypes.byref(clock)) != 0:
+    if clock_of is not None:
+        is_there = clock_of(pid, ctypes.byref(clock)) == 0
+        return time.clock_gettime(clock.value) if is_there else None
+    try:
+        used = psutil.Process(pid).cpu_times()
+    except psutil.Error:
         return None
-    return time.clock_gettime(clock.value)
+    return used.user + used.system

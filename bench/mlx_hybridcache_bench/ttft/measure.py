@@ -9,6 +9,7 @@ from ..report.oddities import odd
 from ..report.results import FAILED, MISSING, PARTIAL, Equality, Situation
 from ..serving.client import Reply, RequestFailed
 from ..serving.crowd import IDENTICAL, MIXED, NONCES, measure_situation
+from ..serving.remote import RemoteServer
 from ..serving.scenarios import AT_EVERY_SIZE, SCENARIOS
 from ..serving.servers import Launch, ServerError, ServerProcess
 from ..serving.side import Nonces, Side, fresh_nonce
@@ -18,7 +19,6 @@ from .dialect import Dialect
 from .new_starts import measure_new_starts
 from .pace import REQUEST_SECONDS, Pace
 from .plan import BenchPlan
-from .remote import RemoteServer
 from .session import EARLIER, STOP_SECONDS, Advance, Session
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from ..report.results import Measured, Request
 from ..serving.client import Reply
+from ..serving.remote import RemoteServer
 from ..serving.scenarios import Step
 from ..serving.servers import ServerError, ServerProcess
 from ..serving.side import Nonces, Side
@@ -14,7 +15,6 @@ from ..serving.target import Target
 from .contenders import Contender
 from .dialect import ESTIMATED, Dialect, learn, material_for, says_sizes
 from .plan import BenchPlan
-from .remote import RemoteServer
 
 MOST_RESTARTS = 5
 """A server that dies more often is left alone."""

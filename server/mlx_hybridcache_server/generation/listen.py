@@ -71,6 +71,7 @@ class Listener:
                 is_reasoning=parts is not None and (was_reasoning or parts.is_reasoning),
                 logprob=self._logprob(response),
                 finish=finish,
+                stop=stop.found,
             )
             if finish is not None:
                 return

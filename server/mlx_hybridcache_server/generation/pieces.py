@@ -26,13 +26,14 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What one token brought. `finish` is None until the last."""
+    """What one token brought. `finish` is None until the last, `stop` the stop text that ended it, if one did."""
 
     token: int
     parts: tuple[Part, ...]
     is_reasoning: bool
     logprob: TokenLogprob | None
     finish: str | None
+    stop: str | None = None
 
 
 @dataclass(slots=True)

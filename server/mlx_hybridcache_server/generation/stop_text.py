@@ -18,10 +18,10 @@ class StopText:
         self._held = ""
         self._space: list[str] | None = None  # what was written since the content was interrupted
         self._lead = 0  # so much of what is held parts it from what came before
-        self.found = False
+        self.found: str | None = None
 
     def feed(self, text: str) -> str:
-        """The text that is safe to give out; with `found`, all there is before the stop."""
+        """The text that is safe to give out; with `found`, all there is before that one."""
         if self._space is not None:
             self._space.append(text)
             if not text.strip():
@@ -34,10 +34,11 @@ class StopText:
         for stop in self._stops:
             at = text.find(stop, 0 if stop.strip() else self._lead)
             if at >= 0:
-                found.append((at + len(stop), at))
+                found.append((at + len(stop), at, stop))
         if found:  # the one that is complete first; so chunks do not matter
-            self.found, self._held = True, ""
-            return text[: min(found)[1]]
+            _, at, self.found = min(found)
+            self._held = ""
+            return text[:at]
         keep = max((overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - keep :]
         self._lead = max(0, self._lead - (len(text) - keep))

@@ -1,4 +1,4 @@
-"""A response of server-sent events: it ends with its error or `[DONE]`, and lets go of what it held."""
+"""A response of server-sent events: it says why it ends too early, and lets go of what it held."""
 
 from __future__ import annotations
 
@@ -6,22 +6,36 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
+from dataclasses import dataclass
 from types import MappingProxyType
 
-from fastapi.sse import format_sse_event
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from ..errors import as_api_error
+from ..errors import ApiError, as_api_error
 from ..log import CLIENTS
 from ..metrics import Metrics
-from .wire import event
 
 log = logging.getLogger(CLIENTS)
 
 
-async def events(chunks: AsyncGenerator[bytes], metrics: Metrics) -> AsyncGenerator[bytes]:
-    """All of a stream: `chunks` and `[DONE]`.
+@dataclass(frozen=True, slots=True)
+class StreamFormat:
+    """What streams of one protocol say beside their chunks.
+
+    `keepalive` while nothing is known of the reply yet, `failure` where one ends too early, `end`
+    behind everything.
+    """
+
+    keepalive: bytes
+    failure: Callable[[ApiError], bytes]
+    end: bytes = b""
+
+
+async def events(
+    chunks: AsyncGenerator[bytes], metrics: Metrics, stream: StreamFormat
+) -> AsyncGenerator[bytes]:
+    """All of a stream: `chunks` and what ends it.
 
     What fails after the response began is told by an event, as the status is long sent.
     """
@@ -38,8 +52,9 @@ async def events(chunks: AsyncGenerator[bytes], metrics: Metrics) -> AsyncGenera
             log.exception("A stream failed.")
         else:
             log.warning("A stream ended: %d %s", failure.status_code, failure.reason)
-        yield event(failure.body())
-    yield format_sse_event(data_str="[DONE]")
+        yield stream.failure(failure)
+    if stream.end:
+        yield stream.end
 
 
 class EventStream(StreamingResponse):

@@ -79,7 +79,7 @@ class Gate:
         if self._needs_key(scope) and not self._has_key(headers):
             return ApiError(
                 401,
-                "Missing or wrong API key: send Authorization: Bearer KEY.",
+                "Missing or wrong API key: send Authorization: Bearer KEY, or x-api-key: KEY.",
                 code="invalid_api_key",
             )
         return None
@@ -106,11 +106,14 @@ class Gate:
         )
 
     def _has_key(self, headers: Headers) -> bool:
-        assert self._key is not None
         kind, _, sent = headers.get("authorization", "").partition(" ")
-        return kind.lower() == "bearer" and hmac.compare_digest(
-            sent.strip().encode(), self._key.encode()
-        )
+        # Anthropic's clients send a header of their own.
+        is_bearer = kind.lower() == "bearer" and self._is_key(sent.strip())
+        return self._is_key(headers.get("x-api-key", "")) or is_bearer
+
+    def _is_key(self, sent: str) -> bool:
+        assert self._key is not None
+        return hmac.compare_digest(sent.encode(), self._key.encode())
 
 
 def _own_names(settings: Settings) -> frozenset[str]:

@@ -20,7 +20,10 @@ from ..jsontext import COMPACT, strict, without_halves
 HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")
 """What may be half a surrogate pair, or one of the two halves of a character."""
 
-TEXTS = ("messages", "prompt", "tools")
+ANTHROPIC = "/v1/messages"
+"""What paths begin with whose errors have Anthropic's shape."""
+
+TEXTS = ("input", "instructions", "messages", "prompt", "system", "tools")
 """Fields that a model reads: what a client cut in the middle of a character is read all the same."""
 
 
@@ -87,14 +90,18 @@ class JsonResponse(JSONResponse):
 
 
 class ErrorResponse(JsonResponse):
-    """OpenAI's error object. What it says is left in the scope, for who writes the log."""
+    """An error object, in the shape of the API that was asked. What it says is left in the scope, for who writes the log."""
 
     def __init__(self, failure: ApiError, headers: Mapping[str, str] | None = None):
-        super().__init__(failure.body(), failure.status_code, headers or failure.headers)
-        self._failure = failure
+        self._failure, self._sent = failure, headers or failure.headers
+        super().__init__(failure.body(), failure.status_code, self._sent)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         scope["failure"] = self._failure
+        if scope["path"].startswith(ANTHROPIC):
+            own = self._failure.body(as_anthropic=True)
+            await JsonResponse(own, self.status_code, self._sent)(scope, receive, send)
+            return
         await super().__call__(scope, receive, send)
 
 

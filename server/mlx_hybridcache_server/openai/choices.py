@@ -6,8 +6,9 @@ from typing import Any, Protocol
 
 from ..generation.pieces import Piece, TokenLogprob
 from ..generation.serving import RunningReply
+from ..replies.message import ChatMessage
+from .delta import Delta
 from .logprobs import TokenNames
-from .message import ChatMessage, Delta
 
 
 class Choice(Protocol):
@@ -39,7 +40,7 @@ class ChatChoice:
         self._finish: str | None = None
 
     async def take(self, piece: Piece) -> dict[str, Any] | None:
-        delta = await self._message.take(piece)
+        delta = Delta.of(await self._message.take(piece), len(self._said.tool_calls))
         self._said.add(delta)
         if piece.logprob is not None:
             self._entries.append(self._names.entry(piece.logprob))

@@ -2,23 +2,38 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
+from fastapi.sse import format_sse_event
+
+from ..errors import ApiError
 from ..generation.merge import merged
 from ..generation.pieces import Count, Piece, PromptProgress
 from ..generation.serving import RunningReply, Serving
-from ..http.keepalive import progress_comment
+from ..http.event_stream import StreamFormat
+from ..http.keepalive import COMMENT, progress_comment
 from ..http.wire import event
 from ..log import CLIENTS
 from .choices import Choice
 from .envelope import Envelope, usage
 
 log = logging.getLogger(CLIENTS)
+
+
+def failure(error: ApiError) -> bytes:
+    """What a stream ends with that ends too early."""
+    return event(error.body())
+
+
+STREAM = StreamFormat(
+    keepalive=COMMENT,
+    failure=failure,
+    end=format_sse_event(data_str="[DONE]"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +57,13 @@ class Reply:
         log.debug("Reply: %s", body)
         return body
 
-    def comment(self) -> bytes:
+    def keepalive(self) -> bytes:
         """How far the first of its prompts is, for who hears of nothing else."""
         run = self.groups[0][0].run
         return progress_comment(run.read_tokens, run.count.prompt)
+
+    def failure(self, error: ApiError) -> bytes:
+        return failure(error)
 
     async def chunks(self) -> AsyncGenerator[bytes]:
         """Chunks as server-sent events, and comments that tell how far the prompt is read."""
@@ -84,14 +102,3 @@ class Reply:
     def _timings(self) -> dict[str, float]:
         each = [choice.run.timings() for group in self.groups for choice in group]
         return {name: round(sum(one[name] for one in each), 3) for name in each[0]}
-
-
-async def late(
-    beginning: asyncio.Task[Reply], begun: Callable[[], object]
-) -> AsyncGenerator[bytes]:
-    """The chunks of an answer that is not there yet. `begun` is called when it is."""
-    answer = await beginning
-    begun()
-    async with aclosing(answer.chunks()) as chunks:
-        async for chunk in chunks:
-            yield chunk

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
-from collections.abc import Callable, Coroutine
-from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -19,123 +16,45 @@ from ..generation import models
 from ..generation.admission import Admitted
 from ..generation.models import Loaded
 from ..generation.serving import RunningReply, Serving, serving_of
-from ..grammar.constrain import Constraint, is_constrained
-from ..http.disconnects import unless_gone
-from ..http.event_stream import EventStream, events
-from ..http.keepalive import COMMENT, kept_alive
 from ..http.wire import JsonResponse, JsonRoute
-from ..prompts.chat import Rendered
-from ..schema.requests import (
-    ChatBody,
-    CompletionBody,
-    GenerationBody,
-)
-from ..schema.tool_choice import callable_tools
+from ..replies import chat as chats
+from ..replies.answer import answered
+from ..replies.message import ChatMessage
+from ..replies.parse import parse
+from ..schema.requests import ChatBody, CompletionBody
 from .choices import ChatChoice, Choice, TextChoice
 from .envelope import Envelope
 from .functions import FunctionChoice
 from .logprobs import TokenNames
-from .message import ChatMessage
-from .notices import warning_headers
-from .parse import check, parse, warn_of_switches
-from .reply import Reply, late
-
-log = logging.getLogger("mlx_hybridcache.server")
+from .reply import STREAM, Reply
 
 router = APIRouter(route_class=JsonRoute)
 STARTED = int(time.time())
 STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
-
-Begin = Callable[[Serving, Admitted, int], Coroutine[Any, Any, Reply]]
-"""Renders what was asked for, which weighs so many bytes, for the places that it was given."""
 
 
 @router.post("/v1/chat/completions", response_model=None, responses=STREAMED)
 @router.post("/chat/completions", response_model=None, responses=STREAMED)
 async def chat(body: ChatBody, request: Request) -> Response:
     """A reply to a conversation."""
-    return await _answered(body, request, body.n or 1, partial(_chat, body))
+    return await answered(body, request, body.n or 1, partial(_chat, body), STREAM)
 
 
 @router.post("/v1/completions", response_model=None, responses=STREAMED)
 async def completions(body: CompletionBody, request: Request) -> Response:
     """A continuation of each prompt."""
     replies = len(_prompts(body)) * (body.n or 1)
-    return await _answered(body, request, replies, partial(_completions, body))
-
-
-async def _answered(body: GenerationBody, request: Request, replies: int, begin: Begin) -> Response:
-    """The response, begun or complete. From before it is rendered until it ends it has its places."""
-    serving = serving_of(request)
-    log.debug("Request: %s", body)
-    check(body, serving.settings)
-    with ExitStack() as held:
-        admitted = serving.admission.admit(replies)
-        held.callback(admitted.close)
-        weight = len(await request.body())
-        beginning = admitted.in_time(begin(serving, admitted, weight))
-        if body.stream:
-            return await _stream(body, request, beginning, held)
-        answer = await unless_gone(request, serving.metrics, beginning)
-        headers = warning_headers(request.url.path, body.warnings)
-        whole = await unless_gone(request, serving.metrics, answer.whole())
-        return JsonResponse(whole, headers=headers)
-
-
-async def _stream(
-    body: GenerationBody,
-    request: Request,
-    beginning: Coroutine[Any, Any, Reply],
-    held: ExitStack,
-) -> Response:
-    """A stream that begins with its answer, so that what is refused has a status.
-
-    An answer that takes longer, as its model is loaded first, is waited for in the stream.
-    """
-    serving = serving_of(request)
-    seconds = serving.settings.keepalive_seconds
-    work = asyncio.create_task(beginning)
-    held.callback(work.cancel)  # which ends nothing that has ended
-    await unless_gone(request, serving.metrics, asyncio.wait({work}, timeout=seconds))
-
-    def said() -> dict[str, str]:
-        return warning_headers(request.url.path, body.warnings)
-
-    chunks, headers = (work.result().chunks(), said()) if work.done() else (late(work, said), {})
-
-    def comment() -> bytes:
-        is_there = work.done() and not work.cancelled() and work.exception() is None
-        return work.result().comment() if is_there else COMMENT
-
-    told = events(kept_alive(chunks, seconds, comment), serving.metrics)
-    return EventStream(told, held.pop_all().close, headers)
+    return await answered(body, request, replies, partial(_completions, body), STREAM)
 
 
 async def _chat(body: ChatBody, serving: Serving, admitted: Admitted, weight: int) -> Reply:
-    may_call = callable_tools(body)
     loaded = await serving.model(admitted.held, body.model, body.adapters)
-    warn_of_switches(body, loaded.tokenizer.chat_template)
-    steps = loaded.renderer.chat(
-        body,
-        continues=bool(body.continue_final_message),
-        opens_reply=body.add_generation_prompt is not False,
-        salt=body.cache_salt,
-    )
-    rendered = await serving.rendering.steps(steps, weight)
-    constraint = await _constraint(body, rendered, serving, loaded)
-    tools = (constraint and constraint.tools) or may_call
-    calls = loaded.tool_format(tools, calls=body.tool_choice != "none")
-    wanted = parse(body, rendered, serving.settings, loaded, constraint, calls)
+    begun = await chats.chat(body, loaded, serving, admitted, weight)
     kind = "chat.completion.chunk" if body.stream else "chat.completion"
     envelope = Envelope.new("chatcmpl", kind, body.model or loaded.id)
     choices: list[Choice] = [
-        ChatChoice(
-            index,
-            RunningReply(serving, loaded, each, envelope.id, admitted),
-            ChatMessage(calls),
-            TokenNames(loaded.token_bytes),
-        )
-        for index, each in enumerate(wanted)
+        ChatChoice(index, run, ChatMessage(begun.calls), TokenNames(loaded.token_bytes))
+        for index, run in enumerate(begun.runs(envelope.id))
     ]
     if body.wants_function_call:
         choices = [FunctionChoice(choice) for choice in choices]
@@ -151,7 +70,7 @@ async def _completions(
     for prompt in _prompts(body):
         steps = loaded.renderer.text(prompt, salt=body.cache_salt)
         rendered = await serving.rendering.steps(steps, len(prompt))
-        constraint = await _constraint(body, rendered, serving, loaded)
+        constraint = await chats.constraint(body, rendered, serving, loaded)
         wanted = parse(body, rendered, serving.settings, loaded, constraint)
         echo = ""
         if body.echo:
@@ -169,14 +88,6 @@ async def _completions(
             ]
         )
     return Reply(serving, envelope, groups, body.wants_usage())
-
-
-async def _constraint(
-    body: GenerationBody, rendered: Rendered, serving: Serving, loaded: Loaded
-) -> Constraint | None:
-    if not is_constrained(body):
-        return None
-    return await serving.rendering.compile(partial(loaded.constraints.of, body, rendered))
 
 
 def _prompts(body: CompletionBody) -> list[str | list[int]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -83,19 +83,19 @@ Message = Annotated[dict[str, Any], AfterValidator(_is_message), WithJsonSchema(
 Tool = Annotated[dict[str, Any], AfterValidator(_is_tool), WithJsonSchema(_TOOL)]
 
 
-class _Body(BaseModel):
+class Body(BaseModel):
     """Numbers must be numbers: "5" and true are refused, as mlx_lm.server refuses them."""
 
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
 
 
-class StreamOptions(_Body):
+class StreamOptions(Body):
     """What else a stream carries."""
 
     include_usage: bool | None = None
 
 
-class JsonSchema(_Body):
+class JsonSchema(Body):
     """A schema as OpenAI wraps it. A reply is held to it whether `strict` or not."""
 
     name: str | None = None
@@ -103,42 +103,44 @@ class JsonSchema(_Body):
     strict: bool | None = None
 
 
-class ResponseFormat(_Body):
+class ResponseFormat(Body):
     """The form of a reply."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
 
-class NamedFunction(_Body):
+class NamedFunction(Body):
     """A function by its name."""
 
     name: str
 
 
-class NamedTool(_Body):
+class NamedTool(Body):
     """A tool that must be called."""
 
     type: Literal["function"]
     function: NamedFunction
 
 
-class AllowedTools(_Body):
+class AllowedTools(Body):
     """The tools that may be called, and whether one must be."""
 
     mode: Literal["auto", "required"]
     tools: list[NamedTool]
 
 
-class AllowedChoice(_Body):
+class AllowedChoice(Body):
     """A choice among the tools. All of them stay in the prompt, which stays the same."""
 
     type: Literal["allowed_tools"]
     allowed_tools: AllowedTools
 
 
-class GenerationBody(_Body):
+class GenerationBody(Body):
     """What chats and completions have in common. Ranges are mlx_lm.server's, and OpenAI's."""
+
+    endpoint: ClassVar[str]
 
     _warnings: list[str] = PrivateAttr(default_factory=list)
     _dialect: Dialect = PrivateAttr(default_factory=Dialect)
@@ -222,7 +224,7 @@ class GenerationBody(_Body):
         return bool(self.stream_options and self.stream_options.include_usage)
 
 
-class Conversation(_Body):
+class Conversation(Body):
     """Messages with what the chat template needs."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
@@ -233,7 +235,9 @@ class Conversation(_Body):
 
 
 class ChatBody(Conversation, GenerationBody):
-    """`POST /v1/chat/completions`."""
+    """`POST /v1/chat/completions`, and what a request of another protocol for chats is put into."""
+
+    endpoint: ClassVar[str] = "/v1/chat/completions"
 
     logprobs: bool | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | AllowedChoice | None = None
@@ -248,6 +252,8 @@ Prompt = Annotated[str, Field(min_length=1)] | TokenIds
 class CompletionBody(GenerationBody):
     """`POST /v1/completions`. A list of prompts gives a choice for each."""
 
+    endpoint: ClassVar[str] = "/v1/completions"
+
     prompt: Prompt | Annotated[list[Prompt], Field(min_length=1)]
     logprobs: bool | Annotated[int, Field(ge=0, le=20)] | None = None
     echo: bool | None = None
@@ -257,7 +263,7 @@ Key = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 """What a page calls a prefix that is stored, and `mlx-hybridcache cache` by its first digits."""
 
 
-class PrefixBody(_Body):
+class PrefixBody(Body):
     """`/v1/cache/warm`, `pin` and `drop`: the beginning of prompts to come.
 
     `key` is the page's way to name it; it stands in place of messages and prompt and is not published.
@@ -274,7 +280,7 @@ class PrefixBody(_Body):
     cache_salt: str | None = None
 
 
-class WatchBody(_Body):
+class WatchBody(Body):
     """`POST /v1/cache/watch`: of which runs the branches are shown, and how many of each.
 
     `since` is how many requests the page knows of, those of the server that `started` then.
@@ -284,9 +290,3 @@ class WatchBody(_Body):
     order: Literal["recent", "size"] = "recent"
     since: Count = 0
     started: float = 0.0
-
-
-FIELDS = frozenset(
-    name for body in (ChatBody, CompletionBody, PrefixBody, WatchBody) for name in body.model_fields
-) | {"include_usage", "type", "function", "name"}
-"""Names that a client knows, for messages about where a mistake is."""

@@ -13,7 +13,8 @@ from mlx_hybridcache_server.calls.formats import ToolFormat
 from mlx_hybridcache_server.calls.parts import Parts
 from mlx_hybridcache_server.generation.pieces import Piece
 from mlx_hybridcache_server.generation.stop_text import StopText
-from mlx_hybridcache_server.openai.message import ChatMessage, Delta
+from mlx_hybridcache_server.openai.delta import Delta
+from mlx_hybridcache_server.replies.message import ChatMessage
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 TOOLS = [
@@ -64,7 +65,7 @@ def message(text, *, state="normal", form="json_tools", tools=TOOLS, finish="sto
             if is_last:
                 found += parts.end(is_whole=finish == "stop")
             taken = Piece(0, tuple(found), False, None, finish if is_last else None)
-            said.add(asyncio.run(reply.take(taken)))
+            said.add(Delta.of(asyncio.run(reply.take(taken)), len(said.tool_calls)))
         calls = [(c["function"]["name"], c["function"]["arguments"]) for c in said.tool_calls]
         return said.reasoning, said.content, calls
 

@@ -6,7 +6,7 @@ import re
 
 import pytest
 from mlx_hybridcache_server.http.gate import Gate
-from mlx_hybridcache_server.openai.notices import WARNING_HEADER
+from mlx_hybridcache_server.replies.notices import WARNING_HEADER
 from mlx_hybridcache_server.settings import Settings, build_parser, read_settings
 from servers import CHAT, COMPLETIONS, OURS, raw_exchange, running, user
 from starlette.datastructures import Headers

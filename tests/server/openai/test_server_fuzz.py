@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import cycle, islice
@@ -13,14 +14,17 @@ import schemathesis
 import strict
 from hypothesis import HealthCheck, Phase, given, settings
 from long import forms
+from mlx_hybridcache_server.schema.fields import FIELDS
 from schemathesis import GenerationMode
 from schemathesis.specs.openapi import checks
 from servers import (
     CHAT,
     COMPLETIONS,
+    MESSAGES,
     OURS,
     Server,
     Stream,
+    events_of,
     read_stream,
     running,
 )
@@ -33,6 +37,9 @@ BODIES = {
     f"POST {CHAT}": 12,
     "POST /chat/completions": 3,
     f"POST {COMPLETIONS}": 15,
+    f"POST {MESSAGES}": 12,
+    f"POST {MESSAGES}/count_tokens": 6,
+    "POST /v1/responses": 12,
     "POST /v1/cache/warm": 10,
     "POST /v1/cache/pin": 5,
     "DELETE /v1/cache/pin": 5,
@@ -48,7 +55,17 @@ NO_BODIES = [
     "GET /v1/cache",
     "DELETE /v1/cache",
     "GET /v1/cache/recent",
+    "GET /v1/responses/{name}",
+    "GET /v1/responses/{name}/input_items",
+    "DELETE /v1/responses/{name}",
+    "POST /v1/responses/{name}/cancel",
 ]
+
+LAST_EVENTS = {
+    MESSAGES: {"message_stop"},
+    "/v1/responses": {"response.completed", "response.incomplete"},
+}
+"""Of streams that end with an event of their own, not with [DONE]."""
 
 ANY_TYPE_IS_JSON = ("malformed_content_type", "unsupported_content_type")
 """Bodies are read as JSON whatever their Content-Type says, as mlx_lm.server reads them."""
@@ -101,14 +118,17 @@ class Fuzzed:
         judged()
 
     def send(self, case: schemathesis.Case) -> tuple[int, Any]:
-        """The status and the reply, which must be a documented one, in OpenAI's shape if an error."""
+        """The status and the reply, which must be a documented one, in its API's shape if an error."""
         response = case.call(base_url=self.server.url, session=self.session, timeout=60)
         case.validate_response(response, checks=CONFORMS)
         assert response.status_code < 500, f"{case!r}: {response.text}"
         (kind,) = response.headers.get("content-type", [""])
         if response.status_code >= 400:
-            assert_error(response.json())
-            return response.status_code, response.json()["error"]
+            return response.status_code, error_of(response.json(), str(case.path))
+        if kind.startswith("text/event-stream") and case.path in LAST_EVENTS:
+            events = events_of(response.text)
+            assert events[-1]["type"] in LAST_EVENTS[case.path]
+            return response.status_code, events
         if kind.startswith("text/event-stream"):
             stream = Stream(response.status_code, {})
             list(read_stream(iter(response.text.split("\n")), stream))
@@ -119,11 +139,20 @@ class Fuzzed:
         return response.status_code, response.json() if is_json else response.text
 
 
-def assert_error(reply: dict[str, Any]) -> None:
+def error_of(reply: dict[str, Any], path: str) -> dict[str, Any]:
+    """What is wrong, from either API's shape. Anthropic's message begins with the name of a field."""
+    error: dict[str, Any] = reply["error"]
+    assert error["message"]
+    assert error["type"]
+    if path.startswith(MESSAGES):
+        assert (reply.keys(), reply["type"]) == ({"type", "error"}, "error")
+        assert error.keys() == {"type", "message"}
+        name = re.split("[.: ]", error["message"], maxsplit=1)[0]
+        is_general = error["message"].startswith("The body ")
+        return {**error, "param": name if name in FIELDS else None, "code": is_general or None}
     assert reply.keys() == {"error"}
-    assert reply["error"].keys() == {"message", "type", "param", "code"}
-    assert reply["error"]["message"]
-    assert reply["error"]["type"]
+    assert error.keys() == {"message", "type", "param", "code"}
+    return error
 
 
 FLAGS = ("--max-tokens", "2", "--max-prompt-tokens", "2000", "--prefill-step-size", "256")
@@ -155,7 +184,7 @@ def fuzzed(process):
 def bounded(case: schemathesis.Case) -> schemathesis.Case:
     """A case that takes no time: two tokens of a reply at most."""
     if isinstance(case.body, dict):
-        for name in ("max_tokens", "max_completion_tokens"):
+        for name in ("max_tokens", "max_completion_tokens", "max_output_tokens"):
             asked = case.body.get(name)
             if isinstance(asked, int | float) and asked > 2:
                 case.body[name] = 2
@@ -163,7 +192,7 @@ def bounded(case: schemathesis.Case) -> schemathesis.Case:
 
 
 def test_the_openapi_names_every_endpoint(fuzzed):
-    """Fourteen operations, and none of the page's; the alias of the chat is described as the chat is."""
+    """Twenty-one operations, and none of the page's; the alias of the chat is described as the chat is."""
     assert fuzzed.operations.keys() == {*BODIES, *NO_BODIES}
     paths = fuzzed.server.client.get("/openapi.json").json()["paths"]
     alias, chat = paths["/chat/completions"]["post"], paths[CHAT]["post"]
@@ -260,7 +289,7 @@ def tamed(body: dict[str, Any]) -> dict[str, Any]:
         if isinstance(value, float) and value.is_integer() and abs(value) < 2**31:
             found[name] = int(value)  # 1.0 is an integer for JSON schema, not for OpenAI
     found["stop_token_ids"] = [int(token) for token in found.get("stop_token_ids") or ()] or None
-    for name in ("max_tokens", "max_completion_tokens"):
+    for name in ("max_tokens", "max_completion_tokens", "max_output_tokens"):
         if found.get(name) is not None:
             found[name] = 1 + int(found[name]) % 3
     for name in ("temperature", "top_p", "min_p", "xtc_probability", "xtc_threshold"):

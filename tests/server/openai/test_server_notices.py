@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from mlx_hybridcache_server.openai.notices import MOST_SHOWN, WARNING_HEADER, warning_headers
+from mlx_hybridcache_server.replies.notices import MOST_SHOWN, WARNING_HEADER, warning_headers
 from mlx_hybridcache_server.schema.requests import ChatBody
 
 

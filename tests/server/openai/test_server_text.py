@@ -19,8 +19,9 @@ from mlx_hybridcache_server.generation.listen import Listener
 from mlx_hybridcache_server.generation.pieces import Count, Piece, PromptProgress
 from mlx_hybridcache_server.generation.stop_text import StopText
 from mlx_hybridcache_server.http.wire import JsonResponse, event, written
+from mlx_hybridcache_server.openai.delta import Delta
 from mlx_hybridcache_server.openai.envelope import usage
-from mlx_hybridcache_server.openai.message import ChatMessage, Delta
+from mlx_hybridcache_server.replies.message import ChatMessage
 from mlx_lm.generate import GenerationResponse
 from mlx_lm.tokenizer_utils import NaiveStreamingDetokenizer, TokenizerWrapper
 from mlx_lm.tool_parsers import json_tools
@@ -51,9 +52,10 @@ def test_a_stop_text_is_found_however_the_text_is_cut(text, stops, cuts):
     else:
         given_out += stop.end()
     # The stop that is complete first ends the text; of those complete together, the longest.
-    places = [(at + len(s), at) for s in stops if (at := text.find(s)) >= 0]
-    assert stop.found == bool(places)
-    assert given_out == (text[: min(places)[1]] if places else text)
+    places = [(at + len(s), at, s) for s in stops if (at := text.find(s)) >= 0]
+    _, at, found = min(places, default=(0, len(text), None))
+    assert stop.found == found
+    assert given_out == text[:at]
 
 
 def response(text, token=5, finish=None, logprobs=None):
@@ -184,7 +186,11 @@ def message(texts, **how):
     pieces = heard(texts, **how)
 
     async def taken():
-        return [await made.take(piece) for piece in pieces]
+        deltas = []
+        for piece in pieces:
+            calls = sum("id" in call for delta in deltas for call in delta.tool_calls)
+            deltas.append(Delta.of(await made.take(piece), calls))
+        return deltas
 
     deltas = asyncio.run(taken())
     return deltas, made.finish_reason(pieces[-1])

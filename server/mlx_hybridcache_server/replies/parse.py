@@ -67,6 +67,7 @@ def parse(
             stops=body.stops(),
             top_logprobs=_top_logprobs(body),
             state=rendered.state,
+            endpoint=body.endpoint,
             is_chat=chat is not None,
             goes_on=chat is None or bool(chat.continue_final_message),
             tools=tools,

@@ -1,0 +1,82 @@
+"""The endpoints: put into a chat, hand over, shape the reply."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from ..generation.admission import Admitted
+from ..generation.models import Loaded
+from ..generation.serving import Serving, serving_of
+from ..http.disconnects import unless_gone
+from ..http.wire import JsonResponse, JsonRoute
+from ..replies import chat as chats
+from ..replies.answer import answered
+from ..replies.message import ChatMessage
+from ..replies.notices import warning_headers
+from ..schema.messages import CountBody, MessagesBody
+from ..schema.requests import Conversation
+from .conversation import MessagesChat, as_chat, breakpoints
+from .reply import STREAM, MessagesReply, new_id
+
+router = APIRouter(route_class=JsonRoute)
+
+STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
+
+OTHERS = ("claude", "anthropic")
+"""What names of Anthropic's own models begin with: clients write one whatever is served."""
+
+
+@router.post("/v1/messages", response_model=None, responses=STREAMED)
+async def messages(body: MessagesBody, request: Request) -> Response:
+    """A reply to a conversation."""
+    chat = as_chat(body)
+    begin = partial(_message, chat, breakpoints(body, chat))
+    return await answered(chat, request, 1, begin, STREAM)
+
+
+@router.post("/v1/messages/count_tokens", response_model=None)
+async def count_tokens(body: CountBody, request: Request) -> Response:
+    """How many tokens a conversation's prompt has. It is rendered, and no more."""
+    serving = serving_of(request)
+    chat = as_chat(body)
+    admitted = serving.admission.admit(1)
+    try:
+        weight = len(await request.body())
+        work = admitted.in_time(_counted(chat, serving, admitted, weight))
+        tokens = await unless_gone(request, serving.metrics, work)
+    finally:
+        admitted.close()
+    headers = warning_headers(request.url.path, chat.warnings)
+    return JsonResponse({"input_tokens": tokens}, headers=headers)
+
+
+async def _message(
+    chat: MessagesChat,
+    beginnings: list[Conversation],
+    serving: Serving,
+    admitted: Admitted,
+    weight: int,
+) -> MessagesReply:
+    loaded = await _model(chat, serving, admitted)
+    begun = await chats.chat(chat, loaded, serving, admitted, weight, beginnings)
+    (run,) = begun.runs(new_id())
+    return MessagesReply(loaded.id, run, ChatMessage(begun.calls))
+
+
+async def _counted(chat: MessagesChat, serving: Serving, admitted: Admitted, weight: int) -> int:
+    loaded = await _model(chat, serving, admitted)
+    continues = bool(chat.continue_final_message)
+    steps = loaded.renderer.chat(chat, continues=continues, salt=chat.cache_salt)
+    return len((await serving.rendering.steps(steps, weight)).tokens)
+
+
+async def _model(chat: MessagesChat, serving: Serving, admitted: Admitted) -> Loaded:
+    """The one that is served, whatever its name, unless others may be loaded and one is named."""
+    name = chat.model or ""
+    if serving.settings.allow_model_switching and not name.startswith(OTHERS):
+        return await serving.model(admitted.held, chat.model)
+    return await serving.any_model(admitted.held)

@@ -1,0 +1,96 @@
+"""A chat that is asked for in any protocol: rendered, held to its form, and handed to the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from mlx_hybridcache.tokens import Tokens
+
+from ..calls.formats import ToolFormat
+from ..generation.admission import Admitted
+from ..generation.models import Loaded
+from ..generation.serving import ReplyRequest, RunningReply, Serving
+from ..grammar.constrain import Constraint, is_constrained
+from ..prompts.chat import Rendered
+from ..schema.requests import ChatBody, Conversation, GenerationBody
+from ..schema.tool_choice import callable_tools
+from .parse import parse, warn_of_switches
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """The replies that are wanted to one conversation, and how the model writes calls in them."""
+
+    wanted: list[ReplyRequest]
+    calls: ToolFormat | None
+    loaded: Loaded
+    serving: Serving
+    admitted: Admitted
+
+    def runs(self, reply_id: str) -> list[RunningReply]:
+        """Each of them, about to begin."""
+        serving, loaded, admitted = self.serving, self.loaded, self.admitted
+        return [RunningReply(serving, loaded, each, reply_id, admitted) for each in self.wanted]
+
+
+async def chat(
+    body: ChatBody,
+    loaded: Loaded,
+    serving: Serving,
+    admitted: Admitted,
+    weight: int,
+    breakpoints: Sequence[Conversation] = (),
+) -> Chat:
+    """Render a conversation that weighs so many bytes. Raises `ApiError` 400 for what cannot be.
+
+    `breakpoints` are beginnings of it, at whose ends the client wants checkpoints.
+    """
+    may_call = callable_tools(body)
+    warn_of_switches(body, loaded.tokenizer.chat_template)
+    steps = loaded.renderer.chat(
+        body,
+        continues=bool(body.continue_final_message),
+        opens_reply=body.add_generation_prompt is not False,
+        salt=body.cache_salt,
+    )
+    rendered = await serving.rendering.steps(steps, weight)
+    ends = [
+        await _end(each, rendered.tokens, body.cache_salt, loaded, serving, weight)
+        for each in breakpoints
+    ]
+    held_to = await constraint(body, rendered, serving, loaded)
+    tools = (held_to and held_to.tools) or may_call
+    calls = loaded.tool_format(tools, calls=body.tool_choice != "none")
+    wanted = parse(body, rendered, serving.settings, loaded, held_to, calls)
+    for each in wanted if ends else ():
+        each.options["boundaries"] = ends
+    return Chat(wanted, calls, loaded, serving, admitted)
+
+
+async def _end(
+    beginning: Conversation,
+    tokens: Tokens,
+    salt: str | None,
+    loaded: Loaded,
+    serving: Serving,
+    weight: int,
+) -> int:
+    """How many tokens a prompt has in common with all that begin like `beginning`."""
+    steps = loaded.renderer.prefix(beginning, salt=salt)
+    prefix = await serving.rendering.steps(steps, weight)
+    shortest = min(len(prefix), len(tokens))
+    differs = np.flatnonzero(prefix[:shortest] != tokens[:shortest])
+    return int(differs[0]) if len(differs) else shortest
+
+
+async def constraint(
+    body: GenerationBody, rendered: Rendered, serving: Serving, loaded: Loaded
+) -> Constraint | None:
+    """What a reply is held to, if it is held to anything."""
+    if not is_constrained(body):
+        return None
+    return await serving.rendering.compile(partial(loaded.constraints.of, body, rendered))
