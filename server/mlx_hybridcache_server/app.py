@@ -30,6 +30,8 @@ from .log import CLIENTS
 from .metrics import Metrics
 from .openai import routes as openai_routes
 from .replies.notices import WARNING_HEADER
+from .responses import routes as responses_routes
+from .responses.kept import KeptResponses
 from .schema.fields import FIELDS
 from .watching import cache_routes, page_routes
 
@@ -91,6 +93,7 @@ ROUTERS = (
     cache_routes.router,
     openai_routes.router,
     anthropic_routes.router,
+    responses_routes.router,
     page_routes.router,
 )
 
@@ -105,6 +108,7 @@ def build_app(serving: Serving) -> FastAPI:
         default_response_class=JsonResponse,
     )
     app.state.serving = serving
+    app.state.kept_responses = KeptResponses()
     for router in ROUTERS:
         is_messages = router is anthropic_routes.router
         app.include_router(router, responses=MESSAGES_ERRORS if is_messages else ERRORS)

@@ -16,7 +16,7 @@ ORDER = [
     {"main"},
     {"service"},
     {"app", "banner"},
-    {"anthropic", "openai", "watching"},
+    {"anthropic", "openai", "responses", "watching"},
     {"replies"},
     {"generation"},
     {"grammar"},

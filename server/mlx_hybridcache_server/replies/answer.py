@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from fastapi import Request
 from starlette.responses import Response
 
+from ..errors import ApiError
 from ..generation.admission import Admitted
 from ..generation.serving import Serving, serving_of
 from ..http.disconnects import unless_gone
@@ -37,6 +38,10 @@ class Reply(Protocol):
 
     def keepalive(self) -> bytes:
         """What a stream says while it has nothing to say."""
+        ...
+
+    def failure(self, error: ApiError) -> bytes:
+        """What a stream ends with where it ends too early."""
         ...
 
 
@@ -86,11 +91,20 @@ async def _stream(
 
     chunks, headers = (work.result().chunks(), said()) if work.done() else (_late(work, said), {})
 
-    def keepalive() -> bytes:
+    def reply() -> Reply | None:
         is_there = work.done() and not work.cancelled() and work.exception() is None
-        return work.result().keepalive() if is_there else stream.keepalive
+        return work.result() if is_there else None
 
-    told = events(kept_alive(chunks, seconds, keepalive), serving.metrics, stream)
+    def keepalive() -> bytes:
+        begun = reply()
+        return stream.keepalive if begun is None else begun.keepalive()
+
+    def failure(error: ApiError) -> bytes:
+        begun = reply()
+        return stream.failure(error) if begun is None else begun.failure(error)
+
+    own = StreamFormat(stream.keepalive, failure, stream.end)
+    told = events(kept_alive(chunks, seconds, keepalive), serving.metrics, own)
     return EventStream(told, held.pop_all().close, headers)
 
 

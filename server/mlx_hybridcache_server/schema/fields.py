@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from .messages import MessagesBody, OutputConfig, Thinking, ToolChoice
 from .requests import ChatBody, CompletionBody, PrefixBody, WatchBody
+from .responses import Reasoning, ResponsesBody, TextConfig
 
 FIELDS = frozenset(
     name
     for body in (
         *(ChatBody, CompletionBody, PrefixBody, WatchBody),
         *(MessagesBody, OutputConfig, Thinking, ToolChoice),
+        *(ResponsesBody, Reasoning, TextConfig),
     )
     for name in body.model_fields
 ) | {"include_usage", "type", "function", "name"}
