@@ -29,7 +29,10 @@ from .http.wire import ErrorResponse, JsonResponse
 from .log import CLIENTS
 from .metrics import Metrics
 from .openai import routes as openai_routes
+from .probes import routes as probe_routes
 from .replies.notices import WARNING_HEADER
+from .responses import routes as responses_routes
+from .responses.kept import KeptResponses
 from .schema.fields import FIELDS
 from .watching import cache_routes, page_routes
 
@@ -91,6 +94,8 @@ ROUTERS = (
     cache_routes.router,
     openai_routes.router,
     anthropic_routes.router,
+    responses_routes.router,
+    probe_routes.router,
     page_routes.router,
 )
 
@@ -105,6 +110,7 @@ def build_app(serving: Serving) -> FastAPI:
         default_response_class=JsonResponse,
     )
     app.state.serving = serving
+    app.state.kept_responses = KeptResponses()
     for router in ROUTERS:
         is_messages = router is anthropic_routes.router
         app.include_router(router, responses=MESSAGES_ERRORS if is_messages else ERRORS)

@@ -12,7 +12,7 @@ from mlx_hybridcache_bench import cli
 from mlx_hybridcache_bench.kit.paired import Paired, Spent, measure
 from mlx_hybridcache_bench.kit.standin import QWEN3_NEXT_80B, TINY
 from mlx_hybridcache_bench.kit.tables import Figure
-from mlx_hybridcache_bench.overhead.full_size import measure_full_size
+from mlx_hybridcache_bench.overhead.full_size import FullSize, measure_full_size
 from mlx_hybridcache_bench.overhead.slices import measure_slices
 from places import ROOT
 
@@ -86,19 +86,23 @@ def test_one_part_can_be_measured_alone(capsys: pytest.CaptureFixture[str]) -> N
     assert "Forwards by slice length" not in printed
 
 
-def test_restored_buffers_are_not_copied_by_the_next_tokens() -> None:
+@pytest.fixture(scope="module")
+def full_size() -> FullSize:
+    """On tiny shapes."""
+    return measure_full_size(1200, pairs=1, shapes=TINY)
+
+
+def test_restored_buffers_are_not_copied_by_the_next_tokens(full_size: FullSize) -> None:
     """The control, a cache of exactly the prompt's size, is: so the count can see a copy."""
-    found = measure_full_size(1200, pairs=1, shapes=TINY)
-    assert found.growth_copies == 0
-    assert found.exact_size_growth_copies == 1
-    assert found.restored_right
+    assert full_size.growth_copies == 0
+    assert full_size.exact_size_growth_copies == 1
+    assert full_size.restored_right
 
 
-def test_ten_branches_hold_the_shared_rows_once() -> None:
+def test_ten_branches_hold_the_shared_rows_once(full_size: FullSize) -> None:
     """At most 5 % more than one set of rows, the branches' own and the checkpoints."""
-    found = measure_full_size(1200, pairs=1, shapes=TINY)
-    assert found.branch_ratio <= 1.05
-    assert found.branch_reported_bytes == found.branch_expected_bytes
+    assert full_size.branch_ratio <= 1.05
+    assert full_size.branch_reported_bytes == full_size.branch_expected_bytes
 
 
 def test_the_stand_in_weighs_what_qwen3_next_80b_weighs() -> None:

@@ -2,23 +2,31 @@
 
 import json
 from dataclasses import replace
+from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import pytest
-from long import forms
+import tiny
+from long import forms, mostly_long
 from mlx_hybridcache_bench import cli
 from mlx_hybridcache_bench.policies.baselines import LlamaCpp, MlxLm, Overlaps
 from mlx_hybridcache_bench.policies.offline import Clairvoyant, floor
 from mlx_hybridcache_bench.policies.outcomes import BASELINES, OFFLINE, OURS, POLICIES, measure
-from mlx_hybridcache_bench.policies.simulate import SPACE, Simulation
+from mlx_hybridcache_bench.policies.simulate import SPACE, Marks, Simulation
 from mlx_hybridcache_bench.policies.sized import SHAPES, SizedLayout, SizedRequest
 from mlx_hybridcache_bench.policies.traces import TracedRequest, write_trace
-from mlx_hybridcache_bench.policies.workloads import workload
+from mlx_hybridcache_bench.policies.workloads import Chance, workload
+from traced_requests import SCENES
 
+from mlx_hybridcache import HybridPromptCache
 from mlx_hybridcache.store.tree import common_length
 
 SHAPE = SHAPES["qwen3-next-80b"]
 GB = 10**9
+AMPLE = 10**12
+
+ALWAYS = ("last line changed", "a new branch", "the same, reasoning left out", "exact repeat")
 
 
 def asked(tokens, reply=(), turns=(), keeps_reply=True):
@@ -128,11 +136,12 @@ def test_the_clairvoyant_replays_least_and_the_floor_is_lower_still(chats):
     assert counts[0] > counts[1] > counts[2] == lowest
 
 
-@pytest.mark.parametrize("shapes", forms(["qwen3-next-80b"], list(SHAPES)))
-def test_ours_replays_less_than_every_baseline(chats, shapes):
-    """120 requests of six chats at 1 to 4 GB, with one shape or all."""
+@pytest.mark.parametrize("measured", forms((["qwen3-next-80b"], (1, 4)), (SHAPES, (1, 2, 4))))
+def test_ours_replays_less_than_every_baseline(chats, measured):
+    """120 requests of six chats at 1 and 4 GB with one shape, or at 2 GB too and with all."""
+    shapes, budgets = measured
     for shape in shapes:
-        outcome = measure("chats", chats, SHAPES[shape], [1 * GB, 2 * GB, 4 * GB])
+        outcome = measure("chats", chats, SHAPES[shape], [each * GB for each in budgets])
         ours = outcome.replayed[OURS]
         for name in BASELINES:
             assert all(map(int.__lt__, ours, outcome.replayed[name])), (name, outcome.replayed)
@@ -160,3 +169,30 @@ def test_the_command_reads_recorded_traces(tmp_path, chats):
     assert set(outcome["replayed_tokens"]) == set(POLICIES)
     assert outcome["prompt_tokens"] == sum(len(each.tokens) for each in chats[:40])
     assert plot.stat().st_size > 1000
+
+
+@pytest.mark.parametrize("name", mostly_long(SCENES, ALWAYS))
+def test_what_is_read_again_is_what_the_engine_reads_again(
+    name: str,
+) -> None:
+    """1,700 tokens on a tiny Qwen3-Next, every request: replayed tokens, forwards, checkpoints."""
+    trace = SCENES[name](Chance(3), 1700)
+    simulation = Simulation(trace, SHAPE, AMPLE)
+    model = tiny.build("qwen3_next")
+    with HybridPromptCache(model, memory_budget="1TiB") as cache:
+        marks: Any = Marks()
+        cache.engine.prefill.marks = marks
+        for index, asked in enumerate(trace):
+            replayed = simulation.serve(index)
+            tokens, reply = ((x % 151).tolist() for x in (asked.tokens, asked.reply))
+            marks.turns = tuple(asked.turns)
+            ready = cache.prefill(tokens)
+            report = ready.report
+            assert replayed == report.replayed_tokens
+            assert simulation.account.forwards == report.forwards
+            assert simulation.account.taken == report.checkpoints_taken
+            if asked.keeps_reply:
+                # The reply's end, which the simulation saves too.
+                model(mx.array([[*ready.rest, *reply]]), cache=ready.prompt_cache)
+                cache.save([*tokens, *reply], ready.prompt_cache)
+            ready.release()

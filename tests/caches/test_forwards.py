@@ -1,16 +1,18 @@
 """Forwards, counted: what a prefill may cost, measured at the model's own `__call__`."""
 
 import math
+from collections.abc import Sequence
 
 import oracle
 import pytest
 import tiny
+from long import mostly_long
 
 from mlx_hybridcache import HybridPromptCache
 
 STEP = 128
 HOOKED = ("qwen3_next", "qwen3_5", "qwen3_5_moe")
-PAUSED = ("jamba", "recurrent_gemma", "llama4", "mamba2")
+PAUSED = ("mamba2", "jamba", "recurrent_gemma", "llama4")
 ROWS_ONLY = ("qwen3", "llama", "deepseek_v3")
 SEES_INTERIOR = ("gemma3_text", "gpt_oss")
 
@@ -20,7 +22,16 @@ TURNS = {
     "few": lambda n: [n // 9, n // 4, n // 2, n - 40],
     "thousands": lambda n: range(0, n, 2),
 }
-each_amount = pytest.mark.parametrize("amount", list(TURNS))
+
+
+def each(names: Sequence[str], *more: tuple[str, int], length: int = 1025) -> pytest.MarkDecorator:
+    """Prompts of a length, and some more, with every amount of turns; always each with thousands, and the first
+    with any.
+    """
+    prompts = [*((name, length) for name in names), *more]
+    every = [(*prompt, amount) for prompt in prompts for amount in TURNS]
+    always = [one for one in every if one[2] == "thousands" or one[:2] == prompts[0]]
+    return pytest.mark.parametrize(("name", "length", "amount"), mostly_long(every, always))
 
 
 def new_cache(name: str, *, paused: bool = False, step: int = STEP) -> HybridPromptCache:
@@ -73,10 +84,7 @@ def cold_then_hot(
             assert count <= most(replayed, hot)
 
 
-@each_amount
-@pytest.mark.parametrize(
-    ("name", "length"), [*((name, 300) for name in HOOKED), ("qwen3_next", 1025)]
-)
+@each(HOOKED, ("qwen3_next", 1025), length=300)
 def test_a_hooked_model_takes_at_most_two_forwards_more_than_slices(
     name: str, length: int, amount: str
 ) -> None:
@@ -84,27 +92,24 @@ def test_a_hooked_model_takes_at_most_two_forwards_more_than_slices(
     cold_then_hot(name, amount, length, cold=2, hot=2)
 
 
-@each_amount
-@pytest.mark.parametrize("name", [*PAUSED, *HOOKED[:1]])
+@each([*PAUSED, *HOOKED[:1]])
 def test_a_model_without_hook_takes_at_most_eight_more_cold_and_five_hot(
-    name: str, amount: str
+    name: str, length: int, amount: str
 ) -> None:
     """1,025 tokens in steps of 128: ceil(read / 128) + 8 cold, + 5 hot, however many turns."""
-    cold_then_hot(name, amount, 1025, cold=8, hot=5, paused=True)
+    cold_then_hot(name, amount, length, cold=8, hot=5, paused=True)
 
 
-@each_amount
-@pytest.mark.parametrize("name", [*ROWS_ONLY, *SEES_INTERIOR])
-def test_models_that_see_inside_a_slice_never_pause(name: str, amount: str) -> None:
+@each([*ROWS_ONLY, *SEES_INTERIOR])
+def test_models_that_see_inside_a_slice_never_pause(name: str, length: int, amount: str) -> None:
     """Rows, and windows that are read off afterwards, need slices and the last token only."""
-    cold_then_hot(name, amount, 1025, cold=1, hot=2)
+    cold_then_hot(name, amount, length, cold=1, hot=2)
 
 
-@each_amount
-@pytest.mark.parametrize("name", ROWS_ONLY)
-def test_rows_alone_are_read_in_whole_slices(name: str, amount: str) -> None:
+@each(ROWS_ONLY)
+def test_rows_alone_are_read_in_whole_slices(name: str, length: int, amount: str) -> None:
     """1,025 tokens: eight slices of 128 and nothing else, whatever turns there are."""
-    tokens = oracle.prompt(1025, seed=3, openers=TURNS[amount](1025))
+    tokens = oracle.prompt(length, seed=3, openers=TURNS[amount](length))
     with new_cache(name) as cache, oracle.forwards(cache.engine.model) as lengths:
         oracle.read(cache, tokens)
     assert lengths == [STEP] * 8

@@ -6,42 +6,55 @@ import subprocess
 import sys
 import threading
 from dataclasses import replace
+from types import SimpleNamespace
 
+import forks
 import mlx.nn as nn
 import pytest
+from places import SUPPORT
 
+import mlx_hybridcache.demo.run as demo
 from mlx_hybridcache import models
 from mlx_hybridcache.caches.kinds.recurrent import RecurrentKind
-from mlx_hybridcache.cli.console import wide_console
 from mlx_hybridcache.cli.main import main
-from mlx_hybridcache.demo import BUNDLED_MODEL
+from mlx_hybridcache.demo import BUNDLED_MODEL, process
 from mlx_hybridcache.demo.client import REPLY_TOKENS, TOP_LOGPROBS, Client, Reply
-from mlx_hybridcache.demo.run import run
 
 LOSES_STATES = """
+import pytest, scans
+scans.patch(pytest.MonkeyPatch())
 from mlx_hybridcache.caches.kinds.recurrent import RecurrentKind
 RecurrentKind.fill = lambda *args: None
 """
-"""A `sitecustomize` for a server whose restores leave the recurrent state out."""
+"""A `sitecustomize` for a server that reads prompts as those of other tests do, and whose restores leave the recurrent state out."""
 
 
 @pytest.fixture
 def servers(monkeypatch):
-    """The processes that the demo starts. None may be left at the test's end."""
+    """The processes that the demo starts, forked ones. None may be left at the test's end."""
+    yield from recorded(monkeypatch, forks.popen if sys.platform == "linux" else subprocess.Popen)
+
+
+@pytest.fixture
+def new_interpreters(monkeypatch):
+    """The same, each started as a user's is."""
+    yield from recorded(monkeypatch, subprocess.Popen)
+
+
+def recorded(monkeypatch, start):
     started = []
 
-    class Recorded(subprocess.Popen):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
-            if "mlx_hybridcache.server" in self.args:  # OpenAI's client asks uname
-                started.append(self)
+    def popen(*args, **kwargs):
+        started.append(start(*args, **kwargs))
+        return started[-1]
 
-    monkeypatch.setattr(subprocess, "Popen", Recorded)
+    replaced = SimpleNamespace(**{**vars(subprocess), "Popen": popen})
+    monkeypatch.setattr(process, "subprocess", replaced)
     yield started
-    left = [process for process in started if process.returncode is None]
-    for process in left:
-        process.kill()
-        process.wait()
+    left = [each for each in started if each.returncode is None]
+    for each in left:
+        each.kill()
+        each.wait()
     assert not left
 
 
@@ -50,22 +63,22 @@ def signal_soon(number):
     threading.Timer(0.3, os.kill, (os.getpid(), number)).start()
 
 
-def test_the_demo_shows_every_call_and_that_hot_equals_cold(capsys, servers):
-    """On a document of 600 tokens: exit status 0, eleven calls, all equal, one server, stopped."""
-    assert main(["demo", "--tokens", "600"]) == 0
+def test_the_demo_shows_every_call_and_that_hot_equals_cold(tmp_path, monkeypatch, capsys, servers):
+    """On 600 tokens of a file of one's own: exit status 0, eleven calls, all equal, one server, stopped.
+
+    Compared are text, reasoning, and for each of 12 tokens its log-probability and the five likeliest.
+    """
+    file = tmp_path / "text.txt"
+    file.write_text("\n".join(f"Line {i} says {i * i}." for i in range(1500)))
+    seen = []
+    run = demo.run
+    monkeypatch.setattr(demo, "run", lambda *given, **how: seen.extend(run(*given, **how)) or seen)
+    assert main(["demo", "--tokens", "600", "--file", str(file)]) == 0
     shown = capsys.readouterr().out
     assert "11 of 11 replies" in shown
     assert "the same again" in shown
     assert "matched restored" in shown, "the words of reports"
     assert [server.returncode for server in servers] == [0]
-
-
-def test_the_demo_reads_a_file_of_ones_own_and_compares_all_of_a_reply(tmp_path, capsys, servers):
-    """Text, reasoning, and for each of 12 tokens its log-probability and the five likeliest."""
-    file = tmp_path / "text.txt"
-    file.write_text("\n".join(f"Line {i} says {i * i}." for i in range(1500)))
-    seen = run(str(BUNDLED_MODEL), wide_console(), tokens=600, file=file)
-    assert "11 of 11 replies" in capsys.readouterr().out
     assert [one.name for one in seen if one.hot.cached_tokens == one.hot.prompt_tokens - 1] == [
         "the same again"
     ]
@@ -79,10 +92,11 @@ def test_the_demo_reads_a_file_of_ones_own_and_compares_all_of_a_reply(tmp_path,
     assert any(one.hot.reasoning for one in seen)
 
 
-def test_a_wrong_reply_from_the_cache_fails_the_demo(tmp_path, monkeypatch, capsys, servers):
+@pytest.mark.usefixtures("new_interpreters")
+def test_a_wrong_reply_from_the_cache_fails_the_demo(tmp_path, monkeypatch, capsys):
     """A server that loses a state on restore answers otherwise, and the exit status says so."""
     (tmp_path / "sitecustomize.py").write_text(LOSES_STATES)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{SUPPORT}", prepend=os.pathsep)
     assert main(["demo", "--tokens", "600"]) == 1
     shown = capsys.readouterr().out
     assert "the same again" in shown

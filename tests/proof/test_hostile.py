@@ -1,6 +1,6 @@
 """Hostile concurrency: whoever lags, leaves or is refused, everything stored is what a cold run would leave.
 
-Two rounds of each family always, two hundred rounds by `pytest -m long`, the same every time. `HOSTILE_ROUNDS=5000` has
+One round of each family always, two hundred rounds by `pytest -m long`, the same every time. `HOSTILE_ROUNDS=5000` has
 more in the long form, `HOSTILE_ROUND=17` runs one of them.
 """
 
@@ -15,7 +15,7 @@ from long import forms, mostly_long
 from mlx_hybridcache.caches.layout import Layout
 from mlx_hybridcache.tiers import Tiers
 
-ROUNDS = forms(2, -(-int(os.environ.get("HOSTILE_ROUNDS", "200")) // len(FAMILIES)))
+ROUNDS = forms(1, -(-int(os.environ.get("HOSTILE_ROUNDS", "200")) // len(FAMILIES)))
 """Of each family."""
 
 ALONE = os.environ.get("HOSTILE_ROUND")

@@ -24,6 +24,13 @@ def server(process):
 
 
 @pytest.fixture(scope="session")
+def instant():
+    """One whose model answers without reasoning first, for protocols that have no switch for it."""
+    with running(OURS, "--chat-template-args", '{"enable_thinking": false}') as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
 def strict():
     """With a key, an origin, small limits, and leave to load other models."""
     flags = ["--max-prompt-tokens", "60", "--max-body-bytes", "4KiB", "--show-prompts"]

@@ -8,6 +8,7 @@ from dataclasses import replace
 import full_scan
 import pytest
 from full_scan import FullScan
+from long import forms
 from mlx_hybridcache_bench.policies.simulate import Simulation
 from mlx_hybridcache_bench.policies.sized import (
     SHAPES,
@@ -125,21 +126,24 @@ def lose(store, draw, space, prompt, what):
         store.clear()
 
 
+@pytest.mark.parametrize("changes", forms(500, 1_500))
 @pytest.mark.parametrize("limits", [{}, {"max_conversations": 6}, {"max_checkpoints": 3}])
 @pytest.mark.parametrize("needs_checkpoints", [True, False])
-def test_each_choice_is_that_of_a_full_scan(needs_checkpoints, limits):
-    """1,500 saves, restores, claims, pins, drops at random; each of the evictions goes as all nodes looked
+def test_each_choice_is_that_of_a_full_scan(needs_checkpoints, limits, changes):
+    """500 or 1,500 saves, restores, claims, pins, drops at random; each of the evictions goes as all nodes looked
     at afresh say, and after each change so does everything that is counted.
     """
     draw = random.Random(f"{needs_checkpoints} {limits}")
     store, claims = CheckedStore(9_000, needs_checkpoints=needs_checkpoints, **limits), []
-    for _ in range(1_500):
+    for _ in range(changes):
         change(store, draw, claims)
         full_scan.check_values(store)
     floors = {"choices": 300}
     floors |= {"dead": 5, "kept": 100} if needs_checkpoints else {}
     floors |= {"surplus": 50} if "max_conversations" in limits else {}
-    assert not {what for what, floor in floors.items() if store.seen[what] < floor}, store.seen
+    assert not {
+        what for what, floor in floors.items() if store.seen[what] < floor * changes // 1_500
+    }, store.seen
 
 
 @pytest.mark.parametrize("name", WORKLOADS)

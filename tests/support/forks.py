@@ -65,6 +65,11 @@ class Forked:
         """The exit status, negative for a signal; None while it runs."""
         return self._process.exitcode
 
+    @property
+    def returncode(self) -> int | None:
+        """As `poll`."""
+        return self.poll()
+
     def wait(self, timeout: float | None = None) -> int:
         """The exit status, once it has ended."""
         self._process.join(timeout)
@@ -108,11 +113,12 @@ def patch(monkeypatch: pytest.MonkeyPatch) -> None:
     from mlx_hybridcache_bench.serving import servers
 
     if sys.platform == "linux":
-        replaced = SimpleNamespace(**{**vars(subprocess), "Popen": _popen})
+        replaced = SimpleNamespace(**{**vars(subprocess), "Popen": popen})
         monkeypatch.setattr(servers, "subprocess", replaced)
 
 
-def _popen(command: list[str], *, stdout: Any, **how: Any) -> Any:
+def popen(command: list[str], *, stdout: Any, **how: Any) -> Any:
+    """`subprocess.Popen`, but for servers; what they write goes to `stdout`."""
     program, *rest = command
     for words, module in STARTED.items():
         if program == sys.executable and tuple(rest[: len(words)]) == words:

@@ -32,7 +32,8 @@ class Client:
 
     def __init__(self, app, path, body=None, method="POST", headers=()):
         self.sent = []
-        self._app, self._path, self._method = app, path, method
+        self._app, self._method = app, method
+        self._path, _, self._query = path.partition("?")
         self._headers = [(b"host", b"localhost"), *headers]
         self._coming = asyncio.Queue()
         if body is not None:
@@ -53,7 +54,7 @@ class Client:
             "method": self._method,
             "path": self._path,
             "raw_path": self._path.encode(),
-            "query_string": b"",
+            "query_string": self._query.encode(),
             "headers": self._headers,
             "client": ("127.0.0.1", 1),
             "server": ("127.0.0.1", 80),

@@ -102,23 +102,42 @@ def _slices(
 class Colds:
     """The cold runs of one model. A run that begins with whole slices of an earlier one reads the rest."""
 
-    def __init__(self, model: nn.Module, step: int):
-        self.model, self.step = model, step
+    def __init__(self, step: int):
+        self.step = step
         self._behind: dict[tuple[int, ...], tuple[list[Any], list[Array]]] = {}
+        self._whole: dict[tuple[int, ...], Array] = {}
 
-    def logits(self, history: Sequence[int]) -> Array:
+    def logits(self, model: nn.Module, history: Sequence[int]) -> Array:
         """As `cold_logits`."""
+        if (key := tuple(history)) not in self._whole:
+            self._whole[key] = self._read(model, history)
+        return self._whole[key]
+
+    def _read(self, model: nn.Module, history: Sequence[int]) -> Array:
         at = len(history) // self.step * self.step
         while at and tuple(history[:at]) not in self._behind:
             at -= self.step
         caches, parts = self._behind[tuple(history[:at])] if at else ([], [])
-        caches, parts = copy.deepcopy(caches) or make_prompt_cache(self.model), [*parts]
-        for part in _slices(self.model, caches, history[at:], self.step):
+        caches, parts = copy.deepcopy(caches) or make_prompt_cache(model), [*parts]
+        for part in _slices(model, caches, history[at:], self.step):
             parts.append(part)
             at += len(part)
             if at % self.step == 0:
                 self._behind[tuple(history[:at])] = copy.deepcopy(caches), [*parts]
         return np.concatenate(parts)
+
+
+@functools.lru_cache(maxsize=32)
+def _shared_colds(name: str, step: int) -> Colds:
+    return Colds(step)
+
+
+def colds_of(model: nn.Module, step: int) -> Colds:
+    """Those of a model that this process shares outlive the test."""
+    for name, shared in tiny.SHARED.items():
+        if shared is model:
+            return _shared_colds(name, step)
+    return Colds(step)
 
 
 def check(
@@ -138,16 +157,14 @@ def check(
     fed = FED + has_window * tiny_models.WINDOW
     step = cache.engine.prefill.grid.step
     points: list[Point] = []
-    colds, known = Colds(cache.engine.model, step), dict[tuple[int, ...], Array]()
+    model, colds = cache.engine.model, colds_of(cache.engine.model, step)
     for history, at in _points(cache, histories, positions):
         whole = _with_tail(history, step)
-        if tuple(whole) not in known:
-            known[tuple(whole)] = colds.logits(whole)
-        cold = known[tuple(whole)]
+        cold = colds.logits(model, whole)
         ready = cache.restore(whole[: at + 1], max_tokens=2 * fed)
         assert (ready.position, ready.rest) == (at, [whole[at]]), f"{at} was not restored"
         rest = whole[at : at + fed]
-        hot = _read_on(cache.engine.model, ready.prompt_cache, rest, step=1 if singly else fed)
+        hot = _read_on(model, ready.prompt_cache, rest, step=1 if singly else fed)
         ready.release()
         points.append(Point(at, distance(hot, cold[at : at + len(rest)])))
     return points

@@ -62,8 +62,8 @@ def gated_delta_ops(
     # Tokens first, for the loop; then keys, since NumPy adds row to row along the first axis of a state.
     q, k = (mx.repeat(x, heads // key_heads, -2).transpose(1, 3, 0, 2)[..., None] for x in (q, k))
     v, g, beta = v.swapaxes(0, 1), g.swapaxes(0, 1)[..., None], beta.swapaxes(0, 1)[..., None]
-    last = _numbers(state.transpose(3, 0, 1, 2))
-    outputs = _read(*(_numbers(x) for x in (q, k, v, g, beta)), last)
+    *given, last = _numbers(q, k, v, g, beta, state.transpose(3, 0, 1, 2))
+    outputs = _read(*given, last)
     return (
         mx.array(outputs).swapaxes(0, 1).astype(q.dtype),
         mx.contiguous(mx.array(last).transpose(1, 2, 3, 0)),
@@ -92,10 +92,14 @@ def ssm_step(
     delta, B, C = mx.split(self.x_proj(x), [rank, rank + size], axis=-1)
     delta, B, C = self.dt_layernorm(delta), self.b_layernorm(B), self.c_layernorm(C)
     delta = nn.softplus(self.dt_proj(delta))
-    states = _numbers(mx.expand_dims(delta * x, -1) * mx.expand_dims(B, -2)).swapaxes(0, 1)
-    decays = _numbers(mx.exp(mx.expand_dims(delta, -1) * A)).swapaxes(0, 1)
-    if state is not None:
-        states[0] += _numbers(state) * decays[0]
+    new = mx.expand_dims(delta * x, -1) * mx.expand_dims(B, -2)
+    states, decays, *before = _numbers(
+        new.swapaxes(0, 1),
+        mx.exp(mx.expand_dims(delta, -1) * A).swapaxes(0, 1),
+        *([] if state is None else [state]),
+    )
+    if before:
+        states[0] += before[0] * decays[0]
     for at in range(1, len(states)):
         states[at] += states[at - 1] * decays[at]
     read = mx.array(states.swapaxes(0, 1))
@@ -103,6 +107,8 @@ def ssm_step(
     return y, read[:, -1]
 
 
-def _numbers(x: mx.array) -> Array:
-    """A copy, in the order of its axes."""
-    return np.array(mx.contiguous(x.astype(mx.float32)))
+def _numbers(*arrays: mx.array) -> list[Array]:
+    """Copies, in the order of their axes, computed together."""
+    found = [mx.contiguous(x.astype(mx.float32)) for x in arrays]
+    mx.eval(found)
+    return [np.array(x) for x in found]

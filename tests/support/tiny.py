@@ -68,10 +68,15 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
 """Family name -> a function that makes a new model of it."""
 
 
-@functools.cache
+SHARED: dict[str, nn.Module] = {}
+"""Family name -> the model that `build` gives."""
+
+
 def build(name: str) -> nn.Module:
     """The one model of family `name` that this process shares; see `fresh`."""
-    return FAMILIES[name]()
+    if name not in SHARED:
+        SHARED[name] = FAMILIES[name]()
+    return SHARED[name]
 
 
 def random_tokens(n: int, seed: int) -> list[int]:

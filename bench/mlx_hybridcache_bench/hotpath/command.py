@@ -33,7 +33,7 @@ from .results import as_json, figures, show_floors, show_requests
 from .vocabulary import BUNDLED, VOCABULARIES
 
 SIZES, QUICK_SIZES = (12_000, 60_000, 120_000), (1_500,)
-RUNS, QUICK_RUNS = 3, 1
+RUNS, QUICK_RUNS = 2, 1
 PAIRS, QUICK_PAIRS = 15, 1
 WARM_UP = 1_000
 """Tokens of the requests that are not measured."""

@@ -13,7 +13,7 @@ from mlx_lm.utils import load
 
 from mlx_hybridcache import HybridPromptCache
 
-from ..kit.paired import Paired, Spent, copied, measure
+from ..kit.paired import Paired, Spent, copied, measure, tidy
 from ..overhead.slices import forwards_of
 from ..serving.scenarios import Material
 from ..serving.side import fresh_nonce
@@ -111,7 +111,7 @@ class _Prompt:
             copied(rows)
 
         def beside(a: Callable[[], object], b: Callable[[], object]) -> Paired:
-            return measure(a, b, pairs=pairs, warm_up=WARM_UP)
+            return measure(a, b, pairs=pairs, warm_up=WARM_UP, prepare_a=tidy, prepare_b=tidy)
 
         return Floor(
             self.size,

@@ -6,6 +6,8 @@ import base64
 import importlib.util
 import json
 import shutil
+import sysconfig
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,17 +17,14 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 
 from mlx_hybridcache.demo import BUNDLED_MODEL
-from mlx_hybridcache.demo.workloads import default_text
 from mlx_hybridcache.errors import SettingError
-
-from ..kit.text import library_text
 
 BUNDLED, QWEN, TRAINED = "bundled", "qwen", "trained"
 VOCABULARIES = (BUNDLED, QWEN, TRAINED)
 
 ENTRIES = 150_000
 TEXT = 2**26
-"""Characters at most that a vocabulary is trained on."""
+"""Characters that a vocabulary is trained on, if there are as many."""
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
@@ -62,7 +61,7 @@ def _markers() -> list[AddedToken]:
 
 
 def _trained() -> Any:
-    """On the language reference and the standard library, words split as the bundled tokenizer does."""
+    """On the Python sources that are installed, words split as the bundled tokenizer does."""
     made: Any = Tokenizer(BPE())
     bundled: Any = Tokenizer.from_file(str(BUNDLED_MODEL / FILES[0]))
     made.pre_tokenizer, made.decoder = bundled.pre_tokenizer, bundled.decoder
@@ -72,8 +71,19 @@ def _trained() -> Any:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    made.train_from_iterator([default_text(), library_text(TEXT)], trainer)
+    made.train_from_iterator(_installed(TEXT), trainer)
     return made
+
+
+def _installed(characters: int) -> Iterator[str]:
+    """About so many characters of Python sources: the standard library alone has 50,000 entries' worth."""
+    for folder in ("stdlib", "purelib"):
+        for path in sorted(Path(sysconfig.get_path(folder)).rglob("*.py")):
+            if characters <= 0:
+                return
+            text = path.read_text(encoding="utf-8", errors="replace")
+            yield text
+            characters -= len(text)
 
 
 def _qwen() -> Any:

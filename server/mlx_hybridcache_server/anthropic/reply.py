@@ -67,6 +67,9 @@ class MessagesReply:
     def keepalive(self) -> bytes:
         return PING
 
+    def failure(self, error: ApiError) -> bytes:
+        return failure(error)
+
     async def chunks(self) -> AsyncGenerator[bytes]:
         """The events. The first says what was restored, so it comes when the prompt is read."""
         async with aclosing(self._events()) as events:

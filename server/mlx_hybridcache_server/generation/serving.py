@@ -105,6 +105,7 @@ class RunningReply:
         self._began = self._first = self._last = 0.0
         self._is_late = False
         self._giving_back: asyncio.Future[None] | None = None
+        self._generation: Generation[Piece | PromptProgress] | None = None
 
     @property
     def tokenizer(self) -> Any:
@@ -169,7 +170,7 @@ class RunningReply:
         serving = self._serving
         serving.check_open()
         self._began = time.perf_counter()
-        generation = self._generate()
+        generation = self._generation = self._generate()
         serving.generations.add(generation)
         held.callback(self._closed, generation)
         return generation
@@ -207,6 +208,13 @@ class RunningReply:
             if self._is_late:
                 raise self._admitted.too_late()
             self._serving.check_open()
+
+    def cancel(self) -> bool:
+        """End it where it is, as a client's leaving does; whether it had begun."""
+        if self._generation is None:
+            return False
+        self._generation.cancel()
+        return True
 
     def timings(self) -> dict[str, float]:
         """What took how long, under llama.cpp's names."""
@@ -302,6 +310,13 @@ class Serving:
         self._leases: Leases[Named | None] = Leases(self._is_loaded, self._switch)
         self._loading: Future[Loaded] | None = None
         self._between = ThreadPoolExecutor(BETWEEN, thread_name_prefix="between-turns")
+
+    def cancel(self, reply_id: str, salt: str | None) -> bool:
+        """End a reply that is being written under this id and salt; whether there was one."""
+        for run in self.runs:
+            if isinstance(run, RunningReply) and run.reply_id == reply_id:
+                return run.request.cache_salt == salt and run.cancel()
+        return False
 
     async def between_turns(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         """Run what the worker does between two turns. No work without bound keeps it waiting."""

@@ -10,6 +10,7 @@ from typing import Any
 
 from fastapi.sse import format_sse_event
 
+from ..errors import ApiError
 from ..generation.merge import merged
 from ..generation.pieces import Count, Piece, PromptProgress
 from ..generation.serving import RunningReply, Serving
@@ -22,9 +23,15 @@ from .envelope import Envelope, usage
 
 log = logging.getLogger(CLIENTS)
 
+
+def failure(error: ApiError) -> bytes:
+    """What a stream ends with that ends too early."""
+    return event(error.body())
+
+
 STREAM = StreamFormat(
     keepalive=COMMENT,
-    failure=lambda failure: event(failure.body()),
+    failure=failure,
     end=format_sse_event(data_str="[DONE]"),
 )
 
@@ -54,6 +61,9 @@ class Reply:
         """How far the first of its prompts is, for who hears of nothing else."""
         run = self.groups[0][0].run
         return progress_comment(run.read_tokens, run.count.prompt)
+
+    def failure(self, error: ApiError) -> bytes:
+        return failure(error)
 
     async def chunks(self) -> AsyncGenerator[bytes]:
         """Chunks as server-sent events, and comments that tell how far the prompt is read."""

@@ -6,11 +6,12 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import ExitStack, aclosing
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from fastapi import Request
 from starlette.responses import Response
 
+from ..errors import ApiError
 from ..generation.admission import Admitted
 from ..generation.serving import Serving, serving_of
 from ..http.disconnects import unless_gone
@@ -22,6 +23,8 @@ from .notices import warning_headers
 from .parse import check
 
 log = logging.getLogger("mlx_hybridcache.server")
+
+T = TypeVar("T")
 
 
 class Reply(Protocol):
@@ -37,6 +40,10 @@ class Reply(Protocol):
 
     def keepalive(self) -> bytes:
         """What a stream says while it has nothing to say."""
+        ...
+
+    def failure(self, error: ApiError) -> bytes:
+        """What a stream ends with where it ends too early."""
         ...
 
 
@@ -64,6 +71,22 @@ async def answered(
         return JsonResponse(whole, headers=headers)
 
 
+Work = Callable[[Serving, Admitted, int], Coroutine[Any, Any, T]]
+"""What is done with a request that weighs so many bytes, in the place that it was given."""
+
+
+async def worked(request: Request, work: Work[T]) -> T:
+    """What comes of a request for something else than replies: admitted, timed and left like one."""
+    serving = serving_of(request)
+    admitted = serving.admission.admit(1)
+    try:
+        weight = len(await request.body())
+        timed = admitted.in_time(work(serving, admitted, weight))
+        return await unless_gone(request, serving.metrics, timed)
+    finally:
+        admitted.close()
+
+
 async def _stream(
     body: GenerationBody,
     request: Request,
@@ -86,11 +109,20 @@ async def _stream(
 
     chunks, headers = (work.result().chunks(), said()) if work.done() else (_late(work, said), {})
 
-    def keepalive() -> bytes:
+    def reply() -> Reply | None:
         is_there = work.done() and not work.cancelled() and work.exception() is None
-        return work.result().keepalive() if is_there else stream.keepalive
+        return work.result() if is_there else None
 
-    told = events(kept_alive(chunks, seconds, keepalive), serving.metrics, stream)
+    def keepalive() -> bytes:
+        begun = reply()
+        return stream.keepalive if begun is None else begun.keepalive()
+
+    def failure(error: ApiError) -> bytes:
+        begun = reply()
+        return stream.failure(error) if begun is None else begun.failure(error)
+
+    own = StreamFormat(stream.keepalive, failure, stream.end)
+    told = events(kept_alive(chunks, seconds, keepalive), serving.metrics, own)
     return EventStream(told, held.pop_all().close, headers)
 
 

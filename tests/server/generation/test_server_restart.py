@@ -8,7 +8,7 @@ from servers import COMPLETIONS, OURS, run_to_its_end, running
 STRIDE = 2048
 
 
-@pytest.fixture(scope="module", params=forms(5_000, 12_000))
+@pytest.fixture(scope="module", params=forms(4_200, 12_000))
 def length(request):
     """Tokens of the prompt: more than two strides."""
     return request.param

@@ -434,7 +434,7 @@ def test_a_reply_under_way_outlives_its_drop(server):
     asking = threading.Thread(target=lambda: reply.update(server.answer(CHAT, **body)))
     asking.start()
     while not look(server)["running"] and asking.is_alive():
-        pass
+        time.sleep(0.01)
     server.post("/v1/cache/drop", key=last_run(server)["key"])
     asking.join()
     assert reply["choices"] == first["choices"]

@@ -1,0 +1,1 @@
+"""The endpoints of OpenAI's Responses API: put into a chat, handed over, the reply shaped and kept."""
