@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
@@ -15,14 +15,18 @@ from .layout import Layout, fresh_caches, leaves
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """One snapshot per leaf of the model's caches, None for those that rows alone restore."""
+    """One snapshot per leaf of the model's caches, None for those that rows alone restore.
+
+    `nbytes` are all of its arrays': asked of every checkpoint on a path with each request, added up once.
+    """
 
     position: int
     snapshots: tuple[Snapshot | None, ...]
+    nbytes: int = field(init=False, repr=False, compare=False)
 
-    @property
-    def nbytes(self) -> int:
-        return sum(snapshot.nbytes for snapshot in self.snapshots if snapshot is not None)
+    def __post_init__(self) -> None:
+        known = sum(snapshot.nbytes for snapshot in self.snapshots if snapshot is not None)
+        object.__setattr__(self, "nbytes", known)
 
 
 def take(

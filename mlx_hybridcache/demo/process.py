@@ -1,4 +1,4 @@
-"""The demo's server: a process of its own, which lives no longer than a `with` block."""
+"""A server as a process of its own, which lives no longer than a `with` block."""
 
 from __future__ import annotations
 
@@ -58,14 +58,22 @@ class Server:
 
 @contextmanager
 def running(flags: Sequence[str]) -> Iterator[Server]:
-    """Start a server on a free port of this machine; stop it however the block ends."""
+    """Start a server on a free port of this machine; stop it however the block ends.
+
+    It is in a session of its own: a terminal's Ctrl-C is for whoever asks it.
+    """
     command = [sys.executable, "-m", MODULE, "--host", "127.0.0.1", "--port", "0"]
-    with tempfile.TemporaryFile() as log, _exiting_on(signal.SIGTERM):
+    with (
+        tempfile.TemporaryFile() as log,
+        _exiting_on(signal.SIGTERM),
+        _exiting_on(signal.SIGHUP),
+    ):
         process = subprocess.Popen(
             [*command, "--log-level", "INFO", *flags],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
         try:
             yield Server(process, log.fileno())

@@ -329,16 +329,18 @@ class PrefixTree(Generic[R, S]):
         """The longest stored prefix of `tokens` (int32, shape `(n,)`), linear in `n`."""
         node, position = self.root, 0
         path: list[Node[R, S]] = []
+        content, width = tokens.tobytes(), tokens.itemsize
         while position < len(tokens):
             child = node.child(int(tokens[position]))
             if child is None:
                 return Match(position, tuple(path), None, contradicted=bool(node.children))
-            common = common_length(child.tokens, tokens[position:])
-            position += common
-            if common < len(child.tokens):
+            # A conversation's path has hundreds of runs: bytes compare in a third of the time.
+            end = position + len(child.tokens)
+            if content[width * position : width * end] != child.tokens.tobytes():
+                position += common_length(child.tokens, tokens[position:])
                 return Match(position, tuple(path), child, contradicted=position < len(tokens))
             path.append(child)
-            node = child
+            node, position = child, end
         return Match(position, tuple(path), None, contradicted=False)
 
     def extend(self, tokens: Tokens, rows: tuple[R, ...]) -> Node[R, S]:

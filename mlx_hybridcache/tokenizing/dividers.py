@@ -2,8 +2,9 @@
 
 A *divider* is an added token of a `tokenizers` tokenizer that is found in the text as it was written,
 before anything is normalized or split into words. Whatever is done then is done to each stretch
-between two such tokens by itself, and knows of the others only whether it stands at position 0. So the tokens of `a` and those of `divider + b` are together those of `a + divider + b`. What must hold for that
-is asked of the tokenizer's own parts, and tried on it once.
+between two such tokens by itself, and knows of the others only whether it stands at position 0. So the
+tokens of `a` and those of `divider + b` are together those of `a + divider + b`. What must hold for
+that is asked of the tokenizer's own parts, and tried on it once.
 """
 
 from __future__ import annotations
@@ -48,10 +49,8 @@ BEFORE = ("", "a", "a ", "1\n", "e\u0301\r", " \u3042")
 BEHIND = ("", "b", " b", "\u0338c", "\n\n", "\u200d\u3044")
 """What a divider is tried between: words, white space, and what would join its last letter."""
 
-
 PARTS = ("normalizers", "pretokenizers", "processors")
 """Where a sequence keeps what it is made of."""
-
 
 ENCODING = ("encode", "_encode_plus")
 """The methods of transformers between a text and the Rust tokenizer."""
@@ -135,7 +134,8 @@ def _apart(backend: Any) -> list[tuple[str, int]]:
     """The added tokens that are taken out of the text as written, wherever they stand in it.
 
     One that could overlap with another is none of them: which of two is found would depend on what
-    is before. One that strips white space behind it does so in its own part, as none begins with any. Nor are those that the model itself writes for what it does not know.
+    is before. Nor is one that the model itself writes for what it does not know. One that strips white
+    space behind it does so in its own part, as none begins with any.
     """
     added = backend.get_added_tokens_decoder()
     contents = [token.content for token in added.values()]

@@ -110,9 +110,8 @@ class Encoder:
             return tokens
         cuts = self.cuts(text, 0, len(text))
         at = np.flatnonzero(np.isin(tokens, self._numbers)).tolist()
-        if len(at) == len(
-            cuts
-        ):  # else something else became a divider's id, and no one knows which
+        # Else something else became a divider's id, and no one knows which.
+        if len(at) == len(cuts):
             starts = at if cuts[:1] == [0] else [0, *at]
             stretches = [tokens[a:b] for a, b in pairwise([*starts, len(tokens)])]
             self.remembered.keep(salt, list(_between(text, self._edges(text))), stretches)

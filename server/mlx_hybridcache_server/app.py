@@ -29,6 +29,7 @@ from .http.wire import ErrorResponse, JsonResponse
 from .log import CLIENTS
 from .metrics import Metrics
 from .openai import routes as openai_routes
+from .probes import routes as probe_routes
 from .replies.notices import WARNING_HEADER
 from .responses import routes as responses_routes
 from .responses.kept import KeptResponses
@@ -94,6 +95,7 @@ ROUTERS = (
     openai_routes.router,
     anthropic_routes.router,
     responses_routes.router,
+    probe_routes.router,
     page_routes.router,
 )
 

@@ -34,8 +34,6 @@ from mlx_hybridcache import PromptError
 Result = dict[str, Any]
 STAND_IN = SUPPORT / "stand_in_server.py"
 CHANGED = "Name one rule that it states."  # what the second request of changed-ending ends with
-SOON_SECONDS = 300
-"""In which a run must end that a server could hold up for `--timeout`, 1,200 s, or for ever."""
 
 
 @contextmanager
@@ -265,7 +263,6 @@ def test_a_request_that_fails_is_told_and_the_run_goes_on(
     measured: Callable[..., tuple[int, Result]],
 ) -> None:
     """Refused, broken off, hung in silence or behind comments: the next request is measured."""
-    began = time.monotonic()
     with running(monkeypatch, faults={CHANGED: fault}) as server:
         options = ["--timeout", "3", "--scenarios", "changed-ending"]
         _, found = measured("--url", server.url, *options)
@@ -276,7 +273,6 @@ def test_a_request_that_fails_is_told_and_the_run_goes_on(
     (trouble,) = found["servers"][0]["troubles"]
     assert (trouble["scenario"], trouble["step"]) == ("changed-ending", "ending changed")
     assert not trouble["restarted"], "it is nobody's here to start"
-    assert time.monotonic() - began < SOON_SECONDS
 
 
 def test_a_server_that_dies_is_started_again(
@@ -298,7 +294,6 @@ def test_a_server_that_dies_for_good_is_reported_not_waited_for(
 ) -> None:
     """It will not start again: what was measured stays, and the rest is not asked."""
     gguf = llama(faults={CHANGED: "die"}, starts=str(tmp_path / "starts"), most_starts=1)
-    began = time.monotonic()
     status, found = measured("--compare", LLAMA, "--alone", "--gguf", str(gguf))
     (server,) = found["servers"]
     assert (status, server["status"]) == (1, "partial")
@@ -306,7 +301,6 @@ def test_a_server_that_dies_for_good_is_reported_not_waited_for(
     assert {each["scenario"] for each in server["requests"]} == {
         *("repeat", "chat", "changed-ending")
     }
-    assert time.monotonic() - began < SOON_SECONDS
 
 
 def test_a_server_that_cannot_start_is_reported(
@@ -324,12 +318,10 @@ def test_a_server_at_a_url_that_goes_away_is_reported_not_waited_for(
     monkeypatch: pytest.MonkeyPatch, measured: Callable[..., tuple[int, Result]]
 ) -> None:
     """It is nobody's here to start again."""
-    began = time.monotonic()
     with running(monkeypatch, faults={CHANGED: "die"}) as server:
         status, found = measured("--url", server.url, "--scenarios", "changed-ending", "chat")
     told = found["servers"][0]
     assert (status, told["status"], "answers no more" in told["reason"]) == (1, "partial", True)
-    assert time.monotonic() - began < SOON_SECONDS
 
 
 def test_replies_that_differ_hot_and_cold_are_named(

@@ -16,36 +16,33 @@ from mlx_hybridcache_bench.serving.servers import OURS, THEIRS
 from mlx_hybridcache_bench.ttft import command
 from mlx_hybridcache_bench.ttft.plan import NAMES, SITUATIONS
 
+SIZE = 1050
 CLIENTS_AT_ONCE, REQUESTS = 2, 2
 
 
 SOME_NAMES = ("repeat", "changed-ending", "restart", "identical")
 
-SHORT, WHOLE = (SOME_NAMES, 700), (NAMES, 1050)
-"""What is measured, at a text of how many tokens."""
-
-in_full_only = pytest.mark.parametrize("out", [in_full(WHOLE)], indirect=True)
+in_full_only = pytest.mark.parametrize("out", [in_full(NAMES)], indirect=True)
 
 
-@pytest.fixture(scope="module", params=forms(SHORT, WHOLE))
+@pytest.fixture(scope="module", params=forms(SOME_NAMES, NAMES))
 def out(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
     """The folder of one run of some things or everything beside mlx_lm.server, whose exit status says that
     it is well.
     """
     folder = tmp_path_factory.mktemp("ttft")
-    names, size = request.param
     only = [
         "--quick",
         "--repeats",
         "1",
         "--sizes",
-        str(size),
+        str(SIZE),
         "--clients",
         str(CLIENTS_AT_ONCE),
         "--requests",
         str(REQUESTS),
         "--scenarios",
-        *names,
+        *request.param,
     ]
     assert cli.main(["ttft", "--compare", THEIRS, *only, "--out", str(folder)]) == 0
     return folder
@@ -81,16 +78,7 @@ def situation(server: dict[str, Any], name: str) -> dict[str, float]:
     return dict(run["values"])
 
 
-@pytest.fixture(scope="module")
-def size(whole: dict[str, Any]) -> int:
-    """Tokens of its texts."""
-    (only,) = whole["settings"]["sizes"]
-    return int(only)
-
-
-def test_one_command_measures_both_and_writes_every_file(
-    out: Path, size: int, found: dict[str, Any]
-) -> None:
+def test_one_command_measures_both_and_writes_every_file(out: Path, found: dict[str, Any]) -> None:
     """Ours joins without being named; the page, Markdown and pictures stand beside the figures."""
     assert list(found) == [THEIRS, OURS]
     assert all(each["status"] == "measured" for each in found.values())
@@ -99,14 +87,14 @@ def test_one_command_measures_both_and_writes_every_file(
         *("results.json", "report.html", "report.md", "memory.png"),
         *("ttft-by-length.png", "ttft-by-scenario.png", "several-clients.png"),
     }
-    assert f"| {size:,} |" in (out / "report.md").read_text(encoding="utf-8")
+    assert "| 1,050 |" in (out / "report.md").read_text(encoding="utf-8")
 
 
-def test_what_each_server_re_uses_is_what_it_says(size: int, found: dict[str, Any]) -> None:
+def test_what_each_server_re_uses_is_what_it_says(found: dict[str, Any]) -> None:
     """An exact repeat on both; a changed ending on ours alone."""
     ours, theirs = found[OURS], found[THEIRS]
     prompt = ours["requests"][0]["prompt_tokens"]
-    assert prompt > size
+    assert prompt > SIZE
     for server in (ours, theirs):
         assert cached(server, "repeat", "again") == [prompt - 1] * 4
         assert cached(server, "changed-ending", "cold")[0] < 32
@@ -165,25 +153,25 @@ def test_the_short_question_has_a_hundred_tokens(found: dict[str, Any]) -> None:
 
 
 @in_full_only
-def test_mixed_clients_share_what_they_share(size: int, found: dict[str, Any]) -> None:
+def test_mixed_clients_share_what_they_share(found: dict[str, Any]) -> None:
     """Eight clients with two requests each. What is not cached is read, by the server's own count."""
     ours = situation(found[OURS], "mixed")
     assert ours["requests"] == REQUESTS * len(CLIENTS)
     assert ours["cached_tokens"] + ours["read_tokens"] == ours["prompt_tokens"]
     # Four clients open with one system prompt, and all but the writers go on from their first turn.
-    assert ours["cached_tokens"] > 3 * (size // 4)
+    assert ours["cached_tokens"] > 3 * (SIZE // 4)
     assert ours["cached_tokens"] > situation(found[THEIRS], "mixed")["cached_tokens"]
 
 
 @in_full_only
-def test_every_request_is_answered_by_both(size: int, found: dict[str, Any]) -> None:
+def test_every_request_is_answered_by_both(found: dict[str, Any]) -> None:
     """Ten scenarios and a restart, and every kind of situation."""
     for server in found.values():
         assert {each["scenario"] for each in server["requests"]} == {*SCENARIOS, "restart"}
         assert {each["situation"] for each in server["situations"]} == {*SITUATIONS, "restart"}
         assert all(each["error"] is None for each in server["requests"])
         sizes = {each["situation"]: each["size"] for each in server["situations"]}
-        assert (sizes["identical"], sizes["mixed"]) == (size, size // 4)
+        assert (sizes["identical"], sizes["mixed"]) == (SIZE, SIZE // 4)
     ours, theirs = (
         [(e["scenario"], e["step"]) for e in each["requests"]] for each in found.values()
     )

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -37,10 +38,13 @@ end for each reply: not every client asks for one, and the small model does not 
 QUESTIONS = ["Where is Omar?", "Where is Lena?", "Where is Hugo?"]
 """What the programs are asked; `clients/task.py` has what the scripts ask."""
 
-AIDER = [
+AIDER_QUIET = [
     *("--no-git", "--yes-always", "--no-pretty", "--no-fancy-input", "--no-check-update"),
     *("--no-show-model-warnings", "--no-show-release-notes", "--analytics-disable"),
     *("--no-detect-urls", "--map-tokens", "0", "--max-chat-history-tokens", "100000"),
+]
+AIDER = [
+    *AIDER_QUIET,
     *("--model", "openai/default_model", "--openai-api-key", "none", "--chat-mode", "ask"),
 ]
 """One chat that asks nobody anything but the model, and does not sum its history up."""
@@ -306,44 +310,82 @@ def test_aider_grows(installed, bundled, tmp_path):
     assert_grows(steps, changing=newest)
 
 
-def test_claude_code_grows(installed, terse, tmp_path):
-    """Two questions, each asked by a process of its own: 29,000 tokens, of which the second reads 206.
+def launch(installed: Any, agent: str, server: Emptied, folder: Path, *words: str) -> str:
+    """What `mlx-hybridcache launch` has an agent print, whose program is on the path for it alone."""
+    program = Path(installed(LAUNCHED[agent]).command(agent))
+    return run(
+        [
+            sys.executable,
+            "-m",
+            "mlx_hybridcache.cli",
+            "launch",
+            agent,
+            "--url",
+            server.url,
+            "--",
+            *words,
+        ],
+        folder,
+        may_fail=True,
+        PATH=f"{program.parent}:{os.environ['PATH']}",
+        PYTHONPATH=str(ROOT),
+        **TERSE,
+    )
 
-    It takes a reply that is cut for a failure, asks for more three times, and gives up: five times and more.
+
+LAUNCHED = {
+    "claude": "claude-code",
+    "codex": "codex",
+    "opencode": "opencode",
+    "aider": "aider",
+}
+TERSE = {"CLAUDE_CODE_MAX_OUTPUT_TOKENS": "40", "DISABLE_AUTOUPDATER": "1", **OPENCODE}
+
+ASKED = {
+    "claude": (["-p"], ["-p", "-c"]),
+    "codex": (
+        ["exec", "--skip-git-repo-check"],
+        ["exec", "--skip-git-repo-check", "resume", "--last"],
+    ),
+    "opencode": (["run", "--pure", "--title", "A"], ["run", "--pure", "-c"]),
+    "aider": (
+        [*AIDER_QUIET, "--message"],
+        [*AIDER_QUIET, "--restore-chat-history", "--message"],
+    ),
+}
+"""How each is asked once, and how a new process of it goes on."""
+
+
+@pytest.mark.parametrize(
+    ("agent", "least", "changing"),
+    [("claude", 20_000, 200), ("codex", 5_000, 50), ("opencode", 5_000, 50), ("aider", 500, 400)],
+)
+def test_an_agent_that_is_launched_grows(agent, least, changing, installed, terse, tmp_path):
+    """Two questions, each asked by a process of its own. Of Claude Code's 28,943 tokens 28,939 are restored
+    for the second, of Codex's 9,377 it is 9,368, of OpenCode's 10,247 it is 10,240; of aider's 880 it is 512, as
+    it ends its newest message with a reminder. Some take a reply that is cut for a failure, and ask for more.
     """
-    program = installed("claude-code").command("claude")
-    own = {
-        "ANTHROPIC_BASE_URL": terse.url,
-        "ANTHROPIC_AUTH_TOKEN": "none",
-        "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
-        "CLAUDE_CODE_MAX_OUTPUT_TOKENS": "40",
-        "DISABLE_AUTOUPDATER": "1",
-    }
-    for question, session in zip(QUESTIONS[:2], ([], ["-c"]), strict=True):
-        run([program, "-p", *session, question], tmp_path, may_fail=True, **own)
-    assert_hardly_read_again(terse.steps(), 20_000, 600)
+    subprocess.run(["git", "init", "--quiet", str(tmp_path)], check=True)
+    for question, words in zip(QUESTIONS[:2], ASKED[agent], strict=True):
+        launch(installed, agent, terse, tmp_path, *words, question)
+    steps = terse.steps()
+    print("prompt, restored:", steps)
+    assert len(steps) >= 2
+    (first, _), *others = steps
+    assert first >= least
+    assert all(restored >= first - changing for _, restored in others), steps
 
 
-def test_codex_grows(installed, terse, tmp_path):
-    """The same over Responses: 9,303 tokens, of which the second question, in a new process, reads 66."""
-    program = installed("codex").command("codex")
+def test_codexs_lines_in_the_docs_are_its_settings(installed, terse, tmp_path):
+    """docs/clients.md, but for the address."""
     home = tmp_path / ".codex"
     home.mkdir()
     (block,) = pages.of_language(pages.DOCS / "clients.md", "toml")
     (home / "config.toml").write_text(block.text.replace("http://localhost:8080", terse.url))
-    for question, session in zip(QUESTIONS[:2], ([], ["resume", "--last"]), strict=True):
-        command = [program, "exec", "--skip-git-repo-check", *session, question]
-        run(command, tmp_path, may_fail=True, LOCAL_KEY="none")
-    assert_hardly_read_again(terse.steps(), 5_000, 300)
-
-
-def assert_hardly_read_again(steps: list[tuple[int, int]], least: int, most: int) -> None:
-    """Long prompts, and after the first one each reads at most so many tokens of them."""
-    print("prompt, restored:", steps)
-    assert len(steps) >= 2
-    assert steps[0][0] >= least
-    for prompt, restored in steps[1:]:
-        assert prompt - restored <= most, steps
+    program = installed("codex").command("codex")
+    command = [program, "exec", "--skip-git-repo-check", QUESTIONS[0]]
+    run(command, tmp_path, may_fail=True, LOCAL_KEY="none")
+    assert terse.steps()[0][0] > 5_000
 
 
 def opencode(installed: Any, server: Emptied, folder: Path, agent: str) -> list[dict[str, Any]]:

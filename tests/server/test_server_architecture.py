@@ -16,7 +16,7 @@ ORDER = [
     {"main"},
     {"service"},
     {"app", "banner"},
-    {"anthropic", "openai", "responses", "watching"},
+    {"anthropic", "openai", "probes", "responses", "watching"},
     {"replies"},
     {"generation"},
     {"grammar"},

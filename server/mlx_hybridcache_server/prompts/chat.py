@@ -20,7 +20,7 @@ from ..adapter import (
     renders_text,
     without_template,
 )
-from ..errors import ApiError, refuse
+from ..errors import refuse
 from ..schema.requests import Conversation
 from .abilities import Abilities
 from .messages import for_template
@@ -60,12 +60,17 @@ class Renderer:
         object.__setattr__(self, "_takes", takes)
 
     def text(
-        self, prompt: str | Sequence[int], param: str = "prompt", *, salt: str | None = None
+        self,
+        prompt: str | Sequence[int],
+        param: str = "prompt",
+        *,
+        special: bool = True,
+        salt: str | None = None,
     ) -> Steps[Rendered]:
-        """A raw prompt, as `/v1/completions` takes it."""
+        """A raw prompt, as `/v1/completions` takes it, with what opens and closes every one if `special`."""
         if isinstance(prompt, str):
             ids: Iterable[int] = yield from self._tokenizing.steps(
-                prompt, param, special=True, salt=salt or ""
+                prompt, param, special=special, salt=salt or ""
             )
         else:
             self.room.check(len(prompt), param)
@@ -105,6 +110,20 @@ class Renderer:
             tokens, initial_state(self.tokenizer, turn), may_reason(self.tokenizer, turn)
         )
 
+    def prompt(self, body: Conversation, *, opens_reply: bool = True) -> str:
+        """A conversation's prompt as text. Not for the event loop. Raises `ApiError` 400 as `chat` does."""
+        messages = for_template(body.messages, self._takes)
+        if not self.tokenizer.has_chat_template:
+            roles = dict(body.role_mapping) if body.role_mapping else None
+            return without_template(messages, roles)
+        asked = {
+            "tools": body.tools or None,
+            "add_generation_prompt": opens_reply,
+            **self._extra(body),
+        }
+        found = self._rendered(messages, **asked)
+        return found if isinstance(found, str) else str(self.tokenizer.decode(found))
+
     def prefix(self, body: Conversation, *, salt: str | None = None) -> Steps[Tokens]:
         """What every prompt begins with that begins with these messages.
 
@@ -130,22 +149,22 @@ class Renderer:
         return found if is_text else str(self.tokenizer.decode(found))
 
     def _apply(self, messages: list[dict[str, Any]], salt: str, **kwargs: Any) -> Steps[Tokens]:
+        found = self._rendered(messages, **kwargs)
+        if isinstance(found, str):
+            found = yield from self._tokenizing.steps(found, "messages", special=False, salt=salt)
+        self.room.check(len(found), "messages")
+        yield len(found)
+        return _checked(found, self.vocabulary, "messages")
+
+    def _rendered(self, messages: list[dict[str, Any]], **kwargs: Any) -> Any:
+        """What the template makes of them: text, or tokens of one that makes no text."""
         is_text = renders_text(self.tokenizer)
         try:
-            found = self.tokenizer.apply_chat_template(messages, tokenize=not is_text, **kwargs)
-            if is_text:
-                found = yield from self._tokenizing.steps(
-                    found, "messages", special=False, salt=salt
-                )
-        except ApiError:
-            raise
+            return self.tokenizer.apply_chat_template(messages, tokenize=not is_text, **kwargs)
         except Exception as error:  # templates raise jinja2's errors, their authors' and Python's
             raise refuse(
                 f"The model's chat template cannot render these messages: {error}", "messages"
             ) from error
-        self.room.check(len(found), "messages")
-        yield len(found)
-        return _checked(found, self.vocabulary, "messages")
 
     def _extra(self, body: Conversation) -> dict[str, Any]:
         extra = {**self.template_args, **(body.chat_template_kwargs or {})}

@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import ExitStack, aclosing
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from fastapi import Request
 from starlette.responses import Response
@@ -23,6 +23,8 @@ from .notices import warning_headers
 from .parse import check
 
 log = logging.getLogger("mlx_hybridcache.server")
+
+T = TypeVar("T")
 
 
 class Reply(Protocol):
@@ -67,6 +69,22 @@ async def answered(
         headers = warning_headers(request.url.path, body.warnings)
         whole = await unless_gone(request, serving.metrics, answer.whole())
         return JsonResponse(whole, headers=headers)
+
+
+Work = Callable[[Serving, Admitted, int], Coroutine[Any, Any, T]]
+"""What is done with a request that weighs so many bytes, in the place that it was given."""
+
+
+async def worked(request: Request, work: Work[T]) -> T:
+    """What comes of a request for something else than replies: admitted, timed and left like one."""
+    serving = serving_of(request)
+    admitted = serving.admission.admit(1)
+    try:
+        weight = len(await request.body())
+        timed = admitted.in_time(work(serving, admitted, weight))
+        return await unless_gone(request, serving.metrics, timed)
+    finally:
+        admitted.close()
 
 
 async def _stream(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .messages import MessagesBody, OutputConfig, Thinking, ToolChoice
+from .probes import DetokenizeBody, TemplateBody, TokenizeBody
 from .requests import ChatBody, CompletionBody, PrefixBody, WatchBody
 from .responses import Reasoning, ResponsesBody, TextConfig
 
@@ -11,6 +12,7 @@ FIELDS = frozenset(
     for body in (
         *(ChatBody, CompletionBody, PrefixBody, WatchBody),
         *(MessagesBody, OutputConfig, Thinking, ToolChoice),
+        *(DetokenizeBody, TemplateBody, TokenizeBody),
         *(ResponsesBody, Reasoning, TextConfig),
     )
     for name in body.model_fields

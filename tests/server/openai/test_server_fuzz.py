@@ -40,6 +40,9 @@ BODIES = {
     f"POST {MESSAGES}": 12,
     f"POST {MESSAGES}/count_tokens": 6,
     "POST /v1/responses": 12,
+    "POST /tokenize": 5,
+    "POST /detokenize": 5,
+    "POST /apply-template": 5,
     "POST /v1/cache/warm": 10,
     "POST /v1/cache/pin": 5,
     "DELETE /v1/cache/pin": 5,
@@ -55,6 +58,8 @@ NO_BODIES = [
     "GET /v1/cache",
     "DELETE /v1/cache",
     "GET /v1/cache/recent",
+    "GET /props",
+    "GET /slots",
     "GET /v1/responses/{name}",
     "GET /v1/responses/{name}/input_items",
     "DELETE /v1/responses/{name}",
@@ -192,7 +197,7 @@ def bounded(case: schemathesis.Case) -> schemathesis.Case:
 
 
 def test_the_openapi_names_every_endpoint(fuzzed):
-    """Twenty-one operations, and none of the page's; the alias of the chat is described as the chat is."""
+    """Twenty-six operations, and none of the page's; the alias of the chat is described as the chat is."""
     assert fuzzed.operations.keys() == {*BODIES, *NO_BODIES}
     paths = fuzzed.server.client.get("/openapi.json").json()["paths"]
     alias, chat = paths["/chat/completions"]["post"], paths[CHAT]["post"]
@@ -220,7 +225,8 @@ def test_values_at_the_limits_are_answered_and_those_beyond_refused(fuzzed, labe
         refused += status != 200
         assert status == 200 or reply["param"] or reply["code"], f"{case!r}: {reply}"
     assert answered >= (100 if "completions" in label else 4) // stride
-    assert refused < answered or "cache" in label
+    # What is stored, and which tokens a model has, no schema can say.
+    assert refused < answered or "cache" in label or "detokenize" in label
     for case in islice(fuzzed.limits(label, GenerationMode.NEGATIVE), None, None, stride):
         scenario = case.meta.phase.data.scenario
         status, reply = fuzzed.send(bounded(case))
