@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
+from ..replies.notices import named
 from ..schema.messages import Block, CountBody, MessagesBody
 from ..schema.requests import ChatBody, Conversation
 
@@ -13,7 +15,7 @@ MOST_BREAKPOINTS = 4
 
 CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 
-FUNCTIONS = frozenset({None, "custom", "function"})
+FUNCTIONS = (None, "custom", "function")
 """Types of tools that are a client's own; all others are Anthropic's, by a name with a date."""
 
 Message = dict[str, Any]
@@ -52,20 +54,25 @@ def breakpoints(body: CountBody, chat: MessagesChat) -> list[Conversation]:
 
     Only those within a message: between two of them there is a checkpoint anyway.
     """
-    found = [chat.model_copy(update={"messages": messages}) for messages in _marked(body)]
-    return [*found[-MOST_BREAKPOINTS:]]
+    last = deque(_marks(body), maxlen=MOST_BREAKPOINTS)  # there may be thousands
+    return [chat.model_copy(update={"messages": _beginning(body, *mark)}) for mark in last]
 
 
-def _marked(body: CountBody) -> Iterator[list[Message]]:
+def _marks(body: CountBody) -> Iterator[tuple[int, int]]:
+    """Where there is one: in which message, with -1 for the system's, and behind how many blocks."""
     if any(map(_has_mark, body.tools or ())):
-        yield []
+        yield -1, 0
+    contents = [body.system, *(message["content"] for message in body.messages)]
+    for at, content in enumerate(contents, -1):
+        yield from ((at, end) for end in _inner_marks(content))
+
+
+def _beginning(body: CountBody, at: int, end: int) -> list[Message]:
     system: Any = body.system
-    for end in _inner_marks(system):
-        yield _system(system[:end])
-    for at, message in enumerate(body.messages):
-        for end in _inner_marks(message["content"]):
-            part = {**message, "content": message["content"][:end]}
-            yield [*_system(system), *_turns([*body.messages[:at], part])]
+    if at < 0:
+        return _system(system[:end] if end else None)
+    part = {**body.messages[at], "content": body.messages[at]["content"][:end]}
+    return [*_system(system), *_turns([*body.messages[:at], part])]
 
 
 def _inner_marks(content: Any) -> list[int]:
@@ -121,7 +128,7 @@ def _question(blocks: list[Block]) -> Iterator[Message]:
 
 def _result(block: Block) -> Message:
     content = block.get("content")
-    parts = [content] if isinstance(content, str) else content if isinstance(content, list) else []
+    parts = content if isinstance(content, list) else [] if content is None else [content]
     said = [each for part in parts for each in _parts(part)]
     if block.get("is_error"):
         said = ["Error: ", *said] if said else ["Error"]
@@ -129,14 +136,15 @@ def _result(block: Block) -> Message:
 
 
 def _parts(block: Any) -> list[Any]:
-    """A block as parts of a message: a document's text is text."""
-    source = block.get("source") if isinstance(block, dict) else None
-    if not isinstance(source, dict) or block.get("type") not in ("document", "search_result"):
+    """A block as parts of a message: the text of a document, or of what was found, is text."""
+    kind = block.get("type") if isinstance(block, dict) else None
+    if kind not in ("document", "search_result"):
         return [block]
-    kind, text = source.get("type"), source.get("data", source.get("content"))
-    if kind == "text" and isinstance(text, str):
-        return [text]
-    return list(text) if kind == "content" and isinstance(text, list) else [block]
+    source = block if kind == "search_result" else block.get("source")
+    if not isinstance(source, dict) or source.get("type") not in (kind, "text", "content"):
+        return [block]
+    text = source.get("data", source.get("content"))
+    return [text] if isinstance(text, str) else text if isinstance(text, list) else [block]
 
 
 def _reply(blocks: list[Block]) -> Message:
@@ -167,12 +175,17 @@ def _text(block: Block) -> str:
 
 
 def _own(tools: list[Block] | None) -> list[Block]:
-    return [tool for tool in tools or () if tool.get("type") in FUNCTIONS and "name" in tool]
+    return [tool for tool in tools or () if _is_own(tool)]
+
+
+def _is_own(tool: Block) -> bool:
+    return tool.get("type") in FUNCTIONS and "name" in tool
 
 
 def _function(tool: Block) -> Block:
     described = {"description": tool["description"]} if tool.get("description") else {}
-    schema = tool.get("input_schema", {"type": "object", "properties": {}})
+    schema = tool.get("input_schema")
+    schema = {"type": "object", "properties": {}} if schema is None else schema
     function = {"name": tool["name"], **described, "parameters": schema}
     return {"type": "function", "function": function}
 
@@ -202,13 +215,16 @@ def _output(body: CountBody) -> dict[str, Any]:
 
 
 def _ignored(body: CountBody) -> Iterator[tuple[str, str]]:
-    if others := [tool for tool in body.tools or () if tool not in _own(body.tools)]:
-        names = sorted({str(tool.get("type"))[:64] for tool in others})
-        yield "tools", f"left out: {', '.join(names)}, which only Anthropic runs or describes."
-    edits = (body.context_management or {}).get("edits")
-    kept = all(isinstance(edit, dict) and edit.get("keep") == "all" for edit in edits or ())
-    if not kept:
+    if others := [tool for tool in body.tools or () if not _is_own(tool)]:
+        kinds = named(tool.get("type") for tool in others)
+        yield "tools", f"left out: {kinds}, which only Anthropic runs or describes."
+    edits = (body.context_management or {}).get("edits") or []
+    if not (isinstance(edits, list) and all(map(_keeps_all, edits))):
         yield "context_management", "not followed: the history is read as it is sent."
     for name in ("mcp_servers", "container"):
         if getattr(body, name):
             yield name, "not followed by this server."
+
+
+def _keeps_all(edit: Any) -> bool:
+    return isinstance(edit, dict) and edit.get("keep") == "all"

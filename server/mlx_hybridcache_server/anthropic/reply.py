@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
@@ -55,6 +55,7 @@ class MessagesReply:
     content: Content = field(default_factory=Content)
     stop_reason: str | None = None
     stop_sequence: str | None = None
+    has_begun: bool = False
 
     async def whole(self) -> dict[str, Any]:
         """The message, once it has ended."""
@@ -80,26 +81,30 @@ class MessagesReply:
                     yield event(each)
 
     async def _events(self) -> AsyncGenerator[Event | PromptProgress]:
-        has_begun = False
         async with aclosing(self.run.pieces()) as pieces:
             async for item in pieces:
                 if isinstance(item, PromptProgress):
                     yield item
                     continue
-                if not has_begun:
-                    has_begun = True
-                    yield {"type": "message_start", "message": self._message([])}
+                for each in self._begin():
+                    yield each
                 for part in await self.message.take(item):
                     for each in self.content.add(part):
                         yield each
                 if item.finish is not None:
                     self._end(item)
-        for each in self.content.end():
+        for each in (*self._begin(), *self.content.end()):
             yield each
         delta = {"stop_reason": self.stop_reason, "stop_sequence": self.stop_sequence}
         timings = self.run.timings()
         yield {"type": "message_delta", "delta": delta, "usage": self._usage(), "timings": timings}
         yield {"type": "message_stop"}
+
+    def _begin(self) -> Iterator[Event]:
+        """The first event, once. A reply may end without a piece: it was cancelled."""
+        if not self.has_begun:
+            self.has_begun = True
+            yield {"type": "message_start", "message": self._message([])}
 
     def _end(self, piece: Piece) -> None:
         self.stop_sequence = piece.stop

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from functools import partial
 from typing import Any
 
@@ -33,16 +34,15 @@ OTHERS = ("claude", "anthropic")
 @router.post("/v1/messages", response_model=None, responses=STREAMED)
 async def messages(body: MessagesBody, request: Request) -> Response:
     """A reply to a conversation."""
-    chat = as_chat(body)
-    begin = partial(_message, chat, breakpoints(body, chat))
-    return await answered(chat, request, 1, begin, STREAM)
+    chat, beginnings = await asyncio.to_thread(_chat, body)
+    return await answered(chat, request, 1, partial(_message, chat, beginnings), STREAM)
 
 
 @router.post("/v1/messages/count_tokens", response_model=None)
 async def count_tokens(body: CountBody, request: Request) -> Response:
     """How many tokens a conversation's prompt has. It is rendered, and no more."""
     serving = serving_of(request)
-    chat = as_chat(body)
+    chat = await asyncio.to_thread(as_chat, body)
     admitted = serving.admission.admit(1)
     try:
         weight = len(await request.body())
@@ -52,6 +52,12 @@ async def count_tokens(body: CountBody, request: Request) -> Response:
         admitted.close()
     headers = warning_headers(request.url.path, chat.warnings)
     return JsonResponse({"input_tokens": tokens}, headers=headers)
+
+
+def _chat(body: MessagesBody) -> tuple[MessagesChat, list[Conversation]]:
+    """Not for the event loop: a history may be as long as a body."""
+    chat = as_chat(body)
+    return chat, breakpoints(body, chat)
 
 
 async def _message(

@@ -106,6 +106,7 @@ class RunningReply:
         self._is_late = False
         self._giving_back: asyncio.Future[None] | None = None
         self._generation: Generation[Piece | PromptProgress] | None = None
+        self._turn: asyncio.Future[ReadingSlot] | None = None
 
     @property
     def tokenizer(self) -> Any:
@@ -155,7 +156,9 @@ class RunningReply:
             held.callback(self._admitted.leave)
             serving.runs[self] = None
             held.callback(serving.runs.pop, self)
-            reading = await self._admitted.turn(held)
+            reading = await self._waited(held)
+            if reading is None:
+                return
             generation = self._start(held)
             left = self._admitted.left_seconds
             if left is not None:
@@ -164,6 +167,17 @@ class RunningReply:
             async with aclosing(self._counted(generation, reading)) as items:
                 async for item in items:
                     yield item
+
+    async def _waited(self, held: AsyncExitStack) -> ReadingSlot | None:
+        """The slot of its turn; None when it is cancelled before."""
+        self._turn = asyncio.ensure_future(self._admitted.turn(held))
+        try:
+            return await self._turn
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():  # its client left, or the request ended
+                raise
+            return None
 
     def _start(self, held: AsyncExitStack) -> Generation[Piece | PromptProgress]:
         """Hand it to the worker; `held` ends it."""
@@ -210,11 +224,11 @@ class RunningReply:
             self._serving.check_open()
 
     def cancel(self) -> bool:
-        """End it where it is, as a client's leaving does; whether it had begun."""
-        if self._generation is None:
-            return False
-        self._generation.cancel()
-        return True
+        """End it where it is, as a client's leaving does; whether it was under way."""
+        if self._generation is not None:
+            self._generation.cancel()
+            return True
+        return self._turn is not None and self._turn.cancel()
 
     def timings(self) -> dict[str, float]:
         """What took how long, under llama.cpp's names."""

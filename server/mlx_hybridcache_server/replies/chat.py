@@ -11,6 +11,7 @@ import numpy as np
 
 from mlx_hybridcache.tokens import Tokens
 
+from ..errors import ApiError
 from ..generation.admission import Admitted
 from ..generation.models import Loaded
 from ..generation.serving import ReplyRequest, RunningReply, Serving
@@ -23,6 +24,8 @@ from .parse import parse, warn_of_switches
 if TYPE_CHECKING:
     from ..calls.formats import ToolFormat
     from ..grammar.constrain import Constraint
+
+BAD_REQUEST = 400
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +65,11 @@ async def chat(
         salt=body.cache_salt,
     )
     rendered = await serving.rendering.steps(steps, weight)
-    ends = [
+    found = [
         await _end(each, rendered.tokens, body.cache_salt, loaded, serving, weight)
         for each in breakpoints
     ]
+    ends = [end for end in found if end is not None]
     held_to = await constraint(body, rendered, serving, loaded)
     tools = (held_to and held_to.tools) or may_call
     calls = loaded.tool_format(tools, calls=body.tool_choice != "none")
@@ -82,10 +86,19 @@ async def _end(
     loaded: Loaded,
     serving: Serving,
     weight: int,
-) -> int:
-    """How many tokens a prompt has in common with all that begin like `beginning`."""
+) -> int | None:
+    """How many tokens a prompt has in common with all that begin like `beginning`.
+
+    None where that cannot be rendered, though all of the conversation can: it may end with a picture,
+    or be too long with what is put behind it.
+    """
     steps = loaded.renderer.prefix(beginning, salt=salt)
-    prefix = await serving.rendering.steps(steps, weight)
+    try:
+        prefix = await serving.rendering.steps(steps, weight)
+    except ApiError as error:
+        if error.status_code != BAD_REQUEST:
+            raise
+        return None
     shortest = min(len(prefix), len(tokens))
     differs = np.flatnonzero(prefix[:shortest] != tokens[:shortest])
     return int(differs[0]) if len(differs) else shortest

@@ -7,7 +7,8 @@ the response begins. The client finds it in a header, and the log has a line.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 
 from ..log import CLIENTS
 
@@ -18,6 +19,25 @@ WARNING_HEADER = "X-Mlx-Hybridcache-Warning"
 MOST_SHOWN = 1000
 """Characters of the header: proxies refuse long ones."""
 
+MOST_NAMED = 8
+"""Kinds of things that one notice lists."""
+
+NAME = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
+"""What may be a kind of thing. Anything else is a text of the client's, which the log must not have."""
+
+NOT_PRINTED = re.compile(r"[^ -~]+")
+
+
+def named(kinds: Iterable[object]) -> str:
+    """The kinds of what was left out, as a notice lists them: the first few, and only what are names."""
+    found = sorted({_name(kind) for kind in kinds})
+    more = [f"{len(found) - MOST_NAMED:,} more"] if len(found) > MOST_NAMED else []
+    return ", ".join([*found[:MOST_NAMED], *more])
+
+
+def _name(kind: object) -> str:
+    return kind if isinstance(kind, str) and NAME.fullmatch(kind) else "of no known type"
+
 
 def warning_headers(path: str, warnings: Sequence[str]) -> dict[str, str]:
     """The header that carries `warnings`, each of which is logged. None without any."""
@@ -25,6 +45,6 @@ def warning_headers(path: str, warnings: Sequence[str]) -> dict[str, str]:
         log.warning("%s: %s", path, warning)
     if not warnings:
         return {}
-    said = " ".join(" ".join(warnings).split())
+    said = NOT_PRINTED.sub("?", " ".join(" ".join(warnings).split()))
     shown = said if len(said) <= MOST_SHOWN else f"{said[:MOST_SHOWN]}..."
-    return {WARNING_HEADER: shown.encode("ascii", "replace").decode()}
+    return {WARNING_HEADER: shown}

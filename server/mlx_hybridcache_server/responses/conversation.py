@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 from ..errors import refuse
+from ..replies.notices import named
 from ..schema.requests import ChatBody
 from ..schema.responses import Allowed, ResponsesBody, ToolName
 
@@ -17,8 +18,16 @@ Message = dict[str, Any]
 ASSISTANT = frozenset({"reasoning", "function_call", "custom_tool_call"})
 """Items that are the assistant's, beside its messages. Together they are one turn."""
 
+THOUGHT = "reasoning"
+
 CALLED = {"function_call": "arguments", "custom_tool_call": "input"}
 RESULTS = frozenset({"function_call_output", "custom_tool_call_output"})
+
+OWN = ("function", "custom")
+"""Types of tools that are a client's own."""
+
+NAME = "reply"
+"""Of a schema without one."""
 
 SEALED = "mlx-hybridcache:"
 """What `encrypted_content` begins with here: behind it stands the reasoning itself, which is the client's own."""
@@ -60,8 +69,10 @@ def as_chat(body: ResponsesBody, items: Sequence[Item]) -> ResponsesChat:
             "cache_salt": body.cache_salt,
         }
     )
-    if others := sorted({tool["type"][:64] for tool in body.tools or () if tool not in _own(body)}):
-        chat.warn("tools", f"left out: {', '.join(others)}, which this server does not run.")
+    if others := [tool["type"] for tool in body.tools or () if tool["type"] not in OWN]:
+        chat.warn("tools", f"left out: {named(others)}, which this server does not run.")
+    if body.truncation == "auto":
+        chat.warn("truncation", "not followed: a prompt that is too long is refused.")
     if body.top_logprobs:
         chat.warn("top_logprobs", "not followed in responses; chat completions have them.")
     return chat
@@ -102,16 +113,19 @@ def turns(items: Sequence[Item]) -> list[Message]:
 
 def _is_over(turn: Message, kind: str) -> bool:
     """Whether a thought or a text begins another turn: behind calls, and a thought behind a text."""
-    return "tool_calls" in turn or (kind == "reasoning" and bool(turn["content"]))
+    content = turn["content"]
+    return "tool_calls" in turn or (
+        kind == "reasoning" and bool(content) and content[-1].get("type") != THOUGHT
+    )
 
 
 def _add(turn: Message, kind: str, item: Item) -> None:
     if kind == "reasoning":
-        if thought := "\n".join(filter(None, (turn.get("reasoning_content"), _thought(item)))):
-            turn["reasoning_content"] = thought
+        if thought := _thought(item):
+            turn["content"].append({"type": THOUGHT, "text": thought})
     elif kind == "message":
         content = item["content"]
-        turn["content"] += [content] if isinstance(content, str) else content
+        turn["content"] += [_said(content)] if isinstance(content, str) else content
     else:
         given = item.get(CALLED[kind])
         arguments = {"input": given} if kind == "custom_tool_call" else given
@@ -125,7 +139,8 @@ def _others(kind: str, item: Item) -> Iterator[Message]:
         yield {"role": item["role"], "content": item["content"]}
     elif kind in RESULTS:
         output = item.get("output")
-        said = output if isinstance(output, str | list) else ""
+        is_said = output is None or isinstance(output, str | list)
+        said = output if is_said else [output]  # a sentence in the prompt says what stood there
         yield {"role": "tool", "tool_call_id": str(item.get("call_id", "")), "content": said}
     elif kind == "item_reference":
         raise refuse(
@@ -136,11 +151,21 @@ def _others(kind: str, item: Item) -> Iterator[Message]:
         yield {"role": "assistant", "content": [item]}
 
 
+def _said(text: str) -> Item:
+    return {"type": "output_text", "text": text}
+
+
 def _thought(item: Item) -> str:
-    parts = [*(item.get("content") or ()), *(item.get("summary") or ())]
+    said = (_texts(item.get(name)) for name in ("content", "summary"))
+    return "\n".join(filter(None, said)) or _unsealed(item.get("encrypted_content"))
+
+
+def _texts(content: Any) -> str:
+    if isinstance(content, str):
+        return content
+    parts = content if isinstance(content, list) else []
     texts = [part.get("text") for part in parts if isinstance(part, dict)]
-    thought = "\n".join(text for text in texts if isinstance(text, str))
-    return thought or _unsealed(item.get("encrypted_content"))
+    return "\n".join(text for text in texts if isinstance(text, str))
 
 
 def _unsealed(content: Any) -> str:
@@ -167,7 +192,7 @@ def _refuse(body: ResponsesBody) -> None:
 
 
 def _own(body: ResponsesBody) -> list[Item]:
-    return [tool for tool in body.tools or () if tool["type"] in ("function", "custom")]
+    return [tool for tool in body.tools or () if tool["type"] in OWN]
 
 
 def _function(tool: Item) -> Item:
@@ -203,5 +228,5 @@ def _format(body: ResponsesBody) -> Item | None:
         return {"type": "json_object"}
     if form.content is None:
         raise refuse("text.format of type json_schema needs a schema.", "text")
-    schema = {"name": form.name or "reply", "schema": form.content}
+    schema = {"name": form.name or NAME, "schema": form.content}
     return {"type": "json_schema", "json_schema": schema}

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,17 +13,47 @@ from ..errors import ApiError
 from ..http.wire import written
 
 MOST_BYTES = 64 * 2**20
-"""Bytes of all that is kept, as JSON; the least recently used go first."""
+"""Bytes of all that is kept; the least recently used go first."""
+
+OWN_BYTES = 1024
+"""Of one beside its texts."""
+
+Item = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """One response with what its request added to the conversation before it."""
+    """One response with what its request added to the conversation before it, as JSON.
 
-    response: dict[str, Any]
-    added: list[dict[str, Any]]
+    Items are a line each, so that no other thread waits until all of them are read.
+    """
+
+    name: str
+    before: str | None
     salt: str | None
-    nbytes: int
+    response: bytes
+    added: bytes
+
+    @classmethod
+    def of(cls, response: dict[str, Any], added: Iterable[Item], salt: str | None) -> Kept:
+        """As it is kept."""
+        lines = b"\n".join(map(written, added))
+        before = response["previous_response_id"]
+        return cls(response["id"], before, salt, written(response), lines)
+
+    @property
+    def nbytes(self) -> int:
+        """What it holds, all told."""
+        return OWN_BYTES + sum(map(sys.getsizeof, (self.response, self.added, self.salt)))
+
+    def input_items(self) -> list[Item]:
+        """What its request added, in order."""
+        return [json.loads(line) for line in self.added.splitlines()]
+
+    def items(self) -> list[Item]:
+        """That, and what came of it."""
+        output: list[Item] = json.loads(self.response)["output"]
+        return [*self.input_items(), *output]
 
 
 class KeptResponses:
@@ -34,13 +67,12 @@ class KeptResponses:
     def __len__(self) -> int:
         return len(self._all)
 
-    def keep(self, response: dict[str, Any], added: list[dict[str, Any]], salt: str | None) -> None:
+    def keep(self, kept: Kept) -> None:
         """Keep it, if there is room for it at all."""
-        nbytes = len(written([response, added]))
-        if nbytes > self._most_bytes:
+        if kept.nbytes > self._most_bytes:
             return
-        self._all[response["id"]] = Kept(response, added, salt, nbytes)
-        self.nbytes += nbytes
+        self._all[kept.name] = kept
+        self.nbytes += kept.nbytes
         while self.nbytes > self._most_bytes:
             _, oldest = self._all.popitem(last=False)
             self.nbytes -= oldest.nbytes
@@ -59,15 +91,13 @@ class KeptResponses:
         self._all.move_to_end(name)
         return kept
 
-    def conversation(self, name: str | None, salt: str | None) -> list[dict[str, Any]]:
-        """All items up to the end of a response, oldest first. Raises `ApiError` 404."""
+    def conversation(self, name: str | None, salt: str | None) -> list[Kept]:
+        """All up to a response, oldest first. Raises `ApiError` 404."""
         found: list[Kept] = []
         while name is not None:
             found.append(self.find(name, salt, "previous_response_id"))
-            name = found[-1].response["previous_response_id"]
-        return [
-            item for kept in reversed(found) for item in (*kept.added, *kept.response["output"])
-        ]
+            name = found[-1].before
+        return found[::-1]
 
     def drop(self, name: str, salt: str | None) -> None:
         """Forget one. Raises `ApiError` 404."""

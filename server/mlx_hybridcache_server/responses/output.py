@@ -116,6 +116,11 @@ def _text(text: str) -> Item:
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
 
 
+def text_part(text: str, *, by_user: bool) -> Item:
+    """A text as a part of a message."""
+    return {"type": "input_text", "text": text} if by_user else _text(text)
+
+
 def _thought(text: str) -> Item:
     return {"type": "reasoning_text", "text": text}
 

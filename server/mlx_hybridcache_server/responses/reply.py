@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +21,7 @@ from ..http.wire import written
 from ..log import CLIENTS
 from ..replies.message import ChatMessage
 from ..schema.responses import ResponsesBody
+from .conversation import NAME
 from .output import Event, Output
 
 log = logging.getLogger(CLIENTS)
@@ -29,6 +30,10 @@ Response = dict[str, Any]
 
 ENDS = {"stop": "completed", "tool_calls": "completed", "length": "incomplete"}
 """A response's status by why its reply ended. One that was cancelled did not end."""
+
+
+CODES = {400: "invalid_prompt", 429: "rate_limit_exceeded"}
+"""A failed response's code by its status: clients know a few of them only."""
 
 
 def new_id() -> str:
@@ -65,7 +70,7 @@ class ResponsesReply:
     run: RunningReply
     message: ChatMessage
     output: Output
-    keep: Callable[[Response], None]
+    keep: Callable[[Response], Awaitable[None]]
     created: float = field(default_factory=time.time)
     status: str = "in_progress"
     error: dict[str, Any] | None = None
@@ -84,10 +89,12 @@ class ResponsesReply:
 
     def failure(self, error: ApiError) -> bytes:
         """The last event of a stream that ends too early: the response with the reason."""
-        said = error.body()["error"]
+        ended = [self._numbered(each) for each in self.output.end("incomplete")]
         self.status = "failed"
-        self.error = {"code": said["code"] or said["type"], "message": said["message"]}
-        return self._numbered({"type": "response.failed", "response": self._response()})
+        code = CODES.get(error.status_code, "server_error")
+        self.error = {"code": code, "message": error.detail}
+        failed = self._numbered({"type": "response.failed", "response": self._response()})
+        return b"".join((*ended, failed))
 
     async def chunks(self) -> AsyncGenerator[bytes]:
         """The events, and comments that tell how far the prompt is read."""
@@ -120,7 +127,7 @@ class ResponsesReply:
             yield each
         self.status = status
         response = self._response()
-        self.keep(response)
+        await self.keep(response)
         kind = "incomplete" if status == "cancelled" else status
         yield {"type": f"response.{kind}", "response": response}
 
@@ -152,7 +159,7 @@ class ResponsesReply:
             "temperature": body.temperature,
             "text": self._text(),
             "tool_choice": _dumped(body.tool_choice) or "auto",
-            "tools": body.tools or [],
+            "tools": [*map(_declared, body.tools or ())],
             "top_p": body.top_p,
             "truncation": body.truncation or "disabled",
             "usage": self._usage() if is_over else None,
@@ -161,7 +168,10 @@ class ResponsesReply:
 
     def _text(self) -> dict[str, Any]:
         form = self.body.text and self.body.text.format
-        return {"format": _dumped(form) if form else {"type": "text"}}
+        if not form:
+            return {"format": {"type": "text"}}
+        named = {"name": NAME} if form.type == "json_schema" else {}
+        return {"format": named | _dumped(form)}
 
     def _usage(self) -> dict[str, Any]:
         count = self.run.count
@@ -172,6 +182,13 @@ class ResponsesReply:
             "output_tokens_details": {"reasoning_tokens": count.reasoning},
             "total_tokens": count.prompt + count.completion,
         }
+
+
+def _declared(tool: dict[str, Any]) -> dict[str, Any]:
+    """A tool with all fields that clients look for."""
+    if tool["type"] != "function":
+        return tool
+    return {"parameters": None, "strict": None, **tool}
 
 
 def _dumped(value: Any) -> Any:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
@@ -11,19 +13,21 @@ from starlette.responses import Response
 from ..errors import ApiError
 from ..generation.admission import Admitted
 from ..generation.serving import Serving, serving_of
-from ..http.wire import JsonRoute
+from ..http.wire import JsonRoute, written
 from ..replies import chat as chats
 from ..replies.answer import answered
 from ..replies.message import ChatMessage
 from ..schema.responses import ResponsesBody
 from .conversation import ResponsesChat, as_chat, custom_tools, input_items
-from .kept import KeptResponses
-from .output import Output
+from .kept import Kept, KeptResponses
+from .output import Output, text_part
 from .reply import STREAM, ResponsesReply, new_id
 
 router = APIRouter(route_class=JsonRoute)
 
 STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
+
+JSON = "application/json"
 
 SEALED_THOUGHTS = "reasoning.encrypted_content"
 
@@ -31,27 +35,37 @@ SEALED_THOUGHTS = "reasoning.encrypted_content"
 @router.post("/v1/responses", response_model=None, responses=STREAMED)
 async def responses(body: ResponsesBody, request: Request) -> Response:
     """A response to a conversation, which may go on from one that is kept."""
-    before = _kept(request).conversation(body.previous_response_id, body.cache_salt)
-    chat = as_chat(body, [*before, *input_items(body)])
-    return await answered(chat, request, 1, partial(_response, body, chat, _kept(request)), STREAM)
+    kept = _kept(request)
+    before = kept.conversation(body.previous_response_id, body.cache_salt)
+    weight = _weight(before, serving_of(request).settings.max_body_bytes)
+    chat = await asyncio.to_thread(_chat, body, before)
+    return await answered(chat, request, 1, partial(_response, body, chat, kept, weight), STREAM)
 
 
 @router.get("/v1/responses/{name}", response_model=None)
-async def kept(name: str, request: Request, cache_salt: str | None = None) -> dict[str, Any]:
+async def kept(name: str, request: Request, cache_salt: str | None = None) -> Response:
     """One that is kept, as it ended."""
-    return _kept(request).find(name, cache_salt).response
+    found = _kept(request).find(name, cache_salt)
+    return Response(found.response, media_type=JSON)
 
 
 @router.get("/v1/responses/{name}/input_items", response_model=None)
-async def items(name: str, request: Request, cache_salt: str | None = None) -> dict[str, Any]:
+async def items(
+    name: str,
+    request: Request,
+    cache_salt: str | None = None,
+    order: Literal["asc", "desc"] = "desc",
+) -> Response:
     """What its request added to the conversation, newest first."""
-    added = _kept(request).find(name, cache_salt).added
-    data = [
-        {"type": "message", "id": f"{name.replace('resp', 'msg')}_{at}", **item}
-        for at, item in enumerate(added)
-    ][::-1]
-    ids = {"first_id": data[0]["id"], "last_id": data[-1]["id"]}
-    return {"object": "list", "data": data, "has_more": False, **ids}
+    found = _kept(request).find(name, cache_salt)
+
+    def listed() -> bytes:
+        data = [_listed(name, at, item) for at, item in enumerate(found.input_items())]
+        data = data if order == "asc" else data[::-1]
+        ids = {"first_id": data[0]["id"], "last_id": data[-1]["id"]}
+        return written({"object": "list", "data": data, "has_more": False, **ids})
+
+    return Response(await asyncio.to_thread(listed), media_type=JSON)
 
 
 @router.delete("/v1/responses/{name}", response_model=None)
@@ -66,8 +80,8 @@ async def cancel(name: str, request: Request, cache_salt: str | None = None) -> 
     """End one that is being written. Its own request is told so, and what was read stays."""
     serving = serving_of(request)
     if not serving.cancel(name, cache_salt):
-        found = _kept(request).find(name, cache_salt).response
-        raise ApiError(400, f"The response {name!r} has ended; it is {found['status']}.")
+        status = json.loads(_kept(request).find(name, cache_salt).response)["status"]
+        raise ApiError(400, f"The response {name!r} has ended; it is {status}.")
     return {"id": name, "object": "response", "status": "cancelled"}
 
 
@@ -75,21 +89,51 @@ async def _response(
     body: ResponsesBody,
     chat: ResponsesChat,
     kept: KeptResponses,
+    before: int,
     serving: Serving,
     admitted: Admitted,
     weight: int,
 ) -> ResponsesReply:
     loaded = await serving.model(admitted.held, body.model)
-    begun = await chats.chat(chat, loaded, serving, admitted, weight)
+    begun = await chats.chat(chat, loaded, serving, admitted, before + weight)
     (run,) = begun.runs(new_id())
 
-    def keep(response: dict[str, Any]) -> None:
+    async def keep(response: dict[str, Any]) -> None:
         if body.store is not False:
-            kept.keep(response, input_items(body), body.cache_salt)
+            added = input_items(body)
+            kept.keep(await asyncio.to_thread(Kept.of, response, added, body.cache_salt))
 
     output = Output(custom_tools(body), seals=SEALED_THOUGHTS in (body.include or ()))
     message = ChatMessage(begun.calls)
     return ResponsesReply(body, body.model or loaded.id, run, message, output, keep)
+
+
+def _chat(body: ResponsesBody, before: list[Kept]) -> ResponsesChat:
+    """Not for the event loop: a history may be as long as a body."""
+    items = [item for kept in before for item in kept.items()]
+    return as_chat(body, [*items, *input_items(body)])
+
+
+def _weight(before: list[Kept], most_bytes: int) -> int:
+    """Bytes of a conversation that is gone on with. Raises `ApiError` 413: it may be as long as a body."""
+    weight = sum(len(kept.response) + len(kept.added) for kept in before)
+    if weight > most_bytes:
+        raise ApiError(
+            413,
+            f"The responses that this one goes on from have {weight:,} bytes, of {most_bytes:,} that a "
+            "conversation may have (--max-body-bytes).",
+            param="previous_response_id",
+            code="body_too_large",
+        )
+    return weight
+
+
+def _listed(name: str, at: int, item: dict[str, Any]) -> dict[str, Any]:
+    """An item under an id, with its text as a part, as clients read it."""
+    listed = {**item, "id": item.get("id") or f"{name.replace('resp', 'msg')}_{at}"}
+    if isinstance(said := item.get("content"), str):
+        listed["content"] = [text_part(said, by_user=item["role"] != "assistant")]
+    return listed
 
 
 def _kept(request: Request) -> KeptResponses:

@@ -39,9 +39,9 @@ def _is_system(system: Any) -> Any:
 def _is_tool(tool: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(tool.get("name", tool.get("type")), str):
         raise ValueError("a tool needs a name")  # noqa: TRY004  # what pydantic reads
-    if not isinstance(tool.get("description", ""), str):
+    if not isinstance(tool.get("description"), str | None):
         raise ValueError("description must be text")  # noqa: TRY004  # what pydantic reads
-    if not isinstance(tool.get("input_schema", {}), dict):
+    if not isinstance(tool.get("input_schema"), dict | None):
         raise ValueError("input_schema must be a JSON schema")  # noqa: TRY004  # what pydantic reads
     return tool
 

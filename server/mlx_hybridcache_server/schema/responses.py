@@ -15,7 +15,7 @@ CALLS = ("function_call", "custom_tool_call")
 
 
 def _is_item(item: Item) -> Item:
-    kind = item.get("type", "message")
+    kind = item["type"] = item.get("type") or "message"
     if not isinstance(kind, str):
         raise ValueError("an item's type must be text")  # noqa: TRY004  # what pydantic reads
     if kind == "message":

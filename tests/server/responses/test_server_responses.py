@@ -119,7 +119,7 @@ def test_a_conversation_goes_on_from_a_response_that_is_kept(instant, quiet):
     assert without.usage.input_tokens < third.usage.input_tokens
     assert quiet.retrieve(second.id).output_text == second.output_text
     (added,) = quiet.input_items.list(second.id).data
-    assert (added.role, added.content) == ("user", "Who am I?")
+    assert (added.role, added.content[0].text) == ("user", "Who am I?")
     quiet.delete(second.id)
     for again in (
         lambda: quiet.retrieve(second.id),
