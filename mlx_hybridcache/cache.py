@@ -9,7 +9,7 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
 
 import mlx.core as mx
 from mlx_lm.generate import GenerationResponse, wired_limit
@@ -19,7 +19,6 @@ from .caches.layout import Layout
 from .caches.live import LiveCaches
 from .caches.room import REPLY_ROOM
 from .decode.sampling import random_state
-from .disk.tier import DiskStats
 from .engine import Engine
 from .errors import (
     ArgumentError,
@@ -52,6 +51,9 @@ from .tokens import Namespace, prompt_tokens
 from .worker.stream import Stream
 from .worker.turns import Load, Pause
 from .worker.worker import Worker, closed
+
+if TYPE_CHECKING:
+    from .disk.tier import DiskStats
 
 T = TypeVar("T")
 

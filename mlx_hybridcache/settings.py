@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
@@ -18,7 +18,6 @@ from .caches.relief import Relief
 from .caches.room import ROW_STEP, longest_prompt
 from .decode import batch_check as batching
 from .decode.decoder import Decoder
-from .disk.tier import DiskTier
 from .engine import Engine
 from .errors import BudgetError, SettingError
 from .machine import Pressure, default_reserve
@@ -36,6 +35,9 @@ from .store.store import Store
 from .tiers import Tiers
 from .tokens import learn_turn_marks, settings_digest
 from .worker.turns import Load
+
+if TYPE_CHECKING:
+    from .disk.tier import DiskTier
 
 log = logging.getLogger("mlx_hybridcache")
 
@@ -117,6 +119,8 @@ class CacheSettings:
         post: Callable[[Callable[[], None]], None],
     ) -> DiskTier:
         """The tier in `cache_dir`. `post` runs things on the worker's thread."""
+        from .disk.tier import DiskTier  # with SQLite and a thread: not without a directory
+
         assert self.cache_dir is not None
         return DiskTier.open(
             Path(self.cache_dir).expanduser(),

@@ -8,16 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Container, Generator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from .caches import checkpoint as checkpoints
 from .caches.checkpoint import Checkpoint
 from .caches.layout import Layout
 from .caches.live import LiveCaches, RowsFrom
 from .caches.memory import MemoryFound, MemoryNode, MemoryStore
-from .disk.arrays import RestoreBuffers
-from .disk.parts import FileFound
-from .disk.tier import DiskStats, DiskTier
 from .errors import BudgetError, NotStoredError, PinnedError
 from .report import CacheReport, Reason
 from .request.request import Request
@@ -29,6 +26,11 @@ from .store.outline import Outline, wall_clock
 from .store.tree import AnyMatch, R, S
 from .tokens import Namespace, Tokens
 from .worker.turns import Job, Pause
+
+if TYPE_CHECKING:
+    from .disk.arrays import RestoreBuffers
+    from .disk.parts import FileFound
+    from .disk.tier import DiskStats, DiskTier
 
 TRIES = 64
 """Files that one request passes over before it is content with memory: each try reads what leads to one."""

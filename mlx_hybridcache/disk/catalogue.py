@@ -7,7 +7,6 @@ part of it. Used on the worker thread only, and touches no file itself.
 
 from __future__ import annotations
 
-import hashlib
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -435,9 +434,3 @@ def _has_state(found: FileFound, end: int) -> bool:
 
 def _is_part(segment: Segment, node: FileNode) -> bool:
     return any(payload.segment.name == segment.name for payload in payloads([node]))
-
-
-def digest(namespace: Namespace) -> str:
-    """The namespace as files name it: neither the model's settings nor the salt can be read from it."""
-    text = "\0".join(namespace)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

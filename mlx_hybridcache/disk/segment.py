@@ -27,7 +27,7 @@ import numpy as np
 import xxhash
 
 from ..errors import HybridCacheError
-from ..tokens import Tokens, as_tokens
+from ..tokens import Namespace, Tokens, as_tokens
 from .files import pieces, read_all, reading, replacing, scrap, write_all
 
 SEGMENTS = "segments"
@@ -187,6 +187,12 @@ class Segment:
 def prefix_key(namespace: str, tokens: Tokens) -> str:
     """The key of what holds `[0, len(tokens))`: it says what the tokens were."""
     return prefix_keys(namespace, tokens, [len(tokens)])[0]
+
+
+def digest(namespace: Namespace) -> str:
+    """The namespace as files name it: neither the model's settings nor the salt can be read from it."""
+    text = "\0".join(namespace)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 class PrefixDigest:

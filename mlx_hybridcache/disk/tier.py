@@ -26,12 +26,12 @@ from ..store.references import CountedReferences
 from ..tokens import Namespace, Tokens
 from ..worker.turns import PAUSE, Job, Pause
 from .arrays import RestoreBuffers, Shapes
-from .catalogue import Catalogue, digest
+from .catalogue import Catalogue
 from .chains import Chains, TreeUpdate
 from .directory import Directory
 from .index import Entry
 from .parts import FileFound, parts_of, state_of
-from .segment import Segment
+from .segment import Segment, digest
 from .thread import Change, DiskThread, Transfer
 from .write_behind import WriteBehind
 

@@ -28,8 +28,8 @@ from ..store.references import CountedReferences
 from ..store.tree import Held, common_length
 from ..tokens import Namespace, Tokens
 from .arrays import ByteViews, rows_views, state_views
-from .catalogue import Catalogue, Lacking, digest
-from .segment import NameTakenError, Segment, Tensor
+from .catalogue import Catalogue, Lacking
+from .segment import NameTakenError, Segment, Tensor, digest
 from .thread import DiskThread, Transfer
 
 log = logging.getLogger("mlx_hybridcache")

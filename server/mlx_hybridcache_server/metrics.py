@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from mlx_hybridcache import CacheReport
-from mlx_hybridcache.disk.tier import DiskStats
 from mlx_hybridcache.store.budget import StoreStats
 from mlx_hybridcache.worker.turns import Load
+
+if TYPE_CHECKING:
+    from mlx_hybridcache.disk.tier import DiskStats
 
 NAMESPACE = "mlx_hybridcache"
 

@@ -111,3 +111,28 @@ def test_type_checkers_are_told_of_the_names_that_load_when_asked_for():
         if isinstance(node, ast.ImportFrom)
         for alias in node.names
     } == mlx_hybridcache._LOADED_WHEN_ASKED_FOR
+
+
+SERVER = """
+import json, sys
+import uvicorn
+from mlx_hybridcache.demo import BUNDLED_MODEL
+from mlx_hybridcache_server.main import main
+
+def started(server, sockets):
+    from fastapi.openapi.models import Info
+    print(json.dumps([Info.__pydantic_complete__, sorted(sys.modules)]))
+
+uvicorn.Server.run = started
+main(["--model", str(BUNDLED_MODEL), "--port", "0", "--log-level", "ERROR"], "server")
+"""
+
+
+def test_a_server_starts_without_what_its_flags_and_requests_have_not_asked_for():
+    """No disk tier, no grammars, no formats of calls; nor is FastAPI ready to describe it."""
+    describes_itself, imported = run(SERVER)
+    assert "mlx_hybridcache_server.replies.chat" in imported
+    assert not describes_itself
+    late = {"sqlite3", "llguidance", "mlx_hybridcache.disk.tier"}
+    late |= {"mlx_hybridcache_server.calls.formats", "mlx_hybridcache_server.grammar.constrain"}
+    assert not late & set(imported)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..adapter import (
     ASIDE,
@@ -21,9 +21,11 @@ from ..adapter import (
 )
 from ..log import CLIENTS
 from .fences import Fences
-from .formats import ToolFormat
 from .incoming import Arguments, Begin, End, Event, Text
 from .section import Section
+
+if TYPE_CHECKING:
+    from .formats import ToolFormat
 
 log = logging.getLogger(CLIENTS)
 

@@ -9,8 +9,9 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import mlx.core as mx
 from huggingface_hub import CacheNotFound, scan_cache_dir
@@ -23,11 +24,13 @@ from mlx_hybridcache.router.defaults import AUTO
 from mlx_hybridcache.router.patch import Patch
 
 from ..adapter import token_bytes
-from ..calls.formats import ToolFormat
-from ..grammar.constrain import Constraints
 from ..prompts.chat import Renderer
 from ..prompts.tokenizing import Room
 from ..settings import Settings
+
+if TYPE_CHECKING:
+    from ..calls.formats import ToolFormat
+    from ..grammar.constrain import Constraints
 
 log = logging.getLogger("mlx_hybridcache.server")
 
@@ -90,9 +93,15 @@ class Loaded:
     tokenizer: Any
     cache: HybridPromptCache
     renderer: Renderer
-    constraints: Constraints
     token_bytes: Callable[[int], bytes]
     draft: Any | None
+
+    @cached_property
+    def constraints(self) -> Constraints:
+        """Compiles what replies are held to. Most models are never asked to, so it is imported here."""
+        from ..grammar.constrain import Constraints
+
+        return Constraints(self.tokenizer)
 
     def serves(self, wanted: Named) -> bool:
         """Whether a request for `wanted` is a request for this one."""
@@ -103,6 +112,8 @@ class Loaded:
         tokenizer = self.tokenizer
         if not (calls and tools and tokenizer.has_tool_calling):
             return None
+        from ..calls.formats import ToolFormat  # all formats, of which a model writes one
+
         start, end = tokenizer.tool_call_start, tokenizer.tool_call_end or ""
         return ToolFormat(start, end, tokenizer.tool_parser, tools)
 
@@ -151,7 +162,6 @@ def load(
         tokenizer=tokenizer,
         cache=cache,
         renderer=_renderer(settings, tokenizer, cache, name),
-        constraints=Constraints(tokenizer),
         token_bytes=token_bytes(tokenizer),
         draft=draft,
     )

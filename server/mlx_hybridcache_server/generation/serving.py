@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AsyncExitStack, ExitStack, aclosing
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from fastapi import Request
 
@@ -21,10 +21,8 @@ from mlx_hybridcache.report import Divergence
 from mlx_hybridcache.tokens import Tokens
 
 from ..adapter import NORMAL, Sampling
-from ..calls.formats import ToolFormat
 from ..calls.parts import Parts
 from ..errors import ApiError, shutting_down
-from ..grammar.constrain import Constraint
 from ..log import CLIENTS
 from ..metrics import Metrics
 from ..prompts.threads import Rendering
@@ -38,6 +36,10 @@ from .listen import Listener
 from .models import DEFAULT_NAME, Loaded, Named, load, on_own_thread
 from .pieces import Count, Piece, PromptProgress
 from .trace import Recorder, Served
+
+if TYPE_CHECKING:
+    from ..calls.formats import ToolFormat
+    from ..grammar.constrain import Constraint
 
 log = logging.getLogger("mlx_hybridcache.server")
 clients = logging.getLogger(CLIENTS)

@@ -21,8 +21,9 @@ from mlx_hybridcache.worker.turns import PAUSE, Pause
 from ..adapter import REASONING, unwrapped
 from ..errors import ApiError, refuse
 from ..prompts.chat import Rendered
+from ..schema.form import is_constrained, wanted_schema
 from ..schema.requests import ChatBody, GenerationBody, NamedTool
-from ..schema.tool_choice import callable_tools, is_forced, is_narrowed
+from ..schema.tool_choice import callable_tools, is_forced
 from .compiled import MOST_BYTES, Compiled, weight
 from .lark import (
     FORMATS,
@@ -34,7 +35,7 @@ from .lark import (
     for_parser,
     written,
 )
-from .narrowing import Schema, remainders
+from .narrowing import remainders
 from .relaxing import ToolError, relaxed, without_notes_in
 
 T = TypeVar("T")
@@ -191,7 +192,7 @@ class Constraints:
         """
         if not is_constrained(body):
             return None
-        schema, forced = _schema(body), is_forced(body)
+        schema, forced = wanted_schema(body), is_forced(body)
         tools = callable_tools(body) if isinstance(body, ChatBody) else []
         tools = [without_notes_in(tool) for tool in tools]
         is_free = schema is None and not forced
@@ -301,25 +302,6 @@ class Constraints:
             if matcher.is_error():
                 raise GrammarError(f"This schema cannot be used: {_brief(matcher.get_error())}.")
         return made
-
-
-def is_constrained(body: GenerationBody) -> bool:
-    """Whether `body` asks for a form. Raises `ApiError` 400 when it does not say which."""
-    return _schema(body) is not None or is_forced(body) or is_narrowed(body)
-
-
-def _schema(body: GenerationBody) -> Schema | None:
-    wanted = body.response_format
-    if wanted is None or wanted.type == "text":
-        return None
-    if wanted.type == "json_object":
-        return {"type": "object"}
-    if wanted.json_schema is None:
-        raise refuse(
-            'A response_format of type json_schema needs {"json_schema": {"schema": {...}}}.',
-            "response_format",
-        )
-    return wanted.json_schema.content
 
 
 def _most_calls(body: GenerationBody) -> int | None:

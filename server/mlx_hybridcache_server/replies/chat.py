@@ -5,20 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mlx_hybridcache.tokens import Tokens
 
-from ..calls.formats import ToolFormat
 from ..generation.admission import Admitted
 from ..generation.models import Loaded
 from ..generation.serving import ReplyRequest, RunningReply, Serving
-from ..grammar.constrain import Constraint, is_constrained
 from ..prompts.chat import Rendered
+from ..schema.form import is_constrained
 from ..schema.requests import ChatBody, Conversation, GenerationBody
 from ..schema.tool_choice import callable_tools
 from .parse import parse, warn_of_switches
+
+if TYPE_CHECKING:
+    from ..calls.formats import ToolFormat
+    from ..grammar.constrain import Constraint
 
 
 @dataclass(frozen=True, slots=True)

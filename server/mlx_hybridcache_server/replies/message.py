@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import secrets
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from ..adapter import NORMAL, REASONING, TOOL
-from ..calls.formats import ToolFormat
 from ..calls.incoming import Arguments, Begin
 from ..calls.parts import Part
 from ..generation.pieces import Piece
+
+if TYPE_CHECKING:
+    from ..calls.formats import ToolFormat
 
 
 class ChatMessage:

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import secrets
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..adapter import Sampling
-from ..calls.formats import ToolFormat
 from ..errors import refuse
 from ..generation.limits import Limits
 from ..generation.models import DEFAULT_NAME, Loaded
 from ..generation.serving import ReplyRequest
-from ..grammar.constrain import Constraint
 from ..prompts.chat import Rendered
 from ..schema.requests import ChatBody, CompletionBody, GenerationBody
 from ..schema.tool_choice import is_silent
 from ..settings import Settings
+
+if TYPE_CHECKING:
+    from ..calls.formats import ToolFormat
+    from ..grammar.constrain import Constraint
 
 LONGEST_REPLY = 2**31 - 1
 """Where neither the model's configuration nor the memory says how much fits."""

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mlx_hybridcache.cache import Outlines
-from mlx_hybridcache.disk.catalogue import digest
-from mlx_hybridcache.disk.segment import PrefixDigest
+from mlx_hybridcache.disk.segment import PrefixDigest, digest
 from mlx_hybridcache.store.conversations import Branches, Start, walk
 from mlx_hybridcache.tokens import Namespace, Tokens
 

@@ -8,8 +8,7 @@ from mlx_hybridcache_server.watching.namespaces import named, namespace_trees
 from test_store import N, save
 
 from mlx_hybridcache.cache import Outlines
-from mlx_hybridcache.disk.catalogue import digest
-from mlx_hybridcache.disk.segment import PrefixDigest, prefix_keys
+from mlx_hybridcache.disk.segment import PrefixDigest, digest, prefix_keys
 from mlx_hybridcache.store.conversations import Runs
 from mlx_hybridcache.store.store import Store
 from mlx_hybridcache.tokens import Namespace, as_tokens
