@@ -95,3 +95,10 @@ def test_models_read_and_go_on_with_the_same_bits(monkeypatch, name, dtype):
     monkeypatch.setattr(gated_delta, "gated_delta_ops", scans.their_gated_delta_ops)
     monkeypatch.setattr(jamba.JambaMambaMixer, "ssm_step", scans.their_ssm_step)
     assert found == read()
+
+
+def test_a_forward_that_is_traced_takes_the_loop():
+    """Shapes are asked for without numbers: `mlx-hybridcache plan` does so."""
+    *given, state = arguments(1, 2, 4, 16, 16, mx.float32)
+    traced = mx.compile(scans.gated_delta_ops)(*given, state)
+    assert [x.shape for x in traced] == [(1, TOKENS, 4, 16), (1, 4, 16, 16)]

@@ -57,17 +57,19 @@ def gated_delta_ops(
     heads, values = v.shape[-2:]
     if state is None:
         state = mx.zeros((batch, heads, values, width), dtype=mx.float32)
+    theirs = functools.partial(their_gated_delta_ops, q, k, v, g, beta, state, mask)
     if tokens < FEW or mask is not None or g.ndim != 3 or state.dtype != mx.float32:
-        return their_gated_delta_ops(q, k, v, g, beta, state, mask)
+        return theirs()
     # Tokens first, for the loop; then keys, since NumPy adds row to row along the first axis of a state.
     q, k = (mx.repeat(x, heads // key_heads, -2).transpose(1, 3, 0, 2)[..., None] for x in (q, k))
-    v, g, beta = v.swapaxes(0, 1), g.swapaxes(0, 1)[..., None], beta.swapaxes(0, 1)[..., None]
-    *given, last = _numbers(q, k, v, g, beta, state.transpose(3, 0, 1, 2))
-    outputs = _read(*given, last)
-    return (
-        mx.array(outputs).swapaxes(0, 1).astype(q.dtype),
-        mx.contiguous(mx.array(last).transpose(1, 2, 3, 0)),
-    )
+    per_token = (g.swapaxes(0, 1)[..., None], beta.swapaxes(0, 1)[..., None])
+    numbers = _numbers(q, k, v.swapaxes(0, 1), *per_token, state.transpose(3, 0, 1, 2))
+    if numbers is None:
+        return theirs()
+    *given, last = numbers
+    outputs = _read(*given, last).swapaxes(0, 1)
+    # Nothing is left to compute that would keep more bytes than the state has.
+    return mx.array(outputs).astype(q.dtype), mx.array(last.transpose(1, 2, 3, 0))
 
 
 def _read(q: Array, k: Array, v: Array, g: Array, beta: Array, state: Array) -> Array:
@@ -93,11 +95,12 @@ def ssm_step(
     delta, B, C = self.dt_layernorm(delta), self.b_layernorm(B), self.c_layernorm(C)
     delta = nn.softplus(self.dt_proj(delta))
     new = mx.expand_dims(delta * x, -1) * mx.expand_dims(B, -2)
-    states, decays, *before = _numbers(
-        new.swapaxes(0, 1),
-        mx.exp(mx.expand_dims(delta, -1) * A).swapaxes(0, 1),
-        *([] if state is None else [state]),
-    )
+    decays = mx.exp(mx.expand_dims(delta, -1) * A)
+    given = [new.swapaxes(0, 1), decays.swapaxes(0, 1), *([] if state is None else [state])]
+    numbers = _numbers(*given)
+    if numbers is None:
+        return their_ssm_step(self, x, A, state)
+    states, decays, *before = numbers
     if before:
         states[0] += before[0] * decays[0]
     for at in range(1, len(states)):
@@ -107,8 +110,11 @@ def ssm_step(
     return y, read[:, -1]
 
 
-def _numbers(*arrays: mx.array) -> list[Array]:
-    """Copies, in the order of their axes, computed together."""
+def _numbers(*arrays: mx.array) -> list[Array] | None:
+    """Copies, in the order of their axes, computed together. None where a forward is traced, not computed."""
     found = [mx.contiguous(x.astype(mx.float32)) for x in arrays]
-    mx.eval(found)
+    try:
+        mx.eval(found)
+    except ValueError:
+        return None
     return [np.array(x) for x in found]
