@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from mlx_hybridcache.disk.catalogue import Catalogue
+from mlx_hybridcache.disk.chains import Chains
 from mlx_hybridcache.disk.index import Entry
 from mlx_hybridcache.disk.parts import parts_of, state_of
 from mlx_hybridcache.disk.segment import Segment, Tensor
@@ -281,3 +282,11 @@ def test_nothing_is_left_of_a_namespace_whose_files_went(filed):
         filed.catalogue.forget(segment_)
     assert not filed.catalogue.store._trees
     assert not filed.catalogue.store.outlines(0.0)
+
+
+def test_who_uses_a_checkpoint_passes_those_that_lead_to_it(filed):
+    """At 8 and at 20, used at 1 and at 5: something was stored below the first one at 5."""
+    written = [*filed.write(ONE[:8]), *filed.write(ONE)]
+    entries = [Entry(one, 5 if one.end == 20 else 1, False, one.file_nbytes) for one in written]
+    come = Chains().change(entries).come
+    assert [(each.link.end, each.passed) for each in come] == [(8, 5), (20, 5)]

@@ -277,11 +277,22 @@ def test_namespaces_share_nothing_and_know_of_each_other():
     """The same tokens under two models are two trees; another salt is not even told of them."""
     store = Store(10**6, needs_checkpoints=True)
     save(store, range(10), space=Namespace("a"))
+    save(store, range(4), space=Namespace("c"))
     asked = as_tokens(range(11))
     assert store.find(Namespace("b"), asked).match.matched == 0
     assert store.known_elsewhere(Namespace("b"), asked) == 10
     assert store.known_elsewhere(Namespace("b", "salt"), asked) == 0
     assert store.known_elsewhere(Namespace("a", "salt"), asked) == 0
+
+
+def test_a_restore_refreshes_the_checkpoint_that_it_took_and_none_behind_it():
+    """20 tokens are asked for again: one must be read, so that at 10 serves, though 20 are matched."""
+    store = Store(10**6, needs_checkpoints=True)
+    save(store, range(10))
+    save(store, range(20))
+    store.tick()
+    store.use(store.find(N, as_tokens(range(20))))
+    assert {node.end: node.last_used for node, _ in store.restoring()} == {10: 1, 20: 0}
 
 
 def test_nothing_is_left_of_a_salt_whose_prompts_went():

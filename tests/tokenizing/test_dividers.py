@@ -73,7 +73,7 @@ def test_a_token_that_strips_behind_itself_parts_a_text_before_it():
     assert mistakes(made, found) == 0
 
 
-@pytest.mark.parametrize("other", ["<x><|im_end|>", "<|im_", "|>\n", "end"])
+@pytest.mark.parametrize("other", ["<x><|im_end|>", "<x><|", "<|im_", "|>\n", "end"])
 def test_tokens_that_overlap_part_nothing(other):
     """Which of two is found depends on what is before: here one begins, ends or lies in the other."""
     made = with_token(other)
