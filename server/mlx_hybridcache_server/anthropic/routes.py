@@ -11,11 +11,10 @@ from starlette.responses import Response
 
 from ..generation.admission import Admitted
 from ..generation.models import Loaded
-from ..generation.serving import Serving, serving_of
-from ..http.disconnects import unless_gone
+from ..generation.serving import Serving
 from ..http.wire import JsonResponse, JsonRoute
 from ..replies import chat as chats
-from ..replies.answer import answered
+from ..replies.answer import answered, worked
 from ..replies.message import ChatMessage
 from ..replies.notices import warning_headers
 from ..schema.messages import CountBody, MessagesBody
@@ -41,15 +40,8 @@ async def messages(body: MessagesBody, request: Request) -> Response:
 @router.post("/v1/messages/count_tokens", response_model=None)
 async def count_tokens(body: CountBody, request: Request) -> Response:
     """How many tokens a conversation's prompt has. It is rendered, and no more."""
-    serving = serving_of(request)
     chat = await asyncio.to_thread(as_chat, body)
-    admitted = serving.admission.admit(1)
-    try:
-        weight = len(await request.body())
-        work = admitted.in_time(_counted(chat, serving, admitted, weight))
-        tokens = await unless_gone(request, serving.metrics, work)
-    finally:
-        admitted.close()
+    tokens = await worked(request, partial(_counted, chat))
     headers = warning_headers(request.url.path, chat.warnings)
     return JsonResponse({"input_tokens": tokens}, headers=headers)
 

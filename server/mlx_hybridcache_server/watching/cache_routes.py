@@ -22,6 +22,7 @@ from ..generation.trace import Served
 from ..generation.warming import Warming
 from ..http.disconnects import unless_gone
 from ..http.wire import JsonRoute
+from ..replies.answer import worked
 from ..schema.requests import Conversation, PrefixBody
 from .figures import figures
 from .namespaces import named, namespace_trees
@@ -102,17 +103,11 @@ Act = Callable[[_Prefix, Serving, Admitted], Awaitable[dict[str, Any]]]
 
 async def _admitted(body: PrefixBody, request: Request, act: Act) -> dict[str, Any]:
     """What comes of a prefix. It is admitted, timed and left with its client like a reply."""
-    serving = serving_of(request)
-    admitted = serving.admission.admit(1)
-    try:
-        weight = len(await request.body())
 
-        async def work() -> dict[str, Any]:
-            return await act(await _prefix(body, serving, admitted, weight), serving, admitted)
+    async def work(serving: Serving, admitted: Admitted, weight: int) -> dict[str, Any]:
+        return await act(await _prefix(body, serving, admitted, weight), serving, admitted)
 
-        return await unless_gone(request, serving.metrics, admitted.in_time(work()))
-    finally:
-        admitted.close()
+    return await worked(request, work)
 
 
 async def _prefix(body: PrefixBody, serving: Serving, admitted: Admitted, weight: int) -> _Prefix:
