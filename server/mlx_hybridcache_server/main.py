@@ -27,7 +27,6 @@ def main(argv: list[str] | None, prog: str) -> int:
             logging.getLogger(chatty).setLevel(logging.WARNING)
         say_once()
         with _without_collecting(), explaining():
-            _import_fastapi()
             from .service import serve  # so `--help` and mistakes need neither MLX nor FastAPI
         serve(settings, argv or sys.argv[1:])
     except (HybridCacheError, OSError) as error:
@@ -52,14 +51,3 @@ def _without_collecting() -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
-
-
-def _import_fastapi() -> None:
-    """Without building its models of OpenAPI, half of what that takes: `/openapi.json` alone needs them."""
-    from pydantic import BaseModel
-
-    BaseModel.model_config["defer_build"] = True
-    try:
-        import fastapi  # noqa: F401  # for the modules behind it
-    finally:
-        del BaseModel.model_config["defer_build"]
