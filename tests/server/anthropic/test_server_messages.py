@@ -9,7 +9,8 @@ import anthropic
 import httpx2
 import pytest
 from replies import FUNCTION, cached, content, tools
-from servers import CHAT, INSTANT, MESSAGES, user
+from sdk_types import MESSAGE, check_message
+from servers import CHAT, INSTANT, MESSAGES, events_of, user
 
 COUNT = f"{MESSAGES}/count_tokens"
 OFF = {"type": "disabled"}
@@ -136,6 +137,28 @@ def test_a_stream_has_every_event_in_its_order(claude):
     assert events[0].message.usage.cache_read_input_tokens > 0
     assert events[-2].usage.output_tokens == plain.usage.output_tokens
     assert len(kinds) > 8 + len("Lena")
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"thinking": OFF, "stop_sequences": [", how"]},
+        {"tools": own("find_person"), "tool_choice": {"type": "any"}},
+        {"tools": own("find_person"), "tool_choice": {"type": "any"}, "max_tokens": 18},
+        {"max_tokens": 1},
+    ],
+)
+def test_events_and_replies_are_what_the_client_says_that_they_are(server, more):
+    """To the letter, by its own types, also where a reply ends within a thought or a call's arguments."""
+    asked = {"messages": user("Hello, I am Zoe."), "max_tokens": 200, **more}
+    events = events_of(server.post(MESSAGES, **asked, stream=True).text)
+    check_message(events)
+    whole = server.answer(MESSAGES, **asked)
+    MESSAGE.validate_python(whole)
+    begun = [e["content_block"]["type"] for e in events if e["type"] == "content_block_start"]
+    assert [block["type"] for block in whole["content"]] == begun
+    assert whole["stop_reason"] == events[-2]["delta"]["stop_reason"]
 
 
 def test_why_a_reply_ended_is_told(claude):

@@ -187,6 +187,22 @@ def test_a_text_that_proves_too_long_is_read_no_further():
     assert sum(pieces) <= 2 * PIECE
 
 
+def test_a_reply_always_has_a_token_left():
+    """Also behind a prompt that fills all there is, or more: what refuses that one says why."""
+    assert [Room(context=10).beside(tokens) for tokens in (4, 9, 10, 12)] == [6, 1, 1, 1]
+    assert NO_LIMIT.beside(10) is None
+
+
+def test_a_text_with_many_dividers_is_read_in_few_pieces():
+    """Each piece ends at the last divider that it reaches, not at the first."""
+    tokenizer = bundled()
+    said = "<|im_start|>user\nThe lamp of Ada is red.<|im_end|>\n" * 4000
+    steps = Tokenizing.learn(tokenizer, NO_LIMIT).steps(said, "prompt", special=False)
+    weights = list(steps)
+    assert sum(weights) == len(said)
+    assert len(weights) <= 2 + 2 * len(said) // PIECE
+
+
 def test_what_fits_is_counted_to_the_token():
     """A prompt of as many tokens as may be is read, one more is told its number."""
     said = text(14_000, 3_000)
