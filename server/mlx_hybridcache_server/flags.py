@@ -164,6 +164,13 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
         _flag("--pipeline", bool, "for several machines, which are not supported yet"),
     ),
     "our own": (
+        _flag(
+            "--config",
+            str,
+            "a TOML file of flags without their dashes; variables MLX_HYBRIDCACHE_FLAG come before "
+            "it, and flags before both",
+            metavar="FILE",
+        ),
         _flag("--api-key", str, f"key that clients must send (or in ${API_KEY_VARIABLE})"),
         _flag(
             "--alias",

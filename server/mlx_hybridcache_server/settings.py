@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import os
+import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ from mlx_hybridcache.errors import SettingError
 from mlx_hybridcache.router.defaults import AUTO
 from mlx_hybridcache.sizes import parse_bytes
 
-from .flags import API_KEY_VARIABLE, FLAGS, LARGEST_BODY
+from .configured import completed
+from .flags import FLAGS, LARGEST_BODY
 
 QUANTIZED_KV_START = 5000
 """mlx-lm's own default. Not imported from there: `--help` needs no MLX."""
@@ -106,8 +107,11 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
 
 
 def read_settings(parser: argparse.ArgumentParser, argv: list[str] | None) -> Settings:
-    """The settings that `argv` names. Raises `SettingError` for what cannot be honoured."""
-    args = parser.parse_args(argv)
+    """The settings that `argv` names, the environment, and a file, in this order.
+
+    Raises `SettingError` for what cannot be honoured.
+    """
+    args = parser.parse_args(completed(parser, sys.argv[1:] if argv is None else argv))
     if args.cache_ram is not None:
         if args.memory_budget not in (None, args.cache_ram):
             raise SettingError(
@@ -121,7 +125,7 @@ def read_settings(parser: argparse.ArgumentParser, argv: list[str] | None) -> Se
     _check_router(args.canonicalize_router)
     args.model = args.model or str(BUNDLED_MODEL)
     args.aliases = tuple(args.aliases or ())
-    args.api_key = args.api_key or os.environ.get(API_KEY_VARIABLE) or None
+    args.api_key = args.api_key or None
     return Settings(**{name: getattr(args, name) for name in Settings.__dataclass_fields__})
 
 

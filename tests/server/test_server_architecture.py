@@ -24,6 +24,7 @@ ORDER = [
     {"schema"},
     {"failures", "http"},
     {"metrics", "settings"},
+    {"configured"},
     {"flags"},
     {"adapter", "errors", "log"},
     {"__init__", "jsontext"},

@@ -4,7 +4,8 @@ import subprocess
 import sys
 
 import pytest
-from mlx_hybridcache_server.settings import API_KEY_VARIABLE, Settings, build_parser, read_settings
+from mlx_hybridcache_server.flags import API_KEY_VARIABLE
+from mlx_hybridcache_server.settings import Settings, build_parser, read_settings
 
 from mlx_hybridcache.demo import BUNDLED_MODEL
 from mlx_hybridcache.errors import SettingError
@@ -170,3 +171,87 @@ def test_help_and_version_import_no_mlx(flag):
         [sys.executable, "-c", script, flag], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+# From elsewhere
+
+
+@pytest.fixture
+def file(tmp_path):
+    """Writes a file of flags; the words that name it."""
+
+    def write(text):
+        path = tmp_path / "server.toml"
+        path.write_text(text)
+        return "--config", str(path)
+
+    return write
+
+
+def test_flags_come_from_variables_and_a_file_in_their_order(file, monkeypatch):
+    """A flag before a variable before the file; each kind of value in each."""
+    monkeypatch.setenv("MLX_HYBRIDCACHE_PORT", "8001")
+    monkeypatch.setenv("MLX_HYBRIDCACHE_PROMPT_CACHE_BYTES", "2GB")
+    monkeypatch.setenv("MLX_HYBRIDCACHE_EXACT", "true")
+    monkeypatch.setenv("MLX_HYBRIDCACHE_SHOW_PROMPTS", "0")
+    monkeypatch.setenv("MLX_HYBRIDCACHE_NOBODY_KNOWS", "x")
+    monkeypatch.setenv("MLX_HYBRIDCACHE_MAX_QUEUE", "")
+    where = file(
+        """
+        port = 8002
+        max-queue = 7
+        temp = 0.5
+        alias = ["a", "b"]
+        allowed_hosts = ["box.example", "other.example"]
+        show-prompts = true
+        swa-full = true
+        allow-model-switching = false
+        chat-template-args = {enable_thinking = false}
+        """
+    )
+    found = settings(*where)
+    assert (found.port, found.max_queue, found.temp) == (8001, 7, 0.5)
+    assert (found.memory_budget, found.exact, found.show_prompts) == (2 * 10**9, True, False)
+    assert (found.swa_full, found.allow_model_switching) == (True, False)
+    assert found.aliases == ("a", "b")
+    assert found.allowed_hosts == ("box.example", "other.example")
+    assert found.chat_template_args == {"enable_thinking": False}
+    own = settings(*where, "--port", "8003", "--alias=c", "--show-prompts")
+    assert (own.port, own.aliases, own.show_prompts) == (8003, ("c",), True)
+    assert settings(*where, "--port", "8080").port == 8080  # though it is the default
+
+
+def test_the_file_itself_may_be_a_variable(file, monkeypatch):
+    """And a flag names another one."""
+    _, path = file("port = 8005")
+    monkeypatch.setenv("MLX_HYBRIDCACHE_CONFIG", path)
+    assert settings().port == 8005
+    assert settings("--config", "/dev/null").port == 8080
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("prot = 1", "prot is no flag"),
+        ("config = 'x'", "config is no flag"),
+        ("exact = 1", "exact is a switch"),
+        ("port = true", "port is no switch"),
+        ("port = ", "is not TOML"),
+    ],
+)
+def test_a_file_that_cannot_be_followed_is_refused(file, text, said):
+    """By the name of what is wrong in it."""
+    with pytest.raises(SettingError, match=said):
+        settings(*file(text))
+    with pytest.raises(SettingError, match="No such file"):
+        settings("--config", "/no/such/file")
+
+
+def test_a_variable_that_cannot_be_followed_is_refused(monkeypatch, capsys):
+    """A switch by its name; a value as the flag's would be."""
+    monkeypatch.setenv("MLX_HYBRIDCACHE_EXACT", "maybe")
+    with pytest.raises(SettingError, match="MLX_HYBRIDCACHE_EXACT is 'maybe'"):
+        settings()
+    monkeypatch.delenv("MLX_HYBRIDCACHE_EXACT")
+    monkeypatch.setenv("MLX_HYBRIDCACHE_PORT", "many")
+    assert "argument --port: 'many' is no whole number" in refused(capsys)
