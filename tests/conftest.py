@@ -21,16 +21,12 @@ spent = pytest.StashKey[float]()
 
 @pytest.fixture(scope="session", autouse=True)
 def what_costs_much_is_done_once() -> Iterator[None]:
-    """What a file of this run needs: questions to models, loops over tokens, imports of servers."""
+    """Questions to models, where any test of this run makes caches; imports, where any starts servers."""
     with pytest.MonkeyPatch.context() as patch:
         if "mlx_hybridcache.settings" in sys.modules:
             import told_once
 
             told_once.patch(patch)
-        if "mlx_lm.models" in sys.modules:
-            import scans
-
-            scans.patch(patch)
         if "mlx_hybridcache_bench.serving.servers" in sys.modules:
             import forks
 

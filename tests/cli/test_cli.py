@@ -21,12 +21,10 @@ from mlx_hybridcache.demo import BUNDLED_MODEL, process
 from mlx_hybridcache.demo.client import REPLY_TOKENS, TOP_LOGPROBS, Client, Reply
 
 LOSES_STATES = """
-import pytest, scans
-scans.patch(pytest.MonkeyPatch())
 from mlx_hybridcache.caches.kinds.recurrent import RecurrentKind
 RecurrentKind.fill = lambda *args: None
 """
-"""A `sitecustomize` for a server that reads prompts as those of other tests do, and whose restores leave the recurrent state out."""
+"""A `sitecustomize` for a server whose restores leave the recurrent state out."""
 
 
 @pytest.fixture

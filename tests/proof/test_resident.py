@@ -26,7 +26,7 @@ from places import SUPPORT
 
 from mlx_hybridcache import HybridPromptCache
 
-BUDGETS = forms(330_000_000, 1_000_000_000)
+BUDGETS = forms(500_000_000, 1_000_000_000)
 PROMPT = 64
 """Tokens of each prompt."""
 

@@ -1,8 +1,8 @@
 """Servers that have imported everything already: a start costs a tenth of what it costs a user.
 
 A process that has imported what servers import, and done nothing yet, is forked for each start
-(`multiprocessing`'s fork server). From there on it is `python -m mlx_hybridcache.server`, or mlx_lm.server, that reads prompts by `scans`. Where
-Metal is, which does not survive a fork, a new interpreter is started as ever.
+(`multiprocessing`'s fork server). From there on it is `python -m mlx_hybridcache.server`, or
+mlx_lm.server. Where Metal is, which does not survive a fork, a new interpreter is started as ever.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from typing import Any, Protocol
 from unittest import mock
 
 import pytest
-import scans
 
 OURS, THEIRS = "mlx_hybridcache.server", "mlx_lm.server"
 STARTED = {("-m", OURS): OURS, ("-m", "mlx_lm", "server"): THEIRS}
@@ -145,7 +144,6 @@ def _serve(command: list[str], out: str, err: str, environment: dict[str, str]) 
         os.dup2(opened, number)
         os.close(opened)
     module, *_ = sys.argv = command
-    scans.patch(pytest.MonkeyPatch())
     try:
         if module == OURS:
             runpy.run_module(module, run_name="__main__", alter_sys=True)
