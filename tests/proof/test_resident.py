@@ -33,6 +33,9 @@ PROMPT = 64
 PAGES = 33_000_000
 """Bytes by which resident memory may differ however little is held: a tenth of a third of a gigabyte."""
 
+REUSED = 66_000_000
+"""Bytes that the process may have had free when it began, in which something that is stored lies now."""
+
 SAMPLES = 6
 """While twice the budget is written."""
 
@@ -157,10 +160,14 @@ def test_mlx_holds_what_is_reported(samples: list[Sample], budget: int) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Metal's buffers are not all resident memory")
 def test_the_system_holds_what_is_reported(samples: list[Sample], budget: int) -> None:
-    """Resident memory is within 10 % of the reported bytes, and of the budget once cleared."""
+    """Resident memory is at most 10 % more than the reported bytes, and than none once cleared.
+
+    It is hardly less: what MLX holds is exact, and tested beside this.
+    """
     *filling, cleared = samples
     for each in filling:
-        assert abs(each.resident - each.reported) <= max(each.reported / 10, PAGES), each
+        off = each.resident - each.reported
+        assert -REUSED <= off <= max(each.reported / 10, PAGES), each
     assert abs(cleared.resident) <= budget / 10, cleared
 
 
