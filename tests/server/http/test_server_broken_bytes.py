@@ -160,7 +160,7 @@ def test_bytes_that_are_no_http(server):
 
 
 def test_methods_and_paths_that_are_not_there(server):
-    """405 for a known path, 404 for others, all as JSON."""
+    """405 for a known path, 404 for others, 501 for what is known and not made here; all as JSON."""
     for method, path, status in [
         ("GET", CHAT, 405),
         ("PUT", COMPLETIONS, 405),
@@ -169,7 +169,8 @@ def test_methods_and_paths_that_are_not_there(server):
         ("GET", "/v1", 404),
         ("GET", "/v1/models/../../etc/passwd", 404),
         ("GET", "/v1/models/%2e%2e%2fetc%2fpasswd", 404),
-        ("POST", "/v1/embeddings", 404),
+        ("POST", "/v1/images/generations", 404),
+        ("POST", "/v1/embeddings", 501),
     ]:
         response = server.client.request(method, path)
         assert response.status_code == status, path
