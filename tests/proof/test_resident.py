@@ -30,8 +30,8 @@ BUDGETS = forms(500_000_000, 1_000_000_000)
 PROMPT = 64
 """Tokens of each prompt."""
 
-PAGES = 33_000_000
-"""Bytes by which resident memory may differ however little is held: a tenth of a third of a gigabyte."""
+PAGES = 50_000_000
+"""Bytes by which resident memory may be more however little is held: a tenth of the smaller budget."""
 
 REUSED = 66_000_000
 """Bytes that the process may have had free when it began, in which something that is stored lies now."""

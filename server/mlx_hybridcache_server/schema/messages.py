@@ -56,8 +56,8 @@ _TOOL = {
     "type": "object",
     "properties": {
         "name": {"type": "string"},
-        "description": {"type": "string"},
-        "input_schema": {"type": "object"},
+        "description": {"anyOf": [{"type": "string"}, {"type": "null"}]},
+        "input_schema": {"anyOf": [{"type": "object"}, {"type": "null"}]},
     },
     "required": ["name"],
 }

@@ -39,7 +39,7 @@ def test_head_is_answered_wherever_get_is(server):
 
 def test_what_is_not_served_says_what_is(server):
     """404 lists the paths, 405 the methods, in its `Allow` too: all of a path, not of one route."""
-    error = server.client.post("/v1/responses").json()["error"]
+    error = server.client.post("/v1/images/generations").json()["error"]
     assert error["code"] == "not_found"
     for path in (CHAT, COMPLETIONS, "/v1/models", "/health"):
         assert path in error["message"]

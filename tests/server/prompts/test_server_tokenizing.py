@@ -245,8 +245,11 @@ def letters_read(said):
 
 
 def test_of_a_long_message_with_another_ending_only_the_ending_is_read():
-    """Five pieces in one turn are read once; with another question, or behind other turns, the last is."""
-    document = f"<|im_start|>user\n{text(30_000, 3_000)[: 5 * PIECE]}"
+    """Five pieces in one turn are read once; with another question, or behind other turns, the last is.
+
+    So it is unless what is left of them is just two pieces long, with an ending or without.
+    """
+    document = f"<|im_start|>user\n{text(30_000, 3_000)[: 5 * PIECE + PIECE // 4]}"
     turns = "<|im_start|>system\nBe brief.<|im_end|>\n"
     first, *others = letters_read(
         [

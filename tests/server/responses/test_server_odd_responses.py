@@ -172,7 +172,7 @@ def test_a_conversation_that_is_kept_may_be_as_long_as_a_body():
             second, sent = last.reply, sent + 1
         assert (last.status, 1 < sent < 9) == (413, True)
         assert last.reply["error"]["param"] == "previous_response_id"
-        assert not busy(serving)
+        await until(lambda: not busy(serving))
 
     served(work, "--max-body-bytes", "9000")
 
