@@ -15,7 +15,7 @@ CALLS = ("function_call", "custom_tool_call")
 
 
 def _is_item(item: Item) -> Item:
-    kind = item["type"] = item.get("type") or "message"
+    kind = item["type"] = "message" if item.get("type") is None else item["type"]
     if not isinstance(kind, str):
         raise ValueError("an item's type must be text")  # noqa: TRY004  # what pydantic reads
     if kind == "message":
@@ -48,7 +48,10 @@ def _is_tool(tool: dict[str, Any]) -> dict[str, Any]:
 
 _ITEM = {
     "type": "object",
-    "properties": {"type": {"type": "string"}, "role": {"enum": list(ROLES)}},
+    "properties": {
+        "type": {"anyOf": [{"type": "string"}, {"type": "null"}]},
+        "role": {"enum": list(ROLES)},
+    },
     "examples": [{"role": "user", "content": "Hello"}],
 }
 _TOOL = {

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+from contextlib import AsyncExitStack
 from typing import Any
 
 import openai
 import pytest
 from in_process import Client, busy, served, until
 from mlx_hybridcache_server.replies.notices import WARNING_HEADER
-from replies import ENDLESS, FUNCTION, content, tools
-from servers import CHAT, COMPLETIONS, MESSAGES, events_of, user
+from replies import FUNCTION, content, tools
+from servers import CHAT, MESSAGES, events_of, user
 
 RESPONSES = "/v1/responses"
 SYSTEM = "You are a helpful assistant."
@@ -324,16 +325,15 @@ def test_a_stream_that_fails_says_so_in_its_response():
     """What runs out of time ends with `response.failed`, numbered behind what was told: it waits for a turn."""
 
     async def work(serving, app):
-        first = Client(app, COMPLETIONS, {"prompt": "x", **ENDLESS, "stream": True})
-        await until(lambda: any(run.count.completion for run in serving.runs))
-        reply = Client(app, RESPONSES, {"input": "x", "stream": True})
-        await reply.answer()
+        async with AsyncExitStack() as taken:
+            await serving.admission.slots(taken)  # the only one, for as long as it takes
+            reply = Client(app, RESPONSES, {"input": "x", "stream": True})
+            await reply.answer()
         said = b"".join(each.get("body", b"") for each in reply.sent[1:]).decode()
         events = events_of(said)
         assert events[-1]["type"] == "response.failed"
         assert events[-1]["response"]["error"]["message"]
         assert [each["sequence_number"] for each in events] == list(range(len(events)))
-        first.leave()
         await until(lambda: not busy(serving))
 
     served(work, "--decode-concurrency", "1", "--request-timeout", "1")
@@ -349,6 +349,7 @@ def test_a_stream_that_fails_says_so_in_its_response():
         ("input", [{"type": "function_call", "call_id": "1"}]),
         ("input", [{"type": "item_reference", "id": "x"}]),
         ("input", [{"type": 5}]),
+        ("input", [{"type": 0, "role": "user", "content": "x"}]),
         ("tools", [{"name": "f"}]),
         ("tools", [{"type": "function"}]),
         ("tools", [{"type": "function", "name": "f", "parameters": []}]),
