@@ -9,14 +9,12 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastapi.sse import format_sse_event
-
 from ..errors import ApiError
 from ..generation.pieces import Piece, PromptProgress
 from ..generation.serving import RunningReply
 from ..http.event_stream import StreamFormat
 from ..http.keepalive import progress_comment
-from ..http.wire import written
+from ..http.wire import named_event
 from ..log import CLIENTS
 from ..replies.message import ChatMessage
 from .content import Content, Event
@@ -31,17 +29,12 @@ def new_id() -> str:
     return f"msg_{secrets.token_hex(12)}"
 
 
-def event(body: Event) -> bytes:
-    """A server-sent event, named as its type."""
-    return format_sse_event(event=body["type"], data_str=written(body).decode())
-
-
 def failure(error: ApiError) -> bytes:
     """The last event of a stream that ends too early."""
-    return event(error.body(as_anthropic=True))
+    return named_event(error.body(as_anthropic=True))
 
 
-PING = event({"type": "ping"})
+PING = named_event({"type": "ping"})
 STREAM = StreamFormat(keepalive=PING, failure=failure)
 
 
@@ -78,7 +71,7 @@ class MessagesReply:
                 if isinstance(each, PromptProgress):
                     yield progress_comment(each.read, each.total)
                 else:
-                    yield event(each)
+                    yield named_event(each)
 
     async def _events(self) -> AsyncGenerator[Event | PromptProgress]:
         async with aclosing(self.run.pieces()) as pieces:

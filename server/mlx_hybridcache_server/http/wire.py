@@ -82,6 +82,11 @@ def event(body: dict[str, Any]) -> bytes:
     return format_sse_event(data_str=written(body).decode())
 
 
+def named_event(body: dict[str, Any]) -> bytes:
+    """A server-sent event that is named as its type."""
+    return format_sse_event(event=body["type"], data_str=written(body).decode())
+
+
 class JsonResponse(JSONResponse):
     """Starlette's, for any value: it would fail on NaN, and on text that is not Unicode."""
 

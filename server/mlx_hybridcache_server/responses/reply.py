@@ -10,14 +10,12 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastapi.sse import format_sse_event
-
 from ..errors import ApiError
 from ..generation.pieces import Piece, PromptProgress
 from ..generation.serving import RunningReply
 from ..http.event_stream import StreamFormat
 from ..http.keepalive import COMMENT, progress_comment
-from ..http.wire import written
+from ..http.wire import named_event
 from ..log import CLIENTS
 from ..replies.message import ChatMessage
 from ..schema.responses import ResponsesBody
@@ -41,15 +39,10 @@ def new_id() -> str:
     return f"resp_{secrets.token_hex(12)}"
 
 
-def event(body: Event) -> bytes:
-    """A server-sent event, named as its type."""
-    return format_sse_event(event=body["type"], data_str=written(body).decode())
-
-
 def failure(error: ApiError) -> bytes:
     """What a stream ends with that never began."""
     said = error.body()["error"]
-    return event(
+    return named_event(
         {
             "type": "error",
             "sequence_number": 0,
@@ -106,7 +99,7 @@ class ResponsesReply:
                     yield self._numbered(each)
 
     def _numbered(self, body: Event) -> bytes:
-        sent = event({**body, "sequence_number": self.number})
+        sent = named_event({**body, "sequence_number": self.number})
         self.number += 1
         return sent
 
