@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from mlx_hybridcache.errors import PromptError
+from mlx_hybridcache.store.tree import common_length
 from mlx_hybridcache.tokenizing.encoder import Encoder
 from mlx_hybridcache.tokens import Tokens, TurnMarks, prompt_tokens
 
@@ -137,9 +138,7 @@ class Renderer:
             rendered = yield from self.chat(longer, opens_reply=False, salt=salt)
             both.append(rendered.tokens)
         one, other = both
-        shortest = min(len(one), len(other))
-        differs = np.flatnonzero(one[:shortest] != other[:shortest])
-        return one[: (int(differs[0]) if len(differs) else shortest) + 1]
+        return one[: common_length(one, other) + 1]
 
     def _probe(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> str:
         is_text = renders_text(self.tokenizer)

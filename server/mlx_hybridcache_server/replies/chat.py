@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-import numpy as np
-
+from mlx_hybridcache.store.tree import common_length
 from mlx_hybridcache.tokens import Tokens
 
 from ..errors import ApiError
@@ -99,9 +98,7 @@ async def _end(
         if error.status_code != BAD_REQUEST:
             raise
         return None
-    shortest = min(len(prefix), len(tokens))
-    differs = np.flatnonzero(prefix[:shortest] != tokens[:shortest])
-    return int(differs[0]) if len(differs) else shortest
+    return common_length(prefix, tokens)
 
 
 async def constraint(
