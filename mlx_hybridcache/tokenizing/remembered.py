@@ -25,7 +25,8 @@ class Remembered:
 
     def __init__(self, most_bytes: int = MOST_BYTES):
         self.most_bytes = most_bytes
-        self._tokens: dict[tuple[str, str], Tokens] = {}
+        # With what each was counted as: a text grows when somebody reads it as UTF-8.
+        self._tokens: dict[tuple[str, str], tuple[Tokens, int]] = {}
         self._nbytes = 0
         self._lock = threading.Lock()
 
@@ -52,14 +53,19 @@ class Remembered:
         """Forget everything of one salt, or of every salt."""
         with self._lock:
             for key in [each for each in self._tokens if salt in (None, each[0])]:
-                self._nbytes -= _nbytes(key, self._tokens.pop(key))
+                self._forget(key)
+
+    def _forget(self, key: tuple[str, str]) -> None:
+        _, nbytes = self._tokens.pop(key)
+        self._nbytes -= nbytes
 
     def _used(self, key: tuple[str, str]) -> Tokens | None:
         """What is last in the table was used last."""
         found = self._tokens.pop(key, None)
-        if found is not None:
-            self._tokens[key] = found
-        return found
+        if found is None:
+            return None
+        self._tokens[key] = found
+        return found[0]
 
     def _put(self, key: tuple[str, str], tokens: Tokens) -> None:
         needed = _nbytes(key, tokens)
@@ -67,11 +73,10 @@ class Remembered:
             return
         own = np.array(tokens, dtype=np.int32)  # a view would keep all of a long prompt
         own.setflags(write=False)
-        self._tokens[key] = own
+        self._tokens[key] = own, needed
         self._nbytes += needed
         while self._nbytes > self.most_bytes:
-            oldest = next(iter(self._tokens))
-            self._nbytes -= _nbytes(oldest, self._tokens.pop(oldest))
+            self._forget(next(iter(self._tokens)))
 
 
 def _nbytes(key: tuple[str, str], tokens: Tokens) -> int:

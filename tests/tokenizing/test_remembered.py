@@ -1,11 +1,14 @@
 """What is remembered of texts stays within its bound, and the least recently used goes first."""
 
+import ctypes
 import gc
 import random
+import sys
 import tracemalloc
 from threading import Thread
 
 import numpy as np
+import pytest
 
 from mlx_hybridcache.tokenizing.remembered import Remembered
 
@@ -60,6 +63,31 @@ def test_bytes_are_counted_and_given_back():
     assert (len(remembered), remembered.nbytes) == (1, once)
     remembered.clear()
     assert (len(remembered), remembered.nbytes) == (0, 0)
+
+
+@pytest.mark.parametrize("grows", ["before", "after"])
+def test_a_text_that_is_read_as_utf8_is_given_back_as_it_was_counted(grows):
+    """Python counts those bytes too, once they are there: with the text kept, or not with its equal."""
+    remembered = Remembered()
+    text, equal = (f"{letter}lève" for letter in "éé")
+    if grows == "before":
+        as_utf8(text)
+    remembered.keep("", [text], [ONE])
+    if grows == "after":
+        as_utf8(text)
+    else:
+        assert kept(remembered, "", equal)
+    remembered.clear()
+    assert (len(remembered), remembered.nbytes) == (0, 0)
+
+
+def as_utf8(text):
+    """Read a text as C code does; Python keeps what it made of it."""
+    before = sys.getsizeof(text)
+    read = ctypes.pythonapi.PyUnicode_AsUTF8
+    read.argtypes, read.restype = [ctypes.py_object], ctypes.c_char_p
+    assert read(text) == text.encode()
+    assert sys.getsizeof(text) > before
 
 
 def test_what_many_threads_keep_is_counted_right():

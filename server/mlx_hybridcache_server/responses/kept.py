@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,6 +16,9 @@ MOST_BYTES = 64 * 2**20
 
 OWN_BYTES = 1024
 """Of one beside its texts."""
+
+LETTER_BYTES = 4
+"""Of a salt's letter, at most."""
 
 Item = dict[str, Any]
 
@@ -44,7 +46,9 @@ class Kept:
     @property
     def nbytes(self) -> int:
         """What it holds, all told."""
-        return OWN_BYTES + sum(map(sys.getsizeof, (self.response, self.added, self.salt)))
+        return (
+            OWN_BYTES + len(self.response) + len(self.added) + LETTER_BYTES * len(self.salt or "")
+        )
 
     def input_items(self) -> list[Item]:
         """What its request added, in order."""
