@@ -70,7 +70,7 @@ def read(reply: dict[str, Any]) -> int:
 
 
 CASES = [(kind, size) for kind in KINDS for size in (1_200,)]
-WHOLE = [(kind, 20_000) for kind in KINDS]
+WHOLE = [(kind, 20_000) for kind in ("date", "uuid")]
 
 
 @pytest.mark.parametrize("cases", forms(CASES, WHOLE))
