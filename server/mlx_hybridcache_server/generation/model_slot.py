@@ -121,14 +121,12 @@ class ModelSlot:
         """Write what is cached while requests may still come; if none did, let go of the model."""
         cache = self.loaded.cache
         is_written = await asyncio.to_thread(cache.flush, FLUSH_SECONDS)
-        if self._leases.is_idle and self.loaded.cache is cache and not self._closing.is_set():
-            if not is_written:
-                log.warning(
-                    "Not all that is cached fits the cache directory, and the rest is let go."
-                )
-            self._leases.empty(self._unload)
+        if self.loaded.cache is cache and not self._closing.is_set():
+            self._leases.empty(partial(self._unload, is_written=is_written))
 
-    async def _unload(self) -> None:
+    async def _unload(self, *, is_written: bool) -> None:
+        if not is_written:
+            log.warning("Not all that is cached fits the cache directory, and the rest is let go.")
         self.loaded = await asyncio.to_thread(_resting, self.loaded)
         self._loading = None  # which holds the model that it loaded
         await asyncio.wrap_future(on_own_thread(_give_back))

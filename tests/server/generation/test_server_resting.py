@@ -81,6 +81,11 @@ def test_a_model_that_was_let_go_of_comes_back_and_restores(serving: Serving) ->
         assert cached(again) == cached(hot)
         assert [r["choices"][0]["text"] for r in (hot, again)] == [cold["choices"][0]["text"]] * 2
         assert await state(serving) == [None, "loaded", False]
+        model = weakref.ref(serving.loaded.cache.info.model)
+        await asked(serving, keep_alive=0)
+        await until(lambda: serving.slot.state == "unloaded")
+        gc.collect()
+        assert model() is None, "one that was loaded again is let go of as well"
 
     within(work())
 

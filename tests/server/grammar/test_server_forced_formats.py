@@ -31,7 +31,7 @@ PLAIN: dict[str, Any] = {
         "text": {"type": "string"},
         "count": {"type": "integer", "minimum": 0, "maximum": 99},
         "share": {"type": "number"},
-        "unit": {"type": "string", "enum": ["C", "F"]},
+        "unit": {"type": "string", "enum": ["C", "F", "A & B"]},
         "is_on": {"type": "boolean"},
         "list": {"type": "array", "items": {"type": "string"}, "maxItems": 3},
     },
@@ -64,6 +64,7 @@ FINE: Calls = [
         {"text": 'He said "no", <b>twice</b> & left: 5 > 3\nthen {came} [back], 中文 \U0001f600'},
     ),
     ("say", {"text": "", "count": 12, "share": -2.5, "unit": "F", "is_on": True}),
+    ("say", {"text": "x", "unit": "A & B"}),
     ("say", {"text": "x", "is_on": False, "list": ["a", 'b "c"', "d,e"]}),
     ("now", {}),
     ("grow", {"tree": {"id": 1, "under": [{"a": True}, {}]}, "any": {"k": [1, "two"], "l": {}}}),
@@ -81,8 +82,8 @@ WRONG: Calls = [
     ("gone", {}),
 ]
 UNREAD = {
-    "function_gemma": [1, 3, 5, 6],  # it takes the first } for the end, and a comma for another key
-    "longcat": [4],  # reads an object, as it was written, but no name alone
+    "function_gemma": [1, 4, 6, 7],  # it takes the first } for the end, and a comma for another key
+    "longcat": [5],  # reads an object, as it was written, but no name alone
 }
 """Which of `FINE` mlx-lm's own parser cannot read; this server's reads them all."""
 

@@ -114,6 +114,7 @@ def test_what_was_added_is_listed_in_pages(server, order):
     assert (len(first["data"]), first["has_more"]) == (20, True)
     whole = server.client.get(f"{where}&limit=100").json()
     assert (len(whole["data"]), whole["has_more"]) == (25, False)
+    assert not server.client.get(f"{where}&limit=25").json()["has_more"]
     said = [each["content"][0]["text"] for each in whole["data"]]
     assert said == [f"a{n}" for n in (range(25) if order == "asc" else range(24, -1, -1))]
     pages, after = [], ""
