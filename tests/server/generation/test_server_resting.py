@@ -6,6 +6,7 @@ import asyncio
 import gc
 import weakref
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,22 @@ def test_nothing_is_let_go_of_while_a_reply_is_written(serving: Serving) -> None
         streaming.leave()
         await stream
         await until(lambda: serving.slot.state == "unloaded")
+
+    within(work())
+
+
+def test_who_came_while_the_cache_was_written_keeps_the_model(serving: Serving) -> None:
+    """The time was over, its files are being written, and a request comes: nothing is let go under it."""
+
+    async def work() -> None:
+        await asked(serving)
+        serving.slot._rest_soon()
+        with ExitStack() as held:
+            loaded = await serving.slot.any_model(held)
+            assert serving.slot._resting is not None
+            await serving.slot._resting
+            assert serving.slot.state == "loaded"
+            assert loaded.cache.is_alive
 
     within(work())
 
