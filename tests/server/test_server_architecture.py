@@ -19,7 +19,7 @@ ORDER = [
     {"anthropic", "openai", "probes", "responses", "watching"},
     {"replies"},
     {"generation"},
-    {"grammar"},
+    {"grammar", "loading"},
     {"calls", "prompts"},
     {"schema"},
     {"failures", "http"},

@@ -76,5 +76,5 @@ async def _model(chat: MessagesChat, serving: Serving, admitted: Admitted) -> Lo
     """The one that is served, whatever its name, unless others may be loaded and one is named."""
     name = chat.model or ""
     if serving.settings.allow_model_switching and not name.startswith(OTHERS):
-        return await serving.model(admitted.held, chat.model)
-    return await serving.any_model(admitted.held)
+        return await serving.slot.model(admitted.held, chat.model)
+    return await serving.slot.any_model(admitted.held)

@@ -48,7 +48,7 @@ async def completions(body: CompletionBody, request: Request) -> Response:
 
 
 async def _chat(body: ChatBody, serving: Serving, admitted: Admitted, weight: int) -> Reply:
-    loaded = await serving.model(admitted.held, body.model, body.adapters)
+    loaded = await serving.slot.model(admitted.held, body.model, body.adapters)
     begun = await chats.chat(body, loaded, serving, admitted, weight)
     kind = "chat.completion.chunk" if body.stream else "chat.completion"
     envelope = Envelope.new("chatcmpl", kind, body.model or loaded.id)
@@ -64,7 +64,7 @@ async def _chat(body: ChatBody, serving: Serving, admitted: Admitted, weight: in
 async def _completions(
     body: CompletionBody, serving: Serving, admitted: Admitted, weight: int
 ) -> Reply:
-    loaded = await serving.model(admitted.held, body.model, body.adapters)
+    loaded = await serving.slot.model(admitted.held, body.model, body.adapters)
     envelope = Envelope.new("cmpl", "text_completion", body.model or loaded.id)
     groups: list[list[TextChoice]] = []
     for prompt in _prompts(body):
@@ -106,8 +106,10 @@ def _text_of(prompt: str | list[int], loaded: Loaded) -> str:
 @router.get("/health", responses={503: {"description": "The worker has ended"}})
 async def health(request: Request) -> Response:
     """Whether requests can be served."""
-    if serving_of(request).is_alive:
-        return JsonResponse({"status": "ok"})
+    serving = serving_of(request)
+    if serving.slot.is_alive:
+        resting = {} if serving.slot.state == "loaded" else {"model": serving.slot.state}
+        return JsonResponse({"status": "ok", **resting})
     return JsonResponse({"status": "unavailable"}, 503)  # said in the log by the worker's end
 
 
@@ -125,7 +127,7 @@ async def one_model(name: str, request: Request) -> dict[str, Any]:
         if found["id"].lstrip("/") == name.lstrip("/"):
             return found
     if any(own.lstrip("/") == name.lstrip("/") for own in serving.loaded.names):
-        return _entry(serving.loaded.id, serving.loaded.renderer.room.longest)
+        return _entry(serving.loaded.id, serving.loaded.renderer.room.longest) | _state(serving)
     message = f"No model {name!r} is served; {serving.loaded.id!r} is."
     raise ApiError(404, message, param="model", code="model_not_found")
 
@@ -136,7 +138,13 @@ async def _models(serving: Serving) -> list[dict[str, Any]]:
     if serving.settings.allow_model_switching:
         found = await asyncio.to_thread(models.contexts) | found
     ids = [*loaded.shown, *(name for name in found if name not in loaded.shown)]
-    return [_entry(name, found[name]) for name in ids]
+    own = _state(serving)
+    return [_entry(name, found[name]) | (own if name in loaded.shown else {}) for name in ids]
+
+
+def _state(serving: Serving) -> dict[str, str]:
+    """Whether the served model is there, where it may be let go of."""
+    return {} if serving.settings.idle_unload is None else {"state": serving.slot.state}
 
 
 def _entry(name: str, context: int | None) -> dict[str, Any]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 from functools import partial
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Query, Request
 from starlette.responses import Response
 
 from ..errors import ApiError
@@ -28,6 +28,11 @@ router = APIRouter(route_class=JsonRoute)
 STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
 
 JSON = "application/json"
+
+LISTED, MOST_LISTED = 20, 100
+"""Items of one list, where a client does not say, and at most."""
+
+NO_IDS = {"first_id": None, "last_id": None}
 
 SEALED_THOUGHTS = "reasoning.encrypted_content"
 
@@ -55,17 +60,31 @@ async def items(
     request: Request,
     cache_salt: str | None = None,
     order: Literal["asc", "desc"] = "desc",
+    limit: Annotated[int, Query(ge=1, le=MOST_LISTED)] = LISTED,
+    after: str | None = None,
 ) -> Response:
-    """What its request added to the conversation, newest first."""
+    """What its request added to the conversation, newest first; `after` is the last item of a list before."""
     found = _kept(request).find(name, cache_salt)
 
     def listed() -> bytes:
         data = [_listed(name, at, item) for at, item in enumerate(found.input_items())]
-        data = data if order == "asc" else data[::-1]
-        ids = {"first_id": data[0]["id"], "last_id": data[-1]["id"]}
-        return written({"object": "list", "data": data, "has_more": False, **ids})
+        data = _behind(data if order == "asc" else data[::-1], after)
+        page = data[:limit]
+        ids = {"first_id": page[0]["id"], "last_id": page[-1]["id"]} if page else NO_IDS
+        more = len(data) > limit
+        return written({"object": "list", "data": page, "has_more": more, **ids})
 
     return Response(await asyncio.to_thread(listed), media_type=JSON)
+
+
+def _behind(items: list[dict[str, Any]], after: str | None) -> list[dict[str, Any]]:
+    """The items behind one of them. Raises `ApiError` 404 where that is not among them."""
+    if after is None:
+        return items
+    for at, item in enumerate(items, 1):
+        if item["id"] == after:
+            return items[at:]
+    raise ApiError(404, f"No item {after!r} is in this list.", param="after", code="item_not_found")
 
 
 @router.delete("/v1/responses/{name}", response_model=None)
@@ -94,7 +113,7 @@ async def _response(
     admitted: Admitted,
     weight: int,
 ) -> ResponsesReply:
-    loaded = await serving.model(admitted.held, body.model)
+    loaded = await serving.slot.model(admitted.held, body.model)
     begun = await chats.chat(chat, loaded, serving, admitted, before + weight)
     (run,) = begun.runs(new_id())
 

@@ -16,4 +16,4 @@ FIELDS = frozenset(
         *(ResponsesBody, Reasoning, TextConfig),
     )
     for name in body.model_fields
-) | {"include_usage", "type", "function", "name"}
+) | {"include_usage", "type", "function", "name", "limit"}

@@ -170,6 +170,7 @@ class GenerationBody(Body):
     response_format: ResponseFormat | None = None
     cache_salt: str | None = None
     cache_prompt: bool | None = None
+    keep_alive: Any = None
     draft_model: str | None = None
     num_draft_tokens: Count | None = None
     adapters: str | None = None

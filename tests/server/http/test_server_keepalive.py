@@ -102,7 +102,7 @@ def test_a_stream_that_waits_for_its_model_says_so_and_tells_what_came_of_it():
     async def work(serving, app):
         body = {"prompt": "x", "max_tokens": 1, "stream": True, "model": "/nowhere/at/all"}
         with ExitStack() as held:
-            await serving.any_model(held)
+            await serving.slot.any_model(held)
             stays, leaves = Client(app, COMPLETIONS, body), Client(app, COMPLETIONS, body)
             await until(lambda: comments(stays) >= 3 and comments(leaves) >= 3)
             leaves.leave()
