@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
 
@@ -48,6 +49,7 @@ from .store.outline import Outline
 from .store.references import CountedReferences
 from .tokenizing.encoder import Encoder
 from .tokens import Namespace, prompt_tokens
+from .worker.mlx_thread import mlx_thread
 from .worker.stream import Stream
 from .worker.turns import Load, Pause
 from .worker.worker import Worker, closed
@@ -563,19 +565,16 @@ def _through(
 
 @contextmanager
 def _mlx_thread(model: Any) -> Iterator[None]:
-    """What the worker thread holds for its life: the wired limit, and its own MLX streams.
-
-    MLX 0.32 ends the process with `terminate` at exit when a thread leaves its streams behind.
-    """
-    try:
-        with wired_limit(model):
-            yield
-    finally:
-        mx.clear_streams()
+    """What the worker thread holds for its life: the wired limit, and a stream of MLX."""
+    with mlx_thread(), wired_limit(model):
+        yield
 
 
 def _take_random_state() -> int:
-    """The calling thread's random state, and move it on, so that the next request draws anew."""
+    """The calling thread's random state, and move it on, so that the next request draws anew.
+
+    Without a number of MLX's own: for that the thread would need a stream, which stays when the thread ends.
+    """
     state = random_state()
-    mx.eval(mx.random.uniform())
+    mx.random.seed(Random(state).getrandbits(64))
     return state

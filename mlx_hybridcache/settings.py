@@ -138,7 +138,6 @@ class CacheSettings:
         store: MemoryStore = Store(
             parse_bytes(models.default_budget(model) if budget is None else budget),
             needs_checkpoints=layout.needs_snapshots,
-            stride=self.prefill_step_size if self.exact else 1,
             max_conversations=self.max_conversations,
             max_checkpoints=self.max_checkpoints,
             references=references,

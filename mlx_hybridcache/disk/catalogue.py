@@ -45,22 +45,15 @@ class Lacking:
 class Catalogue:
     """The segments of one directory, inside `budget_bytes`.
 
-    `on_unneeded` names who deletes what nothing needs any more. `needs_checkpoints` and `stride` are
-    those of the model that looks things up; the files of others weigh and go by the same policy.
+    `on_unneeded` names who deletes what nothing needs any more. `needs_checkpoints` is that of the
+    model that looks things up; the files of others weigh and go by the same policy.
     `is_behind`: with files that went others were let go that hold some of the same, and are still there.
     """
 
-    def __init__(
-        self,
-        budget_bytes: int,
-        *,
-        needs_checkpoints: bool,
-        stride: int = 1,
-    ):
+    def __init__(self, budget_bytes: int, *, needs_checkpoints: bool):
         self._files = Files()
         self._needs_checkpoints = needs_checkpoints
         self.is_behind = False
-        self._stride = stride
         self.store: FileStore = Store(budget_bytes, needs_checkpoints=True, references=self._files)
 
     def on_unneeded(self, delete: Callable[[Segment], None]) -> None:
@@ -85,7 +78,7 @@ class Catalogue:
             )
             node = next(stands, None)
             return replace(found, position=node.end if node else 0, node=node)
-        return replace(found, position=reach - reach % self._stride, node=None)
+        return replace(found, position=reach, node=None)
 
     def lacking(
         self,

@@ -119,9 +119,7 @@ class DiskTier:
             raise SettingError(
                 f"The cache directory {root} cannot be used: {refusal(error)}"
             ) from error
-        catalogue = Catalogue(
-            budget_bytes, needs_checkpoints=store.needs_checkpoints, stride=store.stride
-        )
+        catalogue = Catalogue(budget_bytes, needs_checkpoints=store.needs_checkpoints)
         thread = DiskThread(directory, _weakly(post))
         name = str(getattr(model, "model_type", ""))
         shapes = Shapes.of(layout, model)

@@ -29,9 +29,9 @@ class Store(CountedTrees[R, S]):
 
     Rows and what stands at checkpoints are opaque here: they have a range, and a weight.
 
-    Without `needs_checkpoints` rows restore at any multiple of `stride` tokens. A save lets the
-    least recently used conversations beyond `max_conversations` go, except pinned ones, and leaves
-    at most `max_checkpoints` on any path from the root to a leaf.
+    Without `needs_checkpoints` rows restore at any position. A save lets the least recently used
+    conversations beyond `max_conversations` go, except pinned ones, and leaves at most
+    `max_checkpoints` on any path from the root to a leaf.
     """
 
     def __init__(
@@ -39,7 +39,6 @@ class Store(CountedTrees[R, S]):
         budget_bytes: int,
         *,
         needs_checkpoints: bool,
-        stride: int = 1,
         max_conversations: int | None = None,
         max_checkpoints: int | None = None,
         references: References | None = None,
@@ -52,7 +51,6 @@ class Store(CountedTrees[R, S]):
             if most is not None and most < 1:
                 raise SettingError(f"{name} is {most}; it must be >= 1, or None for no limit.")
         self.needs_checkpoints = needs_checkpoints
-        self.stride = stride
         self.max_conversations = max_conversations
         self.max_checkpoints = max_checkpoints
         conversations = Conversations(needs_checkpoints) if max_conversations is not None else None
@@ -72,8 +70,7 @@ class Store(CountedTrees[R, S]):
         match = self.match(namespace, tokens)
         limit = len(tokens) - 1
         if not self.needs_checkpoints:
-            reach = min(match.matched, limit)
-            return Found(match, reach - reach % self.stride, None)
+            return Found(match, min(match.matched, limit), None)
         node = match.deepest_checkpoint(limit)
         return Found(match, node.end if node else 0, node)
 

@@ -9,6 +9,7 @@ import pytest
 import tiny
 from bundled import load, text_tokens
 from mlx_lm import stream_generate
+from mlx_lm.sample_utils import make_sampler
 from plain_replies import SMALL, plain, same
 
 from mlx_hybridcache import (
@@ -80,6 +81,50 @@ def test_a_cache_may_be_built_and_closed_on_another_thread():
     thread.start()
     thread.join()
     assert lengths == [5]
+
+
+# What ended threads leave behind
+
+
+def streams_made():
+    """Of MLX, in this process so far, with the one that asking takes: their names count them."""
+    return int(str(mx.new_thread_unsafe_stream(mx.cpu)).rpartition(" ")[2].rstrip(")"))
+
+
+def test_caches_that_were_closed_leave_no_stream_of_mlx():
+    """Each is a thread on the CPU, which wakes for every evaluation: one for each cache that ever was slows the rest."""
+
+    def use():
+        with HybridPromptCache(*load(), memory_budget="50MB") as cache:
+            assert len(list(cache.stream_generate(list(text_tokens(100)), 3))) == 3
+
+    use()
+    before = streams_made()
+    for _ in range(6):
+        use()
+    assert streams_made() - before == 1
+
+
+def test_threads_that_ask_and_end_leave_no_stream_of_mlx(cache):
+    """Sampling without a seed begins where their own random state stands, and moves it on."""
+    replies = []
+
+    def ask():
+        mx.random.seed(7)
+        asked = [
+            list(cache.stream_generate("A lamp", 8, sampler=make_sampler(2.0))) for _ in range(2)
+        ]
+        replies.append([[response.token for response in reply] for reply in asked])
+
+    before = streams_made()
+    for _ in range(6):
+        thread = threading.Thread(target=ask)
+        thread.start()
+        thread.join()
+    assert streams_made() - before == 1
+    (one, two), *others = replies
+    assert one != two
+    assert others == [[one, two]] * 5
 
 
 # Cancellation

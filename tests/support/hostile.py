@@ -402,8 +402,9 @@ class Round:
                     is_end = at == node.end and len(node.children or ()) != 1
                     (ends if is_end else between).append((namespace.salt, tokens[:at]))
         chosen = [*ends, *self.chance.sample(between, min(BETWEEN, len(between)))]
-        stride = store.stride
-        return [(salt, each[: len(each) - len(each) % stride]) for salt, each in chosen]
+        sharing = self.cache.engine.sharing
+        step = sharing.step if sharing.exact else 1
+        return [(salt, each[: len(each) - len(each) % step]) for salt, each in chosen]
 
     def compare(self, salt: str, tokens: list[int]) -> None:
         whole, cold = self.family.cold(tokens, THEN)

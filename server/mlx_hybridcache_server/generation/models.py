@@ -13,7 +13,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-import mlx.core as mx
 from huggingface_hub import CacheNotFound, scan_cache_dir
 
 from mlx_hybridcache import HybridPromptCache, models
@@ -22,6 +21,7 @@ from mlx_hybridcache.demo import BUNDLED_MODEL
 from mlx_hybridcache.errors import SettingError
 from mlx_hybridcache.router.defaults import AUTO
 from mlx_hybridcache.router.patch import Patch
+from mlx_hybridcache.worker.mlx_thread import mlx_thread
 
 from ..adapter import token_bytes
 from ..prompts.chat import Renderer
@@ -281,16 +281,15 @@ def _is_model(files: set[str]) -> bool:
 
 
 def on_own_thread(work: Callable[[], T]) -> Future[T]:
-    """Run `work`, which calls MLX, on a thread that leaves no MLX stream behind when it ends."""
+    """Run `work`, which calls MLX, on a thread of its own."""
     future: Future[T] = Future()
 
     def run() -> None:
-        try:
-            future.set_result(work())
-        except BaseException as error:
-            future.set_exception(error)
-        finally:
-            mx.clear_streams()
+        with mlx_thread():
+            try:
+                future.set_result(work())
+            except BaseException as error:
+                future.set_exception(error)
 
     threading.Thread(target=run, name="load", daemon=True).start()
     return future

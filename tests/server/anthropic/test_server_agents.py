@@ -219,6 +219,7 @@ def test_tools_are_declared_as_a_chat_declares_them():
         ("tools", [{"name": 5}]),
         ("tool_choice", {"type": "some"}),
         ("tool_choice", {"type": "tool"}),
+        ("tool_choice", {"type": "tool", "name": ""}),
         ("tool_choice", {"type": "any"}),
         ("thinking", {"type": "enabled", "budget_tokens": -1}),
         ("output_config", {"format": {"type": "json_schema"}}),

@@ -92,7 +92,7 @@ def test_bodies_that_are_held_together_are_bounded():
     """Four of the largest size: the fifth is refused, small ones never; then there is room again."""
 
     async def work(serving, app):
-        part = b'{"prompt": "' + b"a" * 90_000
+        part = b'{"prompt": "' + b"a" * 99_000
         waiting = [Client(app, COMPLETIONS) for _ in range(4)]
         for client in waiting:
             client.send(part, more=True)
@@ -104,7 +104,7 @@ def test_bodies_that_are_held_together_are_bounded():
         for client in (fifth, announced):
             assert (await client.answer()).status == 429
             assert int(client.headers[b"retry-after"]) > 0
-        small = {"prompt": "a", "max_tokens": 1}
+        small = b'{"prompt": "a", "max_tokens": 1' + b" " * 30_000 + b"}"  # not what is left
         assert (await Client(app, COMPLETIONS, small).answer()).status == 200
         for client in waiting:
             client.leave()

@@ -12,12 +12,13 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
+from unittest import mock
 
 import pytest
 import uvicorn
 from mlx_hybridcache_server import log as quiet
 from mlx_hybridcache_server.http import connections
-from mlx_hybridcache_server.http.connections import Connection, Crowd, room
+from mlx_hybridcache_server.http.connections import Awaited, Connection, Crowd, room
 from mlx_hybridcache_server.log import Once
 from servers import CHAT, COMPLETIONS, OURS, begin, raw_post, raw_status, read_all, running, user
 
@@ -29,7 +30,9 @@ HALF_BODY = b"POST /body HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 100000\r
 async def app(scope, receive, send):
     """Answers at once, when the body is there, or with one event every 50 ms."""
     path = scope["path"]
-    if path == "/body":
+    if path == "/later":
+        await asyncio.sleep(1.5)
+    if path in ("/body", "/later"):
         message = await receive()
         while message.get("more_body"):
             message = await receive()
@@ -40,8 +43,9 @@ async def app(scope, receive, send):
         for number in range(20):
             await asyncio.sleep(0.05)
             await send({"type": "http.response.body", "body": b"%d " % number, "more_body": True})
-    large = b"x" * (64 * 2**20 if path == "/large" else 2)
-    await send({"type": "http.response.body", "body": large})
+    if path == "/large":
+        await send({"type": "http.response.body", "body": b"x" * 64 * 2**20, "more_body": True})
+    await send({"type": "http.response.body", "body": b"xx"})
 
 
 class Served:
@@ -167,6 +171,15 @@ def test_a_body_that_advances_is_waited_for(monkeypatch, opened):
         assert raw_status(read_all(slow)) == 408
 
 
+def test_a_body_that_nobody_reads_is_waited_for(short, opened):
+    """4 MiB, which the server takes after 1.5 s, five times what a client has: it could send no more."""
+    head = (
+        b"POST /later HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Length: 4194304\r\n\r\n"
+    )
+    with served() as server:
+        assert raw_status(read_all(opened(server, head + b"x" * 2**22))) == 200
+
+
 def test_a_reply_and_its_silence_may_last(short, opened):
     """A stream of a second, three times the time for a header: events like it may last for hours."""
     with served() as server:
@@ -213,6 +226,19 @@ def test_headers_give_way_before_idle_connections_and_those_before_bodies(opened
         assert read_all(idle) == b""
         body.sendall(b"x" * 99_999)
         assert answered(body) == 200
+
+
+def test_who_gave_way_has_no_place_any_more():
+    """One place: the first gives it up to the second, and once that has left, the third asks nobody."""
+    crowd, (first, second, third) = Crowd(1), (mock.Mock() for _ in range(3))
+    assert crowd.enter(first)
+    crowd.note(first, Awaited.HEAD)
+    assert crowd.enter(second)
+    crowd.leave(second)
+    assert crowd.enter(third)
+    assert first.give_way.call_count == 1
+    crowd.note(second, Awaited.HEAD)  # one that left waits for nothing
+    assert not crowd.enter(first)
 
 
 def test_where_all_are_served_more_are_refused_politely(opened):

@@ -62,8 +62,8 @@ def test_who_stops_listening_ends_what_is_waited_for():
         yield b""
 
     async def work():
-        async with aclosing(kept_alive(silent(), 0.001)) as chunks:
-            assert await anext(chunks) == COMMENT
+        async with aclosing(kept_alive(silent(), 0.001, iter((b"1", b"2")).__next__)) as chunks:
+            assert [await anext(chunks), await anext(chunks)] == [b"1", b"2"]
         try:
             await anext(kept_alive(failing(), 1))
         except ValueError as error:

@@ -104,6 +104,12 @@ def test_the_first_form_of_tools_is_read_as_tools():
     assert fields["tool_choice"] == {"type": "function", "function": {"name": "get_weather"}}
     assert fields["parallel_tool_calls"] is False
     assert read(functions=[WEATHER], function_call="auto")[0]["tool_choice"] == "auto"
+    own = [{"type": "function", "function": {"name": "of_today"}}]
+    fields, _ = read(
+        tools=own, functions=[WEATHER], function_call="auto"
+    )  # `tools` took their place
+    assert fields["tools"] == own
+    assert "tool_choice" not in fields
 
 
 @pytest.mark.parametrize(

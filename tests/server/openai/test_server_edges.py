@@ -143,6 +143,14 @@ def test_a_name_that_a_web_site_may_have_is_refused(host, allowed):
     assert not knows(Settings(allowed_hosts=("*",)), host, "https://evil.example")
 
 
+def test_a_page_of_this_server_may_ask_it():
+    """By a name that was added, however it is written."""
+    named = Settings(allowed_hosts=("box.example",))
+    assert knows(named, "BOX.example:80", "http://box.example:80")
+    assert not knows(named, "box.example:80", "http://box.example")
+    assert not knows(named, "box.example:80", "http://rebound.example:80")
+
+
 def test_hosts_are_read_without_schemes_and_ports(capsys):
     """Two names, an address in brackets; a URL is refused with a sentence."""
     parser = build_parser("serve")

@@ -1,0 +1,45 @@
+"""Threads that call MLX and end: each works on a stream that others have used before it.
+
+MLX frees no stream. On the CPU a stream is a thread of the system's, and all of them wake for each evaluation:
+with one left behind for each cache that was closed, everything that comes later gets slower.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import mlx.core as mx
+
+_lock = threading.Lock()
+_free: list[tuple[mx.Device, mx.Stream]] = []
+
+
+@contextmanager
+def mlx_thread() -> Iterator[None]:
+    """For a thread's whole work with MLX: its default stream is its own inside, and the next thread's afterwards.
+
+    What is to be used on another thread has to be evaluated inside.
+    """
+    device = mx.default_device()
+    stream = _take(device)
+    mx.set_default_stream(stream)
+    try:
+        yield
+    finally:
+        try:
+            mx.synchronize(stream)
+            with _lock:
+                _free.append((device, stream))
+        finally:
+            # Those of other devices: a thread that leaves its streams behind ends the process at exit (MLX 0.32).
+            mx.clear_streams()
+
+
+def _take(device: mx.Device) -> mx.Stream:
+    with _lock:
+        for place, (its_device, _) in enumerate(_free):
+            if its_device == device:
+                return _free.pop(place)[1]
+    return mx.new_thread_unsafe_stream(device)
