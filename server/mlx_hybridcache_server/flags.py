@@ -204,6 +204,18 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
             _number(float, 0.001),
             "a stream that says nothing for so long sends a comment (%(default)s)",
         ),
+        _flag(
+            "--stable-prefix",
+            str,
+            "mark: a checkpoint before the first line that changes, as a date; move: such lines of the "
+            "system prompt stand at the prompt's end (default: mark for Messages, else off)",
+            choices=["off", "mark", "move"],
+            nargs="?",
+            const="mark",
+        ),
+        _flag(
+            "--canonical-tools", bool, "tools and their keys in one order, however they are sent"
+        ),
         _flag("--exact", bool, "equal bits hot and cold on every device"),
         _flag("--memory-reserve", size, "of the system's memory to leave free, as 1GB"),
         _flag("--cache-dir", str, "directory that keeps the cache across restarts"),

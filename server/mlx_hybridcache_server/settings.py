@@ -63,6 +63,8 @@ class Settings:
     max_queue: int = 512
     request_timeout: float | None = None
     keepalive_seconds: float = 5.0
+    stable_prefix: str | None = None
+    canonical_tools: bool = False
     exact: bool = False
     show_prompts: bool = False
     record_trace: str | None = None
