@@ -50,7 +50,7 @@ async def _explained(
 ) -> dict[str, Any]:
     if not serving.settings.uses_cache:
         raise refuse("The cache is turned off (--prompt-cache-size 0).")
-    loaded = await serving.any_model(admitted.held)
+    loaded = await serving.slot.any_model(admitted.held)
     weight += sum(weight_of(each, serving.settings.max_body_bytes) for each in kept)
     asked = [
         await serving.rendering.call(partial(read, sent, body.endpoint, before), weight)
