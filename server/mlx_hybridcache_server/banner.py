@@ -24,10 +24,18 @@ def banner(settings: Settings, loaded: Loaded, address: str) -> list[str]:
         f"Memory: {_memory(settings, loaded)}.",
         f"Cache: {_cache(settings, info)}.",
         f"Cache directory: {_directory(settings, loaded)}.",
+        *_idle(settings),
         f"Batches: {_batches(info)}.",
         f"API key: {_key(settings)}.",
         f"Page: {address}/ shows what the cache does.",
     ]
+
+
+def _idle(settings: Settings) -> list[str]:
+    if settings.idle_unload is None:
+        return []
+    seconds = f"{settings.idle_unload:g} s"
+    return [f"Idle: let go of after {seconds} without a request; what is cached stays on disk."]
 
 
 def _model(loaded: Loaded) -> str:

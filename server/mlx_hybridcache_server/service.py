@@ -50,11 +50,11 @@ def serve(settings: Settings, argv: list[str]) -> None:
     _say_what_differs(settings, argv)
     # Both before minutes of loading, not after.
     with _bound(settings) as listening, _recording(settings) as recorder:
-        loaded = load(settings, settings.model)
-        serving = Serving(settings, loaded, recorder)
+        # No name of its own: a model that is let go of must have no other holder.
+        serving = Serving(settings, load(settings, settings.model), recorder)
         where = f"http://{_for_url(settings.host)}:{listening.getsockname()[1]}"
         try:
-            for line in banner(settings, loaded, where):
+            for line in banner(settings, serving.loaded, where):
                 log.info("%s", line)
             _Server(serving, settings).run(sockets=[listening])
         finally:
@@ -92,6 +92,7 @@ class _Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        self._serving.slot.watch_idleness()
         for each in sockets or ():
             each.listen(WAITING_TO_BE_ACCEPTED)
             log.info("Listening on %s:%d", self._where, each.getsockname()[1])

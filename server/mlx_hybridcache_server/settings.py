@@ -65,6 +65,7 @@ class Settings:
     keepalive_seconds: float = 5.0
     stable_prefix: str | None = None
     canonical_tools: bool = False
+    idle_unload: float | None = None
     exact: bool = False
     show_prompts: bool = False
     record_trace: str | None = None
@@ -124,6 +125,11 @@ def read_settings(parser: argparse.ArgumentParser, argv: list[str] | None) -> Se
         raise SettingError("--adapter-path needs the --model that it was trained for.")
     if args.disk_budget is not None and args.cache_dir is None:
         raise SettingError("--cache-disk-bytes needs the --cache-dir that it bounds.")
+    if args.idle_unload is not None and args.cache_dir is None:
+        raise SettingError(
+            "--idle-unload needs a --cache-dir: without one all that is cached would be lost with "
+            "the model, and each prompt read again."
+        )
     _check_router(args.canonicalize_router)
     args.model = args.model or str(BUNDLED_MODEL)
     args.aliases = tuple(args.aliases or ())

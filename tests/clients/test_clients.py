@@ -222,8 +222,10 @@ def tokens(text: str) -> int:
         ("anthropic", "with_anthropic.py"),
         ("openai-agents", "with_openai_agents.py"),
         ("langchain-openai", "with_langchain_openai.py"),
+        ("langchain-anthropic", "with_langchain_anthropic.py"),
         ("litellm", "with_litellm.py"),
         ("ai", "with_ai.mjs"),
+        ("ai-anthropic", "with_ai_anthropic.mjs"),
     ],
 )
 def test_a_conversation_with_functions_grows(name, script, installed, server, tmp_path):

@@ -23,6 +23,7 @@ PINS: dict[str, list[str]] = {
     "anthropic": ["anthropic==2.14.0"],
     "openai-agents": ["openai-agents==0.24.0"],
     "langchain-openai": ["langchain-openai==1.7.4"],
+    "langchain-anthropic": ["langchain-anthropic==1.7.10"],
     "pydantic-ai": ["pydantic-ai-slim[openai]==2.68.0"],
     "litellm": ["litellm==1.110.2"],
     "instructor": ["instructor==1.17.0"],
@@ -40,6 +41,7 @@ one process with this library, whose own files come from the checkout. uv resolv
 
 NODE_PINS: dict[str, list[str]] = {
     "ai": ["ai@6.0.326", "@ai-sdk/openai-compatible@2.0.92", "zod@4.6.7"],
+    "ai-anthropic": ["ai@6.0.326", "@ai-sdk/anthropic@3.0.140", "zod@4.6.7"],
     "opencode": ["opencode-ai@1.18.33"],
     "claude-code": ["@anthropic-ai/claude-code@2.1.197"],
     "codex": ["@openai/codex@0.171.0"],

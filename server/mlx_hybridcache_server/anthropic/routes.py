@@ -67,14 +67,13 @@ async def _message(
 
 async def _counted(chat: MessagesChat, serving: Serving, admitted: Admitted, weight: int) -> int:
     loaded = await _model(chat, serving, admitted)
-    continues = bool(chat.continue_final_message)
-    steps = loaded.renderer.chat(chat, continues=continues, salt=chat.cache_salt)
-    return len((await serving.rendering.steps(steps, weight)).tokens)
+    rendered = await serving.rendering.steps(chats.rendering(chat, loaded.renderer), weight)
+    return len(rendered.tokens)
 
 
 async def _model(chat: MessagesChat, serving: Serving, admitted: Admitted) -> Loaded:
     """The one that is served, whatever its name, unless others may be loaded and one is named."""
     name = chat.model or ""
     if serving.settings.allow_model_switching and not name.startswith(OTHERS):
-        return await serving.model(admitted.held, chat.model)
-    return await serving.any_model(admitted.held)
+        return await serving.slot.model(admitted.held, chat.model)
+    return await serving.slot.any_model(admitted.held)

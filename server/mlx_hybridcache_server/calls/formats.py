@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from importlib import import_module
 from typing import Any
 
 from . import gemma_formats as gemma
@@ -18,6 +17,7 @@ from .json_formats import (
     mistral,
 )
 from .mlx_lm_formats import read
+from .pythonic_formats import pythonic
 from .reader_process import Calls, Parser
 
 FORMATS: dict[str, Format] = {
@@ -33,13 +33,10 @@ FORMATS: dict[str, Format] = {
     "minicpm5": markup.reader(markup.MINICPM5),
     "minimax_m2": markup.reader(markup.MINIMAX_M2),
     "muse_spark": markup.reader(markup.MUSE_SPARK),
+    "pythonic": pythonic,
     "qwen3_coder": markup.reader(markup.QWEN3_CODER),
 }
 """What is missing is read by mlx-lm's own parser, when its text is complete."""
-
-EXACT = {"pythonic": "_parse_pythonic_tool_call"}
-"""The function of mlx-lm's that reads a call in full or not at all; its parsers go on to guess, and lose
-what they cannot read."""
 
 
 @dataclass(frozen=True)
@@ -63,9 +60,7 @@ class ToolFormat:
 
     async def others(self, text: str) -> Calls | None:
         """What mlx-lm's parser makes of a complete text; None when it calls nothing that was offered."""
-        module = import_module(self.parse.__module__)
-        exact = EXACT.get(module.__name__.rpartition(".")[2], self.parse.__name__)
-        found = await read(getattr(module, exact, self.parse), text, self.tools)
+        found = await read(self.parse, text, self.tools)
         if found is None or any(call["name"] not in self.offered for call in found):
             return None
         return [

@@ -7,8 +7,8 @@ import logging
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AsyncExitStack, ExitStack, aclosing
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -22,7 +22,6 @@ from mlx_hybridcache.tokens import Tokens
 
 from ..adapter import NORMAL, Sampling
 from ..calls.parts import Parts
-from ..errors import ApiError, shutting_down
 from ..log import CLIENTS
 from ..metrics import Metrics
 from ..prompts.stable import StablePrefix
@@ -31,10 +30,10 @@ from ..settings import Settings
 from .admission import Admission, Admitted, ReadingSlot
 from .changes import kind_of_change
 from .history import REMEMBERED, Record
-from .leases import Leases
 from .limits import NO_LIMITS, Limits
 from .listen import Listener
-from .models import DEFAULT_NAME, Loaded, Named, load, on_own_thread
+from .model_slot import ModelSlot
+from .models import Loaded
 from .pieces import Count, Piece, PromptProgress
 from .trace import Recorder, Served
 
@@ -308,7 +307,8 @@ class Serving:
 
     def __init__(self, settings: Settings, loaded: Loaded, recorder: Recorder | None = None):
         self.settings = settings
-        self.loaded = loaded
+        self.closing = asyncio.Event()
+        self.slot = ModelSlot(settings, loaded, self.closing)
         self.recorder = recorder
         self.metrics = Metrics(
             held=lambda: self.loaded.cache.summary,
@@ -324,9 +324,6 @@ class Serving:
         self.remembered = 0
         self.started = time.time()
         self.watching = 0
-        self.closing = asyncio.Event()
-        self._leases: Leases[Named | None] = Leases(self._is_loaded, self._switch)
-        self._loading: Future[Loaded] | None = None
         self._between = ThreadPoolExecutor(BETWEEN, thread_name_prefix="between-turns")
 
     def cancel(self, reply_id: str, salt: str | None) -> bool:
@@ -341,95 +338,27 @@ class Serving:
         call = partial(function, *args, **kwargs)
         return await asyncio.get_running_loop().run_in_executor(self._between, call)
 
-    async def model(self, held: ExitStack, name: str | None, adapter: str | None = None) -> Loaded:
-        """The model that a request names, which stays until `held` is closed; loaded first if need be.
-
-        Raises `ApiError` 404 for any other name where switching is not allowed. Loading another
-        waits for all who hold the one that is served, and lets go of that with its cache, as there is
-        room for one. What fails to load leaves it as it is.
-        """
-        asked = Named(name or DEFAULT_NAME, adapter)
-        wanted = asked.resolved(self.settings)
-        if not self.settings.allow_model_switching and not self.loaded.serves(wanted):
-            raise self._not_served(asked)
-        return await self._lease(held, wanted)
-
-    async def any_model(self, held: ExitStack) -> Loaded:
-        """The model that is served, which stays until `held` is closed."""
-        return await self._lease(held, None)
-
-    async def _lease(self, held: ExitStack, wanted: Named | None) -> Loaded:
-        self.check_open()
-        await self._leases.take(wanted, held)
-        self.check_open()
-        return self.loaded
-
     @property
-    def is_alive(self) -> bool:
-        """Whether requests can be served, by and by if a model is being loaded."""
-        return self.loaded.cache.is_alive or self._leases.is_switching
-
-    def _is_loaded(self, wanted: Named | None) -> bool:
-        return self.loaded.cache.is_alive and (wanted is None or self.loaded.serves(wanted))
-
-    def _not_served(self, wanted: Named) -> ApiError:
-        name, adapter = wanted
-        what = f"adapter {adapter!r}" if adapter is not None else f"model {name!r}"
-        return ApiError(
-            404,
-            f"The {what} is not served here; {self.loaded.id!r} is. Start the server with "
-            "--allow-model-switching to let requests load others.",
-            param="model" if adapter is None else "adapters",
-            code="model_not_found",
-        )
-
-    async def _switch(self, wanted: Named | None) -> None:
-        """Nobody holds the old model. Whoever waits for the new one hears why it cannot be loaded."""
-        self.check_open()
-        old = self.loaded
-        own = Named(old.source, old.adapter)
-        try:
-            self.loaded = await self._load(wanted or own, partial(self._let_go, old))
-        except Exception:
-            if not old.cache.is_alive:  # it had to go before that was known
-                await self._load_again(own)
-            raise
-
-    async def _load_again(self, own: Named) -> None:
-        try:
-            self.loaded = await self._load(own, self.check_open)
-        except Exception:  # whoever comes next has it tried again, and is told
-            log.exception("%s, which was served, cannot be loaded again.", own.name)
-
-    def _let_go(self, old: Loaded) -> None:
-        self.check_open()
-        log.warning("Another model is loaded; what is cached for %s is let go.", old.id)
-        old.cache.close()
-
-    async def _load(self, wanted: Named, make_room: Callable[[], None]) -> Loaded:
-        self._loading = on_own_thread(lambda: load(self.settings, *wanted, make_room=make_room))
-        # A load cannot be stopped: it ends, and `close` lets go of what came of it.
-        return await asyncio.shield(asyncio.wrap_future(self._loading))
+    def loaded(self) -> Loaded:
+        """The model that is served, or what is known of it while it rests."""
+        return self.slot.loaded
 
     def check_open(self) -> None:
         """Raises `ApiError` 503 when the server is stopping."""
-        if self.closing.is_set():
-            raise shutting_down()
+        self.slot.check_open()
 
     def stop(self) -> None:
         """End what runs: every stream gets its event, every other request its error."""
         self.closing.set()
         for generation in list(self.generations):
             generation.cancel()
-        self._leases.refuse(shutting_down())
+        self.slot.stop()
 
     def close(self) -> None:
         """Let go of the model. Waits for the worker."""
         self.rendering.close()
         self._between.shutdown()
-        self.loaded.cache.close()
-        if self._loading is not None and self._loading.exception() is None:
-            self._loading.result().cache.close()
+        self.slot.close()
 
     def remember(self, run: RunningReply, divergence: Divergence | None) -> None:
         """Keep what happened for `/v1/cache/recent`."""

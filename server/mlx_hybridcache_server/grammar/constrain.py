@@ -24,19 +24,12 @@ from ..prompts.chat import Rendered
 from ..schema.form import is_constrained, wanted_schema
 from ..schema.requests import ChatBody, GenerationBody, NamedTool
 from ..schema.tool_choice import callable_tools, is_forced
+from .call_formats import FORMATS, for_reader
 from .compiled import MOST_BYTES, Compiled, weight
-from .lark import (
-    FORMATS,
-    GrammarError,
-    Reasoning,
-    Speech,
-    Tool,
-    Wanted,
-    for_parser,
-    written,
-)
 from .narrowing import remainders
 from .relaxing import ToolError, relaxed, without_notes_in
+from .replies import written
+from .speech import GrammarError, Layout, Reasoning, Speech, Tool, Wanted
 
 T = TypeVar("T")
 Responses = Iterator[GenerationResponse | Pause]
@@ -220,7 +213,7 @@ class Constraints:
             raise refuse(str(error), _param(wanted, error)) from error
         for sentence in said:
             body.warn("tools", sentence)
-        read_as = for_parser(self.speech, wanted.tools) if tools else None
+        read_as = for_reader(self.speech, wanted.tools) if tools else None
         return Constraint(self.vocabulary, matchers, read_as)
 
     def _followed(self, wanted: Wanted) -> tuple[Wanted, tuple[LLMatcher, ...], list[str]]:
@@ -258,10 +251,6 @@ class Constraints:
     def speech(self) -> Speech:
         """How this model marks the parts of its replies."""
         tokenizer = self.tokenizer
-        if tokenizer.structural_markers or tokenizer.response_transitions:
-            raise GrammarError(
-                "This model's replies have parts of their own, which cannot be held to a form yet."
-            )
         parser = tokenizer.tool_parser
         return Speech(
             tokenizer.think_start,
@@ -271,6 +260,7 @@ class Constraints:
             parser.__module__.rpartition(".")[2] if parser is not None else None,
             self._token_of,
             has_headers="[ARGS]" in str(tokenizer.chat_template),
+            layout=_layout(tokenizer),
         )
 
     @cached_property
@@ -302,6 +292,12 @@ class Constraints:
             if matcher.is_error():
                 raise GrammarError(f"This schema cannot be used: {_brief(matcher.get_error())}.")
         return made
+
+
+def _layout(tokenizer: Any) -> Layout:
+    if tokenizer.response_transitions:
+        return "messages"
+    return "sections" if tokenizer.structural_markers else "plain"
 
 
 def _most_calls(body: GenerationBody) -> int | None:

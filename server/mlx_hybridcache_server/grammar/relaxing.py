@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from .lark import GrammarError, Tool, Wanted
 from .narrowing import Schema, without_notes
+from .speech import GrammarError, Tool, Wanted, name_of
 
 Fault = Callable[[Wanted], str | None]
 """Why there is no grammar of what is wanted; None when there is."""
@@ -39,9 +39,9 @@ def relaxed(wanted: Wanted, fault: Fault) -> tuple[Wanted, list[str]]:
         why = fault(alone)
         followed = alone if why is None else None if must else _followed(tool, fault)
         if followed is None:
-            raise ToolError(f"Calls of {_name(tool)} cannot be held to its parameters: {why}.")
+            raise ToolError(f"Calls of {name_of(tool)} cannot be held to its parameters: {why}.")
         if why is not None:
-            said.append(f"calls of {_name(tool)} are held to its parameters in part only: {why}")
+            said.append(f"calls of {name_of(tool)} are held to its parameters in part only: {why}")
         tools += followed.tools
         lenient |= followed.lenient
     return replace(wanted, tools=tools, lenient=lenient), said
@@ -49,7 +49,7 @@ def relaxed(wanted: Wanted, fault: Fault) -> tuple[Wanted, list[str]]:
 
 def _followed(tool: Tool, fault: Fault) -> Wanted | None:
     """The tool without the keywords that are not known, else with the names of its parameters alone."""
-    lenient = Wanted(tools=[tool], lenient=frozenset({_name(tool)}))
+    lenient = Wanted(tools=[tool], lenient=frozenset({name_of(tool)}))
     named = Wanted(tools=[_with_names(tool)])
     return next((tried for tried in (lenient, named) if fault(tried) is None), None)
 
@@ -62,7 +62,3 @@ def _with_names(tool: Tool) -> Tool:
     kept = [name for name in required if name in known] if isinstance(required, list) else []
     parameters = {"type": "object", "properties": known, "required": kept}
     return {**tool, "function": {**tool["function"], "parameters": parameters}}
-
-
-def _name(tool: Tool) -> str:
-    return str(tool["function"]["name"])

@@ -43,12 +43,12 @@ async def chat(body: ChatBody, request: Request) -> Response:
 @router.post("/v1/completions", response_model=None, responses=STREAMED)
 async def completions(body: CompletionBody, request: Request) -> Response:
     """A continuation of each prompt."""
-    replies = len(_prompts(body)) * (body.n or 1)
+    replies = len(body.prompts()) * (body.n or 1)
     return await answered(body, request, replies, partial(_completions, body), STREAM)
 
 
 async def _chat(body: ChatBody, serving: Serving, admitted: Admitted, weight: int) -> Reply:
-    loaded = await serving.model(admitted.held, body.model, body.adapters)
+    loaded = await serving.slot.model(admitted.held, body.model, body.adapters)
     begun = await chats.chat(body, loaded, serving, admitted, weight)
     kind = "chat.completion.chunk" if body.stream else "chat.completion"
     envelope = Envelope.new("chatcmpl", kind, body.model or loaded.id)
@@ -64,10 +64,10 @@ async def _chat(body: ChatBody, serving: Serving, admitted: Admitted, weight: in
 async def _completions(
     body: CompletionBody, serving: Serving, admitted: Admitted, weight: int
 ) -> Reply:
-    loaded = await serving.model(admitted.held, body.model, body.adapters)
+    loaded = await serving.slot.model(admitted.held, body.model, body.adapters)
     envelope = Envelope.new("cmpl", "text_completion", body.model or loaded.id)
     groups: list[list[TextChoice]] = []
-    for prompt in _prompts(body):
+    for prompt in body.prompts():
         steps = loaded.renderer.text(prompt, salt=body.cache_salt)
         rendered = await serving.rendering.steps(steps, len(prompt))
         constraint = await chats.constraint(body, rendered, serving, loaded)
@@ -90,15 +90,6 @@ async def _completions(
     return Reply(serving, envelope, groups, body.wants_usage())
 
 
-def _prompts(body: CompletionBody) -> list[str | list[int]]:
-    prompt = body.prompt
-    if isinstance(prompt, str):
-        return [prompt]
-    if isinstance(prompt[0], int):
-        return [prompt]
-    return list(prompt)
-
-
 def _text_of(prompt: str | list[int], loaded: Loaded) -> str:
     return prompt if isinstance(prompt, str) else str(loaded.tokenizer.decode(prompt))
 
@@ -106,8 +97,10 @@ def _text_of(prompt: str | list[int], loaded: Loaded) -> str:
 @router.get("/health", responses={503: {"description": "The worker has ended"}})
 async def health(request: Request) -> Response:
     """Whether requests can be served."""
-    if serving_of(request).is_alive:
-        return JsonResponse({"status": "ok"})
+    serving = serving_of(request)
+    if serving.slot.is_alive:
+        resting = {} if serving.slot.state == "loaded" else {"model": serving.slot.state}
+        return JsonResponse({"status": "ok", **resting})
     return JsonResponse({"status": "unavailable"}, 503)  # said in the log by the worker's end
 
 
@@ -125,7 +118,7 @@ async def one_model(name: str, request: Request) -> dict[str, Any]:
         if found["id"].lstrip("/") == name.lstrip("/"):
             return found
     if any(own.lstrip("/") == name.lstrip("/") for own in serving.loaded.names):
-        return _entry(serving.loaded.id, serving.loaded.renderer.room.longest)
+        return _entry(serving.loaded.id, serving.loaded.renderer.room.longest) | _state(serving)
     message = f"No model {name!r} is served; {serving.loaded.id!r} is."
     raise ApiError(404, message, param="model", code="model_not_found")
 
@@ -136,7 +129,13 @@ async def _models(serving: Serving) -> list[dict[str, Any]]:
     if serving.settings.allow_model_switching:
         found = await asyncio.to_thread(models.contexts) | found
     ids = [*loaded.shown, *(name for name in found if name not in loaded.shown)]
-    return [_entry(name, found[name]) for name in ids]
+    own = _state(serving)
+    return [_entry(name, found[name]) | (own if name in loaded.shown else {}) for name in ids]
+
+
+def _state(serving: Serving) -> dict[str, str]:
+    """Whether the served model is there, where it may be let go of."""
+    return {} if serving.settings.idle_unload is None else {"state": serving.slot.state}
 
 
 def _entry(name: str, context: int | None) -> dict[str, Any]:

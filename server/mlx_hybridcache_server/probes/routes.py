@@ -38,7 +38,7 @@ async def props(request: Request) -> dict[str, Any]:
         "model_path": loaded.source,
         "chat_template": str(loaded.tokenizer.chat_template or ""),
         "modalities": {"vision": False, "audio": False},
-        "is_sleeping": False,
+        "is_sleeping": serving.slot.state == "unloaded",
     }
 
 
@@ -96,7 +96,7 @@ async def _tokenize(
 ) -> list[Any]:
     if not body.content:
         return []
-    loaded = await serving.model(admitted.held, body.model)
+    loaded = await serving.slot.model(admitted.held, body.model)
     special = bool(body.add_special)
     steps = loaded.renderer.text(body.content, "content", special=special, salt=body.cache_salt)
     tokens: list[int] = (await serving.rendering.steps(steps, weight)).tokens.tolist()
@@ -120,7 +120,7 @@ def _piece(spelled: bytes) -> str | list[int]:
 async def _detokenize(
     body: DetokenizeBody, serving: Serving, admitted: Admitted, weight: int
 ) -> str:
-    loaded = await serving.model(admitted.held, body.model)
+    loaded = await serving.slot.model(admitted.held, body.model)
     if not body.tokens:
         return ""
     if max(body.tokens) >= loaded.renderer.vocabulary:
@@ -132,7 +132,7 @@ async def _detokenize(
 
 
 async def _template(body: TemplateBody, serving: Serving, admitted: Admitted, weight: int) -> str:
-    loaded = await serving.model(admitted.held, body.model)
+    loaded = await serving.slot.model(admitted.held, body.model)
     opens = body.add_generation_prompt is not False
     render = partial(loaded.renderer.prompt, body, opens_reply=opens)
     return str(await serving.rendering.call(render, weight))

@@ -61,6 +61,8 @@ async def answered(
     with ExitStack() as held:
         admitted = serving.admission.admit(replies)
         held.callback(admitted.close)
+        if not serving.slot.keep_for(body.keep_alive):
+            body.warn("keep_alive", "no time, such as 300, 5m, 0 or -1.")
         weight = len(await request.body())
         beginning = admitted.in_time(begin(serving, admitted, weight))
         if body.stream:
@@ -79,6 +81,7 @@ async def worked(request: Request, work: Work[T]) -> T:
     """What comes of a request for something else than replies: admitted, timed and left like one."""
     serving = serving_of(request)
     admitted = serving.admission.admit(1)
+    serving.slot.keep_for()
     try:
         weight = len(await request.body())
         timed = admitted.in_time(work(serving, admitted, weight))

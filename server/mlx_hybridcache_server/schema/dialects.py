@@ -1,6 +1,6 @@
 """What clients of other servers send: followed under our own names, said, or refused. Never ignored.
 
-What changes nothing here, as `user`, `store`, `service_tier` or `keep_alive`, is in no list.
+What changes nothing here, as `user`, `store` or `service_tier`, is in no list.
 """
 
 from __future__ import annotations

@@ -170,6 +170,7 @@ class GenerationBody(Body):
     response_format: ResponseFormat | None = None
     cache_salt: str | None = None
     cache_prompt: bool | None = None
+    keep_alive: Any = None
     draft_model: str | None = None
     num_draft_tokens: Count | None = None
     adapters: str | None = None
@@ -270,6 +271,15 @@ class CompletionBody(GenerationBody):
     prompt: Prompt | Annotated[list[Prompt], Field(min_length=1)]
     logprobs: bool | Annotated[int, Field(ge=0, le=20)] | None = None
     echo: bool | None = None
+
+    def prompts(self) -> list[str | list[int]]:
+        """Each of them, text or token ids."""
+        prompt = self.prompt
+        if isinstance(prompt, str):
+            return [prompt]
+        if isinstance(prompt[0], int):
+            return [prompt]
+        return list(prompt)
 
 
 Key = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]

@@ -43,7 +43,7 @@ async def clear(request: Request) -> dict[str, Any]:
 
     async def work() -> None:
         with ExitStack() as held:
-            loaded = await serving.any_model(held)
+            loaded = await serving.slot.any_model(held)
             await serving.between_turns(loaded.cache.clear)
 
     await unless_gone(request, serving.metrics, work())
@@ -115,7 +115,7 @@ async def _prefix(body: PrefixBody, serving: Serving, admitted: Admitted, weight
         raise refuse("Give either messages or a prompt, or the key of what is stored.", "messages")
     if not serving.settings.uses_cache:
         raise refuse("The cache is turned off (--prompt-cache-size 0).")
-    loaded = await serving.model(admitted.held, body.model)
+    loaded = await serving.slot.model(admitted.held, body.model)
     if body.key is not None:
         return await asyncio.to_thread(_stored, body.key, loaded)
     if body.prompt is not None:

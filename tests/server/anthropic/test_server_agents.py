@@ -255,7 +255,7 @@ def test_a_stream_that_waits_pings_and_says_why_it_ends():
         await second.answer()
         assert said().endswith(b'event: message_stop\ndata: {"type":"message_stop"}\n\n')
         with ExitStack() as held:
-            await serving.any_model(held)
+            await serving.slot.any_model(held)
             lost = Client(app, MESSAGES, {**body, "model": "/nowhere/at/all"})
             await until(lambda: b"".join(each.get("body", b"") for each in lost.sent[1:]))
         await lost.answer()

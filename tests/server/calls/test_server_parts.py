@@ -9,7 +9,7 @@ from importlib import import_module
 import pytest
 from bundled import load
 from mlx_hybridcache_server.calls.fences import Fences
-from mlx_hybridcache_server.calls.formats import ToolFormat
+from mlx_hybridcache_server.calls.formats import FORMATS, ToolFormat
 from mlx_hybridcache_server.calls.parts import Parts
 from mlx_hybridcache_server.generation.pieces import Piece
 from mlx_hybridcache_server.generation.stop_text import StopText
@@ -146,18 +146,42 @@ def test_only_the_first_call_is_kept_where_one_is_wanted():
     assert message(f"{CALL}\n{CALL}", state="reasoning", only_one=True)[2] == [CALLED]
 
 
-def test_a_format_that_is_read_by_its_own_parser_keeps_the_same_rules():
-    """LFM2's: only what was offered, typed by the schema, text otherwise."""
+def test_a_format_that_is_read_by_its_own_parser_keeps_the_same_rules(monkeypatch):
+    """As one that is new in mlx-lm would be: only what was offered, typed by the schema, text otherwise."""
+    monkeypatch.delitem(FORMATS, "pythonic")
     call = '<|tool_call_start|>[f(text="null", count="9007199254740993")]<|tool_call_end|>'
     found = message(call, form="pythonic")
     assert found == ("", "", [("f", '{"text": "null", "count": 9007199254740993}')])
-    unread = call.replace('"null"', "it's")  # mlx-lm's own goes on with what it can read of it
+    unread = call.replace("[f(", "{f(")
     assert message(unread, form="pythonic") == ("", unread, [])
     other = call.replace("[f(", "[rm(")
     assert message(other, form="pythonic") == ("", other, [])
     long = asyncio.run(tool_format("pythonic").others('[f(text="%s")]' % ("word " * 99)))
     assert json.loads(long[0]["arguments"]) == {"text": "word " * 99}
     assert message(f"```\n{call}\n```", form="pythonic") == ("", f"```\n{call}\n```", [])
+
+
+def test_a_call_in_python_is_read_as_python_reads_it():
+    """Quotes of either kind, three of them, escapes, literals of both languages, tuples, hexadecimal numbers."""
+    told = {
+        """[f(text='it\\'s "so"', data={'a': [1, None, null], "b": (True, false)})]""": {
+            "text": 'it\'s "so"',
+            "data": {"a": [1, None, None], "b": [True, False]},
+        },
+        '[f(text="""two\nlines \\x41\\u00e9\\U0001f600\\q""", count=0x10,)]': {
+            "text": "two\nlines A\u00e9\U0001f600\\q",
+            "count": 16,
+        },
+        '[f(text="\\ud83d\\ude00", count="5", note=None)]': {
+            "text": "\U0001f600",
+            "count": 5,
+            "note": None,
+        },
+    }
+    for text, arguments in told.items():
+        marked = f"<|tool_call_start|>{text}<|tool_call_end|>"
+        ((name, found),) = message(marked, form="pythonic")[2]
+        assert (name, json.loads(found)) == ("f", arguments)
 
 
 def test_fences_are_those_of_markdown():

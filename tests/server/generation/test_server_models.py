@@ -3,32 +3,29 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import random
 import shutil
-from collections.abc import Coroutine, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 from bundled import text
-from mlx_hybridcache_server.app import build_app
 from mlx_hybridcache_server.generation import models
-from mlx_hybridcache_server.generation.leases import Leases
 from mlx_hybridcache_server.generation.serving import Serving
+from mlx_hybridcache_server.loading.leases import Leases
 from mlx_hybridcache_server.settings import build_parser, read_settings
+from served_apps import COMPLETIONS, Client, until, within
 
 from mlx_hybridcache.demo import BUNDLED_MODEL
 
 ENDLESS = {"prompt": "The", "max_tokens": 100_000, "logit_bias": {"700": 100}, "stream": True}
-COMPLETIONS, WARM, CACHE, CLEAR = (
-    ("POST", "/v1/completions"),
+WARM, CACHE, CLEAR = (
     ("POST", "/v1/cache/warm"),
     ("GET", "/v1/cache"),
     ("DELETE", "/v1/cache"),
 )
-PATIENCE_SECONDS = 60
 
 
 # The queue alone
@@ -65,10 +62,6 @@ class Stage:
 
     def _leave(self, wanted: str) -> None:
         self.users[wanted] -= 1
-
-
-def within(work: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(asyncio.wait_for(work, PATIENCE_SECONDS))
 
 
 def test_a_stream_of_those_who_want_what_is_there_keeps_nothing_away() -> None:
@@ -145,6 +138,25 @@ def test_nothing_is_held_by_those_who_stopped_waiting(seed: int) -> None:
     within(work())
 
 
+def test_who_stops_waiting_lets_those_behind_go_on() -> None:
+    """One has a; the b that waits for it leaves, and the a behind that b has it too, beside the first."""
+
+    async def work() -> None:
+        stage = Stage()
+        with ExitStack() as held:
+            await stage.leases.take("a", held)
+            leaves = asyncio.create_task(stage.use("b"))
+            await asyncio.sleep(0)
+            behind = asyncio.create_task(stage.use("a"))
+            await asyncio.sleep(0)
+            assert stage.used == []
+            leaves.cancel()
+            await behind
+        assert stage.used == ["a"]
+
+    within(work())
+
+
 def test_who_waits_is_refused_when_the_server_stops() -> None:
     """One holds a, two wait for b: both hear it, and the one that holds it goes on."""
 
@@ -177,49 +189,6 @@ def serving() -> Iterator[Serving]:
     made = Serving(settings, models.load(settings, settings.model))
     yield made
     made.close()
-
-
-class Client:
-    """One connection, which goes away when it is told to."""
-
-    def __init__(self, serving: Serving):
-        self._app = build_app(serving)
-        self.sent: list[dict[str, Any]] = []
-        self._asked: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
-
-    async def ask(self, where: tuple[str, str], **body: Any) -> tuple[int, dict[str, Any]]:
-        method, path = where
-        scope = {
-            "type": "http",
-            "asgi": {"version": "3.0"},
-            "http_version": "1.1",
-            "method": method,
-            "path": path,
-            "raw_path": path.encode(),
-            "query_string": b"",
-            "headers": [(b"host", b"localhost")],
-            "client": ("127.0.0.1", 1),
-            "server": ("127.0.0.1", 80),
-            "scheme": "http",
-            "root_path": "",
-        }
-        self._asked.put_nowait({"type": "http.request", "body": json.dumps(body).encode()})
-        await self._app(scope, self._asked.get, self._send)
-        text = b"".join(message.get("body", b"") for message in self.sent[1:])
-        is_stream = text.startswith((b"data:", b":"))
-        return self.sent[0]["status"], {} if is_stream else json.loads(text)
-
-    def leave(self) -> None:
-        self._asked.put_nowait({"type": "http.disconnect"})
-
-    async def _send(self, message: dict[str, Any]) -> None:
-        self.sent.append(message)
-        await asyncio.sleep(0)
-
-
-async def until(holds: Any) -> None:
-    while not holds():
-        await asyncio.sleep(0.005)
 
 
 def said(reply: dict[str, Any]) -> str:
@@ -284,7 +253,7 @@ def test_a_client_that_leaves_stops_waiting_for_its_model(serving: Serving, othe
         gone = asyncio.create_task(
             leaving.ask(COMPLETIONS, prompt="The", max_tokens=2, model=other)
         )
-        await until(lambda: serving._leases._waiting)
+        await until(lambda: serving.slot._leases._waiting)
         leaving.leave()
         assert (await gone)[0] == 499
         status, reply = await Client(serving).ask(COMPLETIONS, prompt="The", max_tokens=2)
@@ -304,12 +273,12 @@ def test_waiting_for_a_model_is_part_of_the_requests_time(other: str) -> None:
 
     async def work() -> None:
         with ExitStack() as held:
-            await serving.any_model(held)
+            await serving.slot.any_model(held)
             body = {"prompt": "The", "max_tokens": 2, "model": other}
             status, reply = await Client(serving).ask(COMPLETIONS, **body)
             assert (status, reply["error"]["code"]) == (504, "timeout")
         assert serving.admission.taken == 0
-        assert not serving._leases._waiting
+        assert not serving.slot._leases._waiting
 
     try:
         within(work())
@@ -400,7 +369,7 @@ def test_a_server_that_stops_while_a_model_is_loaded_ends_it_too(
         asking = asyncio.create_task(
             Client(serving).ask(COMPLETIONS, prompt="The", max_tokens=2, model=other)
         )
-        await until(lambda: serving._leases.is_switching)
+        await until(lambda: serving.slot._leases.is_switching)
         assert (await Client(serving).ask(("GET", "/health")))[0] == 200
         serving.stop()
         status, reply = await asking
@@ -409,6 +378,6 @@ def test_a_server_that_stops_while_a_model_is_loaded_ends_it_too(
     within(work())
     serving.close()
     assert not serving.loaded.cache.is_alive
-    assert serving._loading is not None
-    loaded = serving._loading
+    assert serving.slot._loading is not None
+    loaded = serving.slot._loading
     assert loaded.exception() is not None or not loaded.result().cache.is_alive

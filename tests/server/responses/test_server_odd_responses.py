@@ -104,6 +104,34 @@ def test_what_was_added_is_listed_in_either_order(server):
     assert [each["content"][0]["type"] for each in oldest] == ["input_text", "output_text"]
 
 
+@pytest.mark.parametrize("order", ["asc", "desc"])
+def test_what_was_added_is_listed_in_pages(server, order):
+    """Twenty-five items: twenty at first, and all of them once in pages of seven; ids say where one ended."""
+    asked = [{"role": "user", "content": f"a{n}"} for n in range(25)]
+    name = server.answer(RESPONSES, input=asked, max_output_tokens=1)["id"]
+    where = f"{RESPONSES}/{name}/input_items?order={order}"
+    first = server.client.get(where).json()
+    assert (len(first["data"]), first["has_more"]) == (20, True)
+    whole = server.client.get(f"{where}&limit=100").json()
+    assert (len(whole["data"]), whole["has_more"]) == (25, False)
+    assert not server.client.get(f"{where}&limit=25").json()["has_more"]
+    said = [each["content"][0]["text"] for each in whole["data"]]
+    assert said == [f"a{n}" for n in (range(25) if order == "asc" else range(24, -1, -1))]
+    pages, after = [], ""
+    while not pages or pages[-1]["has_more"]:
+        pages.append(server.client.get(f"{where}&limit=7{after}").json())
+        assert pages[-1]["last_id"] == pages[-1]["data"][-1]["id"]
+        after = f"&after={pages[-1]['last_id']}"
+    assert [len(page["data"]) for page in pages] == [7, 7, 7, 4]
+    assert [each for page in pages for each in page["data"]] == whole["data"]
+    behind = server.client.get(f"{where}{after}").json()
+    assert (behind["data"], behind["has_more"], behind["last_id"]) == ([], False, None)
+    for wrong, status in (("limit=0", 400), ("limit=101", 400), ("limit=x", 400), ("after=x", 404)):
+        refused = server.client.get(f"{where}&{wrong}")
+        assert refused.status_code == status
+        assert wrong.partition("=")[0] in refused.text
+
+
 def test_truncation_is_not_followed_and_that_is_said(server):
     """A history is never cut; a prompt that is too long is refused."""
     reply = server.post(RESPONSES, input="x", max_output_tokens=1, truncation="auto")
@@ -197,3 +225,18 @@ def test_a_response_that_waits_for_its_turn_can_be_cancelled():
         await until(lambda: not busy(serving))
 
     served(work, "--decode-concurrency", "1")
+
+
+def test_a_response_that_is_cancelled_while_it_is_written_says_so():
+    """With what there is of it; it did not end by itself."""
+
+    async def work(serving, app):
+        reply = Client(app, RESPONSES, {"input": "word " * 30})
+        await until(lambda: any(run.count.completion > 2 for run in serving.runs))
+        (run,) = serving.runs
+        await Client(app, f"{RESPONSES}/{run.reply_id}/cancel", {}).answer()
+        response = (await reply.answer()).reply
+        assert response["status"] == "cancelled"
+        assert response["output"][0]["status"] == "incomplete"
+
+    served(work)

@@ -30,9 +30,16 @@ class Leases(Generic[T]):
     then get it, wherever they stand, so that two that take turns are not switched for each request.
     """
 
-    def __init__(self, serves: Callable[[T], bool], switch: Callable[[T], Awaitable[None]]):
+    def __init__(
+        self,
+        serves: Callable[[T], bool],
+        switch: Callable[[T], Awaitable[None]],
+        idle: Callable[[bool], None] = lambda is_idle: None,
+    ):
+        """`idle` is told whether anybody uses it or waits, whenever that may have changed."""
         self._serves = serves
         self._switch = switch
+        self._idle = idle
         self._users = 0
         self._waiting: deque[_Waiting[T]] = deque()
         self._switching: asyncio.Task[None] | None = None
@@ -41,6 +48,23 @@ class Leases(Generic[T]):
     def is_switching(self) -> bool:
         """Whether what is there is being replaced."""
         return self._switching is not None
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nobody uses what is there, or waits for anything."""
+        return not (self._users or self._waiting or self.is_switching)
+
+    def empty(self, work: Callable[[], Awaitable[None]]) -> None:
+        """Do `work`, which takes away what is there, if it `is_idle`; who comes meanwhile waits for its end."""
+        if self.is_idle:
+            self._switching = asyncio.create_task(self._emptied(work))
+
+    async def _emptied(self, work: Callable[[], Awaitable[None]]) -> None:
+        try:
+            await work()
+        finally:
+            self._switching = None
+            self._go_on()
 
     async def take(self, wanted: T, held: ExitStack) -> None:
         """Wait until `wanted` is there. It stays until `held` is closed, whatever else happens.
@@ -78,6 +102,7 @@ class Leases(Generic[T]):
         if self._waiting and not self._users:
             wanted = self._waiting[0].wanted
             self._switching = asyncio.create_task(self._switch_to(wanted))
+        self._idle(self.is_idle)
 
     async def _switch_to(self, wanted: T) -> None:
         failure: Exception | None = None
