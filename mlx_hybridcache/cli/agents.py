@@ -43,6 +43,7 @@ def _claude(place: Place) -> Mapping[str, str]:
         "ANTHROPIC_MODEL": MODEL,
         "ANTHROPIC_SMALL_FAST_MODEL": MODEL,
         "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
+        "CLAUDE_CODE_ATTRIBUTION_HEADER": "0",  # the first line of every prompt, another in each
     }
 
 

@@ -211,6 +211,18 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
             "until the next one; a request's keep_alive says otherwise",
             metavar="SECONDS",
         ),
+        _flag(
+            "--stable-prefix",
+            str,
+            "mark: a checkpoint before the first line that changes, as a date; move: such lines of the "
+            "system prompt stand at the prompt's end (default: mark for Messages, else off)",
+            choices=["off", "mark", "move"],
+            nargs="?",
+            const="mark",
+        ),
+        _flag(
+            "--canonical-tools", bool, "tools and their keys in one order, however they are sent"
+        ),
         _flag("--exact", bool, "equal bits hot and cold on every device"),
         _flag("--memory-reserve", size, "of the system's memory to leave free, as 1GB"),
         _flag("--cache-dir", str, "directory that keeps the cache across restarts"),

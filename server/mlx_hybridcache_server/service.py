@@ -173,5 +173,9 @@ def _say_what_differs(settings: Settings, argv: list[str]) -> None:
             "so that a short request may wait longer beside a long one.",
             settings.prefill_step_size,
         )
+    if settings.exact and settings.stable_prefix == "mark":
+        log.warning(
+            "--stable-prefix mark has no effect with --exact: checkpoints keep to its grid."
+        )
     if not settings.uses_cache:
         log.warning("The cache is off: every prompt is read as a whole.")

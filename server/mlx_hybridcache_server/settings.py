@@ -64,6 +64,8 @@ class Settings:
     request_timeout: float | None = None
     keepalive_seconds: float = 5.0
     idle_unload: float | None = None
+    stable_prefix: str | None = None
+    canonical_tools: bool = False
     exact: bool = False
     show_prompts: bool = False
     record_trace: str | None = None

@@ -14,6 +14,7 @@ from mlx_hybridcache_bench.hotpath import asked as asking
 from mlx_hybridcache_bench.hotpath import results, vocabulary
 from mlx_hybridcache_bench.hotpath.asked import Asked, Request, ask_in_turns
 from mlx_hybridcache_bench.hotpath.chats import (
+    CHANGED,
     NEXT_TURN,
     REGENERATE,
     REPEAT,
@@ -263,15 +264,18 @@ def test_requests_are_compared_pair_by_pair() -> None:
     hidden = [replace(each, cpu_seconds=None) for each in asked]
     assert results.ratio(hidden, THEIRS, 12_000, REPEAT, results.cpu_of) is None
     assert results.figures(hidden, []) == []
+    assert results.ratio([hidden[0], *asked[1:]], THEIRS, 12_000, REPEAT, results.cpu_of) is None
     assert results.ratio(hidden, THEIRS, 12_000, REPEAT, results.ttft_of) == found
 
 
 def test_a_long_prompt_is_promised_more_than_a_short_one() -> None:
-    """0.4 x keeps a half at 12K and misses a quarter at 120K; cold is promised 1; a library 1.5."""
+    """0.4 x keeps a half at 12K and misses a quarter from 100K on; cold is promised 1; a library 1.5;
+    of a changed line nothing.
+    """
     asked = [
         request(server, size, name, cpu)
-        for size in (12_000, 120_000)
-        for name in (COLD, REPEAT)
+        for size in (12_000, 100_000)
+        for name in (COLD, REPEAT, CHANGED)
         for server, cpu in ((OURS, 0.4), (THEIRS, 1.0))
     ]
     floor = Paired((Spent(1.0, 1.0),), (Spent(3.0, 1.6),))

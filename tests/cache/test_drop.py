@@ -3,7 +3,7 @@
 import oracle
 import pytest
 from oracle import STEP
-from test_disk import (
+from restarts import (
     assert_as_cold,
     files,
     forget_memory,

@@ -7,7 +7,7 @@ import tarfile
 from dataclasses import replace
 
 import pytest
-import test_segment
+import segment_files
 from cache_directories import (
     content,
 )
@@ -23,14 +23,14 @@ def small(tmp_path_factory):
     """Nine tokens in two files of rows and two states: an archive of some 6 KB."""
     root = tmp_path_factory.mktemp("small") / "cache"
     for segment in (
-        test_segment.rows(0, 4),
-        test_segment.rows(4, 9),
-        test_segment.state(4),
-        test_segment.state(9),
+        segment_files.rows(0, 4),
+        segment_files.rows(4, 9),
+        segment_files.state(4),
+        segment_files.state(9),
     ):
-        test_segment.stored(root, replace(segment, model="tiny"))
+        segment_files.stored(root, replace(segment, model="tiny"))
     to = root.parent / "small.tar"
-    main(["cache", "export", test_segment.state(9).key, "--to", str(to), "--cache-dir", str(root)])
+    main(["cache", "export", segment_files.state(9).key, "--to", str(to), "--cache-dir", str(root)])
     assert len(check(to).segments) == 4
     return to.read_bytes()
 
@@ -210,14 +210,14 @@ def test_a_hostile_archive_is_refused(small, tmp_path, root, cache):
 
 def test_a_prefix_whose_keys_are_not_those_of_its_tokens_is_refused(tmp_path):
     """Rows of other tokens under the same keys, in whole files."""
-    first, second = test_segment.rows(0, 4), test_segment.rows(4, 9)
+    first, second = segment_files.rows(0, 4), segment_files.rows(4, 9)
     other = replace(first, tokens=first.tokens + 1)
     held = [
-        (segment.name, test_segment.stored(tmp_path, segment).read_bytes())
+        (segment.name, segment_files.stored(tmp_path, segment).read_bytes())
         for segment in (other, second)
     ]
     sizes = tuple((name, len(data)) for name, data in held)
-    manifest = Manifest(test_segment.SPACE, "tiny", second.key, 9, sizes)
+    manifest = Manifest(segment_files.SPACE, "tiny", second.key, 9, sizes)
     path = tmp_path / "a.tar"
     members = [("manifest.json", manifest.encoded()), *held]
     path.write_bytes(packed([member(name, data) for name, data in members]))

@@ -11,7 +11,7 @@ import tarfile
 import bundled
 import oracle
 import pytest
-import test_segment
+import segment_files
 import tiny
 from cache_directories import (
     BUDGET,
@@ -142,7 +142,7 @@ def test_an_id_must_name_one_checkpoint(cache, root, tmp_path):
         shown = cache("export", name, "--to", tmp_path / "a.tar")
         assert shown.status == 2
         assert why in shown.err
-    crowd = [test_segment.rows(0, end) for end in range(1, 3000)]
+    crowd = [segment_files.rows(0, end) for end in range(1, 3000)]
     by_beginning = {}
     for segment in crowd:
         by_beginning.setdefault(segment.key[:4], []).append(segment)
@@ -210,7 +210,7 @@ def test_no_pin_leaves_it_to_the_policy(cache, archive, tmp_path):
 def test_an_import_makes_a_private_directory(cache, archive, tmp_path):
     """Mode 0700 and files 0600 under a umask that hides nothing; not in a folder with other things."""
     other = tmp_path / "deep" / "other"
-    with test_segment.umask(0):
+    with segment_files.umask(0):
         assert cache("import", archive, at=other).status == 0
     assert {stat.S_IMODE(path.stat().st_mode) for path in files(other)} == {0o600}
     assert stat.S_IMODE(other.stat().st_mode) == 0o700

@@ -12,7 +12,7 @@ from long import forms
 from mlx_hybridcache_bench import cli
 from mlx_hybridcache_bench.kills import power, server_kills
 from mlx_hybridcache_bench.kills.command import figures
-from mlx_hybridcache_bench.kills.killed_writer import Order
+from mlx_hybridcache_bench.kills.killed_writer import BUDGET_BYTES, Order
 from mlx_hybridcache_bench.kills.server_kills import (
     REPLY,
     ServerAccount,
@@ -29,7 +29,7 @@ from mlx_hybridcache_bench.kills.writer_kills import (
 from mlx_hybridcache_bench.serving.servers import OURS, Launch
 
 from mlx_hybridcache.demo import BUNDLED_MODEL
-from mlx_hybridcache.disk.segment import SEGMENTS
+from mlx_hybridcache.disk.segment import SEGMENTS, check_file, write
 
 MODEL = str(BUNDLED_MODEL)
 
@@ -73,20 +73,34 @@ def test_power_cuts_lose_nothing_that_was_durable(writers, cuts):
 
 
 def test_the_account_tells_what_is_lost_damaged_left_over_and_too_much(writers, tmp_path):
-    """The oracle itself, behind a writer that ended: a file deleted, one overwritten, one that nobody needs."""
+    """The oracle itself, behind a writer that ended: a file deleted, one overwritten, one that holds
+    something else, and one that nobody needs, larger than all may be.
+    """
     account = Account()
     account.hear(writers.run(Order(str(tmp_path), 2, seconds=60, most_checkpoints=3)))
     account.check(tmp_path)
     assert (account.finished, account.faults) == (1, [])
     states = [name for name in sorted(account.promised) if ".state." in name]
-    lost, damaged = (tmp_path / SEGMENTS / name for name in states[:2])
+    lost, damaged, other = (tmp_path / SEGMENTS / name for name in states[:3])
     lost.unlink()
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
-    (tmp_path / SEGMENTS / "stray").write_bytes(b"")
+    segment = check_file(other)
+    other.unlink()
+    write(tmp_path, segment, [bytes(segment.data_nbytes)])
+    with (tmp_path / SEGMENTS / "stray").open("wb") as stray:
+        stray.truncate(BUDGET_BYTES + 1)
     account.check(tmp_path)
-    for name, sentence in ((lost, "is not there"), (damaged, "was offered"), ("stray", "differ")):
+    for name, sentence in (
+        *((lost, "is not there"), (damaged, "was offered"), (other, "holds other bytes")),
+        *(("stray", "differ"), ("", "over the budget")),
+    ):
         assert [fault for fault in account.faults if sentence in fault and Path(name).name in fault]
-    assert len(account.faults) == 3
+    assert len(account.faults) == 5
+    account.faults.clear()
+    account.check(tmp_path)
+    assert not [fault for fault in account.faults if lost.name in fault]  # said once
+    account.hear([f"-{damaged.name}"])
+    assert damaged.name not in account.promised
 
 
 @pytest.mark.parametrize("kills", forms(2, 15))

@@ -4,8 +4,8 @@ import logging
 
 import pytest
 from faults import Said
+from segment_files import umask
 from test_disk_changes import path_of_files
-from test_segment import umask
 
 from mlx_hybridcache.disk.directory import Directory
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from places import SUPPORT
-from test_segment import content, place, rows, state, stored, umask
+from segment_files import content, place, rows, state, stored, umask
 
 from mlx_hybridcache.disk.index import Entry, Index, IndexUnavailableError, scan
 from mlx_hybridcache.disk.segment import SegmentError, Tensor, write

@@ -33,7 +33,7 @@ from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 from long import forms
-from test_outline import seen, there
+from outlines import seen, there
 
 from mlx_hybridcache import BudgetError, CacheMismatchError
 from mlx_hybridcache.errors import NotStoredError, PinnedError

@@ -19,7 +19,7 @@ from mlx_hybridcache_bench.policies.sized import (
     SizedRows,
 )
 from mlx_hybridcache_bench.policies.workloads import WORKLOADS, workload
-from test_store import ROW, STATE, N, save
+from small_store import ROW, STATE, N, save
 
 from mlx_hybridcache.errors import BudgetError, NotStoredError
 from mlx_hybridcache.store.eviction import values

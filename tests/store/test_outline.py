@@ -4,44 +4,16 @@ import random
 from contextlib import suppress
 
 import pytest
-from test_store import N, save
+from outlines import seen, there
+from small_store import N, save
 
 from mlx_hybridcache.errors import BudgetError, NotStoredError
 from mlx_hybridcache.store import outline
-from mlx_hybridcache.store.lazy_rows import full_nbytes
 from mlx_hybridcache.store.outline import Outline
 from mlx_hybridcache.store.store import Store
 from mlx_hybridcache.tokens import Namespace, as_tokens
 
 OTHER = Namespace("n", "salt")
-
-
-def seen(each):
-    """An outline as plain values, bottom up."""
-    return (
-        each.start,
-        each.end,
-        each.tokens.tolist(),
-        each.rows_bytes,
-        each.checkpoint_bytes,
-        each.is_pinned,
-        each.last_used,
-        {token: seen(child) for token, child in each.children.items()},
-    )
-
-
-def there(node):
-    """The same read off the tree itself."""
-    return (
-        node.start,
-        node.end,
-        node.tokens.tolist(),
-        full_nbytes(node),
-        node.checkpoint.nbytes if node.checkpoint else None,
-        node.pinned,
-        node.last_used,
-        {token: there(child) for token, child in (node.children or {}).items()},
-    )
 
 
 def nodes(each):

@@ -25,6 +25,7 @@ class MessagesChat(ChatBody):
     """A request for messages as a chat."""
 
     endpoint: ClassVar[str] = "/v1/messages"
+    unless_set: ClassVar[str] = "mark"
 
 
 def as_chat(body: CountBody) -> MessagesChat:
@@ -36,6 +37,7 @@ def as_chat(body: CountBody) -> MessagesChat:
         "thinking": body.thinking and body.thinking.model_dump(exclude_none=True),
         "cache_salt": body.cache_salt,
         "continue_final_message": body.messages[-1]["role"] == "assistant" or None,
+        **body.arrangement(),
         **_choice(body),
         **_output(body),
     }

@@ -7,6 +7,8 @@ from typing import Any
 
 from mlx_hybridcache import CacheReport
 
+from ..prompts.stable import StablePrefix
+
 REMEMBERED = 100
 """Reports that `/v1/cache/recent` tells of."""
 
@@ -22,6 +24,7 @@ class Record:
     seconds_waited: float
     seconds_to_first_token: float
     completion_tokens: int
+    stable: StablePrefix | None
     changed: str | None
     text: dict[str, str] | None
 
@@ -37,6 +40,7 @@ class Record:
             "seconds_waited": round(self.seconds_waited, 6),
             "seconds_to_first_token": round(self.seconds_to_first_token, 6),
             "completion_tokens": self.completion_tokens,
+            "stable_prefix": None if self.stable is None else self.stable.body(),
             "changed": self.changed,
             "text": self.text,
         }

@@ -209,7 +209,14 @@ def _renderer(settings: Settings, tokenizer: Any, cache: HybridPromptCache, name
         context = models.longest_context(models.configuration(name))
     room = Room(settings.max_prompt_tokens, info.longest_prompt, context or None)
     return Renderer(
-        tokenizer, info.marks, info.vocabulary, settings.chat_template_args, room, cache.encoder
+        tokenizer,
+        info.marks,
+        info.vocabulary,
+        settings.chat_template_args,
+        room,
+        cache.encoder,
+        stable_prefix=settings.stable_prefix,
+        canonical_tools=settings.canonical_tools,
     )
 
 

@@ -24,6 +24,7 @@ from ..adapter import NORMAL, Sampling
 from ..calls.parts import Parts
 from ..log import CLIENTS
 from ..metrics import Metrics
+from ..prompts.stable import StablePrefix
 from ..prompts.threads import Rendering
 from ..settings import Settings
 from .admission import Admission, Admitted, ReadingSlot
@@ -70,6 +71,7 @@ class ReplyRequest:
     best_effort: bool = False
     cache_salt: str | None = None
     use_cache: bool = True
+    stable: StablePrefix | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -230,8 +232,10 @@ class RunningReply:
         return self._turn is not None and self._turn.cancel()
 
     def timings(self) -> dict[str, float]:
-        """What took how long, under llama.cpp's names."""
+        """What took how long, under llama.cpp's names, and how many tokens stand before what changes."""
+        stable = self.request.stable
         return {
+            **({} if stable is None or stable.tokens is None else {"stable_n": stable.tokens}),
             "cache_n": self.count.cached,
             "prompt_n": self.count.prompt - self.count.cached,
             "prompt_ms": round((self._first - self._began) * 1e3, 3),
@@ -378,6 +382,7 @@ class Serving:
                 run.seconds_waited,
                 run.seconds_to_first_token,
                 run.count.completion,
+                run.request.stable,
                 changed,
                 text,
             )

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from mlx_hybridcache.errors import PromptError
+from mlx_hybridcache.prefill.schedule import FIRST_WORTH
 from mlx_hybridcache.store.tree import common_length
 from mlx_hybridcache.tokenizing.encoder import Encoder
 from mlx_hybridcache.tokens import Tokens, TurnMarks, prompt_tokens
@@ -24,7 +25,9 @@ from ..adapter import (
 from ..errors import refuse
 from ..schema.requests import Conversation
 from .abilities import Abilities
+from .canonical import canonical
 from .messages import for_template
+from .stable import Arranged, StablePrefix, arranged, places, with_note
 from .tokenizing import NO_LIMIT, Room, Steps, Tokenizing
 
 
@@ -35,6 +38,7 @@ class Rendered:
     tokens: Tokens
     state: str = NORMAL
     may_reason: bool = False
+    stable: StablePrefix | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +54,8 @@ class Renderer:
     template_args: dict[str, Any]
     room: Room = NO_LIMIT
     encoder: Encoder | None = None
+    stable_prefix: str | None = None
+    canonical_tools: bool = False
     _tokenizing: Tokenizing = field(init=False)
     _takes: Abilities = field(init=False)
 
@@ -88,37 +94,42 @@ class Renderer:
         salt: str | None = None,
     ) -> Steps[Rendered]:
         """A conversation up to where its reply begins, or, if it `continues`, goes on."""
-        messages = for_template(body.messages, self._takes)
+        found = self._arranged(body)
+        messages = with_note(for_template(found.messages, self._takes), found.note)
         if not self.tokenizer.has_chat_template:
-            roles = dict(body.role_mapping) if body.role_mapping else None
-            return (yield from self.text(without_template(messages, roles), "messages", salt=salt))
+            text = without_template(messages, _roles(body))
+            return (yield from self.text(text, "messages", salt=salt))
         if continues and messages[-1]["role"] != "assistant":
             raise refuse(
                 "continue_final_message needs an assistant message at the end; the last one is "
                 f"{messages[-1]['role']}.",
                 "continue_final_message",
             )
-        tokens = yield from self._apply(
+        rendered = self._rendered(
             messages,
-            salt or "",
-            tools=body.tools or None,
+            tools=self._tools(body),
             add_generation_prompt=opens_reply and not continues,
             **({"continue_final_message": True} if continues else {}),
             **self._extra(body),
         )
+        tokens = yield from self._tokens(rendered, salt or "")
+        text = rendered if isinstance(rendered, str) else ""
         turn = self._last_turn(tokens)
         return Rendered(
-            tokens, initial_state(self.tokenizer, turn), may_reason(self.tokenizer, turn)
+            tokens,
+            initial_state(self.tokenizer, turn),
+            may_reason(self.tokenizer, turn),
+            (yield from self._stable(body, found, text, tokens, salt or "")),
         )
 
     def prompt(self, body: Conversation, *, opens_reply: bool = True) -> str:
         """A conversation's prompt as text. Not for the event loop. Raises `ApiError` 400 as `chat` does."""
-        messages = for_template(body.messages, self._takes)
+        arranged = self._arranged(body)
+        messages = with_note(for_template(arranged.messages, self._takes), arranged.note)
         if not self.tokenizer.has_chat_template:
-            roles = dict(body.role_mapping) if body.role_mapping else None
-            return without_template(messages, roles)
+            return without_template(messages, _roles(body))
         asked = {
-            "tools": body.tools or None,
+            "tools": self._tools(body),
             "add_generation_prompt": opens_reply,
             **self._extra(body),
         }
@@ -147,13 +158,54 @@ class Renderer:
         )
         return found if is_text else str(self.tokenizer.decode(found))
 
-    def _apply(self, messages: list[dict[str, Any]], salt: str, **kwargs: Any) -> Steps[Tokens]:
-        found = self._rendered(messages, **kwargs)
-        if isinstance(found, str):
-            found = yield from self._tokenizing.steps(found, "messages", special=False, salt=salt)
-        self.room.check(len(found), "messages")
-        yield len(found)
-        return _checked(found, self.vocabulary, "messages")
+    def _mode(self, body: Conversation) -> str:
+        return body.stable_prefix or self.stable_prefix or body.unless_set
+
+    def _arranged(self, body: Conversation) -> Arranged:
+        return arranged(body.messages, body.tools or (), self._mode(body))
+
+    def _orders(self, body: Conversation) -> bool:
+        asked = body.canonical_tools
+        return bool(body.tools) and (self.canonical_tools if asked is None else asked)
+
+    def _tools(self, body: Conversation) -> list[dict[str, Any]] | None:
+        """Those that the template renders, in their order."""
+        return (canonical(body.tools) if body.tools and self._orders(body) else body.tools) or None
+
+    def _tokens(self, rendered: str | list[int], salt: str) -> Steps[Tokens]:
+        ids: Sequence[int] | Tokens = (
+            (yield from self._tokenizing.steps(rendered, "messages", special=False, salt=salt))
+            if isinstance(rendered, str)
+            else rendered
+        )
+        self.room.check(len(ids), "messages")
+        yield len(ids)
+        return _checked(ids, self.vocabulary, "messages")
+
+    def _stable(
+        self, body: Conversation, found: Arranged, rendered: str, tokens: Tokens, salt: str
+    ) -> Steps[StablePrefix | None]:
+        """What was done for a prompt that is `rendered` as `tokens`, with where checkpoints belong."""
+        mode, orders = self._mode(body), self._orders(body)
+        if mode == "off" and not orders:
+            return None
+        first, boundaries = None, []
+        for at in places(rendered, found.volatile):
+            position = yield from self._position(rendered, at, tokens, salt)
+            first = position if first is None else first
+            if position >= FIRST_WORTH:
+                boundaries.append(position)
+                break
+        if found.note and (at := rendered.rfind(found.note)) >= 0:
+            boundaries.append((yield from self._position(rendered, at, tokens, salt)))
+        return StablePrefix(mode, first, tuple(boundaries), found.moved, orders)
+
+    def _position(self, rendered: str, at: int, tokens: Tokens, salt: str) -> Steps[int]:
+        """How many of a prompt's tokens stand before the character `at`, in any prompt that begins so."""
+        before = yield from self._tokenizing.steps(
+            rendered[:at], "messages", special=False, salt=salt
+        )
+        return common_length(before, tokens)
 
     def _rendered(self, messages: list[dict[str, Any]], **kwargs: Any) -> Any:
         """What the template makes of them: text, or tokens of one that makes no text."""
@@ -181,6 +233,10 @@ class Renderer:
         opened = np.flatnonzero(np.isin(tokens, openers))
         last: list[int] = tokens[opened[-1] if len(opened) else 0 :].tolist()
         return last
+
+
+def _roles(body: Conversation) -> dict[str, str] | None:
+    return dict(body.role_mapping) if body.role_mapping else None
 
 
 def _checked(ids: Iterable[int], vocabulary: int, param: str) -> Tokens:

@@ -19,46 +19,86 @@ class VolatileSpan(NamedTuple):
     kind: str
 
 
+def _word(*words: str) -> str:
+    """Any of the words, where a word begins; their first letters stand first in the pattern."""
+    letters = "".join(sorted({word[0].lower() + word[0].upper() for word in words}))
+    rest = "|".join(f"(?<=[{word[0].lower()}{word[0].upper()}]){word[1:]}" for word in words)
+    return rf"[{letters}](?<!\w.)(?i:{rest})"
+
+
 _MONTH = (
     r"(?:Jan(?:uary)?|Feb(?:ruary)?|Mar(?:ch)?|Apr(?:il)?|May|June?|July?|Aug(?:ust)?"
     r"|Sept?(?:ember)?|Oct(?:ober)?|Nov(?:ember)?|Dec(?:ember)?)"
 )
-_WEEKDAY = r"(?:Mon|Tues?|Wed(?:nes)?|Thu(?:rs)?|Fri|Sat(?:ur)?|Sun)(?:day)?"
-_YEAR = r"(?:19|20)\d\d"
-_DAY = r"\d{1,2}(?:st|nd|rd|th)?\b"
-_ZONE = r"(?: ?(?:Z|UTC|GMT)\b)?(?: ?[+-]\d\d:?\d\d)?"
-_CLOCK = (
-    rf"(?:[01]?\d|2[0-3]):[0-5]\d(?::[0-5]\d(?:[.,]\d{{1,9}})?)?(?: ?[AaPp]\.?[Mm]\b\.?)?{_ZONE}"
+_WEEKDAY = (
+    r"(?:Mon(?:day)?|Tue(?:s(?:day)?)?|Wed(?:nesday)?|Thu(?:r?s(?:day)?)?|Fri(?:day)?"
+    r"|Sat(?:urday)?|Sun(?:day)?)"
 )
-_WITH_CLOCK = rf"(?:(?:,? (?:at )?|T){_CLOCK})?"
+_YEAR = r"(?:19|20)\d\d"
+_DAY = r"\d{1,2}(?:st|nd|rd|th)?"
+_ZONE = r"(?: ?(?:Z|UTC|GMT)\b)?(?: ?[+-]\d\d:?\d\d)?"
+_MINUTES = rf":[0-5]\d(?::[0-5]\d(?:[.,]\d{{1,9}})?)?(?: ?[AaPp]\.?[Mm]\b\.?)?{_ZONE}"
+_WITH_CLOCK = rf"(?:(?:,? (?:at )?|T)\d\d?{_MINUTES})?"
+_DAY_MONTH = rf"(?:st|nd|rd|th)?\.? (?:of )?{_MONTH}\b\.?(?:,? {_YEAR}\b)?{_WITH_CLOCK}"
+_MONTH_DAY = rf"\.? (?:{_DAY}\b(?:,? (?:\d\d?{_MINUTES} )?{_YEAR}\b)?|{_YEAR}\b){_WITH_CLOCK}"
 _HEX = "[0-9a-fA-F]"
+_NAMES = ("session", "conversation", "scratchpad", "sandbox", "request", "trace", "thread", "run")
+_MORE_NAMES = ("task", "workspace", "message", "tmp")
 
-KINDS: dict[str, str] = {
+KINDS: dict[str, tuple[str, ...]] = {
     # x-anthropic-billing-header: cc_version=2.1.197; cch=0a1b2;
-    "billing": r"^[ \t]{0,8}[xX]-[\w-]{2,80}: ?[^\n]*",
-    "uuid": rf"{_HEX}(?<![\w]{_HEX}){_HEX}{{7}}-(?:{_HEX}{{4}}-){{3}}{_HEX}{{12}}(?!\w)",
-    # 2026-11-29T03:14:29Z, 29.11.2026, 29 November 2026; Sunday, November 29, 2026; Nov 29 03:14:29 UTC 2026
-    "date": rf"\d(?<![\w.-]\d)(?:\d{{3}}(?P<a>[-/.])\d{{1,2}}(?P=a)\d{{1,2}}|\d?(?P<b>[-/.])\d{{1,2}}(?P=b){_YEAR})"
-    rf"(?!\d){_WITH_CLOCK}"
-    rf"|\d(?<!\w\d)\d?(?:st|nd|rd|th)?\.? (?:of )?{_MONTH}\b\.?(?:,? {_YEAR}\b)?{_WITH_CLOCK}"
-    rf"|(?:{_WEEKDAY},? (?:the )?)?{_MONTH}\.? (?:{_DAY}(?:,? (?:{_CLOCK} )?{_YEAR}\b)?|{_YEAR}\b){_WITH_CLOCK}",
+    "billing": (r"^[ \t]{0,8}[xX]-[\w-]{2,80}: ?[^\n]*",),
+    "uuid": (rf"{_HEX}(?<!\w.){_HEX}{{7}}-(?:{_HEX}{{4}}-){{3}}{_HEX}{{12}}(?!\w)",),
+    "date": (
+        # 2026-11-29T03:14:29Z, 29.11.2026, 29 November 2026
+        (
+            r"\d(?<![\w.-].)(?:(?:\d{3}(?P<a>[-/.])\d{1,2}(?P=a)\d{1,2}"
+            rf"|\d?(?P<b>[-/.])\d{{1,2}}(?P=b){_YEAR})(?!\d){_WITH_CLOCK}|\d?{_DAY_MONTH})"
+        ),
+        # November 29, 2026, 3:14 pm; Nov 29 03:14:29 UTC 2026
+        rf"{_MONTH}{_MONTH_DAY}",
+        # Sunday, November 29, 2026
+        rf"{_WEEKDAY},? (?:the )?(?:{_MONTH}{_MONTH_DAY}|\d\d?{_DAY_MONTH})",
+    ),
     # 03:14:29 UTC, 3:14 am, and seconds or milliseconds since 1970
-    "time": rf"(?<![\w:.+-]){_CLOCK}(?![\w:])|(?<![\w.,-])1[5-9]\d{{8}}(?:\d{{3}})?(?![\w,-]|\.\d)",
+    "time": (
+        rf"\d(?<![\w:.,+-].)(?:\d?{_MINUTES}(?![\w:])|(?<=1)[5-9]\d{{8}}(?:\d{{3}})?(?![\w,-]|\.\d))",
+    ),
     # where a system, or an agent, puts what one session needs
-    "path": r"(?:[A-Za-z]:\\|[~/])(?<![\w.~/-][~/])(?P<path>[^\s\"'`<>|]+)",
-    # session_id: V1StGXR8_Z5jdHi6B, ses_4f9cd1c26ffe, 64 digits of a hash
-    "id": r"\b(?i:session|conversation|scratchpad|sandbox|request|trace|thread|run|task|workspace|message|tmp)"
-    r"(?:(?i:[ _-]?(?:id|key|token|name|dir))?[\"'*`]{0,3} ?(?:[:=/#]|is) ?[\"'*`]{0,3}(?P<value>[\w.-]{6,128})"
-    r"|[_-](?P<named>\w{8,128}))"
-    r"|\b(?:ses|sess|msg|req|conv)[_-](?P<short>\w{8,128})"
-    r"|(?<!\w)[0-9a-fA-F]{32,128}(?!\w)",
+    "path": (r"(?:(?<![\w.~/\\-])[~/]|(?<!\w)[A-Za-z]:\\)(?P<path>[^\s\"'`<>|]+)",),
+    "id": (
+        # session_id: V1StGXR8_Z5jdHi6B
+        (
+            rf"{_word(*_NAMES, *_MORE_NAMES)}(?:(?i:[ _-]?(?:id|key|token|name|dir))?[\"'*`]{{0,3}} ?"
+            r"(?:[:=/#]|is) ?[\"'*`]{0,3}(?P<value>[\w.-]{6,128})|[_-](?P<named>\w{8,128}))"
+        ),
+        # ses_4f9cd1c26ffe
+        rf"{_word('ses', 'sess', 'msg', 'req', 'conv')}[_-](?P<short>\w{{8,128}})",
+        # 64 digits of a hash
+        rf"{_HEX}(?<!\w.){_HEX}{{31,127}}(?!\w)",
+    ),
     # what git says of a working tree
-    "git": r"^[ \t]{0,8}(?:- )?(?i:current |on |main )?[Bb]ranch\b[^:\n]{0,60}: ?[^\n]+"
-    r"|^(?P<commit>[0-9a-f]{7,40}) [^\n]+|\b(?i:commit|head)(?: is at| at|:)? (?P<head>[0-9a-f]{7,40})\b",
+    "git": (
+        r"^[ \t]{0,8}(?:- )?(?i:current |on |main )?[Bb]ranch\b[^:\n]{0,60}: ?[^\n]+",
+        r"^(?P<commit>[0-9a-f]{7,40}) [^\n]+",
+        rf"{_word('commit', 'head')}(?: is at| at|:)? (?P<head>[0-9a-f]{{7,40}})\b",
+    ),
 }
-"""Patterns by what they find. Where two find the same, the one that begins first, or goes on longest."""
+"""Patterns by what they find: `re` skips fast to a letter of the class that one begins with. Where two
+find the same, the one counts that begins first, or goes on longest."""
 
-_PATTERNS = {kind: re.compile(pattern, re.ASCII | re.MULTILINE) for kind, pattern in KINDS.items()}
+_EACH = [
+    (kind, re.compile(pattern, re.ASCII))
+    for kind, patterns in KINDS.items()
+    for pattern in patterns
+    if not pattern.startswith("^")
+]
+_LINES = [
+    (kind, re.compile(pattern.removeprefix("^"), re.ASCII))
+    for kind, patterns in KINDS.items()
+    for pattern in patterns
+    if pattern.startswith("^")
+]
 
 _PROMISING = re.compile("[0-9]|[Bb]ranch")
 """What every line has that a pattern finds anything in: most lines have none of it."""
@@ -80,13 +120,16 @@ def volatile_spans(text: str) -> Iterator[VolatileSpan]:
         start = text.rfind("\n", end, promising.start()) + 1 or end
         end = text.find("\n", promising.end())
         end = len(text) if end < 0 else end
-        yield from _apart(
-            sorted(_found(text, start, end), key=lambda span: (span.start, -span.end))
-        )
+        spans = sorted(_found(text, start, end), key=lambda span: (span.start, -span.end))
+        yield from _apart(spans)
 
 
 def _found(text: str, start: int, end: int) -> Iterator[VolatileSpan]:
-    for kind, pattern in _PATTERNS.items():
+    """What is in one line."""
+    for kind, pattern in _LINES:
+        if (line := pattern.match(text, start, end)) and _is_volatile(line):
+            yield VolatileSpan(*line.span(), kind)
+    for kind, pattern in _EACH:
         for match in pattern.finditer(text, start, end):
             if _is_volatile(match):
                 yield VolatileSpan(*match.span(), kind)

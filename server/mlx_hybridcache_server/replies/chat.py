@@ -18,7 +18,7 @@ from ..prompts.chat import Rendered
 from ..schema.form import is_constrained
 from ..schema.requests import ChatBody, Conversation, GenerationBody
 from ..schema.tool_choice import callable_tools
-from .parse import parse, warn_of_switches
+from .parse import parse, warn_of_moved, warn_of_switches
 
 if TYPE_CHECKING:
     from ..calls.formats import ToolFormat
@@ -68,13 +68,16 @@ async def chat(
         await _end(each, rendered.tokens, body.cache_salt, loaded, serving, weight)
         for each in breakpoints
     ]
-    ends = [end for end in found if end is not None]
+    ends = {end for end in found if end is not None}
+    if (stable := rendered.stable) is not None:
+        ends.update(stable.boundaries)
+        warn_of_moved(body, stable)
     held_to = await constraint(body, rendered, serving, loaded)
     tools = (held_to and held_to.tools) or may_call
     calls = loaded.tool_format(tools, calls=body.tool_choice != "none")
     wanted = parse(body, rendered, serving.settings, loaded, held_to, calls)
     for each in wanted if ends else ():
-        each.options["boundaries"] = ends
+        each.options["boundaries"] = sorted(ends)
     return Chat(wanted, calls, loaded, serving, admitted)
 
 

@@ -12,9 +12,11 @@ from ..generation.limits import Limits
 from ..generation.models import DEFAULT_NAME, Loaded
 from ..generation.serving import ReplyRequest
 from ..prompts.chat import Rendered
+from ..prompts.stable import StablePrefix
 from ..schema.requests import ChatBody, CompletionBody, GenerationBody
 from ..schema.tool_choice import is_silent
 from ..settings import Settings
+from .notices import named as listed
 
 if TYPE_CHECKING:
     from ..calls.formats import ToolFormat
@@ -78,6 +80,7 @@ def parse(
             limits=limits,
             cache_salt=body.cache_salt,
             use_cache=settings.uses_cache and body.cache_prompt is not False,
+            stable=rendered.stable,
             options={**settings.generation_options(), **_drafting(body, settings, loaded)},
         )
         for index in range(body.n or 1)
@@ -110,6 +113,16 @@ def warn_of_switches(body: ChatBody, template: object) -> None:
         body.warn("thinking", "this model's chat template has no switch for it.")
     if body.reasoning_effort not in (None, "none") and "reasoning_effort" not in known:
         body.warn("reasoning_effort", "this model's chat template knows no efforts.")
+
+
+def warn_of_moved(body: ChatBody, stable: StablePrefix) -> None:
+    """Say what stands elsewhere in the prompt than it was sent."""
+    if stable.moved:
+        lines = f"{len(stable.moved)} line{'s' * (len(stable.moved) > 1)}"
+        kinds = listed(stable.moved)
+        body.warn(
+            "stable_prefix", f"{lines} of the system prompt ({kinds}) moved to the prompt's end."
+        )
 
 
 def _top_logprobs(body: GenerationBody) -> int | None:

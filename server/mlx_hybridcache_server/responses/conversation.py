@@ -67,6 +67,7 @@ def as_chat(body: ResponsesBody, items: Sequence[Item]) -> ResponsesChat:
             "response_format": _format(body),
             "stream": body.stream,
             "cache_salt": body.cache_salt,
+            **body.arrangement(),
         }
     )
     if others := [tool["type"] for tool in body.tools or () if tool["type"] not in OWN]:

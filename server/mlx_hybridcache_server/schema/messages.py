@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, WithJsonSchema, model_validator
 
-from .requests import Body, Count, Share, Stop
+from .requests import Arrangement, Body, Count, Share, Stop
 
 Block = dict[str, Any]
 
@@ -103,7 +103,7 @@ class OutputConfig(Body):
     format: OutputFormat | None = None
 
 
-class CountBody(Body):
+class CountBody(Arrangement):
     """`POST /v1/messages/count_tokens`: a conversation with what is rendered of it."""
 
     model: str | None = None

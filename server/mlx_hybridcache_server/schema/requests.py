@@ -225,8 +225,21 @@ class GenerationBody(Body):
         return bool(self.stream_options and self.stream_options.include_usage)
 
 
-class Conversation(Body):
-    """Messages with what the chat template needs."""
+class Arrangement(Body):
+    """How a conversation becomes a prompt that begins as others do; None means as the server does it."""
+
+    stable_prefix: Literal["off", "mark", "move"] | None = None
+    canonical_tools: bool | None = None
+
+    def arrangement(self) -> dict[str, Any]:
+        """Its fields, for a request that this one is put into."""
+        return {name: getattr(self, name) for name in Arrangement.model_fields}
+
+
+class Conversation(Arrangement):
+    """Messages with what the chat template needs. `unless_set` is what is done of itself for a stable prefix."""
+
+    unless_set: ClassVar[str] = "off"
 
     messages: Annotated[list[Message], Field(min_length=1)]
     tools: list[Tool] | None = None
@@ -264,7 +277,7 @@ Key = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 """What a page calls a prefix that is stored, and `mlx-hybridcache cache` by its first digits."""
 
 
-class PrefixBody(Body):
+class PrefixBody(Arrangement):
     """`/v1/cache/warm`, `pin` and `drop`: the beginning of prompts to come.
 
     `key` is the page's way to name it; it stands in place of messages and prompt and is not published.

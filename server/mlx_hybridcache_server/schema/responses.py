@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field, WithJsonSchema
 
-from .requests import Body, Share
+from .requests import Arrangement, Body, Share
 
 Item = dict[str, Any]
 
@@ -106,7 +106,7 @@ class Allowed(Body):
     tools: list[ToolName]
 
 
-class ResponsesBody(Body):
+class ResponsesBody(Arrangement):
     """`POST /v1/responses`."""
 
     model: str | None = None

@@ -126,6 +126,7 @@ async def _prefix(body: PrefixBody, serving: Serving, admitted: Admitted, weight
         messages=body.messages or [],
         tools=body.tools,
         chat_template_kwargs=body.chat_template_kwargs,
+        **body.arrangement(),
     )
     prefix = loaded.renderer.prefix(conversation, salt=body.cache_salt)
     tokens = await serving.rendering.steps(prefix, weight)

@@ -77,6 +77,9 @@ def test_it_is_the_reply_that_a_chat_gets_and_shares_its_prefix(server, claude):
     answer = claude.messages.create(messages=history, tools=own(*names), **asked)
     assert answer.content[0].text == "Omar is in the kitchen."
     assert answer.usage.cache_read_input_tokens > prompt_tokens(again.usage) - 10
+    assert (
+        answer.usage.input_tokens == 1
+    )  # the last one, which is always read; the others are stored
     told = [
         {**first["choices"][0]["message"]},
         {"role": "tool", "tool_call_id": call["id"], "content": said},
@@ -121,7 +124,9 @@ def test_a_stream_has_every_event_in_its_order(claude):
             assert each.index == open_at
             delta = each.delta
             if delta.type != "signature_delta":
-                deltas[each.index] += getattr(delta, "thinking", "") or delta.partial_json
+                grown = getattr(delta, "thinking", "") or delta.partial_json
+                assert grown
+                deltas[each.index] += grown
         else:
             assert (each.type, each.index) == ("content_block_stop", open_at)
             open_at = None

@@ -3,14 +3,17 @@
 import asyncio
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from unittest import mock
 
 import pytest
 from bundled import text
 from in_process import CHAT, COMPLETIONS, ENDLESS, WARM, Client, busy, served, until
 from mlx_hybridcache_server.errors import ApiError
+from mlx_hybridcache_server.generation.admission import Admission
 from mlx_hybridcache_server.prompts.threads import Rendering
 from mlx_hybridcache_server.prompts.tokenizing import Room
 from mlx_hybridcache_server.prompts.vocabulary import longest_token
+from mlx_hybridcache_server.settings import Settings
 
 from mlx_hybridcache.models import longest_context
 
@@ -86,6 +89,17 @@ def test_places_are_free_again_however_a_request_ends():
         await until(lambda: not busy(serving))
 
     served(work, "--decode-concurrency", "1", "--max-queue", "4", "--max-prompt-tokens", "2000")
+
+
+def test_a_place_is_given_back_once():
+    """A reply that ends behind its request, whose time was over, frees nobody else's place."""
+    admission = Admission(Settings(decode_concurrency=1, max_queue=1), mock.Mock())
+    late, other = admission.admit(1), admission.admit(1)
+    late.close()
+    late.leave()
+    assert admission.taken == 1
+    other.leave()
+    assert admission.taken == 0
 
 
 def test_bodies_that_are_held_together_are_bounded():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import threading
@@ -9,6 +10,7 @@ import threading
 import httpx2
 import pytest
 from bundled import text
+from mlx_hybridcache_server.http.event_stream import EventStream
 from refusals import unharmed
 from servers import (
     CHAT,
@@ -19,6 +21,7 @@ from servers import (
     raw_post,
     user,
 )
+from starlette.requests import ClientDisconnect
 
 
 @pytest.fixture
@@ -104,3 +107,22 @@ def test_many_hostile_requests_at_once_and_good_ones_between(server):
     for thread in threads:
         thread.join()
     assert statuses == {200: [200] * 10, 400: [400] * 20}
+
+
+def test_a_stream_to_nobody_lets_go_of_what_it_held():
+    """The first byte meets a connection that is gone: the stream ends with an error, and all is given back."""
+    closed = []
+
+    async def events():
+        try:
+            yield b"a"
+        finally:
+            closed.append("events")
+
+    async def send(message):
+        raise OSError("gone")
+
+    scope = {"type": "http", "asgi": {"spec_version": "2.4"}}
+    with pytest.raises(ClientDisconnect):
+        asyncio.run(EventStream(events(), lambda: closed.append("places"))(scope, None, send))
+    assert closed[-1] == "places"

@@ -118,6 +118,7 @@ function explained(one) {
     ["Written", many(one.completion_tokens, "token")],
     ["Request", `${one.endpoint} ${one.id}`],
   ];
+  if (one.stable_prefix) facts.push(["Stable prefix", arranged(one.stable_prefix)]);
   const list = element("dl");
   for (const [name, value] of facts) {
     list.append(element("div", {}, element("dt", {}, name), element("dd", {}, value)));
@@ -125,6 +126,15 @@ function explained(one) {
   parts.push(list);
   if (one.text && one.diverged_at > 0) parts.push(...texts(one.text));
   return parts;
+}
+
+function arranged({ mode, tokens, boundaries, moved, canonical_tools }) {
+  const said = [];
+  if (moved.length) said.push(`${many(moved.length, "line")} moved (${[...new Set(moved)].join(", ")})`);
+  if (tokens !== null) said.push(`${many(tokens, "token")} before what may change`);
+  if (boundaries.length) said.push(`marked at ${boundaries.map(count).join(", ")}`);
+  if (canonical_tools) said.push("tools in one order");
+  return said.join("; ") || `${mode}: nothing found that changes`;
 }
 
 function texts({ before, asked, stored }) {
