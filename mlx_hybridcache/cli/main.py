@@ -1,4 +1,4 @@
-"""The command line: `mlx-hybridcache serve | launch | demo | verify | plan | canonicalize | cache | bench`."""
+"""The command line: `mlx-hybridcache serve | launch | explain | demo | verify | plan | canonicalize | cache | bench`."""
 
 from __future__ import annotations
 
@@ -16,6 +16,10 @@ PROG = "mlx-hybridcache"
 COMMANDS = {
     "serve": ("mlx_hybridcache.server", "answer over HTTP as OpenAI does"),
     "launch": ("mlx_hybridcache.cli.launch", "run a coding agent on a server of ours"),
+    "explain": (
+        "mlx_hybridcache.cli.explain.main",
+        "say why a prompt is read again, and what to change",
+    ),
     "demo": ("mlx_hybridcache.cli.demo", "read a long text, cold and through the cache"),
     "verify": ("mlx_hybridcache.cli.verify", "prove hot == cold for a model on this device"),
     "plan": ("mlx_hybridcache.cli.plan", "memory for a model, by its config.json alone"),

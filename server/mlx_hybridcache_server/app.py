@@ -20,6 +20,7 @@ from mlx_hybridcache import HybridCacheError
 from . import __doc__ as purpose
 from .anthropic import routes as anthropic_routes
 from .errors import as_api_error, refuse
+from .explaining import routes as explain_routes
 from .failures import log_failure, not_served
 from .generation.serving import Serving
 from .http.bodies import Bodies
@@ -92,6 +93,7 @@ MESSAGES_ERRORS = _errors(MessagesErrorReply)
 
 ROUTERS = (
     cache_routes.router,
+    explain_routes.router,
     openai_routes.router,
     anthropic_routes.router,
     responses_routes.router,

@@ -205,13 +205,6 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
             "a stream that says nothing for so long sends a comment (%(default)s)",
         ),
         _flag(
-            "--idle-unload",
-            _number(float, 0),
-            "seconds without a request after which the model is let go, with its cache in --cache-dir, "
-            "until the next one; a request's keep_alive says otherwise",
-            metavar="SECONDS",
-        ),
-        _flag(
             "--stable-prefix",
             str,
             "mark: a checkpoint before the first line that changes, as a date; move: such lines of the "
@@ -222,6 +215,13 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
         ),
         _flag(
             "--canonical-tools", bool, "tools and their keys in one order, however they are sent"
+        ),
+        _flag(
+            "--idle-unload",
+            _number(float, 0),
+            "seconds without a request after which the model is let go, with its cache in --cache-dir, "
+            "until the next one; a request's keep_alive says otherwise",
+            metavar="SECONDS",
         ),
         _flag("--exact", bool, "equal bits hot and cold on every device"),
         _flag("--memory-reserve", size, "of the system's memory to leave free, as 1GB"),

@@ -63,9 +63,9 @@ class Settings:
     max_queue: int = 512
     request_timeout: float | None = None
     keepalive_seconds: float = 5.0
-    idle_unload: float | None = None
     stable_prefix: str | None = None
     canonical_tools: bool = False
+    idle_unload: float | None = None
     exact: bool = False
     show_prompts: bool = False
     record_trace: str | None = None

@@ -13,7 +13,8 @@ from mlx_hybridcache_bench.kit.paired import Paired, Spent, measure
 from mlx_hybridcache_bench.kit.standin import QWEN3_NEXT_80B, TINY
 from mlx_hybridcache_bench.kit.tables import Figure
 from mlx_hybridcache_bench.overhead.full_size import FullSize, measure_full_size
-from mlx_hybridcache_bench.overhead.slices import measure_slices
+from mlx_hybridcache_bench.overhead.slices import Run, Slices, measure_slices
+from mlx_hybridcache_bench.overhead.stored import Filled, Stored
 from places import ROOT
 
 SMALL_OVERHEAD = [
@@ -73,7 +74,7 @@ def test_a_full_store_is_measured_in_every_shape(overhead: dict[str, Any]) -> No
     assert shapes == [
         (shape, size) for shape in ("flat", "deep", "one path") for size in (100, 200)
     ]
-    assert all(each["evictions_per_round"] > 0 for each in stores)
+    assert all(0 < each["evictions_per_round"] <= 3 for each in stores)
     assert all(set(each["ms"]) == {"publish", "evicting save", "afford"} for each in stores)
 
 
@@ -210,3 +211,21 @@ def test_documented_commands_are_understood() -> None:
     assert len(commands) > 10
     readme = ROOT.joinpath("bench", "README.md").read_text(encoding="utf-8")
     assert all(f"`mlx-hybridcache bench {name}`" in readme for name in cli.COMMANDS)
+
+
+def test_forwards_beyond_their_bound_are_counted() -> None:
+    """1,024 tokens in slices of 512 with a hook: four forwards may be, and there were six."""
+    run = Run("cold", True, 0, 1024, 1024, 512, (256, 256, 256, 254, 1, 1))
+    assert run.bound == 4
+    (figure,) = Slices(512, (run,)).figures()
+    assert (figure.value, figure.kept) == (2, False)
+
+
+def test_what_is_stored_must_not_show_in_what_a_call_costs() -> None:
+    """Three times as long at 10,000 nodes as at 100."""
+    few, many = (
+        Filled("flat", size, [ms], [ms], [ms], [1]) for size, ms in ((100, 1), (10_000, 3))
+    )
+    figures = Stored((few, many)).figures()
+    assert [figure.value for figure in figures] == [3, 3, 3, 3]
+    assert [figure.kept for figure in figures] == [False, False, False, True]

@@ -1,6 +1,7 @@
 """Where caches stand is known, whatever layers they are of: no state is stored under other tokens."""
 
 import copy
+from types import SimpleNamespace
 
 import mlx.core as mx
 import oracle
@@ -9,6 +10,8 @@ import tiny
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_hybridcache import CacheMismatchError, HybridPromptCache
+from mlx_hybridcache.caches import counting
+from mlx_hybridcache.caches.subclassed import Subclassed
 
 GREEDY = {"sampler": oracle.never_ending, "seed": 0}
 
@@ -159,3 +162,37 @@ def test_a_counted_model_is_still_itself():
     assert issubclass(kind, plain)
     assert kind.__mro__[1:] == plain.__mro__ or kind is plain
     assert type(tiny.fresh("qwen3_next")).__mro__[1].__name__ == "Module", "no need: rows know"
+
+
+def test_a_state_is_held_once_while_the_model_runs():
+    """Noted before and afterwards, not meanwhile: a state that is held twice is copied to be written."""
+    seen = []
+
+    class Plain:
+        def __call__(self, inputs, cache):
+            seen.append(vars(cache[0]).keys() - {"cache"})
+            cache[0].cache = [mx.array(1.0)]
+
+    model, cache = Plain(), SimpleNamespace(cache=[None])
+    counted = counting.count(model, list)
+    for _ in range(2):
+        model(mx.zeros((1, 3)), cache=[cache])
+    assert counting.tokens_read(cache) == 6
+    assert seen == [set(), set()]
+    counted.release()
+
+
+def test_a_class_that_somebody_else_gave_a_model_stays():
+    """Its own is given back only where it has still the one that we gave it."""
+
+    class Plain: ...
+
+    class Ours(Plain): ...
+
+    class Theirs(Plain): ...
+
+    module = Plain()
+    given = Subclassed([(module, Ours)])
+    module.__class__ = Theirs
+    given.release()
+    assert type(module) is Theirs

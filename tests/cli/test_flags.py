@@ -9,6 +9,7 @@ from mlx_hybridcache_server.service import _bound
 from mlx_hybridcache_server.settings import Settings, build_parser, read_settings
 
 from mlx_hybridcache import HybridPromptCache, SettingError
+from mlx_hybridcache.cli import flags
 from mlx_hybridcache.cli.main import main
 from mlx_hybridcache.demo import BUNDLED_MODEL
 from mlx_hybridcache.errors import refusal
@@ -33,6 +34,7 @@ PLAN = ["plan", "--model", str(BUNDLED_MODEL)]
 def test_a_length_is_a_number_with_or_without_a_unit(written, tokens):
     """K and M count in thousands, Ki in 1,024s, as sizes do."""
     assert parse_tokens(written) == tokens
+    assert flags.tokens(tokens)(written) == tokens  # the least that may be asked for
 
 
 @pytest.mark.parametrize("written", ["", "many", "-5", "1.5", "12kb", "3G", "1e5", "0.0001k"])

@@ -90,6 +90,8 @@ def test_what_stands_in_the_way_is_said(keyed, path, capfd, monkeypatch):
     monkeypatch.setenv(KEY, "a-key")
     assert main(["launch", "claude", "--url", keyed.url, "--model", "x"]) == 2
     assert "leave out --model" in capfd.readouterr().err
+    assert main(["launch", "claude", "--url", keyed.url, "--cache-dir", "x"]) == 2
+    assert "--cache-dir, or stop it" in capfd.readouterr().err
 
 
 class Another(BaseHTTPRequestHandler):

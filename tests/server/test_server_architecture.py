@@ -16,6 +16,7 @@ ORDER = [
     {"main"},
     {"service"},
     {"app", "banner"},
+    {"explaining"},
     {"anthropic", "openai", "probes", "responses", "watching"},
     {"replies"},
     {"generation"},

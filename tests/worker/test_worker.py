@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import pytest
 
 from mlx_hybridcache.errors import ClosedError
-from mlx_hybridcache.worker.stream import AHEAD
-from mlx_hybridcache.worker.turns import PAUSE
+from mlx_hybridcache.worker.stream import AHEAD, Task
+from mlx_hybridcache.worker.turns import PAUSE, Job
 from mlx_hybridcache.worker.worker import Worker
 
 
@@ -170,3 +170,11 @@ def test_a_dropped_worker_ends_its_thread():
     del worker
     gc.collect()
     assert "dropped" not in [thread.name for thread in threading.enumerate()]
+
+
+def test_all_who_wait_for_an_item_look():
+    """The one that is woken first may have been cancelled by then; nobody else would be told."""
+    task, woken = Task(iter(()), Job()), []
+    task.wakers |= {lambda: woken.append(1), lambda: woken.append(2)}
+    task.put("item", "a")
+    assert sorted(woken) == [1, 2]

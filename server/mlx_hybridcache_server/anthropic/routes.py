@@ -67,9 +67,8 @@ async def _message(
 
 async def _counted(chat: MessagesChat, serving: Serving, admitted: Admitted, weight: int) -> int:
     loaded = await _model(chat, serving, admitted)
-    continues = bool(chat.continue_final_message)
-    steps = loaded.renderer.chat(chat, continues=continues, salt=chat.cache_salt)
-    return len((await serving.rendering.steps(steps, weight)).tokens)
+    rendered = await serving.rendering.steps(chats.rendering(chat, loaded.renderer), weight)
+    return len(rendered.tokens)
 
 
 async def _model(chat: MessagesChat, serving: Serving, admitted: Admitted) -> Loaded:

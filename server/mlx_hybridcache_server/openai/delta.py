@@ -56,8 +56,8 @@ class Delta:
         )
 
     def argue(self, index: int, text: str) -> None:
-        """More of a call's arguments."""
-        if not self.tool_calls or self.tool_calls[-1]["index"] != index:
+        """More of the arguments of the last call, which may have begun in an earlier delta."""
+        if not self.tool_calls:
             self.tool_calls.append({"index": index, "function": {"arguments": ""}})
         self.tool_calls[-1]["function"]["arguments"] += text
 

@@ -43,7 +43,7 @@ async def chat(body: ChatBody, request: Request) -> Response:
 @router.post("/v1/completions", response_model=None, responses=STREAMED)
 async def completions(body: CompletionBody, request: Request) -> Response:
     """A continuation of each prompt."""
-    replies = len(_prompts(body)) * (body.n or 1)
+    replies = len(body.prompts()) * (body.n or 1)
     return await answered(body, request, replies, partial(_completions, body), STREAM)
 
 
@@ -67,7 +67,7 @@ async def _completions(
     loaded = await serving.slot.model(admitted.held, body.model, body.adapters)
     envelope = Envelope.new("cmpl", "text_completion", body.model or loaded.id)
     groups: list[list[TextChoice]] = []
-    for prompt in _prompts(body):
+    for prompt in body.prompts():
         steps = loaded.renderer.text(prompt, salt=body.cache_salt)
         rendered = await serving.rendering.steps(steps, len(prompt))
         constraint = await chats.constraint(body, rendered, serving, loaded)
@@ -88,15 +88,6 @@ async def _completions(
             ]
         )
     return Reply(serving, envelope, groups, body.wants_usage())
-
-
-def _prompts(body: CompletionBody) -> list[str | list[int]]:
-    prompt = body.prompt
-    if isinstance(prompt, str):
-        return [prompt]
-    if isinstance(prompt[0], int):
-        return [prompt]
-    return list(prompt)
 
 
 def _text_of(prompt: str | list[int], loaded: Loaded) -> str:

@@ -14,7 +14,8 @@ from ..errors import ApiError
 from ..generation.admission import Admitted
 from ..generation.models import Loaded
 from ..generation.serving import ReplyRequest, RunningReply, Serving
-from ..prompts.chat import Rendered
+from ..prompts.chat import Rendered, Renderer
+from ..prompts.tokenizing import Steps
 from ..schema.form import is_constrained
 from ..schema.requests import ChatBody, Conversation, GenerationBody
 from ..schema.tool_choice import callable_tools
@@ -43,6 +44,16 @@ class Chat:
         return [RunningReply(serving, loaded, each, reply_id, admitted) for each in self.wanted]
 
 
+def rendering(body: ChatBody, renderer: Renderer, *, opens_reply: bool = True) -> Steps[Rendered]:
+    """The prompt of a conversation as it is asked for: up to its reply, or, unless it `opens_reply`, its end."""
+    return renderer.chat(
+        body,
+        continues=opens_reply and bool(body.continue_final_message),
+        opens_reply=opens_reply and body.add_generation_prompt is not False,
+        salt=body.cache_salt,
+    )
+
+
 async def chat(
     body: ChatBody,
     loaded: Loaded,
@@ -57,13 +68,7 @@ async def chat(
     """
     may_call = callable_tools(body)
     warn_of_switches(body, loaded.tokenizer.chat_template)
-    steps = loaded.renderer.chat(
-        body,
-        continues=bool(body.continue_final_message),
-        opens_reply=body.add_generation_prompt is not False,
-        salt=body.cache_salt,
-    )
-    rendered = await serving.rendering.steps(steps, weight)
+    rendered = await serving.rendering.steps(rendering(body, loaded.renderer), weight)
     found = [
         await _end(each, rendered.tokens, body.cache_salt, loaded, serving, weight)
         for each in breakpoints

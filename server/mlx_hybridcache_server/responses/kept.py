@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from fastapi import Request
+
 from ..errors import ApiError
 from ..http.wire import written
 
@@ -107,3 +109,23 @@ class KeptResponses:
         """Forget one. Raises `ApiError` 404."""
         self.nbytes -= self.find(name, salt).nbytes
         del self._all[name]
+
+
+def weight_of(before: list[Kept], most_bytes: int) -> int:
+    """Bytes of a conversation that is gone on with. Raises `ApiError` 413: it may be as long as a body."""
+    weight = sum(len(kept.response) + len(kept.added) for kept in before)
+    if weight > most_bytes:
+        raise ApiError(
+            413,
+            f"The responses that this one goes on from have {weight:,} bytes, of {most_bytes:,} that a "
+            "conversation may have (--max-body-bytes).",
+            param="previous_response_id",
+            code="body_too_large",
+        )
+    return weight
+
+
+def kept_responses(request: Request) -> KeptResponses:
+    """Those of the server that a request came to."""
+    kept: KeptResponses = request.app.state.kept_responses
+    return kept

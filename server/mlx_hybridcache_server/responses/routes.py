@@ -19,7 +19,7 @@ from ..replies.answer import answered
 from ..replies.message import ChatMessage
 from ..schema.responses import ResponsesBody
 from .conversation import ResponsesChat, as_chat, custom_tools, input_items
-from .kept import Kept, KeptResponses
+from .kept import Kept, KeptResponses, kept_responses, weight_of
 from .output import Output, text_part
 from .reply import STREAM, ResponsesReply, new_id
 
@@ -40,9 +40,9 @@ SEALED_THOUGHTS = "reasoning.encrypted_content"
 @router.post("/v1/responses", response_model=None, responses=STREAMED)
 async def responses(body: ResponsesBody, request: Request) -> Response:
     """A response to a conversation, which may go on from one that is kept."""
-    kept = _kept(request)
+    kept = kept_responses(request)
     before = kept.conversation(body.previous_response_id, body.cache_salt)
-    weight = _weight(before, serving_of(request).settings.max_body_bytes)
+    weight = weight_of(before, serving_of(request).settings.max_body_bytes)
     chat = await asyncio.to_thread(_chat, body, before)
     return await answered(chat, request, 1, partial(_response, body, chat, kept, weight), STREAM)
 
@@ -50,7 +50,7 @@ async def responses(body: ResponsesBody, request: Request) -> Response:
 @router.get("/v1/responses/{name}", response_model=None)
 async def kept(name: str, request: Request, cache_salt: str | None = None) -> Response:
     """One that is kept, as it ended."""
-    found = _kept(request).find(name, cache_salt)
+    found = kept_responses(request).find(name, cache_salt)
     return Response(found.response, media_type=JSON)
 
 
@@ -64,7 +64,7 @@ async def items(
     after: str | None = None,
 ) -> Response:
     """What its request added to the conversation, newest first; `after` is the last item of a list before."""
-    found = _kept(request).find(name, cache_salt)
+    found = kept_responses(request).find(name, cache_salt)
 
     def listed() -> bytes:
         data = [_listed(name, at, item) for at, item in enumerate(found.input_items())]
@@ -90,7 +90,7 @@ def _behind(items: list[dict[str, Any]], after: str | None) -> list[dict[str, An
 @router.delete("/v1/responses/{name}", response_model=None)
 async def forget(name: str, request: Request, cache_salt: str | None = None) -> dict[str, Any]:
     """Keep it no longer. Nothing can go on from it then."""
-    _kept(request).drop(name, cache_salt)
+    kept_responses(request).drop(name, cache_salt)
     return {"id": name, "object": "response", "deleted": True}
 
 
@@ -99,7 +99,7 @@ async def cancel(name: str, request: Request, cache_salt: str | None = None) -> 
     """End one that is being written. Its own request is told so, and what was read stays."""
     serving = serving_of(request)
     if not serving.cancel(name, cache_salt):
-        status = json.loads(_kept(request).find(name, cache_salt).response)["status"]
+        status = json.loads(kept_responses(request).find(name, cache_salt).response)["status"]
         raise ApiError(400, f"The response {name!r} has ended; it is {status}.")
     return {"id": name, "object": "response", "status": "cancelled"}
 
@@ -133,28 +133,9 @@ def _chat(body: ResponsesBody, before: list[Kept]) -> ResponsesChat:
     return as_chat(body, [*items, *input_items(body)])
 
 
-def _weight(before: list[Kept], most_bytes: int) -> int:
-    """Bytes of a conversation that is gone on with. Raises `ApiError` 413: it may be as long as a body."""
-    weight = sum(len(kept.response) + len(kept.added) for kept in before)
-    if weight > most_bytes:
-        raise ApiError(
-            413,
-            f"The responses that this one goes on from have {weight:,} bytes, of {most_bytes:,} that a "
-            "conversation may have (--max-body-bytes).",
-            param="previous_response_id",
-            code="body_too_large",
-        )
-    return weight
-
-
 def _listed(name: str, at: int, item: dict[str, Any]) -> dict[str, Any]:
     """An item under an id, with its text as a part, as clients read it."""
     listed = {**item, "id": item.get("id") or f"{name.replace('resp', 'msg')}_{at}"}
     if isinstance(said := item.get("content"), str):
         listed["content"] = [text_part(said, by_user=item["role"] != "assistant")]
     return listed
-
-
-def _kept(request: Request) -> KeptResponses:
-    kept: KeptResponses = request.app.state.kept_responses
-    return kept

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .explain import ExplainBody
 from .messages import MessagesBody, OutputConfig, Thinking, ToolChoice
 from .probes import DetokenizeBody, TemplateBody, TokenizeBody
 from .requests import ChatBody, CompletionBody, PrefixBody, WatchBody
@@ -12,7 +13,7 @@ FIELDS = frozenset(
     for body in (
         *(ChatBody, CompletionBody, PrefixBody, WatchBody),
         *(MessagesBody, OutputConfig, Thinking, ToolChoice),
-        *(DetokenizeBody, TemplateBody, TokenizeBody),
+        *(DetokenizeBody, ExplainBody, TemplateBody, TokenizeBody),
         *(ResponsesBody, Reasoning, TextConfig),
     )
     for name in body.model_fields

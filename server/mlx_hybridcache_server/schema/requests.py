@@ -272,6 +272,15 @@ class CompletionBody(GenerationBody):
     logprobs: bool | Annotated[int, Field(ge=0, le=20)] | None = None
     echo: bool | None = None
 
+    def prompts(self) -> list[str | list[int]]:
+        """Each of them, text or token ids."""
+        prompt = self.prompt
+        if isinstance(prompt, str):
+            return [prompt]
+        if isinstance(prompt[0], int):
+            return [prompt]
+        return list(prompt)
+
 
 Key = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 """What a page calls a prefix that is stored, and `mlx-hybridcache cache` by its first digits."""

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from typing import Any
+from unittest import mock
 
 import pytest
 from in_process import Client, served, until
 from mlx_hybridcache_server.anthropic import conversation, routes
 from mlx_hybridcache_server.anthropic.conversation import as_chat, breakpoints
+from mlx_hybridcache_server.errors import ApiError, shutting_down
+from mlx_hybridcache_server.replies import chat
 from mlx_hybridcache_server.replies.notices import WARNING_HEADER, warning_headers
 from mlx_hybridcache_server.schema.messages import MessagesBody
 from servers import MESSAGES, events_of, user
@@ -167,3 +171,11 @@ def test_a_history_is_put_into_a_chat_beside_the_event_loop(monkeypatch):
     served(work)
     assert len(threads) == 2
     assert threading.main_thread() not in threads
+
+
+def test_a_server_that_stops_says_so_while_marks_are_read():
+    """Only a beginning that cannot be rendered by itself is passed over."""
+    serving = mock.Mock()
+    serving.rendering.steps = mock.AsyncMock(side_effect=shutting_down())
+    with pytest.raises(ApiError):
+        asyncio.run(chat._end(mock.Mock(), [1], None, mock.Mock(), serving, 1))

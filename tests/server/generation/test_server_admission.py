@@ -72,6 +72,8 @@ def test_places_are_free_again_however_a_request_ends():
             (COMPLETIONS, {"prompt": ["a", text(3_000)], "max_tokens": 1}, 400),
             (WARM, {"prompt": text(3_000)}, 400),
             (WARM, {}, 400),
+            ("/tokenize", {"content": "a"}, 200),
+            ("/detokenize", {"tokens": [10**6]}, 400),
             ("/v1/cache/drop", {"key": "0" * 32}, 404),
         ):
             assert (await Client(app, path, body).answer()).status == status
@@ -228,6 +230,8 @@ def test_a_warm_waits_in_the_queue_like_a_reply():
         warm = Client(app, WARM, {"prompt": text(300)})
         await until(lambda: serving.admission.waiting == 1)
         assert [run.progress()["state"] for run in serving.runs][1:] == ["queued"]
+        slots = (await Client(app, "/slots", method="GET").answer()).reply
+        assert len(slots) == 1  # a warm is no reply
         assert (await Client(app, COMPLETIONS, ENDLESS).answer()).status == 429
         clients[1].leave()
         assert (await warm.answer()).status == 200

@@ -77,7 +77,9 @@ def test_a_prompt_with_its_reply_less_the_last_token_is_answered(server):
     assert len(entries) == 8
 
 
-@pytest.mark.parametrize("ids", [["99999999"], ["-1"], [str(2**64)], ["a"], [""], ["1.5"]])
+@pytest.mark.parametrize(
+    "ids", [["99999999"], ["3072"], ["-1"], [str(2**64)], ["a"], [""], ["1.5"]]
+)
 def test_a_bias_outside_the_vocabulary_is_refused(server, ids):
     """It is a segmentation fault in mlx_lm.server."""
     body = {"prompt": "a", "logit_bias": dict.fromkeys(ids, 1)}

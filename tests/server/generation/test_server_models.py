@@ -138,6 +138,25 @@ def test_nothing_is_held_by_those_who_stopped_waiting(seed: int) -> None:
     within(work())
 
 
+def test_who_stops_waiting_lets_those_behind_go_on() -> None:
+    """One has a; the b that waits for it leaves, and the a behind that b has it too, beside the first."""
+
+    async def work() -> None:
+        stage = Stage()
+        with ExitStack() as held:
+            await stage.leases.take("a", held)
+            leaves = asyncio.create_task(stage.use("b"))
+            await asyncio.sleep(0)
+            behind = asyncio.create_task(stage.use("a"))
+            await asyncio.sleep(0)
+            assert stage.used == []
+            leaves.cancel()
+            await behind
+        assert stage.used == ["a"]
+
+    within(work())
+
+
 def test_who_waits_is_refused_when_the_server_stops() -> None:
     """One holds a, two wait for b: both hear it, and the one that holds it goes on."""
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import resource
 import stat
 import subprocess
 import sys
 import time
 from contextlib import suppress
+from unittest import mock
 
 import bundled
 import httpx2
 import pytest
+from mlx_hybridcache_server.generation.trace import HEADER, Recorder
 from servers import CHAT, COMPLETIONS, INSTANT, OURS, command, environment, run_to_its_end, running
 
 SYSTEM = "You are a careful reader of old letters."
@@ -287,3 +291,31 @@ def test_a_disk_that_fills_up_ends_the_recording_and_no_request(tmp_path):
         assert str(path) in said
     assert len(recorded(path)[1]) == 2
     assert path.read_bytes().endswith(b"\n")
+
+
+def test_a_request_of_which_nothing_was_generated_is_left_out(tmp_path, monkeypatch):
+    """It was not read to its end."""
+    recorder = Recorder(str(tmp_path / "trace.jsonl"))
+    put = []
+    monkeypatch.setattr(recorder, "put", put.append)
+    assert list(recorder.watching(lambda responses: responses, mock.Mock())(iter(()))) == []
+    recorder.close()
+    assert put == []
+
+
+def test_of_a_line_that_is_cut_by_a_full_disk_nothing_is_left(tmp_path, monkeypatch):
+    """Three bytes of it are written, then there is no room."""
+    path, write = tmp_path / "trace.jsonl", os.write
+    recorder = Recorder(str(path))
+    rooms = iter([3])
+
+    def full(file, data):
+        if (room := next(rooms, None)) is None:
+            raise OSError(errno.ENOSPC, "full")
+        return write(file, data[:room])
+
+    monkeypatch.setattr(os, "write", full)
+    recorder.put(mock.Mock(line=lambda *_: b"a line\n"))
+    recorder.close()
+    monkeypatch.undo()
+    assert path.read_bytes() == HEADER

@@ -7,9 +7,11 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 from bundled import text
+from in_process import CHAT, Client, served
 from mlx_hybridcache_server import app as app_module
 from mlx_hybridcache_server.app import build_app
 from mlx_hybridcache_server.generation import models
+from mlx_hybridcache_server.generation.merge import merged
 from mlx_hybridcache_server.generation.serving import Serving
 from mlx_hybridcache_server.settings import build_parser, read_settings
 
@@ -150,3 +152,34 @@ def test_downloaded_models_are_listed_sharded_or_in_one_file(tmp_path, monkeypat
     assert models.downloaded() == ["org/sharded", "org/single"]
     monkeypatch.setattr(models, "scan_cache_dir", lambda: scan(tmp_path / "none"))
     assert models.downloaded() == []
+
+
+def test_an_error_in_one_reply_ends_the_stream_of_all():
+    """The other one has more to say, which is not waited for."""
+
+    class Run:
+        def __init__(self, *items):
+            self._items = items
+
+        async def pieces(self):
+            for item in self._items:
+                if isinstance(item, Exception):
+                    raise item
+                yield item
+
+    async def work():
+        return [item async for _, item in merged([Run(1, 2), Run(3, ValueError("why"))])]
+
+    with pytest.raises(ValueError, match="why"):
+        asyncio.run(work())
+
+
+def test_the_servers_limit_of_reasoning_holds_whatever_a_request_allows():
+    """--max-thinking-tokens 4 beside a budget of 1,000: four, and the marker that ends them."""
+
+    async def work(serving, app):
+        body = {"messages": [{"role": "user", "content": "Where is Lena?"}], "max_tokens": 60}
+        asked = await Client(app, CHAT, {**body, "thinking_budget": 1000}).answer()
+        return asked.reply["usage"]["completion_tokens_details"]["reasoning_tokens"]
+
+    assert 0 < served(work, "--max-thinking-tokens", "4") <= 6

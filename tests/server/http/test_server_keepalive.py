@@ -115,3 +115,26 @@ def test_a_stream_that_waits_for_its_model_says_so_and_tells_what_came_of_it():
         await until(lambda: not busy(serving))
 
     served(work, *OFTEN, "--allow-model-switching")
+
+
+def test_a_stream_that_began_before_its_answer_has_its_warnings_in_the_log(caplog):
+    """Its header is long sent when it is known what was not followed."""
+
+    async def work(serving, app):
+        steps, goes_on = serving.rendering.steps, asyncio.Event()
+
+        async def waiting(*given):
+            await goes_on.wait()
+            return await steps(*given)
+
+        serving.rendering.steps = waiting
+        body = {"prompt": "x", "max_tokens": 1, "stream": True, "mirostat": 2}
+        late = Client(app, COMPLETIONS, body)
+        await until(lambda: comments(late))
+        assert "mirostat" not in caplog.text
+        goes_on.set()
+        await late.answer()
+        assert late.status == 200
+        assert "mirostat" in caplog.text
+
+    served(work, *OFTEN)

@@ -204,6 +204,9 @@ def test_a_marker_that_is_begun_is_finished_and_tokens_taken_back_are_forgotten(
     assert likeliest(processor, [1, 2], 2) == 2
     assert likeliest(processor, [1, 2, 6, 7, 2, 2], 2) == 2
     assert likeliest(ThinkingLimit(0, [4], [6], is_open=True), [1], 2) == 6
+    alike = ThinkingLimit(0, [4, 6], [6, 7], is_open=False)  # the end begins as the beginning ends
+    assert likeliest(alike, [1], 2) == 2
+    assert likeliest(alike, [1, 4, 6], 2) == 6
 
 
 # Over HTTP

@@ -9,6 +9,8 @@ from typing import Any
 import openai
 import pytest
 from bundled import load
+from mlx_hybridcache_server.generation.pieces import TokenLogprob
+from mlx_hybridcache_server.openai.logprobs import TokenNames
 from replies import content
 from servers import (
     CHAT,
@@ -98,3 +100,12 @@ def test_legacy_logprobs_have_offsets_into_the_text(server, most):
     assert streamed["tokens"] == told["tokens"]
     assert streamed["token_logprobs"] == told["token_logprobs"]
     assert streamed["text_offset"] == told["text_offset"]
+
+
+def test_a_token_that_cannot_come_has_openais_number():
+    """JSON has no infinity, and clients read null as no number at all."""
+    names = TokenNames(lambda token: b"x")
+    entry = names.entry(TokenLogprob(1, -math.inf, ((1, -math.inf), (2, -1.5))))
+    assert [entry["logprob"], *(each["logprob"] for each in entry["top_logprobs"])] == [
+        *(-9999.0, -9999.0, -1.5)
+    ]

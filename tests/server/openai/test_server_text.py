@@ -11,7 +11,7 @@ import pytest
 from bundled import load
 from hypothesis import given
 from hypothesis import strategies as st
-from mlx_hybridcache_server.adapter import initial_state, token_bytes
+from mlx_hybridcache_server.adapter import NORMAL, TOOL, initial_state, token_bytes
 from mlx_hybridcache_server.calls.formats import ToolFormat
 from mlx_hybridcache_server.calls.parts import Parts
 from mlx_hybridcache_server.generation.changes import kind_of_change
@@ -88,6 +88,15 @@ def said(pieces):
             state, text = part if isinstance(part, tuple) else ("call", str(part))
             found[state] = found.get(state, "") + text
     return {state: text for state, text in found.items() if text}
+
+
+def test_white_space_behind_a_call_is_no_stop_text_while_more_is_held_back():
+    """The line that parts them is held with `x`, which may begin another stop text."""
+    stop = StopText(["\n", "\nx y"])
+    assert stop.interrupted() == ""
+    assert stop.feed("\nx") == ""
+    assert stop.feed("z\n") == "\nxz"
+    assert stop.found == "\n"
 
 
 def test_reasoning_calls_and_content_are_told_apart_across_tokens():
@@ -292,6 +301,22 @@ def test_half_a_character_in_a_call_is_sent_as_an_escape():
     (call,) = whole(deltas).tool_calls
     assert call["function"]["arguments"] == '{"x": "\\ud800"}'
     assert decoded(written(call))["function"]["arguments"] == '{"x": "\\ud800"}'
+
+
+def test_a_call_in_words_that_nobody_reads_stays_as_it_was_written():
+    """With its markers if both were written, as `mlx_lm`'s parsers take a call as a whole."""
+
+    class Unread:
+        start, end = "<c>", "</c>"
+
+        async def others(self, text):
+            return None
+
+    def taken(finish, *parts):
+        return asyncio.run(ChatMessage(Unread()).take(Piece(1, parts, False, None, finish)))
+
+    assert taken("length", (TOOL, "x")) == [(NORMAL, "<c>x")]
+    assert taken(None, (TOOL, "x"), (NORMAL, "y")) == [(NORMAL, "<c>x</c>"), (NORMAL, "y")]
 
 
 def test_a_call_that_is_cut_off_gets_no_marker_that_was_not_written():

@@ -225,3 +225,18 @@ def test_a_response_that_waits_for_its_turn_can_be_cancelled():
         await until(lambda: not busy(serving))
 
     served(work, "--decode-concurrency", "1")
+
+
+def test_a_response_that_is_cancelled_while_it_is_written_says_so():
+    """With what there is of it; it did not end by itself."""
+
+    async def work(serving, app):
+        reply = Client(app, RESPONSES, {"input": "word " * 30})
+        await until(lambda: any(run.count.completion > 2 for run in serving.runs))
+        (run,) = serving.runs
+        await Client(app, f"{RESPONSES}/{run.reply_id}/cancel", {}).answer()
+        response = (await reply.answer()).reply
+        assert response["status"] == "cancelled"
+        assert response["output"][0]["status"] == "incomplete"
+
+    served(work)

@@ -78,11 +78,13 @@ def test_recent_reports_say_what_happened_and_show_no_text(server):
 def test_texts_are_shown_only_when_started_so_and_never_for_salted_requests(strict):
     """With --show-prompts the prompt's text around the change, without a salt."""
     prompt = "The lamp of Ada is red. The lamp of Zoe is {}, and so on and on."
-    for colour, salt in (("blue", {}), ("pink", {}), ("grey", {"cache_salt": "s"})):
+    mine = {"cache_salt": "s"}
+    for colour, salt in (("grey", mine), ("blue", {}), ("pink", {}), ("green", mine)):
         strict.answer(COMPLETIONS, prompt=prompt.format(colour), max_tokens=1, **salt)
     salted, shown = strict.client.get("/v1/cache/recent").json()["data"][:2]
     assert "pink" in json.dumps(shown["text"])
     assert not salted.get("text")
+    assert salted["diverged_at"]
     assert "grey" not in json.dumps(salted)
 
 

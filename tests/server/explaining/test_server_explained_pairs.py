@@ -1,0 +1,123 @@
+"""What parts the second of two requests from the first is named, and what it costs is counted: on planted changes."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from typing import Any
+
+import pytest
+from bundled import load
+from changed_requests import PLANTED, Pair, as_messages, as_response, pair
+from long import forms
+from mlx_hybridcache_server.explaining.local import explained, renderer
+
+from mlx_hybridcache.demo import BUNDLED_MODEL
+
+MODEL = str(BUNDLED_MODEL)
+EVERY = len(PLANTED)
+
+
+@pytest.fixture(autouse=True)
+def _one_tokenizer(monkeypatch):
+    """Reading a tokenizer takes longer than all that is done with it here."""
+    monkeypatch.setattr("mlx_hybridcache_server.explaining.local.renderer", cache(renderer))
+
+
+def told(pair: Pair, say=lambda chat: chat) -> dict[str, Any]:
+    return explained([say(pair.first), say(pair.second)], None, MODEL)
+
+
+def plain(chat: dict[str, Any], *, upto: str = "") -> tuple[str, list[int]]:
+    """Its prompt by the template and the tokenizer alone, and its tokens."""
+    _, tokenizer = load()
+    messages = [
+        {**each, "tool_calls": [*map(_with_object, each.get("tool_calls", ()))]}
+        for each in chat["messages"]
+    ]
+    text = tokenizer.apply_chat_template(
+        messages,
+        tools=chat["tools"],
+        tokenize=False,
+        add_generation_prompt=True,
+        **chat.get("chat_template_kwargs", {}),
+    )
+    return text, tokenizer.encode(text, add_special_tokens=False)
+
+
+def _with_object(call: dict[str, Any]) -> dict[str, Any]:
+    function = call["function"]
+    return {**call, "function": {**function, "arguments": json.loads(function["arguments"])}}
+
+
+def parting(one: list[int], other: list[int]) -> int:
+    both = zip(one, other, strict=False)
+    return next((at for at, (a, b) in enumerate(both) if a != b), min(len(one), len(other)))
+
+
+def new_tokens(pair: Pair) -> int:
+    """Those behind the opener of the first message that was appended."""
+    new = [each for each in pair.second["messages"] if each not in pair.first["messages"]]
+    last = pair.second["messages"][-1]
+    if last not in new or last["content"] == "Done." or pair.kind == "history_rewritten":
+        return 0
+    text, tokens = plain(pair.second)
+    is_result = last["role"] == "tool"
+    if is_result and last["tool_call_id"] != "call_8":
+        return 0  # a result of the first's that was changed
+    appended = "<tool_call>" if is_result else last["content"]
+    _, tokenizer = load()
+    return len(tokens) - len(
+        tokenizer.encode(text[: text.rindex(appended)], add_special_tokens=False)
+    )
+
+
+@pytest.mark.parametrize("count", forms(6 * EVERY, 100 * EVERY))
+def test_the_planted_change_is_named_and_its_tokens_are_counted(count):
+    """120 pairs, or 2,000: at least 98 of 100 are named; of each the count is that of the prompts themselves."""
+    named = 0
+    for seed in range(count):
+        drawn = pair(seed)
+        found = told(drawn)
+        named += found["change"] == drawn.kind
+        first, second = plain(drawn.first)[1], plain(drawn.second)[1]
+        common, new = parting(first, second), new_tokens(drawn)
+        restored = min(common, len(second) - 1)
+        assert (found["first_tokens"], found["prompt_tokens"]) == (len(first), len(second))
+        assert (found["common_tokens"], found["restored_tokens"]) == (common, restored)
+        assert found["read_tokens"] == len(second) - restored
+        assert (found["again_tokens"], found["new_tokens"]) == (len(second) - restored - new, new)
+    assert named >= 0.98 * count
+
+
+@pytest.mark.parametrize("say", [as_messages, as_response], ids=["messages", "responses"])
+@pytest.mark.parametrize("count", forms(2 * EVERY, 40 * EVERY))
+def test_requests_of_other_endpoints_are_explained_alike(say, count):
+    """They are put into the same chat, which their fields say; Responses has no template's arguments."""
+    for seed in range(count):
+        drawn = pair(seed)
+        if say is as_response and drawn.kind == "template_arguments":
+            continue
+        if say is as_messages and drawn.second["messages"][-1]["role"] == "assistant":
+            continue  # there the reply goes on with it
+        found, same = told(drawn, say), told(drawn)
+        if drawn.kind == "template_arguments":  # which Anthropic's switch is more than one of
+            assert found.pop("where").startswith(same.pop("where"))
+        assert found == same
+
+
+@pytest.mark.parametrize(
+    ("kind", "where"),
+    [
+        ("date", "messages[0] (system).content"),
+        ("tool_order", "tools["),
+        ("key_order", ".parameters.properties"),
+        ("tool_edited", ".description"),
+        ("tool_result_edited", " (tool).content"),
+        ("reasoning_stripped", " (assistant).reasoning_content"),
+        ("template_arguments", "chat_template_kwargs.enable_thinking"),
+    ],
+)
+def test_it_is_said_where_it_stands(kind, where):
+    """As the request's own fields are named."""
+    assert where in told(pair([*PLANTED].index(kind)))["where"]
