@@ -60,7 +60,6 @@ def parse(
     named = body.max_completion_tokens or body.max_tokens or settings.max_tokens or LONGEST_REPLY
     fitting = loaded.renderer.room.beside(len(rendered.tokens)) or LONGEST_REPLY
     limits = _limits(body, settings, loaded, constraint)
-    chat = body if isinstance(body, ChatBody) else None
     return [
         ReplyRequest(
             tokens=rendered.tokens,
@@ -72,10 +71,10 @@ def parse(
             top_logprobs=_top_logprobs(body),
             state=rendered.state,
             endpoint=body.endpoint,
-            is_chat=chat is not None,
-            goes_on=chat is None or bool(chat.continue_final_message),
+            is_chat=isinstance(body, ChatBody),
+            goes_on=not isinstance(body, ChatBody) or bool(body.continue_final_message),
             tools=tools,
-            one_tool_call=chat is not None and chat.parallel_tool_calls is False,
+            one_tool_call=isinstance(body, ChatBody) and body.parallel_tool_calls is False,
             constraint=constraint,
             limits=limits,
             cache_salt=body.cache_salt,
