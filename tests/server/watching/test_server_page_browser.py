@@ -1,5 +1,6 @@
 """The page in a real browser, against a live server that is at work."""
 
+import json
 import threading
 
 import browser
@@ -195,6 +196,27 @@ def test_a_prompt_is_warmed_and_pinned_from_the_page(chromium, server):
         "DELETE", "/v1/cache/pin", json={"messages": asked[:1], **INSTANT}
     )
     assert unpinned.status_code == 200
+
+
+def test_two_requests_are_explained_on_the_page(chromium, server):
+    """The kind of change, its place and its cost are those that the endpoint tells; hostile text stays text."""
+    bodies = [
+        {"messages": [{"role": "system", "content": f"It is {day}. {HOSTILE}"}, *user("Hello")]}
+        for day in ("2026-11-25", "2026-11-26")
+    ]
+    told = server.answer("/v1/cache/explain", requests=bodies)
+    with chromium.visit(server.url) as visit:
+        is_live(visit)
+        visit.page.click("#explain > summary")
+        visit.page.fill("#explain-first", json.dumps(bodies[0]))
+        visit.page.fill("#explain-second", json.dumps(bodies[1]))
+        visit.page.get_by_role("button", name="Explain", exact=True).click()
+        visit.page.wait_for_selector("#explained [data-change=date]")
+        shown = visit.page.locator("#explained").text_content()
+        assert told["where"] in shown
+        assert f"{told['again_tokens']} tokens" in shown
+        assert told["advice"] in shown
+        assert visit.page.title() == "mlx-hybridcache"
 
 
 def test_a_request_says_where_it_parted_ways_and_why(chromium, server):

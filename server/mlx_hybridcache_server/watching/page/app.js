@@ -1,6 +1,7 @@
 // From the server's events to the page, and from the page's buttons to the server.
 
 import { doing, notice } from "./actions.js";
+import { startExplaining } from "./explain.js";
 import { showFigures, showFirstTokens, showRunning } from "./figures.js";
 import { clock, count, many, refreshAges, say } from "./format.js";
 import { addRequests, recentRequests, startRequests } from "./requests.js";
@@ -104,6 +105,7 @@ document.addEventListener("visibilitychange", () => {
 window.addEventListener("unhandledrejection", (event) => notice(String(event.reason), true));
 
 startRequests();
+startExplaining();
 startTree(start);
 setInterval(refreshAges, AGES_MS);
 start();
