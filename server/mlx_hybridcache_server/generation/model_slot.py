@@ -11,13 +11,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import mlx.core as mx
 
 from mlx_hybridcache import HybridPromptCache
 from mlx_hybridcache.cache import Outlines
-from mlx_hybridcache.disk.tier import DiskStats
 from mlx_hybridcache.request.info import CacheInfo
 from mlx_hybridcache.store.budget import StoreStats
 from mlx_hybridcache.store.outline import Outline
@@ -30,6 +29,9 @@ from ..loading.idle import Idle, seconds_of
 from ..loading.leases import Leases
 from ..settings import Settings
 from .models import DEFAULT_NAME, Loaded, Named, load, on_own_thread
+
+if TYPE_CHECKING:
+    from mlx_hybridcache.disk.tier import DiskStats
 
 log = logging.getLogger("mlx_hybridcache.server")
 
