@@ -578,7 +578,7 @@ def operate(name: str, operations: int) -> None:
     disks, damaged files, restarts: nothing is ever out of its bounds, and no reply differs from cold.
 
     Which operations follow each other depends on the numbers in the collected tests, so what has not
-    happened often enough in a case's share may still do so in twice as many operations again.
+    happened often enough in a case's share may still do so in five times as many operations again.
     """
     seen: Counter[str] = Counter()
     floors = Counter(FLOORS)
@@ -601,7 +601,7 @@ def operate(name: str, operations: int) -> None:
             for again in itertools.count():  # hypothesis gives up on some examples on the way
                 run_state_machine_as_test(seed(1000 * SEED + again)(machine), settings=how)
                 rare = floors - seen
-                if machine.operations >= (3 * share if rare else share):
+                if machine.operations >= (6 * share if rare else share):
                     break
                 if machine.operations >= share:
                     how = settings(how, max_examples=1)
