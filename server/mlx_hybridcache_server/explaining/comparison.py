@@ -125,6 +125,8 @@ class _Chats:
 
     def _part_later(self, undone: list[Difference]) -> Steps[bool]:
         body = reduce(lambda body, each: each.undo(body), undone, self.other)
+        if not body.messages:  # nothing is left of the second one that could part them
+            return True
         if body.messages[-1]["role"] != "assistant":  # of which there is nothing to go on with
             body = body.model_copy(update={"continue_final_message": None})
         tokens = yield from self._tried(body)

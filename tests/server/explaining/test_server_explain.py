@@ -290,6 +290,49 @@ def test_a_body_of_many_megabytes_stops_nobody():
     served(work)
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "change"),
+    [
+        (user("a"), [{"role": "system", "content": "x"}], "system_edited"),
+        ([*user("a"), *user("b")], [{"role": "developer", "content": "x"}], "system_edited"),
+        ([{"role": "system", "content": "x"}], user("a"), "system_edited"),
+        (
+            [{**user("a")[0], "tool_calls": [{"x": 1}]}, *user("b")],
+            [{**user("a")[0], "tool_calls": [{"x": 2}]}, *user("c")],
+            "message_edited",
+        ),
+        (
+            [{**user("a")[0], "tool_calls": None}, *user("b")],
+            [{**user("a")[0], "tool_calls": [{"function": 5}]}, *user("c")],
+            "message_edited",
+        ),
+    ],
+)
+def test_odd_conversations_are_explained_too(server, first, second, change):
+    """Of which the one has no question, or whose user calls tools: chats are answered, so they are explained."""
+    told = server.answer(EXPLAIN, requests=[{"messages": first}, {"messages": second}])
+    assert told["change"] == change
+
+
+@pytest.mark.parametrize("kind", [[], {}, 5])
+def test_a_part_of_no_kind_is_refused_as_by_its_endpoint(server, kind):
+    messages = [{"role": "user", "content": [{"type": kind, "text": "x"}]}]
+    refused = [
+        server.post(EXPLAIN, requests=[{"messages": messages}]),
+        server.post(CHAT, messages=messages),
+    ]
+    assert [each.status_code for each in refused] == [400, 400]
+    assert len({each.json()["error"]["message"] for each in refused}) == 1
+
+
+def test_a_character_that_was_cut_in_two_is_explained_as_it_is_read(server):
+    """As every endpoint reads it that a text is sent to."""
+    said = b'{"messages": [{"role": "user", "content": "a \\ud83d b"}]}'
+    whole = {"messages": user("a \ufffd b")}
+    told = server.client.post(EXPLAIN, content=b'{"requests": [%s]}' % said)
+    assert told.json() == server.answer(EXPLAIN, requests=[whole])
+
+
 @pytest.mark.parametrize("depth", [20, 450])
 def test_what_is_nested_deeply_is_explained_or_refused(server, depth):
     """In a tool's schema, which is compared level by level."""
