@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import random
+import threading
 from contextlib import suppress
 
 import pytest
 from bundled import text
 from changed_requests import PLANTED, as_messages, as_response, pair
 from in_process import Client, served
+from mlx_hybridcache_server.explaining import comparison
 from mlx_hybridcache_server.explaining.comparison import compared
+from mlx_hybridcache_server.explaining.differences import differences
 from mlx_hybridcache_server.explaining.kinds import Kind
+from mlx_hybridcache_server.explaining.turns import carried_over
 from mlx_hybridcache_server.prompts.chat import Renderer
 from mlx_hybridcache_server.schema.requests import ChatBody
 from servers import CHAT, COMPLETIONS, INSTANT, user
@@ -268,6 +272,41 @@ def test_however_much_differs_few_prompts_are_rendered(monkeypatch):
     """Two, and one for each halving of sixteen changes, and a last one."""
     count, _ = rendered(turns(300, "lamp"), turns(300, "door"), monkeypatch)
     assert count <= 8
+
+
+def test_what_no_prompt_shows_is_never_work_for_the_thread_of_short_prompts(monkeypatch):
+    """Three megabytes beside messages: all that reads them weighs as much, however short the prompts are."""
+    seen = {
+        "content": text(6000, 5),
+        "note": "x" * 3_000_000,
+    }  # the prompt is read in several pieces
+    large = {"messages": [user("a")[0] | seen, *user("b")]}
+    monkeypatch.setattr(comparison, "differences", _on_lanes(differences))
+    monkeypatch.setattr(comparison, "carried_over", _on_lanes(carried_over))
+    monkeypatch.setattr(Renderer, "chat", _on_lanes(Renderer.chat))
+    lanes.clear()
+
+    async def work(_, app):
+        other = {**large, "messages": [large["messages"][0], *user("c")]}
+        told = await Client(app, EXPLAIN, {"requests": [large, other]}).answer()
+        assert told.reply["change"] == "message_edited"
+
+    served(work)
+    assert len(lanes) >= 5
+    assert set(lanes) == {"render-2"}
+
+
+lanes: list[str] = []
+
+
+def _on_lanes(work):
+    """The same, which notes the thread that it begins on."""
+
+    def noted(*args, **kwargs):
+        lanes.append(threading.current_thread().name.removesuffix("_0"))
+        return work(*args, **kwargs)
+
+    return noted
 
 
 def test_a_body_of_many_megabytes_stops_nobody():
