@@ -191,7 +191,7 @@ def test_without_a_cache_directory_the_flag_is_refused() -> None:
     [
         *((300, 300), (0, 0), ("5m", 300), ("1h30m", 5400), ("1.5s", 1.5), ("250ms", 0.25)),
         *(("30", 30), (-1, None), ("-1m", None), ("-1", None), (1e300, None), (0.5, 0.5)),
-        *(("nan", None), ("inf", None)),
+        *(("nan", None), ("inf", None), (10**400, None), (-(10**400), None)),
     ],
 )
 def test_times_are_written_as_for_ollama(said: Any, seconds: float | None) -> None:
@@ -199,7 +199,7 @@ def test_times_are_written_as_for_ollama(said: Any, seconds: float | None) -> No
     assert seconds_of(said) == seconds
 
 
-@pytest.mark.parametrize("said", ["soon", "5 m", "", True, [], {}, "m", "5d"])
+@pytest.mark.parametrize("said", ["soon", "5 m", "", True, [], {}, "m", "5d", "1m" * 33, "9" * 65])
 def test_what_is_no_time_is_none(said: Any) -> None:
     """It is not guessed at."""
     with pytest.raises(ValueError, match=r"time|float"):
