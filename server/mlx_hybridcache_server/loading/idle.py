@@ -51,6 +51,8 @@ class Idle:
     def __init__(self, seconds: float | None, ended: Callable[[], None]):
         self.seconds = seconds
         """None is for ever."""
+        self.is_over = False
+        """Whether it has been called, and nobody has come since."""
         self._ended = ended
         self._timer: asyncio.TimerHandle | None = None
 
@@ -58,10 +60,15 @@ class Idle:
         """Nobody uses it from now on."""
         self.end()
         if self.seconds is not None:
-            self._timer = asyncio.get_running_loop().call_later(self.seconds, self._ended)
+            self._timer = asyncio.get_running_loop().call_later(self.seconds, self._over)
 
     def end(self) -> None:
         """Somebody uses it, or waits for it."""
+        self.is_over = False
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+    def _over(self) -> None:
+        self.is_over = True
+        self._ended()
