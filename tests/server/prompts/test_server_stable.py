@@ -89,8 +89,10 @@ def test_a_line_that_changed_costs_what_stands_behind_it_and_no_more(instant, ca
         )
         whole = tokens(prompt(instant, head, second, question))
         before = tokens(prompt(instant, head, second, question).partition(second)[0])
-        stable = hot["timings"]["stable_n"]
-        assert stable == cold["timings"]["stable_n"]
+        # An id that begins with a letter may share its first token with the space before it.
+        marked = [reply["timings"]["stable_n"] for reply in (cold, hot)]
+        stable = min(marked)
+        assert max(marked) - stable <= 1
         assert (
             len(before) - 1
             <= stable
