@@ -78,7 +78,9 @@ def _is_for_messages(sent: Mapping[str, Any]) -> bool:
     return (
         bool(OF_MESSAGES & sent.keys())
         or any(isinstance(tool, dict) and "input_schema" in tool for tool in tools)
-        or any(isinstance(block, dict) and block.get("type") in BLOCKS for block in _blocks(sent))
+        or any(
+            isinstance(block, dict) and str(block.get("type")) in BLOCKS for block in _blocks(sent)
+        )
     )
 
 

@@ -49,17 +49,19 @@ class Comparison:
 
 
 def compared(
-    one: Asked, other: Asked, renderer: Renderer, apart: Kind | None = None
+    one: Asked, other: Asked, renderer: Renderer, apart: Kind | None = None, weight: int = 0
 ) -> Steps[Comparison]:
     """Both rendered and compared. They share nothing where something else keeps them `apart`.
 
+    They weigh so many bytes, whatever of them their prompts show: so does each step that reads all of them.
     Raises `ApiError` 400 for what cannot be rendered.
     """
     first = yield from tokens_of(one, renderer)
+    yield weight
     second = yield from tokens_of(other, renderer)
     common = common_length(first, second)
     if isinstance(one, ChatBody) and isinstance(other, ChatBody):
-        pair = _Chats(one, other, first, second, common, renderer)
+        pair = _Chats(one, other, first, second, common, renderer, weight)
         cause = yield from pair.cause()
         carried = yield from pair.carried()
     else:
@@ -85,6 +87,7 @@ class _Chats:
     second: Tokens
     common: int
     renderer: Renderer
+    weight: int
 
     def cause(self) -> Steps[Cause]:
         if len(self.first) == len(self.second) == self.common:
@@ -92,6 +95,7 @@ class _Chats:
         goes_on = len(self.other.messages) > len(self.one.messages)
         if goes_on and (yield from self._is_history_common()):
             return Cause(Kind.APPENDED)
+        yield self.weight
         found = differences(self.one, self.other)
         if self.common == len(self.first):  # behind which only a switch can put something else
             is_switched = bool(found) and found[0].kind is Kind.ARGUMENTS
@@ -125,6 +129,8 @@ class _Chats:
 
     def _part_later(self, undone: list[Difference]) -> Steps[bool]:
         body = reduce(lambda body, each: each.undo(body), undone, self.other)
+        if not body.messages:  # nothing is left of the second one that could part them
+            return True
         if body.messages[-1]["role"] != "assistant":  # of which there is nothing to go on with
             body = body.model_copy(update={"continue_final_message": None})
         tokens = yield from self._tried(body)
@@ -132,6 +138,7 @@ class _Chats:
 
     def carried(self) -> Steps[int]:
         """Up to which token the second prompt is what became of the first one's messages."""
+        yield self.weight
         messages = self.other.messages
         end = carried_over(self.one.messages, messages)
         if end >= len(messages):
@@ -149,6 +156,7 @@ class _Chats:
 
     def _tried(self, body: ChatBody, *, opens_reply: bool = True) -> Steps[Tokens]:
         """The prompt of a chat that nobody asked for. Where that cannot be, the second's, which shows nothing."""
+        yield self.weight
         try:
             return (yield from tokens_of(body, self.renderer, opens_reply=opens_reply))
         except ApiError:

@@ -74,7 +74,8 @@ async def _one(asked: Asked, loaded: Loaded, serving: Serving, weight: int) -> d
 async def _two(
     one: Asked, other: Asked, loaded: Loaded, serving: Serving, weight: int
 ) -> dict[str, Any]:
-    compare = compared(one, other, loaded.renderer, apart(one, other, serving.settings))
+    different = apart(one, other, serving.settings)
+    compare = compared(one, other, loaded.renderer, different, weight)
     found = await serving.rendering.steps(compare, weight)
     restored = await _restored(found, other, loaded, serving)
     return of_two(found, loaded.id, restored, _speed(serving))

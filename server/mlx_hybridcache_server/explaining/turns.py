@@ -95,8 +95,13 @@ def _read(turn: Message) -> Message:
     """What every template reads of a turn, without the ids of its calls."""
     read = {name: turn[name] for name in READ if name in turn}
     if calls := read.get("tool_calls"):
-        read["tool_calls"] = [call["function"] for call in calls]
+        read["tool_calls"] = _functions(calls)
     return read
+
+
+def _functions(calls: list[dict[str, Any]] | None) -> list[Any]:
+    """What calls say without their ids; a message that is not the assistant's may have any calls, or none."""
+    return [call.get("function") for call in calls or ()]
 
 
 def _system(first: _History, second: _History) -> Iterator[ChangedTurn]:
@@ -205,9 +210,7 @@ def _has_reasoning(turn: Message) -> bool:
 
 def _kind_of_rest(old: Message, new: Message) -> tuple[Kind, str | None]:
     """Where all that every template reads is the same: the order of keys, or what only some read."""
-    calls = [
-        json.dumps([call["function"] for call in each.get("tool_calls", ())]) for each in (old, new)
-    ]
+    calls = [json.dumps(_functions(each.get("tool_calls"))) for each in (old, new)]
     if calls[0] != calls[1]:
         return Kind.KEY_ORDER, "tool_calls"
     names = [name for name in {**old, **new} if old.get(name) != new.get(name)]

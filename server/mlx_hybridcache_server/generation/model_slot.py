@@ -123,7 +123,8 @@ class ModelSlot:
         """Write what is cached while requests may still come; if none did, let go of the model."""
         cache = self.loaded.cache
         is_written = await asyncio.to_thread(cache.flush, FLUSH_SECONDS)
-        if self.loaded.cache is cache and not self._closing.is_set():
+        is_same = self.loaded.cache is cache and not self._closing.is_set()
+        if is_same and self._idle.is_over:
             self._leases.empty(partial(self._unload, is_written=is_written))
 
     async def _unload(self, *, is_written: bool) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -187,7 +187,6 @@ class Constraints:
             return None
         schema, forced = wanted_schema(body), is_forced(body)
         tools = callable_tools(body) if isinstance(body, ChatBody) else []
-        tools = [without_notes_in(tool) for tool in tools]
         is_free = schema is None and not forced
         if is_free and not (tools and self._can_narrow(body)):
             return None  # what is called otherwise is text
@@ -206,6 +205,7 @@ class Constraints:
             is_free=is_free,
         )
         try:
+            wanted = replace(wanted, tools=[without_notes_in(tool) for tool in tools])
             wanted, matchers, said = self._followed(wanted)
         except RecursionError as error:
             raise refuse("This schema is nested too deeply.", _param(wanted, error)) from error
@@ -233,6 +233,7 @@ class Constraints:
             grammar = written(self.speech, wanted)[0]
         except GrammarError as error:
             return str(error).rstrip(".")
+        _check_size(len(grammar))  # reading one without a bound overflows the stack
         found = _brief(LLMatcher.validate_grammar(grammar, self.vocabulary))
         _, _, of_pattern = found.rpartition("\nerror: ")  # behind the pattern, on lines of its own
         return of_pattern or found.removeprefix("failed to compile JSON schema: ") or None
@@ -277,12 +278,7 @@ class Constraints:
 
     def _compiled(self, wanted: Wanted) -> tuple[LLMatcher, ...]:
         grammars = written(self.speech, wanted)
-        nbytes = sum(map(len, grammars))
-        if nbytes > MOST_BYTES:
-            raise GrammarError(
-                f"This takes a grammar of {nbytes:,} bytes, descriptions left out; at most "
-                f"{MOST_BYTES:,} are compiled. Ask for less in one reply: a smaller schema, or fewer tools."
-            )
+        _check_size(sum(map(len, grammars)))
         count = remainders([wanted.schema, *(tool["function"] for tool in wanted.tools)])
         return self.compiled.get(grammars, weight(grammars, count), lambda: self._made(grammars))
 
@@ -292,6 +288,14 @@ class Constraints:
             if matcher.is_error():
                 raise GrammarError(f"This schema cannot be used: {_brief(matcher.get_error())}.")
         return made
+
+
+def _check_size(nbytes: int) -> None:
+    if nbytes > MOST_BYTES:
+        raise GrammarError(
+            f"This takes a grammar of {nbytes:,} bytes, descriptions left out; at most "
+            f"{MOST_BYTES:,} are compiled. Ask for less in one reply: a smaller schema, or fewer tools."
+        )
 
 
 def _layout(tokenizer: Any) -> Layout:

@@ -43,7 +43,10 @@ class GemmaValues:
     def entry(self, name: str, schema: Schema) -> str:
         """A parameter with what it may be. Raises `GrammarError` for a keyword that cannot be followed."""
         self._root = closed(without_notes(schema))
-        return self._entry(name, self._root)
+        try:
+            return self._entry(name, self._root)
+        except (AttributeError, TypeError) as error:  # a keyword's value may be anything
+            raise GrammarError(f"The schema of {name!r} has a keyword of a wrong type") from error
 
     def _entry(self, name: str, schema: Any) -> str:
         if not re.fullmatch(r"\w+", name):

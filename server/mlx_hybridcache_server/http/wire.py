@@ -23,7 +23,7 @@ HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")
 ANTHROPIC = "/v1/messages"
 """What paths begin with whose errors have Anthropic's shape."""
 
-TEXTS = ("input", "instructions", "messages", "prompt", "system", "tools")
+TEXTS = ("input", "instructions", "messages", "prompt", "requests", "system", "tools")
 """Fields that a model reads: what a client cut in the middle of a character is read all the same."""
 
 

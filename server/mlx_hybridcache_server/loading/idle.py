@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,9 @@ from typing import Any
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 _TIMES = re.compile(r"(?:\d+(?:\.\d+)?(?:ms|s|m|h))+")
 _TIME = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h)")
+
+MOST_LETTERS = 64
+"""Of a time that is written. This is read on the event loop."""
 
 LONGEST_SECONDS = 10 * 365 * 24 * 3600.0
 """Beyond it a model stays, as for ever."""
@@ -20,6 +24,8 @@ def seconds_of(keep_alive: Any) -> float | None:
 
     None is for ever, which anything negative says. Raises `ValueError` for what is no time.
     """
+    if isinstance(keep_alive, str) and len(keep_alive) > MOST_LETTERS:
+        raise ValueError(f"{len(keep_alive):,} letters are no time")
     text = keep_alive.strip() if isinstance(keep_alive, str) else ""
     is_negative, text = text.startswith("-"), text.removeprefix("-")
     if text and _TIMES.fullmatch(text):
@@ -27,9 +33,16 @@ def seconds_of(keep_alive: Any) -> float | None:
     elif isinstance(keep_alive, bool) or not isinstance(keep_alive, int | float | str):
         raise ValueError(f"{keep_alive!r} is no time")
     else:
-        seconds = float(text or keep_alive)
+        seconds = _number(text or keep_alive)
     is_endless = is_negative or seconds < 0 or not seconds <= LONGEST_SECONDS
     return None if is_endless else seconds
+
+
+def _number(said: float | str) -> float:
+    try:
+        return float(said)
+    except OverflowError:  # an integer beyond all of them
+        return math.inf
 
 
 class Idle:
@@ -38,6 +51,8 @@ class Idle:
     def __init__(self, seconds: float | None, ended: Callable[[], None]):
         self.seconds = seconds
         """None is for ever."""
+        self.is_over = False
+        """Whether it has been called, and nobody has come since."""
         self._ended = ended
         self._timer: asyncio.TimerHandle | None = None
 
@@ -45,10 +60,15 @@ class Idle:
         """Nobody uses it from now on."""
         self.end()
         if self.seconds is not None:
-            self._timer = asyncio.get_running_loop().call_later(self.seconds, self._ended)
+            self._timer = asyncio.get_running_loop().call_later(self.seconds, self._over)
 
     def end(self) -> None:
         """Somebody uses it, or waits for it."""
+        self.is_over = False
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+    def _over(self) -> None:
+        self.is_over = True
+        self._ended()

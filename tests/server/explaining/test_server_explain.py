@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import random
+import threading
 from contextlib import suppress
 
 import pytest
 from bundled import text
 from changed_requests import PLANTED, as_messages, as_response, pair
 from in_process import Client, served
+from mlx_hybridcache_server.explaining import comparison
 from mlx_hybridcache_server.explaining.comparison import compared
+from mlx_hybridcache_server.explaining.differences import differences
 from mlx_hybridcache_server.explaining.kinds import Kind
+from mlx_hybridcache_server.explaining.turns import carried_over
 from mlx_hybridcache_server.prompts.chat import Renderer
 from mlx_hybridcache_server.schema.requests import ChatBody
 from servers import CHAT, COMPLETIONS, INSTANT, user
@@ -270,6 +274,41 @@ def test_however_much_differs_few_prompts_are_rendered(monkeypatch):
     assert count <= 8
 
 
+def test_what_no_prompt_shows_is_never_work_for_the_thread_of_short_prompts(monkeypatch):
+    """Three megabytes beside messages: all that reads them weighs as much, however short the prompts are."""
+    seen = {
+        "content": text(6000, 5),
+        "note": "x" * 3_000_000,
+    }  # the prompt is read in several pieces
+    large = {"messages": [user("a")[0] | seen, *user("b")]}
+    monkeypatch.setattr(comparison, "differences", _on_lanes(differences))
+    monkeypatch.setattr(comparison, "carried_over", _on_lanes(carried_over))
+    monkeypatch.setattr(Renderer, "chat", _on_lanes(Renderer.chat))
+    lanes.clear()
+
+    async def work(_, app):
+        other = {**large, "messages": [large["messages"][0], *user("c")]}
+        told = await Client(app, EXPLAIN, {"requests": [large, other]}).answer()
+        assert told.reply["change"] == "message_edited"
+
+    served(work)
+    assert len(lanes) >= 5
+    assert set(lanes) == {"render-2"}
+
+
+lanes: list[str] = []
+
+
+def _on_lanes(work):
+    """The same, which notes the thread that it begins on."""
+
+    def noted(*args, **kwargs):
+        lanes.append(threading.current_thread().name.removesuffix("_0"))
+        return work(*args, **kwargs)
+
+    return noted
+
+
 def test_a_body_of_many_megabytes_stops_nobody():
     """Others are answered while it is worked on; it is refused as its request would be, by its length."""
 
@@ -288,6 +327,49 @@ def test_a_body_of_many_megabytes_stops_nobody():
         assert answered >= 3
 
     served(work)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "change"),
+    [
+        (user("a"), [{"role": "system", "content": "x"}], "system_edited"),
+        ([*user("a"), *user("b")], [{"role": "developer", "content": "x"}], "system_edited"),
+        ([{"role": "system", "content": "x"}], user("a"), "system_edited"),
+        (
+            [{**user("a")[0], "tool_calls": [{"x": 1}]}, *user("b")],
+            [{**user("a")[0], "tool_calls": [{"x": 2}]}, *user("c")],
+            "message_edited",
+        ),
+        (
+            [{**user("a")[0], "tool_calls": None}, *user("b")],
+            [{**user("a")[0], "tool_calls": [{"function": 5}]}, *user("c")],
+            "message_edited",
+        ),
+    ],
+)
+def test_odd_conversations_are_explained_too(server, first, second, change):
+    """Of which the one has no question, or whose user calls tools: chats are answered, so they are explained."""
+    told = server.answer(EXPLAIN, requests=[{"messages": first}, {"messages": second}])
+    assert told["change"] == change
+
+
+@pytest.mark.parametrize("kind", [[], {}, 5])
+def test_a_part_of_no_kind_is_refused_as_by_its_endpoint(server, kind):
+    messages = [{"role": "user", "content": [{"type": kind, "text": "x"}]}]
+    refused = [
+        server.post(EXPLAIN, requests=[{"messages": messages}]),
+        server.post(CHAT, messages=messages),
+    ]
+    assert [each.status_code for each in refused] == [400, 400]
+    assert len({each.json()["error"]["message"] for each in refused}) == 1
+
+
+def test_a_character_that_was_cut_in_two_is_explained_as_it_is_read(server):
+    """As every endpoint reads it that a text is sent to."""
+    said = b'{"messages": [{"role": "user", "content": "a \\ud83d b"}]}'
+    whole = {"messages": user("a \ufffd b")}
+    told = server.client.post(EXPLAIN, content=b'{"requests": [%s]}' % said)
+    assert told.json() == server.answer(EXPLAIN, requests=[whole])
 
 
 @pytest.mark.parametrize("depth", [20, 450])

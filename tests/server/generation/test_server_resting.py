@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -19,6 +20,7 @@ from mlx_hybridcache_server.loading.idle import seconds_of
 from mlx_hybridcache_server.settings import build_parser, read_settings
 from served_apps import COMPLETIONS, Client, until, within
 
+from mlx_hybridcache import HybridPromptCache
 from mlx_hybridcache.errors import SettingError
 from mlx_hybridcache.models import parameter_bytes
 
@@ -132,13 +134,36 @@ def test_who_came_while_the_cache_was_written_keeps_the_model(serving: Serving) 
 
     async def work() -> None:
         await asked(serving)
-        serving.slot._rest_soon()
+        serving.slot._idle._over()
         with ExitStack() as held:
             loaded = await serving.slot.any_model(held)
             assert serving.slot._resting is not None
             await serving.slot._resting
             assert serving.slot.state == "loaded"
             assert loaded.cache.is_alive
+
+    within(work())
+
+
+@pytest.mark.parametrize(("keep_alive", "state"), [(-1, "loaded"), (0, "unloaded")])
+def test_who_came_and_went_while_the_cache_was_written_says_what_is_done(
+    serving: Serving, monkeypatch: pytest.MonkeyPatch, keep_alive: int, state: str
+) -> None:
+    """The time was over for the request before: for the one that came meanwhile it has yet to begin."""
+    written = threading.Event()
+    monkeypatch.setattr(HybridPromptCache, "flush", lambda *_: written.wait(60))
+
+    async def work() -> None:
+        await asked(serving, keep_alive=0)
+        await until(lambda: serving.slot._resting is not None)
+        await asked(serving, keep_alive=keep_alive)
+        await until(lambda: serving.slot._idle.is_over == (keep_alive == 0))
+        written.set()
+        resting = serving.slot._resting
+        assert resting is not None
+        await resting
+        await until(lambda: serving.slot.state != "changing")
+        assert serving.slot.state == state
 
     within(work())
 
@@ -191,7 +216,7 @@ def test_without_a_cache_directory_the_flag_is_refused() -> None:
     [
         *((300, 300), (0, 0), ("5m", 300), ("1h30m", 5400), ("1.5s", 1.5), ("250ms", 0.25)),
         *(("30", 30), (-1, None), ("-1m", None), ("-1", None), (1e300, None), (0.5, 0.5)),
-        *(("nan", None), ("inf", None)),
+        *(("nan", None), ("inf", None), (10**400, None), (-(10**400), None)),
     ],
 )
 def test_times_are_written_as_for_ollama(said: Any, seconds: float | None) -> None:
@@ -199,7 +224,7 @@ def test_times_are_written_as_for_ollama(said: Any, seconds: float | None) -> No
     assert seconds_of(said) == seconds
 
 
-@pytest.mark.parametrize("said", ["soon", "5 m", "", True, [], {}, "m", "5d"])
+@pytest.mark.parametrize("said", ["soon", "5 m", "", True, [], {}, "m", "5d", "1m" * 33, "9" * 65])
 def test_what_is_no_time_is_none(said: Any) -> None:
     """It is not guessed at."""
     with pytest.raises(ValueError, match=r"time|float"):

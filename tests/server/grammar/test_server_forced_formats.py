@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 from call_families import FAMILIES, Calls, tokenizer_of
 from constraints import chat
+from llguidance import LLMatcher
 from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
 from mlx_hybridcache_server.adapter import NORMAL, TOOL, Segmenter
 from mlx_hybridcache_server.calls.formats import ToolFormat
 from mlx_hybridcache_server.calls.incoming import Arguments, Begin
 from mlx_hybridcache_server.calls.parts import Parts
 from mlx_hybridcache_server.errors import ApiError
+from mlx_hybridcache_server.grammar import constrain
 from mlx_hybridcache_server.grammar.call_formats import FORMATS
 from mlx_hybridcache_server.grammar.constrain import Constraint, Constraints
 from mlx_hybridcache_server.prompts.chat import Rendered
@@ -291,3 +293,57 @@ def test_what_gemmas_values_cannot_be_held_to_is_refused_by_name(keyword):
     body = chat(tools=[*tools, *TOOLS], tool_choice="required")
     assert Constraints(tokenizer_of("gemma4")).of(body, Rendered([1])) is not None
     assert any(keyword in warning for warning in body.warnings)
+
+
+@each_family
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"properties": {"a": {"type": [["string"]]}}},
+        {"properties": {"a": {"anyOf": 5}}},
+        {"properties": {"a": {"type": "array", "minItems": "x"}}},
+    ],
+    ids=["type", "anyOf", "minItems"],
+)
+def test_what_no_grammar_can_be_made_of_is_refused_with_a_sentence(name, schema):
+    """Of keywords of wrong types some formats' grammars make nothing, and some pass over them."""
+    tools = [{"type": "function", "function": {"name": "f", "parameters": schema}}]
+    body = chat(tools=tools, tool_choice="required")
+    refused = None
+    try:
+        Constraints(tokenizer_of(name)).of(body, Rendered(np.array([1]), NORMAL))
+    except ApiError as error:
+        refused = error
+    assert refused is None or (refused.status_code, str(refused.detail)[-1]) == (400, ".")
+
+
+def test_no_grammar_is_read_that_is_too_large_to_be_compiled(monkeypatch):
+    """Not even to find out what is wrong with a tool: the bound holds wherever a grammar is read."""
+    read = []
+
+    class Reader:
+        @staticmethod
+        def validate_grammar(grammar, vocabulary):
+            read.append(len(grammar))
+            return LLMatcher.validate_grammar(grammar, vocabulary)
+
+    schema = {"properties": {f"p{k}": {"type": "string"} for k in range(40)}}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": schema}}]
+    body = chat(tools=tools, tool_choice="required")
+    constraints = Constraints(tokenizer_of("gemma4"))
+    monkeypatch.setattr(constrain, "LLMatcher", Reader)
+    monkeypatch.setattr(constrain, "MOST_BYTES", 500)
+    with pytest.raises(ApiError, match="at most 500 are compiled"):
+        constraints.of(body, Rendered(np.array([1]), NORMAL))
+    assert all(nbytes <= 500 for nbytes in read)
+
+
+def test_a_tool_that_is_nested_too_deeply_is_refused_with_a_sentence():
+    schema = {}
+    for _ in range(900):
+        schema = {"type": "object", "properties": {"a": schema}}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": schema}}]
+    with pytest.raises(ApiError, match="nested too deeply"):
+        Constraints(tokenizer_of("json_tools")).of(
+            chat(tools=tools, tool_choice="required"), Rendered(np.array([1]), NORMAL)
+        )
