@@ -20,6 +20,7 @@ from .caches.layout import Layout
 from .caches.live import LiveCaches
 from .caches.room import REPLY_ROOM
 from .decode.sampling import random_state
+from .decode.speculate.pace import MOST
 from .engine import Engine
 from .errors import (
     ArgumentError,
@@ -32,6 +33,7 @@ from .errors import (
 from .prefill.schedule import MIN_STEP, STEP
 from .report import CacheReport
 from .request.arguments import (
+    check_counts,
     check_keywords,
     check_model,
     check_text,
@@ -70,7 +72,7 @@ WITHOUT_EFFECT = ("num_draft_tokens", "kv_group_size", "quantized_kv_start", "pr
 
 KEYWORDS = (
     *("max_tokens", "boundaries", "prompt_progress_callback", "cache_salt", "use_cache", "seed"),
-    *("best_effort", "through", "sampler", "logits_processors"),
+    *("best_effort", "through", "draft_from_cache", "sampler", "logits_processors"),
     *(*UNCACHED_OPTIONS, *WITHOUT_EFFECT),
 )
 """What `stream_generate` takes: its own, and those of mlx-lm's."""
@@ -230,14 +232,15 @@ class HybridPromptCache:
     ) -> Generation[Any]:
         """A reply to `prompt`, text or token ids; keyword arguments are `mlx_lm.stream_generate`'s.
 
-        `boundaries` declares positions worth a checkpoint. `use_cache=False` reads all of it by
-        mlx-lm alone. `best_effort` is for a reply of unknown length: no memory is kept ready for all of
-        `max_tokens`, and where no more is to be had the reply ends with `length`. Samplers, logits
-        processors, the progress callback and `through` run on the worker thread. Samplers draw from a random stream that begins at `seed`, or at the calling
-        thread's random state as it is now. `through` takes the responses, with a `PAUSE` for each
-        turn that gives none, and yields what the caller gets; ending early ends the request with
-        the tokens that it took. Raises, before any work, `PromptError` for a prompt that cannot be
-        read, and `SettingError` for a `draft_model` beside layers that cannot take tokens back.
+        `boundaries` declares positions worth a checkpoint. `use_cache=False` reads all of it by mlx-lm alone.
+        `best_effort` is for a reply of unknown length: no memory is kept ready for all of `max_tokens`, and
+        where no more is to be had the reply ends with `length`. With `draft_from_cache` what followed before
+        is verified up to `num_draft_tokens` at a time. Samplers, logits processors, the progress callback and
+        `through` run on the worker thread. Samplers draw from a random stream that begins at `seed`, or at
+        the calling thread's random state as it is now. `through` takes the responses, with a `PAUSE` for each
+        turn that gives none, and yields what the caller gets; ending early ends the request with the tokens
+        that it took. Raises, before any work, `PromptError` for a prompt that cannot be read, and
+        `SettingError` for a `draft_model` beside layers that cannot take tokens back.
         """
         engine = self.engine
         check_keywords("stream_generate", options, KEYWORDS)
@@ -502,6 +505,18 @@ def _check_generating(engine: Engine, max_tokens: object, options: Mapping[str, 
             "taken back, which its recurrent or sliding-window layers cannot do in mlx-lm, so that "
             "the reply would be another one. Leave it out."
         )
+    _check_drafting(engine, options)
+
+
+def _check_drafting(engine: Engine, options: Mapping[str, Any]) -> None:
+    if not options.get("draft_from_cache"):
+        return
+    if engine.sharing.exact:
+        raise SettingError(
+            "draft_from_cache cannot be used with exact: tokens that are verified together may have "
+            "other last bits than single ones on this device. Leave one of them out."
+        )
+    check_counts(num_draft_tokens=options.get("num_draft_tokens", MOST))
 
 
 def _answering(
@@ -511,10 +526,13 @@ def _answering(
     uncached = [name for name in UNCACHED_OPTIONS if options.get(name) is not None]
     if not use_cache:
         uncached.append("use_cache=False")
+    drafts = options.pop("draft_from_cache", False)
     if uncached or engine.layout.unsupported:
         return engine.answer_uncached(request, uncached, options)
+    most = options.get("num_draft_tokens", MOST) if drafts else 0
     for name in (*UNCACHED_OPTIONS, *WITHOUT_EFFECT):
         options.pop(name, None)
+    options["draft_tokens"] = most
     return engine.answer(request, options)
 
 

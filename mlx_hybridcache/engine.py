@@ -22,6 +22,11 @@ from .caches.relief import Relief
 from .decode.decoder import Decoder
 from .decode.reply import Reply
 from .decode.responses import respond
+from .decode.speculate.drafter import Drafter
+from .decode.speculate.pace import Pace
+from .decode.speculate.passages import passages
+from .decode.speculate.recurring import MOST_SEARCHED, RecurringDrafter
+from .decode.speculate.speculation import Speculation
 from .decode.uncached import respond_uncached
 from .prefill.followers import Followers
 from .prefill.prefill import Prefill
@@ -94,13 +99,25 @@ class Engine:
         request.job.left = 0
         request.account.forwards += 1  # the last token's, which gives the first logits
         request.account.amend()
+        most = options.pop("draft_tokens")
         return self.decoder.begin(
             request.tokens,
             live,
             ends=self.tokenizer.eos_token_ids,
             max_tokens=request.max_tokens,
+            speculation=self._speculation(request, most) if most else None,
             **options,
         )
+
+    def _speculation(self, request: Request, most: int) -> Speculation:
+        drafter, memory = self.drafter_for(request), self.tiers.memory
+        return Speculation(self.model, self.layout, memory, request.tokens, drafter, Pace(most))
+
+    def drafter_for(self, request: Request) -> Drafter:
+        """What has an idea of the reply: the texts that are stored for the same namespace, its salt included."""
+        tokens, memory = request.tokens, self.tiers.memory
+        stored = passages(memory.match(request.namespace, tokens), len(tokens), MOST_SEARCHED)
+        return RecurringDrafter(tokens, stored)
 
     def _write(self, request: Request, reply: Reply) -> Iterator[GenerationResponse | Pause]:
         report = request.account.report
@@ -117,6 +134,13 @@ class Engine:
             is_first = isinstance(response, GenerationResponse) and response.generation_tokens == 1
             if is_first:
                 request.on_progress(len(request.tokens), len(request.tokens))
+            if reply.speculation is not None:
+                counts = reply.speculation.counts
+                request.account.amend(
+                    drafted_tokens=counts.drafted,
+                    accepted_tokens=counts.accepted,
+                    reply_forwards=counts.forwards,
+                )
             yield response
             if is_first:
                 reply.live.materialize()
@@ -149,6 +173,7 @@ class Engine:
         try:
             yield
         finally:
+            self.decoder.take_back(reply)
             read, live = reply.read, reply.live
             is_exact = self.sharing.is_exact(reply.position)
             keep = bool(read) and not is_exact and not self.prefill.marks.strips(read)

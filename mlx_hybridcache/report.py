@@ -61,7 +61,9 @@ class CacheReport:
     `matched_tokens` is the longest stored prefix, `restored_tokens` the checkpoint that was used,
     `replayed_tokens` what was read on top of it (so restored + replayed == prompt), `forwards` the
     model calls that took, the one for the last token included. `diverged_at` is the position of the
-    first token that differs from every stored continuation, None where none was contradicted.
+    first token that differs from every stored continuation, None where none was contradicted. Of a
+    reply that drafts, `accepted_tokens` of its `drafted_tokens` were right, and the model was called
+    `reply_forwards` times for it.
     """
 
     prompt_tokens: int
@@ -75,6 +77,9 @@ class CacheReport:
     prefill_seconds: float = 0.0
     checkpoints_taken: int = 0
     checkpoints_refused: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+    reply_forwards: int = 0
     detail: str = ""
 
     def __str__(self) -> str:

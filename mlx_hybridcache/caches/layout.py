@@ -39,6 +39,9 @@ _BLOCKS = {
 }
 """Families whose recurrent layers are computed in blocks of so many tokens (`ssm_attn` and kin)."""
 
+MOST_BLOCK = 64
+"""Tokens of a block that is read to be taken back in part."""
+
 LEARNT_FROM = 8
 """Tokens that a model reads so that its layout is learnt: states that begin with their tokens, such
 as the context of n-grams, have their full size by then."""
@@ -190,6 +193,27 @@ class Layout:
         A window can until it is full. Then nothing is taken back, and the reply is another one.
         """
         return not self.unsupported and all(kind.goes_back for kind in self.kinds)
+
+    @property
+    def longest_block(self) -> int:
+        """The most tokens of which caches can go back to any: no more than a window keeps."""
+        windows = (
+            kind.size for kind in self.kinds if isinstance(kind, WindowKind | FullWindowKind)
+        )
+        return min(windows, default=MOST_BLOCK)
+
+    @property
+    def must_replay(self) -> bool:
+        """Whether a position inside a block is only come by again: no hook has the states there."""
+        return self.hook is None and any(isinstance(kind, RecurrentKind) for kind in self.kinds)
+
+    def block_bytes(self, tokens: int) -> int:
+        """Bytes beside the live caches' own while they may go back inside a block of so many tokens."""
+        states = 2 if self.must_replay else tokens
+        return sum(
+            kind.block_bytes(states if isinstance(kind, RecurrentKind) else tokens)
+            for kind in self.kinds
+        )
 
     @property
     def shares_rows(self) -> bool:

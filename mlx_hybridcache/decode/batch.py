@@ -5,8 +5,8 @@ A lone reply decodes on its plain caches, several on one set of mlx-lm's merged 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 from mlx_lm.generate import (
@@ -23,8 +23,13 @@ from .sampling import LogitsProcessor, Sampler
 NO_LIMIT = 2**31
 """Where a reply ends is decided by the decoder: a batch would let go of what it ends."""
 
-Made = tuple[int, mx.array]
-"""A token, and all log-probabilities in its place, `(vocabulary,)`."""
+
+class Made(NamedTuple):
+    """A token, all log-probabilities in its place, `(vocabulary,)`, and whether it was drafted."""
+
+    token: int
+    logprobs: mx.array
+    from_draft: bool = False
 
 
 class Batch:
@@ -84,7 +89,56 @@ class Batch:
 
     def next(self) -> list[Made]:
         """One token for every reply."""
-        return [(each.token, each.logprobs) for each in self._steps.next()]
+        return [Made(each.token, each.logprobs) for each in self._steps.next()]
+
+    def verified(
+        self,
+        block: Sequence[int],
+        logits: mx.array,
+        ends: Collection[int],
+        has_failed: Callable[[], bool],
+    ) -> list[Made]:
+        """The beginning of `block` that a lone reply would have written one by one.
+
+        The block is its coming token and drafted ones, which its caches have read; `logits` are
+        `(len(block), vocabulary)`. What is drawn behind each token says whether the next one is
+        right, so that samplers and processors are asked as often as without a draft, and for the
+        same. It ends with the first token in `ends`, or when `has_failed`.
+        """
+        steps, made = self._steps, []
+        logprobs = steps._next_logprobs[0]
+        draws = self._draws(block, logits)
+        for index, token in enumerate(block):
+            made.append(Made(token, logprobs, from_draft=index > 0))
+            drawn, logprobs = next(draws)
+            is_right = block[index + 1 : index + 2] == [int(drawn)]
+            if token in ends or has_failed() or not is_right:
+                break
+        mx.eval(logprobs, [each.logprobs for each in made])
+        steps.tokens[0].extend(each.token for each in made)
+        steps._current_tokens = mx.array([made[-1].token])
+        steps._current_logprobs = [made[-1].logprobs]
+        steps._next_tokens, steps._next_logprobs = drawn, [logprobs]
+        return made
+
+    def _draws(self, block: Sequence[int], logits: mx.array) -> Iterator[tuple[mx.array, mx.array]]:
+        """What is drawn behind each token, `(1,)`, and the log-probabilities there, `(vocabulary,)`."""
+        (sampler,), (processors,) = self._steps.samplers, self._steps.logits_processors
+        if sampler is greedy_sampler and not processors:
+            logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+            drawn = sampler(logprobs)
+            mx.eval(drawn)
+            yield from zip(mx.split(drawn, len(block)), logprobs, strict=True)
+            return
+        (context,) = self._steps._token_context
+        for index, token in enumerate(block):
+            row = logits[index : index + 1]
+            if processors:
+                seen = context.update_and_fetch(mx.array([token]))
+                for processor in processors:
+                    row = processor(seen, row)
+            row = row - mx.logsumexp(row, axis=-1, keepdims=True)
+            yield sampler(row), row[0]
 
     def rewind(self) -> None:
         """A step failed half way: what it was to read is still to be read."""

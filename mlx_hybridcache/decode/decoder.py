@@ -19,6 +19,7 @@ from ..tokens import Tokens
 from .batch import Batch, Made, together
 from .reply import Alone, Reply, Steps, Together
 from .sampling import Draws, Guard, LogitsProcessor, Sampler
+from .speculate.speculation import Speculation
 
 log = logging.getLogger("mlx_hybridcache")
 
@@ -45,6 +46,9 @@ class Decoder:
         self.batches = batches
         self._merged: Together | None = None
         self._alone: list[Reply] = []
+        self._is_late = (
+            False  # a reply could not join the others, because nobody took its drafts yet
+        )
 
     def begin(
         self,
@@ -56,12 +60,13 @@ class Decoder:
         sampler: Sampler | None = None,
         logits_processors: Sequence[LogitsProcessor] | None = None,
         seed: int | None = None,
+        speculation: Speculation | None = None,
     ) -> Reply:
         """A reply behind `tokens` (int32, `(n,)`), whose live caches stand at `n - 1`.
 
         It ends with one of the tokens in `ends` or with `max_tokens`, if positive. Processors see the
         whole prompt. `seed` is the state of the random stream that the sampler draws from, kept
-        apart from other replies' on this thread.
+        apart from other replies' on this thread. With a `speculation` it drafts while it is alone.
         """
         guard = Guard()
         draws = None if sampler is None or seed is None else Draws(sampler, seed)
@@ -73,7 +78,7 @@ class Decoder:
             None if chosen is None else guard.sampler(chosen),
             [guard.processor(each) for each in logits_processors or ()],
         )
-        reply = Reply(len(tokens), ends, max_tokens, live, guard, draws)
+        reply = Reply(len(tokens), ends, max_tokens, live, guard, draws, speculation)
         live.position = reply.position
         self._set_alone(reply, batch)
         if self.batches:
@@ -86,6 +91,8 @@ class Decoder:
         None when its batch has failed: it goes on once it is revived.
         """
         if not reply.made and reply.guard.error is None and reply.has_caches:
+            if self._is_late:
+                self._merge()
             self._step(reply.steps)
         if reply.made:
             return reply.made.popleft()
@@ -120,6 +127,16 @@ class Decoder:
         assert reply.live.position == reply.position and not reply.has_caches
         reply.steps.batch.caches = reply.live.caches
 
+    def take_back(self, reply: Reply) -> None:
+        """Of a lone reply's drafts what nobody took goes back, so that it ends with what was taken."""
+        count = len(reply.made)
+        if reply.speculation is None or not count or reply.guard.error is not None:
+            return
+        reply.speculation.take_back(count)
+        reply.made.clear()
+        del reply.read[-count:]
+        reply.live.position = reply.position
+
     def end(self, reply: Reply, *, keep: bool) -> None:
         """Let a reply go. Its live caches stand at its position then, with what nobody took of it.
 
@@ -127,6 +144,8 @@ class Decoder:
         way, or when there is no room to take them out.
         """
         steps = reply.steps
+        if reply.speculation is not None:
+            reply.speculation.let_go()
         if not steps.is_merged:
             self._alone.remove(reply)
             steps.batch.caches = []
@@ -142,6 +161,8 @@ class Decoder:
         """One token for every reply that takes its steps together."""
         if not steps.has_room:
             steps.grow()
+        if not steps.is_merged and self._speculate(steps.replies[0]):
+            return
         drawn = [None if reply.draws is None else reply.draws.state for reply in steps.replies]
         try:
             every = steps.batch.next()
@@ -160,6 +181,19 @@ class Decoder:
             reply.takes(made)
             if steps.is_merged and (reply.is_last or len(reply.made) > UNTAKEN):
                 self._set_apart(reply)
+
+    def _speculate(self, reply: Reply) -> bool:
+        """The next tokens of a lone reply by one forward; False where it has nothing to draft."""
+        if reply.speculation is None:
+            return False
+        try:
+            every = reply.speculation.step(reply)
+        except Exception as error:
+            reply.guard.error = error
+            raise
+        for made in every:
+            reply.takes(made)
+        return bool(every)
 
     def _disband(self, replies: Sequence[Reply], error: Exception) -> None:
         """A batch failed. Each of its replies goes on alone, once it has caches again; so do all later ones."""
@@ -192,6 +226,10 @@ class Decoder:
         there = self._merged.replies if self._merged is not None else []
         # Whose clients keep up; what has ended waits for its caches to be stored.
         alone = [reply for reply in self._alone if not reply.made and not reply.is_last]
+        self._is_late = len(self._alone) > 1 and any(
+            reply.speculation is not None and reply.made and not reply.is_last
+            for reply in self._alone
+        )
         if not _is_worth_it([*there, *alone]):
             return
         # A batch is a speed-up: nothing that is stored goes for it.
@@ -216,6 +254,9 @@ class Decoder:
             return False
         for reply in joining:
             reply.live.hand_over()
+            if reply.speculation is not None:  # in a batch nobody drafts
+                reply.speculation.let_go()
+                reply.speculation = None
         try:
             batch = together(
                 [reply.steps.batch for reply in joining], before.batch if before else None

@@ -13,6 +13,7 @@ from ..caches.room import REPLY_ROOM, ROW_STEP, rounded
 from ..store.budget import Claim
 from .batch import Batch, Made
 from .sampling import Draws, Guard
+from .speculate.speculation import Speculation
 
 
 @dataclass(eq=False)
@@ -21,7 +22,7 @@ class Reply:
 
     `made` are the last of these, which nobody took yet. It ends with a token of `ends`, or when `left`
     more are made; negative means no limit. `draws` is its random stream, if it has one. Its caches are
-    `live` while it is alone.
+    `live` while it is alone; `speculation` is what it drafts with, if it does.
     """
 
     start: int
@@ -31,6 +32,7 @@ class Reply:
     guard: Guard
     draws: Draws | None
     steps: Steps = field(init=False)
+    speculation: Speculation | None = None
     read: list[int] = field(default_factory=list)
     made: deque[Made] = field(default_factory=deque)
 
@@ -51,8 +53,7 @@ class Reply:
 
     def takes(self, made: Made) -> None:
         """Its next token is there; its caches have read it."""
-        token, _ = made
-        self.read.append(token)
+        self.read.append(made.token)
         self.left -= 1
         self.made.append(made)
         if self.live.is_standing:

@@ -36,7 +36,7 @@ def respond(
     while finish is None:
         while (taken := decoder.take(reply)) is None:
             yield from revive()
-        token, logprobs = taken
+        token, logprobs, from_draft = taken
         count += 1
         if token not in reply.ends:
             detokenizer.add_token(token)
@@ -47,7 +47,7 @@ def respond(
             text=detokenizer.last_segment,
             token=token,
             logprobs=logprobs,
-            from_draft=False,
+            from_draft=from_draft,
             prompt_tokens=prompt_tokens,
             prompt_tps=prompt_tokens / max(prefill_seconds, 1e-9),
             generation_tokens=count,

@@ -89,6 +89,23 @@ class LayerKind:
     def stand(self, cache: Any, position: int) -> None:
         """What `cache` holds is known to be the state at `position`; layers that know do not ask."""
 
+    def block_bytes(self, tokens: int) -> int:
+        """Bytes that it takes, beside the live cache's own, to go back inside a block of so many tokens."""
+        return 0
+
+    def mark(self, cache: Any) -> Any:
+        """What `go_back` needs to know of `cache` before it reads a block. Nothing is copied."""
+        return None
+
+    def go_back(
+        self, cache: Any, mark: Any, stands: int, count: int, snapshot: Snapshot | None = None
+    ) -> None:
+        """`cache` has read `stands` tokens of a block since `mark`: make it stand behind the first `count`.
+
+        `snapshot` is the state there of a layer that cannot know it; without one such a layer goes
+        back to the mark only. Unevaluated.
+        """
+
     def view_rows(self, cache: Any, start: int, end: int) -> Arrays | None:
         """The rows of `[start, end)` where they lie, not yet evaluated; empty without rows.
 

@@ -47,6 +47,19 @@ class RecurrentKind(LayerKind):
         if self.is_counted:
             counting.note(cache, position)
 
+    def block_bytes(self, tokens: int) -> int:
+        return tokens * self.state_nbytes
+
+    def mark(self, cache: Any) -> list[Any]:
+        return _slots(cache)
+
+    def go_back(
+        self, cache: Any, mark: Any, stands: int, count: int, snapshot: Snapshot | None = None
+    ) -> None:
+        if count < stands:
+            assert snapshot is not None or count == 0, "nobody kept the state there"
+            cache.state = ([*(mark if snapshot is None else snapshot.arrays)], None, None)
+
     def snapshot(self, cache: Any, position: int) -> Snapshot:
         return Snapshot(tuple(None if x is None else compact(x) for x in _slots(cache)))
 

@@ -96,6 +96,15 @@ class RowsKind(LayerKind):
     def position(self, cache: Any) -> int:
         return int(cache.offset)
 
+    def go_back(
+        self, cache: Any, mark: Any, stands: int, count: int, snapshot: Snapshot | None = None
+    ) -> None:
+        cache.trim(stands - count)
+        if not self.headroom:  # such a cache appends to all that it has, whatever its offset
+            cache.state = tuple(
+                compact(x[:, :, : cache.offset]) for x in (cache.keys, cache.values)
+            )
+
     def view_rows(self, cache: Any, start: int, end: int) -> Arrays:
         return tuple(x[:, :, start:end] for x in (cache.keys, cache.values))
 

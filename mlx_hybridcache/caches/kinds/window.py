@@ -26,6 +26,24 @@ class _Window(LayerKind):
     def position(self, cache: Any) -> int:
         return int(cache.offset)
 
+    def block_bytes(self, tokens: int) -> int:
+        # As it was, and the ordered copy that a block is read into; or the ring that is put back.
+        return (2 * self.size + tokens) * self.row_nbytes
+
+    def mark(self, cache: Any) -> Any:
+        return cache.state
+
+    def go_back(
+        self, cache: Any, mark: Any, stands: int, count: int, snapshot: Snapshot | None = None
+    ) -> None:
+        """As it was, with the kept rows written one by one: the ring that single tokens would have left."""
+        keys, values, offset, keep, _, index = cache.state
+        fresh = [_in_order(x, offset, keep, index)[:, :, -stands:] for x in (keys, values)]
+        before = [compact(x) for x in mark[:2]]  # a ring is written to where it lies
+        cache.state = (*before, *mark[2:])
+        for row in range(count):
+            cache.update_and_fetch(*(x[:, :, row : row + 1] for x in fresh))
+
 
 @dataclass(frozen=True, slots=True)
 class WindowKind(_Window):
@@ -163,6 +181,17 @@ class ChunkedKind(_Window):
     @property
     def snapshot_bytes(self) -> int:
         return self.size * self.row_nbytes
+
+    def block_bytes(self, tokens: int) -> int:
+        return 0
+
+    def mark(self, cache: Any) -> None:
+        return None
+
+    def go_back(
+        self, cache: Any, mark: Any, stands: int, count: int, snapshot: Snapshot | None = None
+    ) -> None:
+        cache.trim(stands - count)
 
     def snapshot(self, cache: Any, position: int) -> Snapshot:
         assert position == cache.offset

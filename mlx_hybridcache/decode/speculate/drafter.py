@@ -1,0 +1,21 @@
+"""What a drafter is: anything that has an idea how a text goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+
+class Drafter(Protocol):
+    """Drafts for one reply. What it says is verified, so it may be wrong, and costs time only."""
+
+    def propose(self, history: Sequence[int], most: int) -> list[int]:
+        """At most `most` tokens that may follow `history`: the prompt, and the reply so far.
+
+        It is the same list each time, and has grown: nothing that was shown once is taken back.
+        """
+        ...
+
+    def accepted(self, drafted: int, accepted: int) -> None:
+        """Of the `drafted` tokens that were proposed last the first `accepted` were right."""
+        ...

@@ -1,0 +1,125 @@
+"""Speculation: what a lone reply drafts is read in one forward, and what is right of it stays.
+
+A draft changes nothing but the number of forwards: what is drawn behind each token, from the very
+log-probabilities that it has without drafts, decides whether the next drafted one is right. So a sampled
+reply is the one that its seed gives, and its distribution the model's (a drafter that names one token for
+a place makes rejection sampling, arXiv 2211.17192, come to this).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ...caches.block import Block
+from ...caches.layout import Layout
+from ...caches.live import LiveCaches
+from ...caches.memory import MemoryStore
+from ...store.budget import Claim
+from ...tokens import Tokens
+from ..batch import Made
+from .drafter import Drafter
+from .pace import Pace
+
+if TYPE_CHECKING:
+    from ..reply import Reply
+
+
+@dataclass(slots=True)
+class Drafted:
+    """What a reply's drafts came to: tokens that were drafted and those that were right, and all forwards
+    of the model, for which it would have needed one a token.
+    """
+
+    drafted: int = 0
+    accepted: int = 0
+    forwards: int = 0
+
+
+class Speculation:
+    """One reply's drafts. Between two forwards its caches can go back to any token of the last block."""
+
+    def __init__(
+        self,
+        model: Any,
+        layout: Layout,
+        store: MemoryStore,
+        prompt: Tokens,
+        drafter: Drafter,
+        pace: Pace,
+    ):
+        self.counts = Drafted(forwards=1)  # the prompt's last token gave the reply's first one
+        self._model = model
+        self._layout = layout
+        self._store = store
+        self._drafter = drafter
+        self._pace = pace
+        self._start = len(prompt)
+        self._history: list[int] = prompt.tolist()
+        self._block: Block | None = None
+        self._claim: Claim | None = None
+
+    def step(self, reply: Reply) -> list[Made]:
+        """The next tokens of a lone reply by one forward; none where it has nothing to draft."""
+        self.let_go()
+        most = self._width(reply)
+        coming = reply.coming if most > 0 else None
+        if coming is not None and coming not in reply.ends:
+            drafted = self._propose(reply.read, coming, most)
+            if drafted and self._read(reply.live, [coming, *drafted]):
+                return self._verify(reply)
+        self.counts.forwards += 1  # that of a single token
+        return []
+
+    def _width(self, reply: Reply) -> int:
+        """How many tokens may be drafted behind the coming one."""
+        layout, live = self._layout, reply.live
+        longest = layout.longest_block
+        if layout.slicing_limit is not None:
+            longest = min(longest, layout.slicing_limit - live.position)
+        most = min(longest, live.capacity - live.position)
+        most = most if reply.left < 0 else min(most, reply.left)
+        return min(most - 1, self._pace.width()) if most > 1 else 0
+
+    def _propose(self, read: list[int], coming: int, most: int) -> list[int]:
+        """Drafted tokens behind `coming`, which follows what the reply has `read`."""
+        self._history.extend(read[len(self._history) - self._start :])
+        if len(self._history) == self._start + len(read):
+            self._history.append(coming)
+        return self._drafter.propose(self._history, most)[:most]
+
+    def _read(self, live: LiveCaches, tokens: list[int]) -> bool:
+        """A forward over the coming token and drafted ones; False where what is stored would have to go."""
+        self._claim = self._store.claim_free(self._layout.block_bytes(len(tokens)))
+        if self._claim is None:
+            return False
+        self._block = Block(self._layout, self._model, live.caches, live.position, tokens)
+        return True
+
+    def _verify(self, reply: Reply) -> list[Made]:
+        """The block's right tokens; the caches stand behind them."""
+        block, guard = self._block, reply.guard
+        assert block is not None
+        made = reply.steps.batch.verified(
+            block.tokens, block.logits, reply.ends, lambda: guard.error is not None
+        )
+        drafted, accepted = len(block.tokens) - 1, len(made) - 1
+        block.keep(len(made))
+        self._drafter.accepted(drafted, accepted)
+        self._pace.note(drafted, accepted)
+        self.counts.drafted += drafted
+        self.counts.accepted += accepted
+        self.counts.forwards += block.forwards
+        return made
+
+    def take_back(self, count: int) -> None:
+        """Nobody took the last `count` tokens of the block: the caches go back behind those before them."""
+        block = self._block
+        assert block is not None
+        block.keep(block.stands - count)
+
+    def let_go(self) -> None:
+        """The caches will not go back any more: what that takes is given back."""
+        claim, self._claim, self._block = self._claim, None, None
+        if claim is not None:
+            claim.release()
