@@ -233,14 +233,13 @@ class HybridPromptCache:
         """A reply to `prompt`, text or token ids; keyword arguments are `mlx_lm.stream_generate`'s.
 
         `boundaries` declares positions worth a checkpoint. `use_cache=False` reads all of it by mlx-lm alone.
-        `best_effort` is for a reply of unknown length: no memory is kept ready for `max_tokens`, and where no
-        more is to be had it ends with `length`. With `draft_from_cache` what followed before is verified up to
-        `num_draft_tokens` at a time. Samplers, logits processors, the progress callback and `through` run on
-        the worker thread. Samplers draw from a random stream that begins at `seed`, or at the calling thread's
-        random state. `through` takes the responses, with a `PAUSE` for each turn that gives none, and yields
-        what the caller gets; ending early ends the request with the tokens that it took. Raises, before any
-        work, `PromptError` for a prompt that cannot be read, and `SettingError` for a `draft_model` beside
-        layers that cannot take tokens back.
+        `best_effort` is for a reply of unknown length: no memory is kept ready for `max_tokens`, and where no more is
+        to be had it ends with `length`. With `draft_from_cache` what followed before is verified up to
+        `num_draft_tokens` at a time. Samplers, logits processors, the progress callback and `through` run on the
+        worker thread. Samplers draw from a random stream that begins at `seed`, or at this thread's state. `through`
+        takes the responses, with a `PAUSE` for each turn that gives none, and yields what the caller gets; ending
+        early ends the request with the tokens that it took. Raises, before any work, `PromptError` for a prompt that
+        cannot be read, and `SettingError` for a `draft_model` beside layers that cannot take tokens back.
         """
         engine = self.engine
         check_keywords("stream_generate", options, KEYWORDS)
