@@ -1,0 +1,355 @@
+"""Speculation: whatever is drafted, a reply and what is stored of it are what they are without drafts."""
+
+import mlx.core as mx
+import oracle
+import pytest
+import tiny
+from drafters import Knowing, new_cache, with_drafter
+from long import mostly_long
+from mlx_lm.sample_utils import make_logits_processors, make_sampler
+
+from mlx_hybridcache import SettingError
+from mlx_hybridcache.caches.capture import CaptureHook
+from mlx_hybridcache.caches.kinds.recurrent import RecurrentKind
+from mlx_hybridcache.caches.kinds.rows import RowsKind
+from mlx_hybridcache.caches.kinds.window import WindowKind
+from mlx_hybridcache.decode.speculate.pace import Pace
+from mlx_hybridcache.worker.turns import PAUSE
+
+FAMILIES = (
+    "qwen3_next",
+    "qwen3_5",
+    "qwen3_5_moe",
+    "jamba",
+    "recurrent_gemma",
+    "lfm2",
+    "mamba2",
+    "gemma3_text",
+    "llama",
+    "llama4",
+    "gpt_oss",
+    "falcon_h1",
+)
+SAME_BITS = ("qwen3_next", "qwen3_5", "qwen3_5_moe", "jamba", "lfm2", "llama", "llama4")
+"""Whose layers read several tokens together as they read them one by one; the others round otherwise."""
+
+ROUNDING = 5e-5
+GREEDY = {"sampler": oracle.never_ending, "seed": 0}
+COUNT = 40
+PROMPT = oracle.prompt(60, seed=3)
+
+each_family = pytest.mark.parametrize(
+    "name", mostly_long(FAMILIES, ("qwen3_next", "recurrent_gemma", "gemma3_text", "llama"))
+)
+
+
+def plain(cache, prompt=PROMPT, count=COUNT, **options):
+    """The reply without drafts, of which nothing is shared with the others."""
+    return list(cache.stream_generate(prompt, count, cache_salt="plain", **GREEDY | options))
+
+
+def drafted(cache, drafter, prompt=PROMPT, count=COUNT, most=8, **options):
+    """The same with them, and its report."""
+    with_drafter(cache, drafter)
+    options = GREEDY | {"draft_from_cache": True, "num_draft_tokens": most} | options
+    reply = cache.stream_generate(prompt, count, **options)
+    return list(reply), reply.report
+
+
+def off(name, one, other):
+    """Whether replies differ: in a token, or in a log-probability by more than the family's rounding."""
+    allowed = 0.0 if name in SAME_BITS else ROUNDING
+    if not tiny.device_is_split_invariant():
+        allowed = oracle.OTHER_DEVICES
+    return [a.token for a in one] != [b.token for b in other] or any(
+        not mx.allclose(a.logprobs, b.logprobs, rtol=0, atol=allowed).item()
+        for a, b in zip(one, other, strict=True)
+    )
+
+
+def never_resting(monkeypatch):
+    monkeypatch.setattr(Pace, "width", lambda pace: pace.most)
+
+
+def next_turn_off(name, cache, prompt, tokens):
+    """Whether the next turn, resumed behind the reply, differs from the one that read all of it."""
+    history = [*prompt, *tokens, 1, 2, 3]
+    found = cache.lookup(history)
+    assert found.restored_tokens == len(history) - 3, "prompt and reply, to the last token taken"
+    hot = list(cache.stream_generate(history, 8, **GREEDY))
+    with new_cache(name) as other:  # never drafted, so decoded one by one
+        list(other.stream_generate(prompt, len(tokens), **GREEDY))
+        return off(name, hot, list(other.stream_generate(history, 8, **GREEDY)))
+
+
+@each_family
+@pytest.mark.parametrize(("right", "wrong"), [(8, 0), (0, 8), (1, 2), (2, 1), (7, 1)])
+def test_a_reply_is_the_same_whatever_is_drafted(name, right, wrong, monkeypatch):
+    """Right, wrong, right until the last token; and the next turn goes on behind its very end."""
+    never_resting(monkeypatch)
+    with new_cache(name) as cache:
+        expected = plain(cache)
+        tokens = [each.token for each in expected]
+        found, report = drafted(cache, Knowing(len(PROMPT), tokens, right, wrong))
+        assert not off(name, found, expected)
+        assert not next_turn_off(name, cache, PROMPT, tokens)
+        assert report.drafted_tokens > 0
+        if not wrong:
+            assert report.accepted_tokens == report.drafted_tokens
+            assert report.reply_forwards == 1 + -(-COUNT // 9)
+        if not right:
+            assert report.accepted_tokens == 0
+
+
+@pytest.mark.parametrize("most", range(1, 9))
+@pytest.mark.parametrize("name", ["qwen3_next", "jamba"])
+def test_any_number_of_tokens_is_drafted_at_once(name, most, monkeypatch):
+    """One to eight, the last of which is wrong; no key in the store is longer than what was read."""
+    never_resting(monkeypatch)
+    with new_cache(name) as cache:
+        expected = plain(cache)
+        tokens = [each.token for each in expected]
+        found, _ = drafted(cache, Knowing(len(PROMPT), tokens, most - 1, 1), most=most)
+        assert not off(name, found, expected)
+        keys = cache.checkpoints()
+        assert max(map(len, keys)) == len(PROMPT) + COUNT
+        assert all([*PROMPT, *tokens][: len(key)] == key for key in keys)
+        assert not next_turn_off(name, cache, PROMPT, tokens)
+
+
+def stopping(taken):
+    """What a stop text does on the worker's thread: it takes so many tokens and ends the reply."""
+
+    def through(steps):
+        left = taken
+        for step in steps:
+            yield step
+            left -= step is not PAUSE
+            if not left:
+                return
+
+    return through
+
+
+@each_family
+@pytest.mark.parametrize("taken", [1, 4, 14, 17])
+def test_who_stops_in_a_block_is_stored_to_the_token_that_was_taken(name, taken):
+    """What was verified ahead of a stop text goes back."""
+    with new_cache(name) as cache:
+        tokens = [each.token for each in plain(cache)]
+        found, _ = drafted(cache, Knowing(len(PROMPT), tokens, 8), through=stopping(taken))
+        assert [each.token for each in found] == tokens[:taken]
+        assert cache.lookup([*PROMPT, *tokens, 1]).matched_tokens == len(PROMPT) + taken
+        assert not next_turn_off(name, cache, PROMPT, tokens[:taken])
+
+
+def test_a_reply_ends_with_its_first_end_token_among_drafted_ones():
+    """Drafts go on behind it."""
+    prompt, end = oracle.prompt(60, seed=3), tiny.VOCAB - 1
+
+    def ending(tokens, logits):  # the 12th token is the end
+        return (
+            logits
+            if tokens.size < len(prompt) + 11
+            else mx.where(mx.arange(tiny.VOCAB) == end, 99.0, logits)
+        )
+
+    with new_cache("qwen3_next") as cache:
+        expected = plain(cache, prompt, logits_processors=[ending], sampler=None)
+        tokens = [each.token for each in expected]
+        assert tokens[-1] == end
+        assert len(tokens) == 12
+        found, report = drafted(
+            cache,
+            Knowing(60, [*tokens, *range(30)], 8),
+            prompt,
+            logits_processors=[ending],
+            sampler=None,
+        )
+        assert not off("qwen3_next", found, expected)
+        assert found[-1].finish_reason == "stop"
+        assert report.reply_forwards < 12
+        assert not next_turn_off("qwen3_next", cache, prompt, tokens)
+
+
+@pytest.mark.parametrize("name", ["qwen3_next", "llama"])
+def test_a_sampled_reply_is_the_one_its_seed_gives(name, monkeypatch):
+    """Drafts decide nothing: the same random numbers choose from the same distributions."""
+    never_resting(monkeypatch)
+    options = {
+        "sampler": make_sampler(temp=1.0, top_p=0.95),
+        "logits_processors": make_logits_processors(repetition_penalty=1.2),
+        "seed": 7,
+    }
+    with new_cache(name) as cache:
+        expected = plain(cache, **options)
+        for wrong in (0, 1):
+            knowing = Knowing(len(PROMPT), [each.token for each in expected], 3, wrong)
+            found, report = drafted(cache, knowing, cache_salt=str(wrong), **options)
+            assert not off(name, found, expected)
+            assert report.reply_forwards < COUNT / 2
+
+
+def append_all(tokens, reply):
+    for each in reply:
+        tokens.append(each.token)  # one by one: an error leaves what came before it
+
+
+def test_a_failing_processor_ends_a_drafted_reply_where_it_ends_a_plain_one():
+    """At the sixth token, with its own error; the next request is served."""
+
+    def failing(tokens, logits):
+        if tokens.size > len(PROMPT) + 5:
+            raise ZeroDivisionError
+        return logits
+
+    with new_cache("qwen3_next") as cache:
+        tokens = [each.token for each in plain(cache)]
+        counts = []
+        for options in ({}, {"draft_from_cache": True}):
+            with_drafter(cache, Knowing(len(PROMPT), tokens, 8))
+            counts.append([])
+            reply = cache.stream_generate(
+                PROMPT, COUNT, logits_processors=[failing], **options, **GREEDY
+            )
+            with pytest.raises(ZeroDivisionError):
+                append_all(counts[-1], reply)
+        assert counts[0] == counts[1]
+        assert [each.token for each in plain(cache)] == tokens
+
+
+def test_a_second_reply_ends_the_drafting_and_both_decode_in_a_batch():
+    """Also when the first has tokens that nobody took yet, which cannot join before."""
+    with new_cache("qwen3_next") as cache:
+        expected = plain(cache)
+        other = plain(cache, oracle.prompt(50, seed=9))
+        tokens = [each.token for each in expected]
+        with_drafter(cache, Knowing(len(PROMPT), tokens, 8))
+        first = cache.stream_generate(PROMPT, COUNT, draft_from_cache=True, **GREEDY)
+        found = [next(first) for _ in range(3)]
+        with oracle.batch_sizes(cache.engine.model) as sizes:
+            second = cache.stream_generate(oracle.prompt(50, seed=9), COUNT, **GREEDY)
+            beside = []
+            for _ in range(COUNT - 3):
+                found.append(next(first))
+                beside.append(next(second))
+            beside += list(second)
+        assert max(sizes) == 2
+        assert not off("qwen3_next", found, expected)
+        assert not off("qwen3_next", beside, other)
+
+
+@pytest.mark.parametrize("name", ["qwen3_next", "jamba", "gemma3_text", "llama"])
+def test_a_drafted_end_is_restored_after_a_restart(name, tmp_path, monkeypatch):
+    """From the cache directory, by another cache: the last block was right but for its last token."""
+    never_resting(monkeypatch)
+    with new_cache(name, cache_dir=tmp_path, disk_budget="64MB") as cache:
+        tokens = [each.token for each in plain(cache)]
+        drafted(cache, Knowing(len(PROMPT), tokens, 6, 1))
+    with new_cache(name, cache_dir=tmp_path, disk_budget="64MB") as cache:
+        assert cache.lookup([*PROMPT, *tokens, 1, 2]).tier == "disk"
+        assert not next_turn_off(name, cache, PROMPT, tokens)
+
+
+def test_drafts_take_only_what_is_free(monkeypatch):
+    """In a budget that one request fills there is nothing to draft with, and the reply is the same."""
+    never_resting(monkeypatch)
+    with new_cache("qwen3_next") as cache:
+        expected = plain(cache)
+        knowing = Knowing(len(PROMPT), [each.token for each in expected], 8)
+        monkeypatch.setattr(cache.engine.tiers.memory, "claim_free", lambda nbytes: None)
+        found, report = drafted(cache, knowing)
+        assert not off("qwen3_next", found, expected)
+        assert (report.drafted_tokens, report.reply_forwards) == (0, 1 + COUNT)
+
+
+def test_what_a_block_holds_is_claimed_and_given_back():
+    """While it runs a reply claims the states it may go back to; nothing is left of them."""
+    with new_cache("qwen3_next") as cache:
+        tokens = [each.token for each in plain(cache)]
+        with_drafter(cache, Knowing(len(PROMPT), tokens, 8))
+        reply = cache.stream_generate(PROMPT, COUNT, draft_from_cache=True, **GREEDY)
+        next(reply)
+        running = cache.stats().running_bytes
+        layout = cache.engine.layout
+        assert running >= layout.running_bytes(256) + layout.snapshot_bytes
+        list(reply)
+        assert cache.stats().running_bytes == 0
+
+
+def test_exact_mode_refuses_drafts():
+    """With a sentence, before any work."""
+    with new_cache("qwen3_next", exact=True) as cache, pytest.raises(SettingError, match="exact"):
+        cache.stream_generate(PROMPT, 9, draft_from_cache=True)
+
+
+# Tests of the test: what may go wrong in going back is seen
+
+
+def late(kind, change):
+    """Go back to another place of the block than was asked for."""
+    original = kind.go_back
+
+    def go_back(self, cache, mark, stands, count, snapshot=None):
+        original(self, cache, mark, stands, change(stands, count), snapshot)
+
+    return go_back
+
+
+def shifted(by):
+    original = CaptureHook.at
+
+    def at(self, offsets):
+        return original(self, [max(1, min(offset + by, len(offsets))) for offset in offsets])
+
+    return at
+
+
+MUTATIONS = {
+    "state one too late": ("qwen3_next", lambda p: p.setattr(CaptureHook, "at", shifted(1))),
+    "state one too early": ("qwen3_next", lambda p: p.setattr(CaptureHook, "at", shifted(-1))),
+    "state not put back": (
+        "jamba",
+        lambda p: p.setattr(RecurrentKind, "go_back", lambda *args: None),
+    ),
+    "one row too many": (
+        "llama",
+        lambda p: p.setattr(
+            RowsKind, "go_back", late(RowsKind, lambda stands, count: min(count + 1, stands))
+        ),
+    ),
+    "window one row short": (
+        "gemma3_text",
+        lambda p: p.setattr(
+            WindowKind, "go_back", late(WindowKind, lambda stands, count: count - 1)
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("which", MUTATIONS)
+def test_each_way_to_go_back_wrongly_is_seen(which, monkeypatch):
+    """Two of three drafted tokens are right, so that each block is left in its middle."""
+    never_resting(monkeypatch)
+    name, mutate = MUTATIONS[which]
+    with new_cache(name) as cache:
+        expected = plain(cache)
+        knowing = Knowing(len(PROMPT), [each.token for each in expected], 2, 1)
+        mutate(monkeypatch)
+        try:
+            found, _ = drafted(cache, knowing)
+        except Exception:
+            return
+        assert off(name, found, expected)
+
+
+def test_a_drafter_that_is_shown_a_stale_history_is_seen(monkeypatch):
+    """What was written is missing from what it is shown."""
+    never_resting(monkeypatch)
+    with new_cache("qwen3_next") as cache:
+        tokens = [each.token for each in plain(cache)]
+        knowing = Knowing(len(PROMPT), tokens, 2, 1)
+        propose = knowing.propose
+        knowing.propose = lambda history, most: propose([*history[:-3], *history[-2:]], most)
+        with pytest.raises(AssertionError, match="shown what the reply is"):
+            drafted(cache, knowing)

@@ -1,0 +1,78 @@
+"""Drafters of whom it is known what is wrong with what they say, and replies with them."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import oracle
+import tiny
+from mlx_lm.models import lfm2
+
+from mlx_hybridcache import HybridPromptCache
+
+
+class Knowing:
+    """Knows the reply to a prompt of `start` tokens; says `wrong` many false tokens behind `right` true ones."""
+
+    def __init__(self, start: int, reply: Sequence[int], right: int, wrong: int = 0) -> None:
+        self.start, self.reply, self.right, self.wrong = start, list(reply), right, wrong
+        self.told: list[tuple[int, int]] = []
+
+    def propose(self, history: Sequence[int], most: int) -> list[int]:
+        """As `Drafter.propose`; it checks that the history is what was written so far."""
+        written = list(history[self.start :])
+        assert written == self.reply[: len(written)], "a drafter is shown what the reply is"
+        coming = self.reply[len(written) : len(written) + self.right]
+        return [*coming, *[(token + 1) % tiny.VOCAB for token in self.reply[: self.wrong]]][:most]
+
+    def accepted(self, drafted: int, accepted: int) -> None:
+        """As `Drafter.accepted`."""
+        self.told.append((drafted, accepted))
+
+
+def with_drafter(cache: HybridPromptCache, drafter: Any) -> None:
+    """The cache's next replies that draft do so with this drafter, and never rest from it."""
+    cache.engine.drafter_for = lambda request: drafter  # type: ignore[method-assign]
+
+
+def _lfm2() -> Any:
+    return lfm2.Model(
+        lfm2.ModelArgs(
+            model_type="lfm2",
+            vocab_size=tiny.VOCAB,
+            hidden_size=64,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=4096,
+            norm_eps=1e-6,
+            conv_bias=False,
+            conv_L_cache=3,
+            block_dim=64,
+            block_ff_dim=96,
+            block_multiple_of=16,
+            block_ffn_dim_multiplier=1.0,
+            block_auto_adjust_ff_dim=False,
+            full_attn_idxs=[1, 3],
+            rope_theta=10000.0,
+        )
+    )
+
+
+@functools.cache
+def model_of(name: str) -> Any:
+    """A tiny model: the shared one, or LFM2, whose convolutions hold a few tokens and no more."""
+    return tiny.made(_lfm2) if name == "lfm2" else tiny.build(name)
+
+
+def new_cache(name: str, **settings: Any) -> HybridPromptCache:
+    """A cache for a tiny model, with checkpoints that lie close."""
+    return HybridPromptCache(
+        model_of(name),
+        oracle.word_tokenizer(),
+        memory_budget=settings.pop("memory_budget", "300MB"),
+        prefill_step_size=64,
+        checkpoint_every=64,
+        checkpoint_min_step=16,
+        **settings,
+    )
