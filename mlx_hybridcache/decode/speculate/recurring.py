@@ -138,8 +138,8 @@ class RecurringDrafter:
     def __init__(self, prompt: Tokens, stored: Passages):
         self._text = RecurringText(np.concatenate([*stored.others, stored.ahead, prompt]))
         self._seen = len(prompt)
-        self._place = sum(map(len, stored.others)) if len(stored.ahead) else 0
-        self._agreed = SHOWN
+        self._place = sum(map(len, stored.others)) if len(stored.ahead) else None
+        self._agreed = SHOWN if len(stored.ahead) else 0
 
     @property
     def nbytes(self) -> int:
@@ -151,15 +151,15 @@ class RecurringDrafter:
         new = history[self._seen :]
         self._seen = len(history)
         self._text.extend(new)
-        if self._place and self._text.goes_on(self._place, new):
+        if self._place is not None and self._text.goes_on(self._place, new):
             self._place, self._agreed = self._place + len(new), self._agreed + len(new)
         else:
-            self._place, self._agreed = 0, 0
+            self._place, self._agreed = None, 0
         if self._agreed < max(RUNS):
-            found = self._text.find()
-            if found[1] > self._agreed:
-                self._place, self._agreed = found
-        return self._text.follows(self._place, most) if self._place else []
+            place, agreed = self._text.find()
+            if agreed > self._agreed:
+                self._place, self._agreed = place, agreed
+        return [] if self._place is None else self._text.follows(self._place, most)
 
     def accepted(self, drafted: int, accepted: int) -> None:
         """As `Drafter.accepted`: what was wrong is seen in the history."""
