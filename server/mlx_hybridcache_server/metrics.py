@@ -55,6 +55,11 @@ class Metrics:
         self.cancelled = counter("cancelled", "Replies whose client went away")
         self.refused = counter("refused", "Replies not given", ["why"])
         self.forwards = counter("prompt_forwards", "Model calls that prompts took")
+        self.drafted = counter("drafted_tokens", "Tokens drafted from what is stored")
+        self.accepted = counter("accepted_tokens", "Drafted tokens that were right")
+        self.reply_forwards = counter(
+            "drafted_reply_forwards", "Model calls that replies with drafts took"
+        )
         self.first_token = Histogram(
             "time_to_first_token_seconds",
             "From a request's arrival to its first token",
@@ -82,6 +87,12 @@ class Metrics:
         self.totals.prompts += 1
         self.totals.prompt_tokens += report.prompt_tokens
         self.totals.restored_tokens += report.restored_tokens
+
+    def wrote(self, report: CacheReport) -> None:
+        """A reply has ended."""
+        self.drafted.inc(report.drafted_tokens)
+        self.accepted.inc(report.accepted_tokens)
+        self.reply_forwards.inc(report.reply_forwards)
 
     def _hit_ratio(self) -> float:
         restored, asked = self.totals.restored_tokens, self.totals.prompt_tokens

@@ -159,6 +159,11 @@ def _say_what_differs(settings: Settings, argv: list[str]) -> None:
         raise SettingError(
             "Several machines (mlx.launch) are not supported yet; start this server on one."
         )
+    if settings.draft_from_cache and settings.exact:
+        raise SettingError(
+            "--draft-from-cache cannot be used with --exact: tokens that are verified together may have "
+            "other last bits than single ones. Leave one of them out."
+        )
     if "--pipeline" in named:
         log.warning("--pipeline has no effect on one machine.")
     if "--slot-prompt-similarity" in named:

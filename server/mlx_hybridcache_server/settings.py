@@ -67,6 +67,7 @@ class Settings:
     canonical_tools: bool = False
     idle_unload: float | None = None
     exact: bool = False
+    draft_from_cache: bool = False
     show_prompts: bool = False
     record_trace: str | None = None
     allow_model_switching: bool = False

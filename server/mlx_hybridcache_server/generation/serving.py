@@ -241,6 +241,18 @@ class RunningReply:
             "prompt_ms": round((self._first - self._began) * 1e3, 3),
             "predicted_n": self.count.completion,
             "predicted_ms": round((self._last - self._first) * 1e3, 3),
+            **self._drafts(),
+        }
+
+    def _drafts(self) -> dict[str, float]:
+        """What drafts came to, where there may have been some; `forwards_n` are the model's calls."""
+        report = self._generation.report if self._generation is not None else None
+        if report is None or "draft_from_cache" not in self.request.options:
+            return {}
+        return {
+            "draft_n": report.drafted_tokens,
+            "draft_n_accepted": report.accepted_tokens,
+            "forwards_n": report.reply_forwards,
         }
 
     def _listener(self) -> Listener:
@@ -298,6 +310,8 @@ class RunningReply:
         generation.cancel()  # which ends nothing if it has ended
         self._serving.generations.discard(generation)
         self._serving.metrics.generated.inc(self.count.completion)
+        if generation.report is not None:
+            self._serving.metrics.wrote(generation.report)
         if self.report is not None:
             self._serving.remember(self, generation.divergence)
 

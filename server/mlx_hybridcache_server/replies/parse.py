@@ -170,6 +170,14 @@ def _is_number(key: str) -> bool:
 
 def _drafting(body: GenerationBody, settings: Settings, loaded: Loaded) -> dict[str, Any]:
     if loaded.draft is None:
-        return {}
+        return _drafting_from_cache(body) if settings.draft_from_cache else {}
     count = settings.num_draft_tokens if body.num_draft_tokens is None else body.num_draft_tokens
     return {"draft_model": loaded.draft, "num_draft_tokens": count}
+
+
+def _drafting_from_cache(body: GenerationBody) -> dict[str, Any]:
+    """As many as pay for themselves, unless the request has a number; with none there are no drafts."""
+    count = body.num_draft_tokens
+    if count is None:
+        return {"draft_from_cache": True}
+    return {"draft_from_cache": True, "num_draft_tokens": count} if count else {}
