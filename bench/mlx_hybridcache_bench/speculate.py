@@ -1,0 +1,206 @@
+"""`bench speculate`: forwards and CPU seconds of replies with drafts from what is stored, beside the same without.
+
+The replies are dictated: a small model quotes no file, so a logits processor lets it write the given tokens
+and no others. Both arms pay for that, and read the same prompts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import mlx.core as mx
+from rich.console import Console
+
+from mlx_hybridcache import HybridPromptCache, models
+from mlx_hybridcache.cli.flags import tokens
+
+from .kit.machine import machine, one_line
+from .kit.tables import Figure, show, show_figures, write_json
+from .kit.text import prompt_of
+
+EVERY = 40
+"""An edit comes once in so many tokens of a file."""
+
+REPEATING = 1 / 2.5
+"""Forwards for a token that replies which repeat something may take, and below the share of seconds."""
+
+SECONDS, SECONDS_IN_VAIN = 1 / 1.8, 1.03
+"""Of the CPU seconds without drafts, where the reply repeats something and where it does not."""
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """A prompt and its reply, which was written before if `again`."""
+
+    name: str
+    prompt: list[int]
+    reply: list[int]
+    again: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What one workload took: `seconds` of the CPU for all of a request, a pair for each round."""
+
+    name: str
+    reply_tokens: int
+    forwards: int
+    drafted: int
+    accepted: int
+    same_tokens: bool
+    plain_seconds: list[float]
+    seconds: list[float]
+
+    @property
+    def ratio(self) -> float:
+        """Of the seconds with drafts to those without, the median of all rounds."""
+        pairs = zip(self.seconds, self.plain_seconds, strict=True)
+        return statistics.median(one / other for one, other in pairs)
+
+    @property
+    def forwards_per_token(self) -> float:
+        return self.forwards / self.reply_tokens
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {**asdict(self), "ratio": self.ratio, "forwards_per_token": self.forwards_per_token}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `bench speculate`."""
+    parser.add_argument("--model", help="directory, or owner/name (default: the bundled model)")
+    parser.add_argument("--reply-tokens", type=tokens(), default=300, help="of each reply (300)")
+    parser.add_argument("--rounds", type=int, default=5, help="pairs for each workload (5)")
+    parser.add_argument("--seed", type=int, default=0, help="of the edits (0)")
+
+
+def run(args: argparse.Namespace, console: Console) -> int:
+    """Measure and print. 1 when a reply took more forwards than promised, or was another one."""
+    found = machine()
+    console.print(one_line(found), highlight=False)
+    model, tokenizer = models.load(args.model)
+    seen = []
+    for workload in workloads(tokenizer, args.reply_tokens, args.seed):
+        with console.status(f"measuring {workload.name}"):
+            seen.append(_measured(model, tokenizer, workload, args.rounds))
+    _show(console, seen)
+    figures = [*_figures(seen)]
+    show_figures(console, figures)
+    write_json(
+        args.json,
+        {
+            "command": "speculate",
+            "machine": found,
+            "figures": [figure.as_json() for figure in figures],
+            "workloads": [one.as_json() for one in seen],
+        },
+    )
+    return int(any(figure.counted and not figure.kept for figure in figures))
+
+
+def workloads(tokenizer: Any, length: int, seed: int) -> list[Workload]:
+    """Four, with replies of `length` tokens of text, the same for the same seed."""
+    text = prompt_of(tokenizer, 5 * length)
+    asked, file, other, more = (text[i * length : (i + 1) * length] for i in range(4))
+    generator = random.Random(seed)
+    edited = [
+        other[at] if generator.random() < 1 / EVERY else token for at, token in enumerate(file)
+    ]
+    around = length // 10
+    told = [*other[:around], *file[: length - 2 * around], *other[-around:]]
+    return [
+        Workload("regenerate", asked, more, again=True),
+        Workload("quote a file with edits", [*asked, *file, *asked[:9]], edited),
+        Workload("repeat a tool's result", [*asked, *file, *asked[:9]], told),
+        Workload("nothing repeats", asked, more),
+    ]
+
+
+def _dictating(workload: Workload) -> Callable[[mx.array, mx.array], mx.array]:
+    """A logits processor under which the reply is the workload's."""
+    start, reply = len(workload.prompt), workload.reply
+
+    def dictate(written: mx.array, logits: mx.array) -> mx.array:
+        at = min(written.size - start, len(reply) - 1)
+        return mx.where(mx.arange(logits.shape[-1]) == reply[at], 1e4, logits)
+
+    return dictate
+
+
+def _measured(model: Any, tokenizer: Any, workload: Workload, rounds: int) -> Outcome:
+    """Both arms in turns, each request in a salt of its own; the first pair is the warm-up."""
+    plain: list[float] = []
+    drafted: list[float] = []
+    with HybridPromptCache(model, tokenizer, memory_budget="4GiB") as cache:
+
+        def once(salt: str, **options: Any) -> tuple[float, list[int], Any]:
+            began = time.process_time()
+            reply = cache.stream_generate(
+                workload.prompt,
+                len(workload.reply),
+                cache_salt=salt,
+                logits_processors=[_dictating(workload)],
+                **options,
+            )
+            written = [response.token for response in reply]
+            return time.process_time() - began, written, reply.report
+
+        for at in range(rounds + 1):
+            for salt, options, seconds in (
+                (f"plain {at}", {}, plain),
+                (f"drafted {at}", {"draft_from_cache": True}, drafted),
+            ):
+                if workload.again:
+                    once(salt)
+                else:  # what is measured is writing
+                    list(cache.warm(workload.prompt, cache_salt=salt))
+                spent, written, report = once(salt, **options)
+                seconds.append(spent)
+    return Outcome(
+        workload.name,
+        len(workload.reply),
+        report.reply_forwards,
+        report.drafted_tokens,
+        report.accepted_tokens,
+        written == workload.reply,
+        plain[1:],
+        drafted[1:],
+    )
+
+
+def _figures(seen: list[Outcome]) -> Iterator[Figure]:
+    for one in seen:
+        repeats = one.name != "nothing repeats"
+        if repeats:
+            yield Figure(
+                f"forwards for a token: {one.name}", one.forwards_per_token, "", REPEATING, True
+            )
+        most = SECONDS if repeats else SECONDS_IN_VAIN
+        yield Figure(f"CPU seconds, of those without: {one.name}", one.ratio, "", most, False)
+    yield Figure("replies that are others", sum(not one.same_tokens for one in seen), "", 0, True)
+
+
+def _show(console: Console, seen: list[Outcome]) -> None:
+    show(
+        console,
+        "Replies with drafts from what is stored",
+        ("workload", "tokens", "forwards", "drafted", "right", "x the tokens/s", "same"),
+        [
+            (
+                one.name,
+                f"{one.reply_tokens:,}",
+                f"{one.forwards:,}",
+                f"{one.drafted:,}",
+                f"{one.accepted:,}",
+                f"{1 / one.ratio:.2f}",
+                "yes" if one.same_tokens else "NO",
+            )
+            for one in seen
+        ],
+    )
