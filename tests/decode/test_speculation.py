@@ -277,6 +277,17 @@ def test_what_a_block_holds_is_claimed_and_given_back():
         assert cache.stats().running_bytes == 0
 
 
+def test_quantized_rows_are_written_without_drafts(monkeypatch):
+    """They do not go back yet."""
+    never_resting(monkeypatch)
+    with new_cache("wide", kv_bits=8, quantized_kv_start=70) as cache:
+        expected = plain(cache)
+        knowing = Knowing(len(PROMPT), [each.token for each in expected], 8)
+        found, report = drafted(cache, knowing)
+        assert not off("qwen3_next", found, expected)
+        assert report.drafted_tokens == 0
+
+
 def test_exact_mode_refuses_drafts():
     """With a sentence, before any work."""
     with new_cache("qwen3_next", exact=True) as cache, pytest.raises(SettingError, match="exact"):

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import oracle
+import quantizing
 import tiny
 from mlx_lm.models import lfm2
 
@@ -61,7 +62,9 @@ def _lfm2() -> Any:
 
 @functools.cache
 def model_of(name: str) -> Any:
-    """A tiny model: the shared one, or LFM2, whose convolutions hold a few tokens and no more."""
+    """A tiny model: the shared one, LFM2 with its convolutions, or a Qwen3-Next to be quantized."""
+    if name == "wide":
+        return quantizing.wide("qwen3_next")
     return tiny.made(_lfm2) if name == "lfm2" else tiny.build(name)
 
 
