@@ -57,9 +57,7 @@ class Metrics:
         self.forwards = counter("prompt_forwards", "Model calls that prompts took")
         self.drafted = counter("drafted_tokens", "Tokens drafted from what is stored")
         self.accepted = counter("accepted_tokens", "Drafted tokens that were right")
-        self.reply_forwards = counter(
-            "drafted_reply_forwards", "Model calls that replies with drafts took"
-        )
+        self.calls = counter("drafted_reply_forwards", "Model calls that drafted replies took")
         self.first_token = Histogram(
             "time_to_first_token_seconds",
             "From a request's arrival to its first token",
@@ -92,7 +90,7 @@ class Metrics:
         """A reply has ended."""
         self.drafted.inc(report.drafted_tokens)
         self.accepted.inc(report.accepted_tokens)
-        self.reply_forwards.inc(report.reply_forwards)
+        self.calls.inc(report.reply_forwards)
 
     def _hit_ratio(self) -> float:
         restored, asked = self.totals.restored_tokens, self.totals.prompt_tokens
