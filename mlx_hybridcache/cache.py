@@ -9,7 +9,7 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
 
 import mlx.core as mx
@@ -38,6 +38,7 @@ from .request.arguments import (
     known_keywords,
     positions,
 )
+from .request.arguments import lifetimes as positions_with_lifetimes
 from .request.generation import Generation, HeldClaim, Ready
 from .request.info import CacheInfo
 from .request.prompts import Prompts
@@ -69,11 +70,21 @@ WITHOUT_EFFECT = ("num_draft_tokens", "kv_group_size", "quantized_kv_start", "pr
 """Options that qualify one of those, or that the constructor has decided."""
 
 KEYWORDS = (
-    *("max_tokens", "boundaries", "prompt_progress_callback", "cache_salt", "use_cache", "seed"),
+    *(
+        "max_tokens",
+        "boundaries",
+        "lifetimes",
+        "prompt_progress_callback",
+        "cache_salt",
+        "use_cache",
+        "seed",
+    ),
     *("best_effort", "through", "sampler", "logits_processors"),
     *(*UNCACHED_OPTIONS, *WITHOUT_EFFECT),
 )
 """What `stream_generate` takes: its own, and those of mlx-lm's."""
+
+NO_LIFETIMES: Mapping[int, float] = MappingProxyType({})
 
 FLUSH_INTERVAL_SECONDS = 0.01
 """How often a flush looks whether it is done."""
@@ -189,6 +200,7 @@ class HybridPromptCache:
         max_tokens: int = 256,
         *,
         boundaries: Sequence[int] = (),
+        lifetimes: Mapping[int, float] = NO_LIFETIMES,
         prompt_progress_callback: Progress | None = None,
         cache_salt: str | None = None,
         use_cache: bool = True,
@@ -205,6 +217,7 @@ class HybridPromptCache:
         max_tokens: int = 256,
         *,
         boundaries: Sequence[int] = (),
+        lifetimes: Mapping[int, float] = NO_LIFETIMES,
         prompt_progress_callback: Progress | None = None,
         cache_salt: str | None = None,
         use_cache: bool = True,
@@ -220,6 +233,7 @@ class HybridPromptCache:
         max_tokens: int = 256,
         *,
         boundaries: Sequence[int] = (),
+        lifetimes: Mapping[int, float] = NO_LIFETIMES,
         prompt_progress_callback: Progress | None = None,
         cache_salt: str | None = None,
         use_cache: bool = True,
@@ -230,7 +244,9 @@ class HybridPromptCache:
     ) -> Generation[Any]:
         """A reply to `prompt`, text or token ids; keyword arguments are `mlx_lm.stream_generate`'s.
 
-        `boundaries` declares positions worth a checkpoint. `use_cache=False` reads all of it by
+        `boundaries` declares positions worth a checkpoint. `lifetimes` maps positions to seconds: what restores
+        them is kept for so long, anew with each use, as long as anything else may go instead, within half
+        the budget. `use_cache=False` reads all of it by
         mlx-lm alone. `best_effort` is for a reply of unknown length: no memory is kept ready for all of
         `max_tokens`, and where no more is to be had the reply ends with `length`. Samplers, logits
         processors, the progress callback and `through` run on the worker thread. Samplers draw from a random stream that begins at `seed`, or at the calling
@@ -243,7 +259,13 @@ class HybridPromptCache:
         check_keywords("stream_generate", options, KEYWORDS)
         _check_generating(engine, max_tokens, options)
         request = self._request(
-            prompt, max_tokens, boundaries, prompt_progress_callback, cache_salt, best_effort
+            prompt,
+            max_tokens,
+            boundaries,
+            lifetimes,
+            prompt_progress_callback,
+            cache_salt,
+            best_effort=best_effort,
         )
         if options.get("sampler") is not None:
             options["seed"] = _take_random_state() if seed is None else seed
@@ -261,12 +283,13 @@ class HybridPromptCache:
         *,
         max_tokens: int = REPLY_ROOM,
         boundaries: Sequence[int] = (),
+        lifetimes: Mapping[int, float] = NO_LIFETIMES,
         prompt_progress_callback: Progress | None = None,
         cache_salt: str | None = None,
     ) -> Ready:
         """Caches that have read all of `prompt` but its last token, restored as far as possible."""
         request = self._request(
-            prompt, max_tokens, boundaries, prompt_progress_callback, cache_salt
+            prompt, max_tokens, boundaries, lifetimes, prompt_progress_callback, cache_salt
         )
         return _only(list(self._preparing(request, read=True)))
 
@@ -277,12 +300,13 @@ class HybridPromptCache:
         *,
         max_tokens: int = REPLY_ROOM,
         boundaries: Sequence[int] = (),
+        lifetimes: Mapping[int, float] = NO_LIFETIMES,
         prompt_progress_callback: Progress | None = None,
         cache_salt: str | None = None,
     ) -> Ready:
         """`prefill` on an event loop, which goes on meanwhile. Cancelled, it keeps what was read."""
         request = self._request(
-            prompt, max_tokens, boundaries, prompt_progress_callback, cache_salt
+            prompt, max_tokens, boundaries, lifetimes, prompt_progress_callback, cache_salt
         )
         stream = self._preparing(request, read=True)
         try:
@@ -303,7 +327,9 @@ class HybridPromptCache:
         Iterate to wait, on any thread or event loop: the one item is what `lookup` finds then.
         Cancelled, it keeps what was read.
         """
-        request = self._request(prompt, 1, (), prompt_progress_callback, cache_salt)
+        request = self._request(
+            prompt, 1, on_progress=prompt_progress_callback, cache_salt=cache_salt
+        )
         return Generation(request, self.worker.stream(self.engine.warm(request), request.job))
 
     @known_keywords
@@ -474,8 +500,10 @@ class HybridPromptCache:
         prompt: str | Iterable[int],
         max_tokens: int,
         boundaries: Sequence[int] = (),
+        lifetimes: Mapping[int, float] = NO_LIFETIMES,
         on_progress: Progress | None = None,
         cache_salt: str | None = None,
+        *,
         best_effort: bool = False,
     ) -> Request:
         tokens, salt = self._prompts.read(prompt, cache_salt)
@@ -484,6 +512,7 @@ class HybridPromptCache:
             salt,
             max_tokens,
             boundaries=tuple(positions(boundaries, len(tokens))),
+            lifetimes=positions_with_lifetimes(lifetimes, len(tokens)),
             best_effort=best_effort,
             **({} if on_progress is None else {"on_progress": on_progress}),
         )
