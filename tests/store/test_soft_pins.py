@@ -220,3 +220,26 @@ def looked_at(monkeypatch, size):
 def test_what_soft_pins_cost_does_not_grow_with_their_number(monkeypatch):
     """100 or 2,000 of them behind one system prompt: as many nodes are looked at for ten more and ten less."""
     assert looked_at(monkeypatch, 100) == looked_at(monkeypatch, 2_000)
+
+
+def test_what_led_to_a_dropped_one_is_kept_no_longer(store):
+    """Behind ten tokens two go on alike for five; one of them is kept and dropped: nothing is, and runs join."""
+    save(store, tokens(0))
+    shared = [*tokens(0), *range(70, 75)]
+    kept, other = [*shared, 80, 81], [*shared, 90, 91]
+    save(store, kept)
+    save(store, other)
+    store.hold(N, as_tokens(kept), {17: 300.0})
+    assert store.stats().soft_pinned_bytes == 17 * ROW + STATE
+    store.drop(N, as_tokens(kept), 15)
+    assert store.stats().soft_pinned_bytes == 0
+    full_scan.check_values(store)
+
+
+def test_a_place_whose_state_is_lost_is_kept_no_longer(store):
+    """The first of two checkpoints on a path is kept; what stands there is found to be of no use."""
+    save(store, tokens(0))
+    save(store, [*tokens(0), *tokens(1)])
+    keep(store, 0)
+    store.forget(store.find(N, as_tokens([*tokens(0), 1])).node, rows=False)
+    assert (store.stats().soft_pinned, store.stats().soft_pinned_bytes) == (0, 0)
