@@ -9,7 +9,7 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from types import MappingProxyType, TracebackType
+from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
 
 import mlx.core as mx
@@ -36,12 +36,10 @@ from .request.arguments import (
     check_model,
     check_text,
     known_keywords,
-    positions,
 )
-from .request.arguments import lifetimes as positions_with_lifetimes
 from .request.generation import Generation, HeldClaim, Ready
 from .request.info import CacheInfo
-from .request.prompts import Prompts
+from .request.prompts import NO_LIFETIMES, Prompts
 from .request.request import Progress, Request
 from .router.patch import Patch
 from .settings import CacheSettings, info
@@ -83,8 +81,6 @@ KEYWORDS = (
     *(*UNCACHED_OPTIONS, *WITHOUT_EFFECT),
 )
 """What `stream_generate` takes: its own, and those of mlx-lm's."""
-
-NO_LIFETIMES: Mapping[int, float] = MappingProxyType({})
 
 FLUSH_INTERVAL_SECONDS = 0.01
 """How often a flush looks whether it is done."""
@@ -170,7 +166,7 @@ class HybridPromptCache:
         """How many requests read, wait for what others read, and write."""
         self.encoder = Encoder.learn(tokenizer)
         """Turns text into tokens, and remembers what it has read within a bound of its own."""
-        self._prompts = Prompts(self.encoder, layout.vocabulary, cache_salt)
+        self._prompts = Prompts(self.encoder, layout.vocabulary, cache_salt, engine.sharing)
         self._close_files: Callable[[], object] = lambda: None
         self._disk_end: Callable[[], object] = lambda: None
         self.worker = Worker(
@@ -258,7 +254,7 @@ class HybridPromptCache:
         engine = self.engine
         check_keywords("stream_generate", options, KEYWORDS)
         _check_generating(engine, max_tokens, options)
-        request = self._request(
+        request = self._prompts.request(
             prompt,
             max_tokens,
             boundaries,
@@ -288,7 +284,7 @@ class HybridPromptCache:
         cache_salt: str | None = None,
     ) -> Ready:
         """Caches that have read all of `prompt` but its last token, restored as far as possible."""
-        request = self._request(
+        request = self._prompts.request(
             prompt, max_tokens, boundaries, lifetimes, prompt_progress_callback, cache_salt
         )
         return _only(list(self._preparing(request, read=True)))
@@ -305,7 +301,7 @@ class HybridPromptCache:
         cache_salt: str | None = None,
     ) -> Ready:
         """`prefill` on an event loop, which goes on meanwhile. Cancelled, it keeps what was read."""
-        request = self._request(
+        request = self._prompts.request(
             prompt, max_tokens, boundaries, lifetimes, prompt_progress_callback, cache_salt
         )
         stream = self._preparing(request, read=True)
@@ -327,7 +323,7 @@ class HybridPromptCache:
         Iterate to wait, on any thread or event loop: the one item is what `lookup` finds then.
         Cancelled, it keeps what was read.
         """
-        request = self._request(
+        request = self._prompts.request(
             prompt, 1, on_progress=prompt_progress_callback, cache_salt=cache_salt
         )
         return Generation(request, self.worker.stream(self.engine.warm(request), request.job))
@@ -341,7 +337,7 @@ class HybridPromptCache:
         cache_salt: str | None = None,
     ) -> Ready:
         """The same without reading anything: `rest` is all that is not restored."""
-        request = self._request(prompt, max_tokens, cache_salt=cache_salt)
+        request = self._prompts.request(prompt, max_tokens, cache_salt=cache_salt)
         return _only(list(self._preparing(request, read=False)))
 
     def _preparing(self, request: Request, *, read: bool) -> Stream[Ready]:
@@ -379,7 +375,7 @@ class HybridPromptCache:
     @known_keywords
     def lookup(self, prompt: str | Iterable[int], *, cache_salt: str | None = None) -> CacheReport:
         """What would be restored for `prompt`. Changes nothing."""
-        request = self._request(prompt, REPLY_ROOM, cache_salt=cache_salt)
+        request = self._prompts.request(prompt, REPLY_ROOM, cache_salt=cache_salt)
         return self.worker.call(self.engine.lookup, request)
 
     def stats(self) -> StoreStats:
@@ -494,28 +490,6 @@ class HybridPromptCache:
         trace: TracebackType | None,
     ) -> None:
         self.close()
-
-    def _request(
-        self,
-        prompt: str | Iterable[int],
-        max_tokens: int,
-        boundaries: Sequence[int] = (),
-        lifetimes: Mapping[int, float] = NO_LIFETIMES,
-        on_progress: Progress | None = None,
-        cache_salt: str | None = None,
-        *,
-        best_effort: bool = False,
-    ) -> Request:
-        tokens, salt = self._prompts.read(prompt, cache_salt)
-        return self.engine.sharing.request(
-            tokens,
-            salt,
-            max_tokens,
-            boundaries=tuple(positions(boundaries, len(tokens))),
-            lifetimes=positions_with_lifetimes(lifetimes, len(tokens)),
-            best_effort=best_effort,
-            **({} if on_progress is None else {"on_progress": on_progress}),
-        )
 
 
 def _check_generating(engine: Engine, max_tokens: object, options: Mapping[str, Any]) -> None:

@@ -168,7 +168,7 @@ def positions(boundaries: Any, length: int, name: str = "boundaries") -> Sequenc
     return found
 
 
-def lifetimes(given: Any, length: int) -> dict[int, float]:
+def lifetimes_of(given: Any, length: int) -> dict[int, float]:
     """Positions in a prompt of `length` tokens with the seconds for which they are to be kept.
 
     The last token is read anew for each reply, so the end means the position before it. Raises `ArgumentError`

@@ -222,8 +222,10 @@ def test_what_soft_pins_cost_does_not_grow_with_their_number(monkeypatch):
     assert looked_at(monkeypatch, 100) == looked_at(monkeypatch, 2_000)
 
 
-def test_what_led_to_a_dropped_one_is_kept_no_longer(store):
-    """Behind ten tokens two go on alike for five; one of them is kept and dropped: nothing is, and runs join."""
+def test_what_led_to_a_dropped_one_is_kept_no_longer():
+    """Behind ten tokens two go on alike for five; one is kept and goes for a limit: nothing is, and runs join."""
+    store = Store(10**9, needs_checkpoints=True, max_conversations=2)
+    store.seconds = lambda: 0.0
     save(store, tokens(0))
     shared = [*tokens(0), *range(70, 75)]
     kept, other = [*shared, 80, 81], [*shared, 90, 91]
@@ -231,7 +233,9 @@ def test_what_led_to_a_dropped_one_is_kept_no_longer(store):
     save(store, other)
     store.hold(N, as_tokens(kept), {17: 300.0})
     assert store.stats().soft_pinned_bytes == 17 * ROW + STATE
-    store.drop(N, as_tokens(kept), 15)
+    store.pin(N, as_tokens(other))
+    save(store, tokens(1))
+    assert store.find(N, as_tokens([*kept, 1])).position == 10
     assert store.stats().soft_pinned_bytes == 0
     full_scan.check_values(store)
 
