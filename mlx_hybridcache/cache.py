@@ -254,15 +254,8 @@ class HybridPromptCache:
         engine = self.engine
         check_keywords("stream_generate", options, KEYWORDS)
         _check_generating(engine, max_tokens, options)
-        request = self._prompts.request(
-            prompt,
-            max_tokens,
-            boundaries,
-            lifetimes,
-            prompt_progress_callback,
-            cache_salt,
-            best_effort=best_effort,
-        )
+        asked = (boundaries, lifetimes, prompt_progress_callback, cache_salt)
+        request = self._prompts.request(prompt, max_tokens, *asked, best_effort=best_effort)
         if options.get("sampler") is not None:
             options["seed"] = _take_random_state() if seed is None else seed
         steps = _answering(engine, request, options, use_cache=use_cache)

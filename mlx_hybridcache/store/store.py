@@ -173,14 +173,12 @@ class Store(CountedTrees[R, S]):
     ) -> list[int]:
         """Of the cuts in the slice that ends with `tokens`, ascending, those that are worth their room.
 
-        Room is made for them, for the slice's rows and for cutting what is stored. A cut is left out
-        rather than that something more useful goes for it; none is left where not even one fits.
-        `branch_points` are where prompts part ways (`schedule.branch_points`), and what is `lasting` will
-        have a soft pin: it is left out for nothing that has none.
+        Room is made for them, for the slice's rows and for cutting what is stored. A cut is left out, unless
+        it is `lasting` and will have a soft pin, rather than that something more useful goes for it.
         """
         budget, match = self.budget, self.match(namespace, tokens)
         rows = (len(tokens) - match.matched) * row_bytes
-        # The states are all there before the first is counted, so there must be room for this too.
+        # The states are there before the first is counted, so there must be room for this too.
         rows += self.split_nbytes(match, [*cuts, match.matched])
         if not budget.has_room(rows + len(cuts) * snapshot_bytes):
             self.before_evicting()
@@ -188,13 +186,11 @@ class Store(CountedTrees[R, S]):
         least = budget.running_bytes + eviction.fixed_bytes() + rows + snapshot_bytes
         if not cuts or least > budget.limit_bytes:
             return []
-        above = max((n.end for n in match.path if n.checkpoint and n.end < cuts[0]), default=0)
         wanted = list(cuts)
+        above = max((n.end for n in match.path if n.checkpoint and n.end < wanted[0]), default=0)
         while not budget.has_room(rows + len(wanted) * snapshot_bytes):
-            worths = self._worths(above, wanted, len(tokens), branch_points, snapshot_bytes)
-            worths = [
-                inf if cut in lasting else worth for cut, worth in zip(wanted, worths, strict=True)
-            ]
+            found = self._worths(above, wanted, len(tokens), branch_points, snapshot_bytes)
+            worths = [inf if cut in lasting else found[at] for at, cut in enumerate(wanted)]
             worst = min(range(len(wanted)), key=worths.__getitem__)
             if len(wanted) > 1 and worths[worst] <= eviction.least():
                 del wanted[worst]

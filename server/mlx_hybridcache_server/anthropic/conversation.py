@@ -36,6 +36,7 @@ def as_chat(body: CountBody) -> MessagesChat:
         "tools": [*map(_function, _own(body.tools))] or None,
         "thinking": body.thinking and body.thinking.model_dump(exclude_none=True),
         "cache_salt": body.cache_salt,
+        "keep_alive": body.keep_alive,
         "continue_final_message": body.messages[-1]["role"] == "assistant" or None,
         **body.arrangement(),
         **_choice(body),

@@ -118,6 +118,7 @@ class CountBody(Arrangement):
     mcp_servers: list[Any] | None = None
     container: Any = None
     cache_salt: str | None = None
+    keep_alive: Any = None
 
 
 class MessagesBody(CountBody):

@@ -131,3 +131,4 @@ class ResponsesBody(Arrangement):
     prompt: dict[str, Any] | None = None
     top_logprobs: int | None = None
     cache_salt: str | None = None
+    keep_alive: Any = None
