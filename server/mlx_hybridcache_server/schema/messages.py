@@ -119,6 +119,7 @@ class CountBody(Arrangement):
     container: Any = None
     cache_salt: str | None = None
     keep_alive: Any = None
+    cache_control: dict[str, Any] | None = None
 
 
 class MessagesBody(CountBody):

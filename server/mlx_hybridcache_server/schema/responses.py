@@ -132,3 +132,4 @@ class ResponsesBody(Arrangement):
     top_logprobs: int | None = None
     cache_salt: str | None = None
     keep_alive: Any = None
+    prompt_cache_retention: Any = None
