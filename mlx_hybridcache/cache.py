@@ -6,7 +6,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
@@ -137,25 +137,10 @@ class HybridPromptCache:
         quantized_kv_start: int = 0,
         cache_salt: str = "",
     ):
+        given = locals()
         check_model(model, tokenizer)
         check_text("cache_salt", cache_salt)
-        settings = CacheSettings(
-            memory_budget=memory_budget,
-            memory_reserve=memory_reserve,
-            exact=exact,
-            prefill_step_size=prefill_step_size,
-            checkpoint_every=checkpoint_every,
-            checkpoint_min_step=checkpoint_min_step,
-            swa_full=swa_full,
-            max_conversations=max_conversations,
-            max_checkpoints=max_checkpoints,
-            cache_dir=cache_dir,
-            disk_budget=disk_budget,
-            router=router,
-            kv_bits=kv_bits,
-            kv_group_size=kv_group_size,
-            quantized_kv_start=quantized_kv_start,
-        )
+        settings = CacheSettings(**{each.name: given[each.name] for each in fields(CacheSettings)})
         if not isinstance(tokenizer, TokenizerWrapper | None):
             tokenizer = TokenizerWrapper(tokenizer)
         self._open(model, tokenizer, settings, cache_salt)
