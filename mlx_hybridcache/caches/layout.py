@@ -154,7 +154,9 @@ class Layout:
         layout = cls._seen(model, caches, logits.shape[-1], step, swa_full)
         limits = [each for each in (rotation_limit(model), listener.limit) if each is not None]
         layout = replace(layout, rewritten=rewritten, slicing_limit=min(limits, default=None))
-        return layout._quantized(model, precision, trial.computed)
+        layout = layout._quantized(model, precision, trial.computed)
+        mx.eval(layout.lazy())  # which the trial's forwards have left anew
+        return layout
 
     @classmethod
     def traced(
