@@ -176,7 +176,7 @@ class Store(CountedTrees[R, S]):
         Room is made for them, for the slice's rows and for cutting what is stored. A cut is left out, unless
         it is `lasting` and will have a soft pin, rather than that something more useful goes for it.
         """
-        budget, match = self.budget, self.match(namespace, tokens)
+        budget, match, wanted = self.budget, self.match(namespace, tokens), [*cuts]
         rows = (len(tokens) - match.matched) * row_bytes
         # The states are there before the first is counted, so there must be room for this too.
         rows += self.split_nbytes(match, [*cuts, match.matched])
@@ -186,8 +186,7 @@ class Store(CountedTrees[R, S]):
         least = budget.running_bytes + eviction.fixed_bytes() + rows + snapshot_bytes
         if not cuts or least > budget.limit_bytes:
             return []
-        wanted = list(cuts)
-        above = max((n.end for n in match.path if n.checkpoint and n.end < wanted[0]), default=0)
+        above = max((n.end for n in match.path if n.checkpoint and n.end < cuts[0]), default=0)
         while not budget.has_room(rows + len(wanted) * snapshot_bytes):
             found = self._worths(above, wanted, len(tokens), branch_points, snapshot_bytes)
             worths = [inf if cut in lasting else found[at] for at, cut in enumerate(wanted)]
