@@ -14,6 +14,7 @@ import mlx.core as mx
 from . import models
 from .caches.layout import Layout
 from .caches.memory import MemoryStore
+from .caches.quantizing.precision import Precision
 from .caches.relief import Relief
 from .caches.room import ROW_STEP, longest_prompt
 from .decode import batch_check as batching
@@ -58,6 +59,9 @@ class CacheSettings:
     cache_dir: str | Path | None
     disk_budget: int | str | None
     router: Patch | str | Path | None
+    kv_bits: int | None
+    kv_group_size: int
+    quantized_kv_start: int
 
     def __post_init__(self) -> None:
         check_counts(
@@ -65,6 +69,7 @@ class CacheSettings:
             checkpoint_every=self.checkpoint_every,
             checkpoint_min_step=self.checkpoint_min_step,
         )
+        _ = self.precision  # which checks it
         if self.disk_budget is not None and self.cache_dir is None:
             raise SettingError("disk_budget needs a cache_dir to hold.")
 
@@ -73,10 +78,19 @@ class CacheSettings:
         """The distance of grid cuts: whole slices."""
         return -(-self.checkpoint_every // self.prefill_step_size) * self.prefill_step_size
 
+    @property
+    def precision(self) -> Precision | None:
+        """What rows are quantized to, and from where on; None where they stay as they are."""
+        if self.kv_bits is None:
+            return None
+        return Precision(self.kv_bits, self.kv_group_size, self.quantized_kv_start)
+
     def layout(self, model: Any) -> Layout:
         """How the model's caches come apart. To be released, whatever comes."""
         models.evaluate(model)
-        return Layout.of(model, self.prefill_step_size, swa_full=self.swa_full)
+        return Layout.of(
+            model, self.prefill_step_size, swa_full=self.swa_full, precision=self.precision
+        )
 
     def engine(
         self, model: Any, tokenizer: Any, layout: Layout, load: Load, references: CountedReferences
@@ -87,13 +101,15 @@ class CacheSettings:
                 "%s cannot be stored by this version: requests are served without the cache.",
                 ", ".join(layout.unsupported),
             )
+        elif self.precision is not None:
+            _say_what_is_quantized(layout)
         store = self._store(model, layout, references)
         if self.router is not None:
             from .router.choose import choose_patch  # with the search for one, which few ask for
 
             apply(model, choose_patch(model, tokenizer, self.router))
         step = self.prefill_step_size
-        sharing = Sharing(self._digest(model), layout, step, self.every, self.exact)
+        sharing = Sharing(self._digest(model, layout), layout, step, self.every, self.exact)
         grid = Grid(step, self.every, self.checkpoint_min_step, layout.alignment)
         tiers = Tiers(model, layout, sharing, store)
         reserve = self.memory_reserve
@@ -143,7 +159,7 @@ class CacheSettings:
             references=references,
         )
         smallest = (
-            layout.running_bytes(ROW_STEP) + layout.snapshot_bytes + ROW_STEP * layout.row_bytes
+            layout.running_bytes(ROW_STEP) + layout.snapshot_bytes + layout.rows_nbytes(0, ROW_STEP)
         )
         if store.budget.limit_bytes < smallest:
             raise BudgetError(
@@ -152,7 +168,7 @@ class CacheSettings:
             )
         return store
 
-    def _digest(self, model: Any) -> str:
+    def _digest(self, model: Any, layout: Layout) -> str:
         device: tuple[object, ...] = (
             str(mx.default_device()),
             version("mlx"),
@@ -164,9 +180,28 @@ class CacheSettings:
             model=models.fingerprint(model),
             swa_full=self.swa_full,
             exact=device if self.exact else False,
+            **({} if layout.precision is None else {"kv": layout.precision}),
             # The rows are in the fingerprint, how they are selected from is not.
             **({} if (selection := applied(model)) is None else {"router": selection}),
         )
+
+
+def _say_what_is_quantized(layout: Layout) -> None:
+    """Nothing that was asked for is passed over in silence."""
+    if layout.precision is None:
+        log.warning(
+            "kv_bits has no effect: no layer of this model has attention that looks at quantized rows, "
+            "or rows of whole groups. Prompts are cached in full precision."
+        )
+        return
+    log.info(
+        "Keys and values of %d of %d layers are quantized to %d bits from position %d on; windows and "
+        "states stay in full precision. Replies are decoded one by one.",
+        len(layout.quantized),
+        len(layout.kinds),
+        layout.precision.bits,
+        layout.quantized_start,
+    )
 
 
 def info(engine: Engine) -> CacheInfo:

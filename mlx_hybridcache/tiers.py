@@ -191,7 +191,7 @@ class Tiers:
         layout, capacity, position = self._layout, request.rows, deeper.position
         need = layout.running_bytes(capacity) + layout.snapshot_bytes
         if layout.stores_every_slice:
-            need += position * layout.row_bytes
+            need += layout.rows_nbytes(0, position)
         live.claim = self.memory.claim(need, found)
         try:
             buffers = yield from self.disk.promote(found, deeper, capacity, live.claim, request.job)
@@ -294,8 +294,8 @@ class Tiers:
         """Checkpoint caches that others read, at the end of the request's tokens, if there is room."""
         tokens = request.tokens
         found = self.memory.find(request.namespace, tokens)
-        missing = len(tokens) - found.match.matched
-        need = self._layout.snapshot_bytes + missing * self._layout.row_bytes
+        need = self._layout.snapshot_bytes
+        need += self._layout.rows_nbytes(found.match.matched, len(tokens))
         try:
             self.memory.budget.make_room(need, found.nodes())
         except BudgetError:

@@ -10,7 +10,7 @@ import mlx.core as mx
 
 from .kinds.kind import Arrays, Parts, Snapshot
 from .kinds.rows import RowBlock, compact, evaluate_to_keep
-from .layout import Layout, fresh_caches, leaves
+from .layout import Layout, leaves
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ def take_rows(layout: Layout, caches: Sequence[Any], start: int, end: int) -> Ro
     taken = tuple(tuple(compact(x) for x in arrays) for arrays in view.layers)
     del view
     evaluate_to_keep(taken)
-    return RowBlock(start, end, taken)
+    return RowBlock(start, end, taken, layout.spans)
 
 
 def view_rows(layout: Layout, caches: Sequence[Any], start: int, end: int) -> RowBlock | None:
@@ -86,7 +86,7 @@ def view_rows(layout: Layout, caches: Sequence[Any], start: int, end: int) -> Ro
         if rows is None:
             return None
         views.append(rows)
-    return RowBlock(start, end, tuple(views))
+    return RowBlock(start, end, tuple(views), layout.spans)
 
 
 def restore(
@@ -110,7 +110,7 @@ def restore(
     holds some of these arrays, which are let go of as they are copied: no more than one is held twice.
     Both lists are emptied.
     """
-    caches = fresh_caches(model)
+    caches = layout.fresh_caches(model)
     pieces = [list(block.piece(block.start, min(block.end, position))) for block in blocks]
     blocks.clear()
     for index, (kind, cache) in enumerate(zip(layout.kinds, leaves(caches), strict=True)):

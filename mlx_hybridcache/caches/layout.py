@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import count
 from typing import Any
 
 import mlx.core as mx
@@ -13,9 +15,13 @@ from . import counting
 from .capture import CaptureHook
 from .kinds.idle import IdleKind, is_idle
 from .kinds.kind import LayerKind
+from .kinds.quantized import END, QuantizedRowsKind
 from .kinds.recurrent import RecurrentKind
-from .kinds.rows import RowsKind
+from .kinds.rows import RowsKind, Span
 from .kinds.window import ChunkedKind, FullWindowKind, WindowKind
+from .quantizing import forwards, trial
+from .quantizing.cache import QuantizingCache
+from .quantizing.precision import Precision
 from .rewritten import Rewritten
 from .slicing import MaskListener, rotation_limit
 from .subclassed import Subclassed
@@ -39,6 +45,8 @@ _BLOCKS = {
 }
 """Families whose recurrent layers are computed in blocks of so many tokens (`ssm_attn` and kin)."""
 
+EVERYWHERE: Span = (0, END)
+
 LEARNT_FROM = 8
 """Tokens that a model reads so that its layout is learnt: states that begin with their tokens, such
 as the context of n-grams, have their full size by then."""
@@ -47,6 +55,18 @@ as the context of n-grams, have their full size by then."""
 def fresh_caches(model: Any) -> list[Any]:
     """The model's own empty caches, as mlx-lm makes them."""
     return list(mlx_caches.make_prompt_cache(model))
+
+
+def replaced(caches: Sequence[Any], which: Collection[int], make: Callable[[], Any]) -> list[Any]:
+    """The caches with others in place of the leaves whose numbers are in `which`."""
+    numbers = count()
+
+    def opened(cache: Any) -> Any:
+        if isinstance(cache, mlx_caches.CacheList):
+            return mlx_caches.CacheList(*map(opened, cache.caches))
+        return make() if next(numbers) in which else cache
+
+    return [opened(cache) for cache in caches] if which else [*caches]
 
 
 def leaves(caches: Sequence[Any]) -> list[Any]:
@@ -76,6 +96,10 @@ def selects_rows(caches: Sequence[Any]) -> bool:
     return any(not mx.any(child.state[1]).item() for child in beside)
 
 
+def _made(model: Any, which: Collection[int], make: Callable[[], Any]) -> list[Any]:
+    return replaced(fresh_caches(model), which, make)
+
+
 def _kind(cache: Any, step: int, swa_full: bool) -> LayerKind:
     if is_idle(cache):
         return IdleKind()
@@ -90,7 +114,8 @@ class Layout:
 
     `unsupported` names the cache classes that are in no table; a model that has any is served
     without the cache. `vocabulary` is the width of the model's logits. What its forward
-    replaces of its own arrays is `rewritten`; `counted` is the model, where its forwards are. Beyond
+    replaces of its own arrays is `rewritten`; `counted` is the model, where its forwards are. The leaves in
+    `quantized` keep rows of `precision`, and `split` is the model where its forwards stop at the start. Beyond
     `slicing_limit` tokens, if not None, what the model computes depends on the slices in which a
     prompt is read. Until `release` the model's own classes may be replaced.
     """
@@ -104,12 +129,23 @@ class Layout:
     rewritten: Rewritten | None = None
     slicing_limit: int | None = None
     counted: Subclassed | None = None
+    quantized: frozenset[int] = frozenset()
+    precision: Precision | None = None
+    split: Subclassed | None = None
 
     @classmethod
-    def of(cls, model: Any, step: int = 2048, *, swa_full: bool = False) -> Layout:
+    def of(
+        cls,
+        model: Any,
+        step: int = 2048,
+        *,
+        swa_full: bool = False,
+        precision: Precision | None = None,
+    ) -> Layout:
         """Learn the layout by letting the model read a few tokens into fresh caches.
 
-        `step` bounds a slice, in tokens; `swa_full` stores every row of sliding windows.
+        `step` bounds a slice, in tokens; `swa_full` stores every row of sliding windows; `precision` is
+        what rows are quantized to where the model's attention can look at such.
         """
         caches, rewritten = fresh_caches(model), Rewritten(model)
         listener = MaskListener(leaves(caches))
@@ -117,10 +153,20 @@ class Layout:
         mx.eval(logits, [cache.state for cache in caches], rewritten.learn(model).arrays())
         layout = cls._seen(model, caches, logits.shape[-1], step, swa_full)
         limits = [each for each in (rotation_limit(model), listener.limit) if each is not None]
-        return replace(layout, rewritten=rewritten, slicing_limit=min(limits, default=None))
+        layout = replace(layout, rewritten=rewritten, slicing_limit=min(limits, default=None))
+        layout = layout._quantized(model, precision, trial.computed)
+        mx.eval(layout.lazy())  # which the trial's forwards have left anew
+        return layout
 
     @classmethod
-    def traced(cls, model: Any, step: int = 2048, *, swa_full: bool = False) -> Layout:
+    def traced(
+        cls,
+        model: Any,
+        step: int = 2048,
+        *,
+        swa_full: bool = False,
+        precision: Precision | None = None,
+    ) -> Layout:
         """The same layout without computing anything: the shapes of the forward that `of` runs.
 
         So the model's parameters may be lazy and larger than this machine. They stay so: whatever asks
@@ -135,7 +181,7 @@ class Layout:
             return token
 
         mx.compile(read)(mx.array([[0] * LEARNT_FROM]))
-        return found[0]
+        return found[0]._quantized(model, precision, trial.traced)
 
     @classmethod
     def _seen(
@@ -159,9 +205,40 @@ class Layout:
         blocks = _BLOCKS.get(family, 1)
         return cls(kinds, classes, (), hook, blocks, vocabulary, counted=counted)
 
+    def _quantized(self, model: Any, precision: Precision | None, takes: trial.Takes) -> Layout:
+        """The same with quantized rows in each layer whose attention can look at them."""
+        if precision is None:
+            return self
+        kinds = {
+            leaf: kind
+            for leaf, each in enumerate(self.kinds)
+            if self.classes[leaf] is mlx_caches.KVCache
+            and (kind := trial.quantized_kind(each, precision)) is not None
+        }
+        able = trial.able(model, partial(_made, model), kinds, precision, takes)
+        if not able:
+            return self
+        every = range(len(self.kinds))
+        return replace(
+            self,
+            kinds=tuple(kinds[leaf] if leaf in able else self.kinds[leaf] for leaf in every),
+            classes=tuple(
+                QuantizingCache if leaf in able else self.classes[leaf] for leaf in every
+            ),
+            quantized=able,
+            precision=precision,
+            split=forwards.split(model, leaves) if precision.start else None,
+        )
+
+    def fresh_caches(self, model: Any) -> list[Any]:
+        """The model's own empty caches, with ours in place of those whose rows are quantized."""
+        if self.precision is None:
+            return fresh_caches(model)
+        return _made(model, self.quantized, partial(QuantizingCache, self.precision))
+
     def release(self) -> None:
-        """Let the model be what it was before: nothing listens to it or counts any more."""
-        for each in (self.hook, self.counted):
+        """Let the model be what it was before: nothing listens to it, counts or stops it any more."""
+        for each in (self.hook, self.counted, self.split):
             if each is not None:
                 each.release()
 
@@ -221,6 +298,15 @@ class Layout:
         return sum(kind.row_bytes for kind in self.kinds)
 
     @property
+    def most_row_bytes(self) -> int:
+        """The most of it, before rows are quantized or behind that."""
+        return max(self.row_bytes, self.rows_nbytes(0, 1))
+
+    def rows_nbytes(self, start: int, end: int) -> int:
+        """Bytes that the rows of `[start, end)` weigh."""
+        return sum(kind.rows_nbytes(start, end) for kind in self.kinds)
+
+    @property
     def array_bytes(self) -> int:
         """Bytes of one token in the largest array of rows: one layer's keys, or its values."""
         return max((kind.array_bytes for kind in self.kinds), default=0)
@@ -232,7 +318,30 @@ class Layout:
 
     def running_bytes(self, capacity: int) -> int:
         """Bytes that a live set of caches holds with room for `capacity` tokens."""
-        return capacity * self.row_bytes + sum(kind.running_bytes for kind in self.kinds)
+        return sum(kind.buffer_nbytes(capacity) + kind.running_bytes for kind in self.kinds)
+
+    def growth_bytes(self, capacity: int, rows: int) -> int:
+        """What it holds more with room for so many tokens more."""
+        return self.running_bytes(capacity + rows) - self.running_bytes(capacity)
+
+    @property
+    def quantized_start(self) -> int:
+        """The position where slices must end because rows are quantized from there on; 0 for none."""
+        return 0 if self.precision is None else self.precision.start
+
+    @property
+    def spans(self) -> tuple[tuple[Span, ...], ...]:
+        """Of which positions each array of rows has them, by layer; empty where all have all."""
+        if not self.quantized_start:
+            return ()
+        return tuple(
+            kind.spans if isinstance(kind, QuantizedRowsKind) else (EVERYWHERE, EVERYWHERE)
+            for kind in self.kinds
+        )
+
+    def spans_of(self, leaf: int, arrays: int) -> tuple[Span, ...]:
+        """The same of a layer that has so many."""
+        return self.spans[leaf][:arrays] if self.quantized_start else (EVERYWHERE,) * arrays
 
     def mismatch(self, caches: Sequence[Any], position: int) -> str | None:
         """Why `caches` are not this model's standing at `position`; None where they are."""

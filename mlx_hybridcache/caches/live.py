@@ -24,8 +24,10 @@ from .kinds.kind import Arrays
 from .kinds.rows import (
     AXIS,
     RowBlock,
+    Span,
     compact,
     evaluate_to_keep,
+    rows_in,
 )
 from .layout import Layout, leaves
 from .memory import MemoryFound, MemoryMaterializer, MemoryRows
@@ -36,20 +38,27 @@ RowsFrom = Callable[[int], MemoryRows | None]
 
 @dataclass(eq=False)
 class BufferColumn:
-    """One layer's buffer of keys or of values, `(1, heads, capacity, dim)`."""
+    """One layer's buffer of keys or of values, `(1, heads, capacity, dim)`, with rows of the positions in `span`."""
 
     leaf: int
     buffer: mx.array | None
     row_bytes: int
+    span: Span
     copies: list[mx.array] = field(default_factory=list)
 
     @property
     def nbytes(self) -> int:
         return self.buffer.nbytes if self.buffer is not None else 0
 
+    def tokens_in(self, ranges: Ranges) -> int:
+        return sum(b - a for a, b in self._rows(ranges))
+
+    def _rows(self, ranges: Ranges) -> list[tuple[int, int]]:
+        return [rows_in(self.span, a, b) for a, b in ranges]
+
     def materialize(self, ranges: Ranges) -> None:
         assert self.buffer is not None
-        self.copies = [compact(self.buffer[:, :, a:b]) for a, b in ranges]
+        self.copies = [compact(self.buffer[:, :, a:b]) for a, b in self._rows(ranges)]
         evaluate_to_keep(self.copies)
         self.buffer = None
 
@@ -135,8 +144,8 @@ class LiveCaches(LazySource[RowBlock]):
 
     def grow(self, rows: int) -> None:
         """Room for so many tokens more, while old buffers and new ones are both held for a moment."""
-        passing = self.capacity * max(kind.row_bytes for kind in self._layout.kinds)
-        self.claim.grow(rows * self._layout.row_bytes, passing=passing)
+        passing = max(kind.buffer_nbytes(self.capacity) for kind in self._layout.kinds)
+        self.claim.grow(self._layout.growth_bytes(self.capacity, rows), passing=passing)
         self.capacity += rows
         checkpoints.grow(self._layout, self.caches, self.capacity)
 
@@ -167,7 +176,10 @@ class LiveCaches(LazySource[RowBlock]):
     @property
     def stored_row_bytes(self) -> int:
         """What a token's rows add to the store now: nothing where they stay here."""
-        return 0 if self._shares else self.row_bytes
+        return 0 if self._shares else self._layout.most_row_bytes
+
+    def rows_nbytes(self, start: int, end: int) -> int:
+        return self._layout.rows_nbytes(start, end)
 
     def rows_to(self, end: int, copied: RowsFrom | None = None) -> RowsFrom:
         """What the store gets up to `end`: lazy rows, or what `copied` makes, by itself copies."""
@@ -220,9 +232,9 @@ class LiveCaches(LazySource[RowBlock]):
         ]
         self.caches.clear()
         self._columns = [
-            BufferColumn(leaf, buffer, buffer.nbytes // buffer.shape[AXIS])
+            BufferColumn(leaf, buffer, buffer.nbytes // max(1, buffer.shape[AXIS]), span)
             for leaf, arrays in enumerate(buffers)
-            for buffer in arrays
+            for buffer, span in zip(arrays, self._layout.spans_of(leaf, len(arrays)), strict=True)
         ]
         return [*self._columns]
 
@@ -234,5 +246,5 @@ class LiveCaches(LazySource[RowBlock]):
             layers: list[list[mx.array]] = [[] for _ in range(count)]
             for column in columns:
                 layers[column.leaf].append(column.copies[index])
-            made.append(RowBlock(a, b, tuple(map(tuple, layers))))
+            made.append(RowBlock(a, b, tuple(map(tuple, layers)), self._layout.spans))
         return made

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from ..caches.quantizing.precision import Precision
     from ..planning.plan import Plan
 
 PEAK = "peak, where nothing has to go"
@@ -56,11 +57,20 @@ def main(argv: Sequence[str], prog: str) -> int:
         max_tokens=options.max_tokens,
         step=options.prefill_step_size,
         every=options.checkpoint_every_n_tokens,
+        precision=_precision(options),
     )
     show(wide_console(WIDTH), plan, options.memory)
     if options.json is not None:
         options.json.write_text(json.dumps(as_json(plan), indent=2) + "\n", encoding="utf-8")
     return 0 if plan.fits else 1
+
+
+def _precision(options: argparse.Namespace) -> Precision | None:
+    if options.kv_bits is None:
+        return None
+    from ..caches.quantizing.precision import Precision
+
+    return Precision(options.kv_bits, options.kv_group_size, options.quantized_kv_start)
 
 
 def _parser(prog: str) -> argparse.ArgumentParser:
@@ -83,6 +93,9 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     add("--working-set", help="what macOS recommends for its GPU (default: an assumption, printed)")
     add("--prefill-step-size", type=tokens(), default=2048, help="as the server's (2048)")
     add("--checkpoint-every-n-tokens", type=tokens(), default=2048, help="as the server's (2048)")
+    add("--kv-bits", type=int, help="quantize keys and values to so many bits, as the server's")
+    add("--kv-group-size", type=int, default=64, help="as the server's (64)")
+    add("--quantized-kv-start", type=tokens(0), default=5000, help="as the server's (5000)")
     add("--json", type=Path, metavar="FILE", help="write the plan here too, in bytes and tokens")
     return parser
 
@@ -166,8 +179,16 @@ def _facts(plan: Plan) -> list[str]:
         f"Stored beside one running request, conversations of that length: {some:,} with every "
         f"checkpoint, {most:,} with fewer."
     )
+    quantized = []
+    if (kv := plan.layout.precision) is not None:
+        said = (
+            f"Keys and values of {len(plan.layout.quantized)} layers have {kv.bits} bits behind "
+            f"{kv.start:,} tokens; replies are decoded one by one."
+        )
+        quantized = [said]
     return [
         f"A token weighs {format_bytes(token)}, {restores}.",
+        *quantized,
         f"Budget for store and running requests: {format_bytes(budget)}.",
         f"Weights and budget together: {format_bytes(weights + budget)}, never more.",
         stored,

@@ -32,6 +32,9 @@ def server_flags(plan: Plan) -> list[str]:
         found += ["--decode-concurrency", str(plan.at_once)]
     if plan.at_once < READING_AT_ONCE:
         found += ["--prompt-concurrency", str(plan.at_once)]
+    if (kv := plan.layout.precision) is not None:
+        found += ["--kv-bits", str(kv.bits), "--kv-group-size", str(kv.group_size)]
+        found += ["--quantized-kv-start", str(kv.start)]
     return [*found, "--cache-dir", "~/.cache/mlx-hybridcache"]
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from .. import models
 from ..caches.layout import Layout
+from ..caches.quantizing.precision import Precision
 from ..caches.room import ROW_STEP, batch_bytes, request_rows
 from ..errors import ModelError
 from ..prefill import replay as replays
@@ -75,7 +76,7 @@ class Plan:
     @property
     def rows_bytes(self) -> int:
         """The rows of one conversation of `context` tokens, as they are stored."""
-        return self.context * self.layout.row_bytes
+        return self.layout.rows_nbytes(0, self.context)
 
     @property
     def conversation_bytes(self) -> int:
@@ -106,7 +107,7 @@ class Plan:
         if (
             self.layout.shares_rows
         ):  # they lie in the caches, and move to the store a layer at a time at most
-            rows = self.context * max(kind.row_bytes for kind in self.layout.kinds)
+            rows = max(kind.rows_nbytes(0, self.context) for kind in self.layout.kinds)
         return Occupancy(
             requests=requests,
             live_bytes=held,
@@ -142,15 +143,23 @@ class Plan:
 
 
 def make(
-    model: UnloadedModel, room: Room, *, context: int, max_tokens: int, step: int, every: int
+    model: UnloadedModel,
+    room: Room,
+    *,
+    context: int,
+    max_tokens: int,
+    step: int,
+    every: int,
+    precision: Precision | None = None,
 ) -> Plan:
     """The plan for prompts of `context` tokens and replies of up to `max_tokens`, 0 for no limit.
 
-    `step` and `every` are the server's prefill step and its distance of regular checkpoints. Raises
+    `precision` is what keys and values are quantized to, in layers whose shapes allow it. `step` and `every` are the server's prefill step and its distance of regular checkpoints. Raises
     `ModelError` for a model whose caches cannot be stored, or whose shapes cannot be told.
     """
     try:
-        layout = Layout.traced(model.model, step)
+        layout = Layout.traced(model.model, step, precision=precision)
+        layout.release()
     except Exception as error:  # whatever a model's forward raises without numbers
         raise ModelError(
             f"The caches of {model.name} ({model.family}) cannot be told from its configuration: "

@@ -98,6 +98,10 @@ class SizedColumn:
     nbytes: int
     row_bytes: int
 
+    def tokens_in(self, ranges: Ranges) -> int:
+        """Of all of them, as it is one layer's."""
+        return sum(end - start for start, end in ranges)
+
     def materialize(self, ranges: Ranges) -> None:
         self.nbytes = 0
 
