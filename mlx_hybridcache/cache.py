@@ -17,6 +17,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from .caches.layout import Layout
 from .caches.live import LiveCaches
+from .caches.quantizing.precision import Precision
 from .caches.room import REPLY_ROOM
 from .decode.sampling import random_state
 from .engine import Engine
@@ -131,7 +132,6 @@ class HybridPromptCache:
         cache_salt: str = "",
     ):
         check_model(model, tokenizer)
-        check_text("cache_salt", cache_salt)
         settings = CacheSettings(
             memory_budget=memory_budget,
             memory_reserve=memory_reserve,
@@ -145,15 +145,14 @@ class HybridPromptCache:
             cache_dir=cache_dir,
             disk_budget=disk_budget,
             router=router,
-            kv_bits=kv_bits,
-            kv_group_size=kv_group_size,
-            quantized_kv_start=quantized_kv_start,
+            precision=Precision.of(kv_bits, kv_group_size, quantized_kv_start),
         )
-        if not isinstance(tokenizer, TokenizerWrapper | None):
-            tokenizer = TokenizerWrapper(tokenizer)
         self._open(model, tokenizer, settings, cache_salt)
 
     def _open(self, model: Any, tokenizer: Any, settings: CacheSettings, cache_salt: str) -> None:
+        check_text("cache_salt", cache_salt)
+        if not isinstance(tokenizer, TokenizerWrapper | None):
+            tokenizer = TokenizerWrapper(tokenizer)
         layout = settings.layout(model)
         # Also when this one fails, or is dropped rather than closed.
         self._let_go = weakref.finalize(self, layout.release)

@@ -59,9 +59,7 @@ class CacheSettings:
     cache_dir: str | Path | None
     disk_budget: int | str | None
     router: Patch | str | Path | None
-    kv_bits: int | None
-    kv_group_size: int
-    quantized_kv_start: int
+    precision: Precision | None
 
     def __post_init__(self) -> None:
         check_counts(
@@ -69,7 +67,6 @@ class CacheSettings:
             checkpoint_every=self.checkpoint_every,
             checkpoint_min_step=self.checkpoint_min_step,
         )
-        _ = self.precision  # which checks it
         if self.disk_budget is not None and self.cache_dir is None:
             raise SettingError("disk_budget needs a cache_dir to hold.")
 
@@ -77,13 +74,6 @@ class CacheSettings:
     def every(self) -> int:
         """The distance of grid cuts: whole slices."""
         return -(-self.checkpoint_every // self.prefill_step_size) * self.prefill_step_size
-
-    @property
-    def precision(self) -> Precision | None:
-        """What rows are quantized to, and from where on; None where they stay as they are."""
-        if self.kv_bits is None:
-            return None
-        return Precision(self.kv_bits, self.kv_group_size, self.quantized_kv_start)
 
     def layout(self, model: Any) -> Layout:
         """How the model's caches come apart. To be released, whatever comes."""
