@@ -59,7 +59,9 @@ class CacheSettings:
     cache_dir: str | Path | None
     disk_budget: int | str | None
     router: Patch | str | Path | None
-    precision: Precision | None
+    kv_bits: int | None
+    kv_group_size: int
+    quantized_kv_start: int
 
     def __post_init__(self) -> None:
         check_counts(
@@ -74,6 +76,11 @@ class CacheSettings:
     def every(self) -> int:
         """The distance of grid cuts: whole slices."""
         return -(-self.checkpoint_every // self.prefill_step_size) * self.prefill_step_size
+
+    @property
+    def precision(self) -> Precision | None:
+        """What rows are quantized to, and from where on; None where they stay as they are."""
+        return Precision.of(self.kv_bits, self.kv_group_size, self.quantized_kv_start)
 
     def layout(self, model: Any) -> Layout:
         """How the model's caches come apart. To be released, whatever comes."""
