@@ -64,6 +64,7 @@ class CacheReport:
     first token that differs from every stored continuation, None where none was contradicted. Of a
     reply that drafts, `accepted_tokens` of its `drafted_tokens` were right, and the model was called
     `reply_forwards` times for it.
+    `soft_pins` are the checkpoints that the request's `lifetimes` keep for a time.
     """
 
     prompt_tokens: int
@@ -77,6 +78,7 @@ class CacheReport:
     prefill_seconds: float = 0.0
     checkpoints_taken: int = 0
     checkpoints_refused: int = 0
+    soft_pins: int = 0
     drafted_tokens: int = 0
     accepted_tokens: int = 0
     reply_forwards: int = 0

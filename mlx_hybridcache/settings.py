@@ -69,7 +69,6 @@ class CacheSettings:
             checkpoint_every=self.checkpoint_every,
             checkpoint_min_step=self.checkpoint_min_step,
         )
-        _ = self.precision  # which checks it
         if self.disk_budget is not None and self.cache_dir is None:
             raise SettingError("disk_budget needs a cache_dir to hold.")
 
@@ -81,9 +80,7 @@ class CacheSettings:
     @property
     def precision(self) -> Precision | None:
         """What rows are quantized to, and from where on; None where they stay as they are."""
-        if self.kv_bits is None:
-            return None
-        return Precision(self.kv_bits, self.kv_group_size, self.quantized_kv_start)
+        return Precision.of(self.kv_bits, self.kv_group_size, self.quantized_kv_start)
 
     def layout(self, model: Any) -> Layout:
         """How the model's caches come apart. To be released, whatever comes."""

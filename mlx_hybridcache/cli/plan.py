@@ -66,11 +66,9 @@ def main(argv: Sequence[str], prog: str) -> int:
 
 
 def _precision(options: argparse.Namespace) -> Precision | None:
-    if options.kv_bits is None:
-        return None
     from ..caches.quantizing.precision import Precision
 
-    return Precision(options.kv_bits, options.kv_group_size, options.quantized_kv_start)
+    return Precision.of(options.kv_bits, options.kv_group_size, options.quantized_kv_start)
 
 
 def _parser(prog: str) -> argparse.ArgumentParser:

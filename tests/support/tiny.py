@@ -20,9 +20,11 @@ EMBEDDING_NAMES = ("embed_tokens", "embeddings")
 
 
 def _weight(name: str, default: mx.array) -> mx.array:
-    """A random float32 parameter of `default`'s shape whose scale suits what `name` does."""
+    """A random parameter, float32 or an integer, of `default`'s shape whose scale suits what `name` does."""
     kind = name.rsplit(".", 1)[-1]
     noise = mx.random.normal(default.shape)
+    if not mx.issubdtype(default.dtype, mx.floating):
+        return mx.random.randint(0, 2**31 - 1, default.shape).astype(default.dtype)
     if kind == "A_log":
         # Slow decay: with the classes' own default a state forgets within a few tokens, and a
         # restored state that is wrong further back would go unnoticed.
@@ -35,7 +37,7 @@ def _weight(name: str, default: mx.array) -> mx.array:
         return default
     if "bias" in kind or default.ndim == 1:
         return 0.1 * noise
-    if name.split(".")[-2] in EMBEDDING_NAMES:
+    if any(part in EMBEDDING_NAMES for part in name.split(".")[-2:-1]):
         return 0.5 * noise
     is_convolution = default.shape[-1] == 1
     fan_in = default.shape[-2] if is_convolution else default.shape[-1]

@@ -36,6 +36,11 @@ class Precision:
                 f"quantized_kv_start is {self.start!r}; a whole number of tokens, 0 or more, is needed."
             )
 
+    @classmethod
+    def of(cls, bits: int | None, group_size: int, start: int) -> Precision | None:
+        """What was asked for; None where rows stay as they are."""
+        return None if bits is None else cls(bits, group_size, start)
+
     def fits(self, dim: int) -> bool:
         """Whether rows of `dim` elements are whole groups."""
         return dim > 0 and dim % self.group_size == 0
