@@ -12,18 +12,21 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from . import models
+from .caches.kinds.precision import StorePrecision, precision
 from .caches.layout import Layout
 from .caches.memory import MemoryStore
 from .caches.relief import Relief
 from .caches.room import ROW_STEP, longest_prompt
 from .decode import batch_check as batching
 from .decode.decoder import Decoder
+from .decode.store_check import measure
 from .engine import Engine
 from .errors import BudgetError, SettingError
 from .machine import Pressure, default_reserve
 from .prefill.followers import Followers
 from .prefill.prefill import Prefill
 from .prefill.schedule import Grid
+from .report import StoreError
 from .request.arguments import check_counts
 from .request.info import CacheInfo
 from .request.sharing import Sharing
@@ -53,6 +56,8 @@ class CacheSettings:
     checkpoint_every: int
     checkpoint_min_step: int
     swa_full: bool
+    store_kv: int | None
+    store_state: str | None
     max_conversations: int | None
     max_checkpoints: int | None
     cache_dir: str | Path | None
@@ -67,6 +72,16 @@ class CacheSettings:
         )
         if self.disk_budget is not None and self.cache_dir is None:
             raise SettingError("disk_budget needs a cache_dir to hold.")
+        if self.precision and self.exact:
+            raise SettingError(
+                "A smaller store gives back rounded numbers, so exact cannot hold with store_kv or "
+                "store_state. Leave one of them out."
+            )
+
+    @property
+    def precision(self) -> StorePrecision:
+        """What the store keeps of numbers."""
+        return precision(self.store_kv, self.store_state)
 
     @property
     def every(self) -> int:
@@ -76,7 +91,9 @@ class CacheSettings:
     def layout(self, model: Any) -> Layout:
         """How the model's caches come apart. To be released, whatever comes."""
         models.evaluate(model)
-        return Layout.of(model, self.prefill_step_size, swa_full=self.swa_full)
+        return Layout.of(
+            model, self.prefill_step_size, swa_full=self.swa_full, precision=self.precision
+        )
 
     def engine(
         self, model: Any, tokenizer: Any, layout: Layout, load: Load, references: CountedReferences
@@ -143,7 +160,10 @@ class CacheSettings:
             references=references,
         )
         smallest = (
-            layout.running_bytes(ROW_STEP) + layout.snapshot_bytes + ROW_STEP * layout.row_bytes
+            layout.running_bytes(ROW_STEP)
+            + layout.stored_snapshot_bytes
+            + ROW_STEP * layout.stored_row_bytes
+            + layout.restoring_bytes(ROW_STEP)
         )
         if store.budget.limit_bytes < smallest:
             raise BudgetError(
@@ -166,11 +186,26 @@ class CacheSettings:
             exact=device if self.exact else False,
             # The rows are in the fingerprint, how they are selected from is not.
             **({} if (selection := applied(model)) is None else {"router": selection}),
+            **({"store": (self.store_kv, self.store_state)} if self.precision else {}),
         )
 
 
+def _store_error(engine: Engine) -> StoreError | None:
+    layout = engine.layout
+    if not layout.precision or layout.unsupported:
+        return None
+    sizes = (layout.row_bytes, layout.snapshot_bytes)
+    if sizes == (layout.stored_row_bytes, layout.stored_snapshot_bytes):
+        log.warning(
+            "store_kv and store_state have no effect: this model has nothing to make small."
+        )
+    error = measure(engine.model, engine.tokenizer, layout)
+    log.info("The smaller store, measured on this model: %s.", error.sentence)
+    return error
+
+
 def info(engine: Engine) -> CacheInfo:
-    """What a cache with this engine is for all of its life."""
+    """What a cache with this engine is for all of its life. What a smaller store costs is measured for it."""
     layout, budget_bytes = engine.layout, engine.tiers.memory.budget.limit_bytes
     return CacheInfo(
         settings=engine.sharing.settings,
@@ -182,6 +217,9 @@ def info(engine: Engine) -> CacheInfo:
         checkpoint_layers=sum(kind.needs_snapshot for kind in layout.kinds),
         row_bytes=layout.row_bytes,
         checkpoint_bytes=layout.snapshot_bytes,
+        stored_row_bytes=layout.stored_row_bytes,
+        stored_checkpoint_bytes=layout.stored_snapshot_bytes,
+        store_error=_store_error(engine),
         slicing_limit=layout.slicing_limit,
         longest_prompt=longest_prompt(layout, budget_bytes),
         budget_bytes=budget_bytes,

@@ -189,9 +189,10 @@ class Tiers:
         What was read is in memory then like what was just computed. None when a file failed.
         """
         layout, capacity, position = self._layout, request.rows, deeper.position
-        need = layout.running_bytes(capacity) + layout.snapshot_bytes
-        if layout.stores_every_slice:
-            need += position * layout.row_bytes
+        need = layout.running_bytes(capacity) + layout.stored_snapshot_bytes
+        if layout.stores_every_slice or layout.precision:  # beside the rows of the caches
+            need += position * layout.stored_row_bytes
+        need += layout.restoring_bytes(position)
         live.claim = self.memory.claim(need, found)
         try:
             buffers = yield from self.disk.promote(found, deeper, capacity, live.claim, request.job)
@@ -217,8 +218,7 @@ class Tiers:
         state = found.checkpoint
         snapshots = list(state.snapshots) if state is not None else []
         del state
-        # Of a run that is restored in part MLX makes copies on the way, an array at a time.
-        passing = found.cut_tokens() * layout.array_bytes
+        passing = layout.restoring_bytes(found.position, found.cut_tokens())
         try:
             blocks = live.claim_for(need + passing, found)
         except BudgetError:
@@ -257,7 +257,7 @@ class Tiers:
             cuts,
             branch_points=branch_points,
             row_bytes=live.stored_row_bytes,
-            snapshot_bytes=self._layout.snapshot_bytes,
+            snapshot_bytes=self._layout.stored_snapshot_bytes,
         )
         request.account.refused += len(cuts) - len(kept)
         return kept
@@ -295,7 +295,7 @@ class Tiers:
         tokens = request.tokens
         found = self.memory.find(request.namespace, tokens)
         missing = len(tokens) - found.match.matched
-        need = self._layout.snapshot_bytes + missing * self._layout.row_bytes
+        need = self._layout.stored_snapshot_bytes + missing * self._layout.stored_row_bytes
         try:
             self.memory.budget.make_room(need, found.nodes())
         except BudgetError:

@@ -13,6 +13,7 @@ from . import counting
 from .capture import CaptureHook
 from .kinds.idle import IdleKind, is_idle
 from .kinds.kind import LayerKind
+from .kinds.precision import FULL, N, StorePrecision
 from .kinds.recurrent import RecurrentKind
 from .kinds.rows import RowsKind
 from .kinds.window import ChunkedKind, FullWindowKind, WindowKind
@@ -92,7 +93,7 @@ class Layout:
     without the cache. `vocabulary` is the width of the model's logits. What its forward
     replaces of its own arrays is `rewritten`; `counted` is the model, where its forwards are. Beyond
     `slicing_limit` tokens, if not None, what the model computes depends on the slices in which a
-    prompt is read. Until `release` the model's own classes may be replaced.
+    prompt is read. With a `precision` `small_row_bytes` and `small_snapshot_bytes` are what is stored. Until `release` the model's own classes may be replaced.
     """
 
     kinds: tuple[LayerKind, ...]
@@ -104,23 +105,42 @@ class Layout:
     rewritten: Rewritten | None = None
     slicing_limit: int | None = None
     counted: Subclassed | None = None
+    precision: StorePrecision = FULL
+    small_row_bytes: int = 0
+    small_snapshot_bytes: int = 0
 
     @classmethod
-    def of(cls, model: Any, step: int = 2048, *, swa_full: bool = False) -> Layout:
+    def of(
+        cls,
+        model: Any,
+        step: int = 2048,
+        *,
+        swa_full: bool = False,
+        precision: StorePrecision = FULL,
+    ) -> Layout:
         """Learn the layout by letting the model read a few tokens into fresh caches.
 
-        `step` bounds a slice, in tokens; `swa_full` stores every row of sliding windows.
+        `step` bounds a slice, in tokens; `swa_full` stores every row of sliding windows; `precision` is
+        what the store keeps of numbers.
         """
         caches, rewritten = fresh_caches(model), Rewritten(model)
         listener = MaskListener(leaves(caches))
         logits = model(mx.array([[0] * LEARNT_FROM]), cache=caches)
         mx.eval(logits, [cache.state for cache in caches], rewritten.learn(model).arrays())
         layout = cls._seen(model, caches, logits.shape[-1], step, swa_full)
+        layout = layout._storing(precision, caches)
         limits = [each for each in (rotation_limit(model), listener.limit) if each is not None]
         return replace(layout, rewritten=rewritten, slicing_limit=min(limits, default=None))
 
     @classmethod
-    def traced(cls, model: Any, step: int = 2048, *, swa_full: bool = False) -> Layout:
+    def traced(
+        cls,
+        model: Any,
+        step: int = 2048,
+        *,
+        swa_full: bool = False,
+        precision: StorePrecision = FULL,
+    ) -> Layout:
         """The same layout without computing anything: the shapes of the forward that `of` runs.
 
         So the model's parameters may be lazy and larger than this machine. They stay so: whatever asks
@@ -131,7 +151,8 @@ class Layout:
         def read(token: mx.array) -> mx.array:
             caches = fresh_caches(model)
             logits = model(token, cache=caches)
-            found.append(cls._seen(model, caches, logits.shape[-1], step, swa_full))
+            layout = cls._seen(model, caches, logits.shape[-1], step, swa_full)
+            found.append(layout._storing(precision, caches))
             return token
 
         mx.compile(read)(mx.array([[0] * LEARNT_FROM]))
@@ -158,6 +179,20 @@ class Layout:
         family = type(model).__module__.rpartition(".")[2]
         blocks = _BLOCKS.get(family, 1)
         return cls(kinds, classes, (), hook, blocks, vocabulary, counted=counted)
+
+    def _storing(self, precision: StorePrecision, caches: Sequence[Any]) -> Layout:
+        """The same for a store of that precision. `caches` have read `LEARNT_FROM` tokens: only shapes count."""
+        if not precision:
+            return self
+        each = list(zip(self.kinds, leaves(caches), strict=True)) if self.kinds else []
+        return replace(
+            self,
+            precision=precision,
+            small_row_bytes=sum(precision.row_bytes(kind, cache) for kind, cache in each),
+            small_snapshot_bytes=sum(
+                precision.snapshot_bytes(kind, cache, LEARNT_FROM) for kind, cache in each
+            ),
+        )
 
     def release(self) -> None:
         """Let the model be what it was before: nothing listens to it or counts any more."""
@@ -229,6 +264,31 @@ class Layout:
     def snapshot_bytes(self) -> int:
         """Bytes that one checkpoint weighs at most."""
         return sum(kind.snapshot_bytes for kind in self.kinds)
+
+    @property
+    def stored_row_bytes(self) -> int:
+        """Bytes that one token's rows weigh in the store."""
+        return self.small_row_bytes if self.precision else self.row_bytes
+
+    @property
+    def stored_snapshot_bytes(self) -> int:
+        """Bytes that one checkpoint weighs in the store at most."""
+        return self.small_snapshot_bytes if self.precision else self.snapshot_bytes
+
+    def restoring_bytes(self, tokens: int, cut_tokens: int = 0) -> int:
+        """Bytes held for a moment while caches are filled with `tokens` that are stored.
+
+        MLX makes copies of a stretch that is restored in part, of `cut_tokens`, an array at a time. What
+        is small becomes full a layer at a time.
+        """
+        if not self.precision:
+            return cut_tokens * self.array_bytes
+        rows = tokens * max(kind.row_bytes for kind in self.kinds)
+        return rows + 2 * max(kind.snapshot_bytes for kind in self.kinds)
+
+    def stored(self, leaf: int, snapshot: N) -> N:
+        """A state of the layer number `leaf` as the store keeps it, unevaluated."""
+        return self.precision.snapshot(self.kinds[leaf], snapshot)
 
     def running_bytes(self, capacity: int) -> int:
         """Bytes that a live set of caches holds with room for `capacity` tokens."""

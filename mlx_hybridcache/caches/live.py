@@ -21,12 +21,7 @@ from ..tokens import Namespace, Tokens
 from . import checkpoint as checkpoints
 from .checkpoint import Checkpoint
 from .kinds.kind import Arrays
-from .kinds.rows import (
-    AXIS,
-    RowBlock,
-    compact,
-    evaluate_to_keep,
-)
+from .kinds.rows import RowBlock, evaluate_to_keep
 from .layout import Layout, leaves
 from .memory import MemoryFound, MemoryMaterializer, MemoryRows
 
@@ -36,12 +31,13 @@ RowsFrom = Callable[[int], MemoryRows | None]
 
 @dataclass(eq=False)
 class BufferColumn:
-    """One layer's buffer of keys or of values, `(1, heads, capacity, dim)`."""
+    """One layer's buffer of keys or of values, `(1, heads, capacity, dim)`; `copy` as the store keeps it."""
 
     leaf: int
     buffer: mx.array | None
     row_bytes: int
-    copies: list[mx.array] = field(default_factory=list)
+    copy: Callable[[mx.array], Arrays]
+    copies: list[Arrays] = field(default_factory=list)
 
     @property
     def nbytes(self) -> int:
@@ -49,7 +45,7 @@ class BufferColumn:
 
     def materialize(self, ranges: Ranges) -> None:
         assert self.buffer is not None
-        self.copies = [compact(self.buffer[:, :, a:b]) for a, b in ranges]
+        self.copies = [self.copy(self.buffer[:, :, a:b]) for a, b in ranges]
         evaluate_to_keep(self.copies)
         self.buffer = None
 
@@ -74,7 +70,7 @@ class LiveCaches(LazySource[RowBlock]):
         *,
         shares: bool = True,
     ):
-        super().__init__(namespace, tokens, layout.row_bytes)
+        super().__init__(namespace, tokens, layout.stored_row_bytes)
         self.caches: list[Any] = []
         self.position = 0
         self.capacity = 0
@@ -203,7 +199,9 @@ class LiveCaches(LazySource[RowBlock]):
 
     def passing_bytes(self, tokens: int) -> int:
         states = max(kind.snapshot_bytes for kind in self._layout.kinds)
-        return max(tokens * self._layout.array_bytes, states)
+        # What is small was granted room to become full with the rest (`restoring_bytes`).
+        moving = 0 if self._layout.precision else tokens * self._layout.array_bytes
+        return max(moving, states)
 
     def copies(self, ranges: Ranges) -> list[RowBlock]:
         made: list[RowBlock] = []
@@ -220,11 +218,19 @@ class LiveCaches(LazySource[RowBlock]):
         ]
         self.caches.clear()
         self._columns = [
-            BufferColumn(leaf, buffer, buffer.nbytes // buffer.shape[AXIS])
-            for leaf, arrays in enumerate(buffers)
-            for buffer in arrays
+            self._column(leaf, buffer) for leaf, arrays in enumerate(buffers) for buffer in arrays
         ]
         return [*self._columns]
+
+    def _column(self, leaf: int, buffer: mx.array) -> BufferColumn:
+        precision, kind = self._layout.precision, self._layout.kinds[leaf]
+        one_row = precision.rows(kind, (buffer[:, :, :1],))
+        return BufferColumn(
+            leaf,
+            buffer,
+            sum(x.nbytes for x in one_row),
+            lambda rows: precision.row_copies(kind, (rows,)),
+        )
 
     def materialized(self, ranges: Ranges) -> list[RowBlock]:
         columns, self._columns = self._columns, []
@@ -233,6 +239,6 @@ class LiveCaches(LazySource[RowBlock]):
         for index, (a, b) in enumerate(ranges):
             layers: list[list[mx.array]] = [[] for _ in range(count)]
             for column in columns:
-                layers[column.leaf].append(column.copies[index])
+                layers[column.leaf].extend(column.copies[index])
             made.append(RowBlock(a, b, tuple(map(tuple, layers))))
         return made

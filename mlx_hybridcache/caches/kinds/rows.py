@@ -18,7 +18,8 @@ class RowBlock:
     """Rows of positions `[start, end)` for every layer that keeps rows.
 
     `layers[i]` holds that layer's keys `(1, heads, end - start, key_dim)` and values, compact and
-    evaluated: a view would keep the running cache's whole buffer alive.
+    evaluated: a view would keep the running cache's whole buffer alive. In a smaller store each is
+    integers and then scales, with the same tokens along the same axis (`precision`).
     """
 
     start: int
@@ -71,6 +72,7 @@ class RowsKind(LayerKind):
     headroom: bool  # False for caches that take exactly what is there, and grow by concatenation
 
     goes_back = True
+    stores_small = "rows"
 
     @classmethod
     def seen(cls, cache: Any, headroom: bool) -> RowsKind:

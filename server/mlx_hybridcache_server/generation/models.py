@@ -183,6 +183,8 @@ def _cache(
         max_conversations=settings.prompt_cache_size or None,
         max_checkpoints=settings.max_checkpoints,
         swa_full=settings.swa_full,
+        store_kv=settings.store_kv,
+        store_state=settings.store_state,
         memory_reserve=settings.memory_reserve,
         cache_dir=settings.cache_dir if settings.uses_cache else None,
         disk_budget=settings.disk_budget if settings.uses_cache else None,
