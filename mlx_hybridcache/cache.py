@@ -103,8 +103,7 @@ class HybridPromptCache:
     is a patch, the path of one, or "auto": experts that compute the same get one router row in `model` itself, and
     it selects by groups from then on.
 
-    Raises `BudgetError` when the budget is smaller than one checkpoint with its rows, `RouterError`
-    for a patch that was made for another model.
+    Raises `BudgetError` for a budget smaller than one checkpoint with its rows, `RouterError` for another model's patch.
     """
 
     @known_keywords

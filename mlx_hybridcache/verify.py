@@ -127,14 +127,15 @@ def verify(
     limit = layout.slicing_limit
     measured = probe(model, max(prompts, key=len)[:limit], step) if limit != 0 else 0.0
     allowed = 0.0 if exact else measured * MARGIN
-    if tolerance is not None or store_kv is not None or store_state is not None:
+    small = {"store_kv": store_kv, "store_state": store_state}
+    if tolerance is not None or any(small.values()):
         allowed = math.inf if tolerance is None else tolerance
     settings: dict[str, Any] = {
         "prefill_step_size": step,
         "checkpoint_every": step,
         "checkpoint_min_step": max(1, step // 4),
         "exact": exact,
-        **{"store_kv": store_kv, "store_state": store_state},
+        **small,
     }
     with HybridPromptCache(model, **settings) as cache:
         for prompt in prompts:
