@@ -9,7 +9,6 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
 
 import mlx.core as mx
@@ -101,7 +100,8 @@ class HybridPromptCache:
     where every branch of one, such as a regenerated reply, counts; `max_checkpoints` how many checkpoints lie on
     the way to any position. `cache_salt` separates those who must not share; every call can name its own. `router`
     is a patch, the path of one, or "auto": experts that compute the same get one router row in `model` itself, and
-    it selects by groups from then on.
+    it selects by groups from then on. With `kv_bits` keys and values are quantized in groups of `kv_group_size`,
+    those of all tokens as soon as one behind `quantized_kv_start` is read, in each layer whose attention can look at such.
 
     Raises `BudgetError` for a budget smaller than one checkpoint with its rows, `RouterError` for another model's patch.
     """
@@ -126,6 +126,9 @@ class HybridPromptCache:
         cache_dir: str | Path | None = None,
         disk_budget: int | str | None = None,
         router: Patch | str | Path | None = None,
+        kv_bits: int | None = None,
+        kv_group_size: int = 64,
+        quantized_kv_start: int = 0,
         cache_salt: str = "",
     ):
         tokenizer = _checked(model, tokenizer, cache_salt)
@@ -144,6 +147,9 @@ class HybridPromptCache:
             cache_dir=cache_dir,
             disk_budget=disk_budget,
             router=router,
+            kv_bits=kv_bits,
+            kv_group_size=kv_group_size,
+            quantized_kv_start=quantized_kv_start,
         )
         self._open(model, tokenizer, settings, cache_salt)
 
@@ -342,11 +348,7 @@ class HybridPromptCache:
         mx.eval([cache.state for cache in prompt_cache])  # lazy arrays belong to this thread
         request = self.engine.sharing.request(history, self._prompts.salt_of(cache_salt), 1)
         if not self.worker.call(self.engine.tiers.save_foreign, request, prompt_cache):
-            raise BudgetError(
-                "Nothing was saved: there was no room (raise memory_budget or release caches)"
-                + layout.stores_every_slice * ", or rows have left a sliding window"
-                + "."
-            )
+            raise _not_saved(layout)
 
     # Looking and keeping
 
@@ -461,12 +463,7 @@ class HybridPromptCache:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def _request(
@@ -542,6 +539,14 @@ def _check_savable(layout: Layout, tokens: int, caches: Sequence[Any], *, exact:
     why = layout.mismatch(caches, tokens)
     if why is not None:
         raise CacheMismatchError(f"Cannot save {tokens} tokens: {why}. Nothing was stored.")
+
+
+def _not_saved(layout: Layout) -> BudgetError:
+    return BudgetError(
+        "Nothing was saved: there was no room (raise memory_budget or release caches)"
+        + layout.stores_every_slice * ", or rows have left a sliding window"
+        + "."
+    )
 
 
 def _handed_over(

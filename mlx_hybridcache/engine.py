@@ -16,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.generate import GenerationResponse
 
-from .caches.layout import Layout, fresh_caches
+from .caches.layout import Layout
 from .caches.live import LiveCaches
 from .caches.relief import Relief
 from .decode.decoder import Decoder
@@ -185,7 +185,7 @@ class Engine:
         live = self.tiers.live(request, shares=False)
         with self._keeping(request, live):
             if self.layout.unsupported:
-                live.stand(fresh_caches(self.model), 0, 0)
+                live.stand(self.layout.fresh_caches(self.model), 0, 0)
                 request.account.report = request.uncached_report([], self.layout.unsupported)
             elif read:
                 yield from self.read(request, live)
@@ -224,6 +224,10 @@ class Engine:
         with self._keeping(request, live):
             live.claim = self.tiers.memory.claim(self.layout.running_bytes(request.rows))
             self.tiers.publish()
+            if (
+                why == ["use_cache=False"] and self.layout.precision is not None
+            ):  # the same, unstored
+                options = {**options, "prompt_cache": self.layout.fresh_caches(self.model)}
             yield from respond_uncached(
                 self.model,
                 self.tokenizer,
@@ -231,7 +235,7 @@ class Engine:
                 live.claim,
                 options,
                 step=self.sharing.step,
-                row_bytes=self.layout.row_bytes,
+                growth=self.layout.growth_bytes,
             )
 
     # What is stored

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from . import models
-from .caches.kinds.precision import StorePrecision, precision
+from .caches.kinds.smaller import StorePrecision, smaller
 from .caches.layout import Layout
 from .caches.memory import MemoryStore
+from .caches.quantizing.precision import Precision
 from .caches.relief import Relief
 from .caches.room import ROW_STEP, longest_prompt
 from .decode import batch_check as batching
@@ -63,6 +64,9 @@ class CacheSettings:
     cache_dir: str | Path | None
     disk_budget: int | str | None
     router: Patch | str | Path | None
+    kv_bits: int | None
+    kv_group_size: int
+    quantized_kv_start: int
 
     def __post_init__(self) -> None:
         check_counts(
@@ -70,29 +74,45 @@ class CacheSettings:
             checkpoint_every=self.checkpoint_every,
             checkpoint_min_step=self.checkpoint_min_step,
         )
+        _ = self.precision  # which checks it
         if self.disk_budget is not None and self.cache_dir is None:
             raise SettingError("disk_budget needs a cache_dir to hold.")
-        if self.precision and self.exact:
+        if self.storing and self.precision is not None:
+            raise SettingError(
+                "kv_bits makes rows small while requests run too; leave store_kv and store_state out."
+            )
+        if self.storing and self.exact:
             raise SettingError(
                 "A smaller store gives back rounded numbers, so exact cannot hold with store_kv or "
                 "store_state. Leave one of them out."
             )
 
     @property
-    def precision(self) -> StorePrecision:
+    def storing(self) -> StorePrecision:
         """What the store keeps of numbers."""
-        return precision(self.store_kv, self.store_state)
+        return smaller(self.store_kv, self.store_state)
 
     @property
     def every(self) -> int:
         """The distance of grid cuts: whole slices."""
         return -(-self.checkpoint_every // self.prefill_step_size) * self.prefill_step_size
 
+    @property
+    def precision(self) -> Precision | None:
+        """What rows are quantized to, and from where on; None where they stay as they are."""
+        if self.kv_bits is None:
+            return None
+        return Precision(self.kv_bits, self.kv_group_size, self.quantized_kv_start)
+
     def layout(self, model: Any) -> Layout:
         """How the model's caches come apart. To be released, whatever comes."""
         models.evaluate(model)
         return Layout.of(
-            model, self.prefill_step_size, swa_full=self.swa_full, precision=self.precision
+            model,
+            self.prefill_step_size,
+            swa_full=self.swa_full,
+            precision=self.precision,
+            storing=self.storing,
         )
 
     def engine(
@@ -104,13 +124,15 @@ class CacheSettings:
                 "%s cannot be stored by this version: requests are served without the cache.",
                 ", ".join(layout.unsupported),
             )
+        elif self.precision is not None:
+            _say_what_is_quantized(layout)
         store = self._store(model, layout, references)
         if self.router is not None:
             from .router.choose import choose_patch  # with the search for one, which few ask for
 
             apply(model, choose_patch(model, tokenizer, self.router))
         step = self.prefill_step_size
-        sharing = Sharing(self._digest(model), layout, step, self.every, self.exact)
+        sharing = Sharing(self._digest(model, layout), layout, step, self.every, self.exact)
         grid = Grid(step, self.every, self.checkpoint_min_step, layout.alignment)
         tiers = Tiers(model, layout, sharing, store)
         reserve = self.memory_reserve
@@ -162,7 +184,7 @@ class CacheSettings:
         smallest = (
             layout.running_bytes(ROW_STEP)
             + layout.stored_snapshot_bytes
-            + ROW_STEP * layout.stored_row_bytes
+            + layout.rows_nbytes(0, ROW_STEP)
             + layout.restoring_bytes(ROW_STEP)
         )
         if store.budget.limit_bytes < smallest:
@@ -172,7 +194,7 @@ class CacheSettings:
             )
         return store
 
-    def _digest(self, model: Any) -> str:
+    def _digest(self, model: Any, layout: Layout) -> str:
         device: tuple[object, ...] = (
             str(mx.default_device()),
             version("mlx"),
@@ -184,15 +206,16 @@ class CacheSettings:
             model=models.fingerprint(model),
             swa_full=self.swa_full,
             exact=device if self.exact else False,
+            **({} if layout.precision is None else {"kv": layout.precision}),
             # The rows are in the fingerprint, how they are selected from is not.
             **({} if (selection := applied(model)) is None else {"router": selection}),
-            **({"store": (self.store_kv, self.store_state)} if self.precision else {}),
+            **({"store": (self.store_kv, self.store_state)} if self.storing else {}),
         )
 
 
 def _store_error(engine: Engine) -> StoreError | None:
     layout = engine.layout
-    if not layout.precision or layout.unsupported:
+    if not layout.storing or layout.unsupported:
         return None
     sizes = (layout.row_bytes, layout.snapshot_bytes)
     if sizes == (layout.stored_row_bytes, layout.stored_snapshot_bytes):
@@ -202,6 +225,24 @@ def _store_error(engine: Engine) -> StoreError | None:
     error = measure(engine.model, engine.tokenizer, layout)
     log.info("The smaller store, measured on this model: %s.", error.sentence)
     return error
+
+
+def _say_what_is_quantized(layout: Layout) -> None:
+    """Nothing that was asked for is passed over in silence."""
+    if layout.precision is None:
+        log.warning(
+            "kv_bits has no effect: no layer of this model has attention that looks at quantized rows, "
+            "or rows of whole groups. Prompts are cached in full precision."
+        )
+        return
+    log.info(
+        "Keys and values of %d of %d layers are quantized to %d bits from position %d on; windows and "
+        "states stay in full precision. Replies are decoded one by one.",
+        len(layout.quantized),
+        len(layout.kinds),
+        layout.precision.bits,
+        layout.quantized_start,
+    )
 
 
 def info(engine: Engine) -> CacheInfo:

@@ -190,8 +190,8 @@ class Tiers:
         """
         layout, capacity, position = self._layout, request.rows, deeper.position
         need = layout.running_bytes(capacity) + layout.stored_snapshot_bytes
-        if layout.stores_every_slice or layout.precision:  # beside the rows of the caches
-            need += position * layout.stored_row_bytes
+        if layout.stores_every_slice or layout.storing:  # beside the rows of the caches
+            need += layout.rows_nbytes(0, position)
         need += layout.restoring_bytes(position)
         live.claim = self.memory.claim(need, found)
         try:
@@ -294,8 +294,8 @@ class Tiers:
         """Checkpoint caches that others read, at the end of the request's tokens, if there is room."""
         tokens = request.tokens
         found = self.memory.find(request.namespace, tokens)
-        missing = len(tokens) - found.match.matched
-        need = self._layout.stored_snapshot_bytes + missing * self._layout.stored_row_bytes
+        need = self._layout.stored_snapshot_bytes
+        need += self._layout.rows_nbytes(found.match.matched, len(tokens))
         try:
             self.memory.budget.make_room(need, found.nodes())
         except BudgetError:

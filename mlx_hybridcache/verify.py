@@ -126,10 +126,8 @@ def verify(
     layout.release()
     limit = layout.slicing_limit
     measured = probe(model, max(prompts, key=len)[:limit], step) if limit != 0 else 0.0
-    allowed = 0.0 if exact else measured * MARGIN
     small = {"store_kv": store_kv, "store_state": store_state}
-    if tolerance is not None or any(small.values()):
-        allowed = math.inf if tolerance is None else tolerance
+    allowed = _allowed(0.0 if exact else measured * MARGIN, tolerance, is_small=any(small.values()))
     settings: dict[str, Any] = {
         "prefill_step_size": step,
         "checkpoint_every": step,
@@ -146,6 +144,13 @@ def verify(
             points.append(_compare(model, cache, position, prompt, settings))
             on_point(done + 1, len(stops))
     return Proof(measured, allowed, tuple(points))
+
+
+def _allowed(by_probe: float, tolerance: float | None, *, is_small: bool) -> float:
+    """The largest difference that passes; without a tolerance any does beside a smaller store."""
+    if tolerance is not None:
+        return tolerance
+    return math.inf if is_small else by_probe
 
 
 def _restore_points(

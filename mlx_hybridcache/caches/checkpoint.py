@@ -9,9 +9,9 @@ from typing import Any
 import mlx.core as mx
 
 from .kinds.kind import Arrays, LayerKind, Parts, Snapshot
-from .kinds.precision import StorePrecision, full, full_pieces
 from .kinds.rows import RowBlock, compact, evaluate_to_keep
-from .layout import Layout, fresh_caches, leaves
+from .kinds.smaller import StorePrecision, full, full_pieces
+from .layout import Layout, leaves
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ def move_state(layout: Layout, caches: Sequence[Any], position: int) -> Checkpoi
 
 def _kept(layout: Layout, snapshot: Snapshot | None) -> Snapshot | None:
     """What is made small is computed at once, a layer at a time, and then copied out of recycled buffers."""
-    if not layout.precision or snapshot is None:
+    if not layout.storing or snapshot is None:
         return snapshot
     mx.eval(snapshot.arrays)
     return Snapshot(tuple(None if x is None else compact(x) for x in snapshot.arrays))
@@ -86,13 +86,13 @@ def take_rows(layout: Layout, caches: Sequence[Any], start: int, end: int) -> Ro
     taken = stored_rows(layout, view.layers)
     del view
     evaluate_to_keep(taken)
-    return RowBlock(start, end, taken)
+    return RowBlock(start, end, taken, layout.spans)
 
 
 def stored_rows(layout: Layout, rows: Sequence[Arrays]) -> tuple[Arrays, ...]:
     """Copies of every layer's rows as the store keeps them, not yet evaluated."""
     return tuple(
-        layout.precision.row_copies(kind, arrays)
+        layout.storing.row_copies(kind, arrays)
         for kind, arrays in zip(layout.kinds, rows, strict=True)
     )
 
@@ -105,7 +105,7 @@ def view_rows(layout: Layout, caches: Sequence[Any], start: int, end: int) -> Ro
         if rows is None:
             return None
         views.append(rows)
-    return RowBlock(start, end, tuple(views))
+    return RowBlock(start, end, tuple(views), layout.spans)
 
 
 def restore(
@@ -130,8 +130,8 @@ def restore(
     holds some of these arrays, which are let go of as they are copied: no more than one is held twice.
     Both lists are emptied.
     """
-    caches = fresh_caches(model)
-    is_let_go = is_spent or bool(layout.precision)
+    caches = layout.fresh_caches(model)
+    is_let_go = is_spent or bool(layout.storing)
     pieces = [list(block.piece(block.start, min(block.end, position))) for block in blocks]
     blocks.clear()
     for index, (kind, cache) in enumerate(zip(layout.kinds, leaves(caches), strict=True)):
@@ -139,8 +139,8 @@ def restore(
         for piece in pieces:
             piece[index] = ()
         snapshot = _popped(snapshots)
-        if layout.precision:
-            every, snapshot = _in_full(layout.precision, kind, every, snapshot)
+        if layout.storing:
+            every, snapshot = _in_full(layout.storing, kind, every, snapshot)
         kind.fill(cache, Parts(every, is_let_go), snapshot, position, capacity)
         del every, snapshot
         if is_let_go:
@@ -151,14 +151,14 @@ def restore(
 
 
 def _in_full(
-    precision: StorePrecision,
+    storing: StorePrecision,
     kind: LayerKind,
     every: list[list[mx.array]],
     snapshot: Snapshot | None,
 ) -> tuple[list[list[mx.array]], Snapshot | None]:
     """One layer's rows and state in full, which nobody else holds."""
     state = None if snapshot is None else Snapshot(full(snapshot.arrays))
-    return list(full_pieces(precision, kind, every)), state
+    return list(full_pieces(storing, kind, every)), state
 
 
 def _popped(snapshots: list[Snapshot | None]) -> Snapshot | None:

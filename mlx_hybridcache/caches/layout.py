@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import count
 from typing import Any
 
 import mlx.core as mx
@@ -13,10 +15,14 @@ from . import counting
 from .capture import CaptureHook
 from .kinds.idle import IdleKind, is_idle
 from .kinds.kind import LayerKind
-from .kinds.precision import FULL, N, StorePrecision
+from .kinds.quantized import END, QuantizedRowsKind
 from .kinds.recurrent import RecurrentKind
-from .kinds.rows import RowsKind
+from .kinds.rows import RowsKind, Span
+from .kinds.smaller import FULL, N, StorePrecision
 from .kinds.window import ChunkedKind, FullWindowKind, WindowKind
+from .quantizing import forwards, trial
+from .quantizing.cache import QuantizingCache
+from .quantizing.precision import Precision
 from .rewritten import Rewritten
 from .slicing import MaskListener, rotation_limit
 from .subclassed import Subclassed
@@ -40,6 +46,8 @@ _BLOCKS = {
 }
 """Families whose recurrent layers are computed in blocks of so many tokens (`ssm_attn` and kin)."""
 
+EVERYWHERE: Span = (0, END)
+
 LEARNT_FROM = 8
 """Tokens that a model reads so that its layout is learnt: states that begin with their tokens, such
 as the context of n-grams, have their full size by then."""
@@ -48,6 +56,18 @@ as the context of n-grams, have their full size by then."""
 def fresh_caches(model: Any) -> list[Any]:
     """The model's own empty caches, as mlx-lm makes them."""
     return list(mlx_caches.make_prompt_cache(model))
+
+
+def replaced(caches: Sequence[Any], which: Collection[int], make: Callable[[], Any]) -> list[Any]:
+    """The caches with others in place of the leaves whose numbers are in `which`."""
+    numbers = count()
+
+    def opened(cache: Any) -> Any:
+        if isinstance(cache, mlx_caches.CacheList):
+            return mlx_caches.CacheList(*map(opened, cache.caches))
+        return make() if next(numbers) in which else cache
+
+    return [opened(cache) for cache in caches] if which else [*caches]
 
 
 def leaves(caches: Sequence[Any]) -> list[Any]:
@@ -77,6 +97,10 @@ def selects_rows(caches: Sequence[Any]) -> bool:
     return any(not mx.any(child.state[1]).item() for child in beside)
 
 
+def _made(model: Any, which: Collection[int], make: Callable[[], Any]) -> list[Any]:
+    return replaced(fresh_caches(model), which, make)
+
+
 def _kind(cache: Any, step: int, swa_full: bool) -> LayerKind:
     if is_idle(cache):
         return IdleKind()
@@ -91,9 +115,11 @@ class Layout:
 
     `unsupported` names the cache classes that are in no table; a model that has any is served
     without the cache. `vocabulary` is the width of the model's logits. What its forward
-    replaces of its own arrays is `rewritten`; `counted` is the model, where its forwards are. Beyond
+    replaces of its own arrays is `rewritten`; `counted` is the model, where its forwards are. The leaves in
+    `quantized` keep rows of `precision`, and `split` is the model where its forwards stop at the start. Beyond
     `slicing_limit` tokens, if not None, what the model computes depends on the slices in which a
-    prompt is read. With a `precision` `small_row_bytes` and `small_snapshot_bytes` are what is stored. Until `release` the model's own classes may be replaced.
+    prompt is read. In a smaller store, as `storing` says, a token weighs `small_row_bytes` and a checkpoint
+    `small_snapshot_bytes`. Until `release` the model's own classes may be replaced.
     """
 
     kinds: tuple[LayerKind, ...]
@@ -105,7 +131,10 @@ class Layout:
     rewritten: Rewritten | None = None
     slicing_limit: int | None = None
     counted: Subclassed | None = None
-    precision: StorePrecision = FULL
+    quantized: frozenset[int] = frozenset()
+    precision: Precision | None = None
+    split: Subclassed | None = None
+    storing: StorePrecision = FULL
     small_row_bytes: int = 0
     small_snapshot_bytes: int = 0
 
@@ -116,21 +145,24 @@ class Layout:
         step: int = 2048,
         *,
         swa_full: bool = False,
-        precision: StorePrecision = FULL,
+        precision: Precision | None = None,
+        storing: StorePrecision = FULL,
     ) -> Layout:
         """Learn the layout by letting the model read a few tokens into fresh caches.
 
         `step` bounds a slice, in tokens; `swa_full` stores every row of sliding windows; `precision` is
-        what the store keeps of numbers.
+        what rows are quantized to where the model's attention can look at such; `storing` is what a smaller
+        store keeps of numbers.
         """
         caches, rewritten = fresh_caches(model), Rewritten(model)
         listener = MaskListener(leaves(caches))
         logits = model(mx.array([[0] * LEARNT_FROM]), cache=caches)
         mx.eval(logits, [cache.state for cache in caches], rewritten.learn(model).arrays())
         layout = cls._seen(model, caches, logits.shape[-1], step, swa_full)
-        layout = layout._storing(precision, caches)
+        layout = layout._smaller(storing, caches)
         limits = [each for each in (rotation_limit(model), listener.limit) if each is not None]
-        return replace(layout, rewritten=rewritten, slicing_limit=min(limits, default=None))
+        layout = replace(layout, rewritten=rewritten, slicing_limit=min(limits, default=None))
+        return layout._quantized(model, precision, trial.computed)
 
     @classmethod
     def traced(
@@ -139,7 +171,8 @@ class Layout:
         step: int = 2048,
         *,
         swa_full: bool = False,
-        precision: StorePrecision = FULL,
+        precision: Precision | None = None,
+        storing: StorePrecision = FULL,
     ) -> Layout:
         """The same layout without computing anything: the shapes of the forward that `of` runs.
 
@@ -152,11 +185,11 @@ class Layout:
             caches = fresh_caches(model)
             logits = model(token, cache=caches)
             layout = cls._seen(model, caches, logits.shape[-1], step, swa_full)
-            found.append(layout._storing(precision, caches))
+            found.append(layout._smaller(storing, caches))
             return token
 
         mx.compile(read)(mx.array([[0] * LEARNT_FROM]))
-        return found[0]
+        return found[0]._quantized(model, precision, trial.traced)
 
     @classmethod
     def _seen(
@@ -180,23 +213,54 @@ class Layout:
         blocks = _BLOCKS.get(family, 1)
         return cls(kinds, classes, (), hook, blocks, vocabulary, counted=counted)
 
-    def _storing(self, precision: StorePrecision, caches: Sequence[Any]) -> Layout:
+    def _smaller(self, storing: StorePrecision, caches: Sequence[Any]) -> Layout:
         """The same for a store of that precision. `caches` have read `LEARNT_FROM` tokens: only shapes count."""
-        if not precision:
+        if not storing:
             return self
         each = list(zip(self.kinds, leaves(caches), strict=True)) if self.kinds else []
         return replace(
             self,
-            precision=precision,
-            small_row_bytes=sum(precision.row_bytes(kind, cache) for kind, cache in each),
+            storing=storing,
+            small_row_bytes=sum(storing.row_bytes(kind, cache) for kind, cache in each),
             small_snapshot_bytes=sum(
-                precision.snapshot_bytes(kind, cache, LEARNT_FROM) for kind, cache in each
+                storing.snapshot_bytes(kind, cache, LEARNT_FROM) for kind, cache in each
             ),
         )
 
+    def _quantized(self, model: Any, precision: Precision | None, takes: trial.Takes) -> Layout:
+        """The same with quantized rows in each layer whose attention can look at them."""
+        if precision is None:
+            return self
+        kinds = {
+            leaf: kind
+            for leaf, each in enumerate(self.kinds)
+            if self.classes[leaf] is mlx_caches.KVCache
+            and (kind := trial.quantized_kind(each, precision)) is not None
+        }
+        able = trial.able(model, partial(_made, model), kinds, precision, takes)
+        if not able:
+            return self
+        every = range(len(self.kinds))
+        return replace(
+            self,
+            kinds=tuple(kinds[leaf] if leaf in able else self.kinds[leaf] for leaf in every),
+            classes=tuple(
+                QuantizingCache if leaf in able else self.classes[leaf] for leaf in every
+            ),
+            quantized=able,
+            precision=precision,
+            split=forwards.split(model, leaves) if precision.start else None,
+        )
+
+    def fresh_caches(self, model: Any) -> list[Any]:
+        """The model's own empty caches, with ours in place of those whose rows are quantized."""
+        if self.precision is None:
+            return fresh_caches(model)
+        return _made(model, self.quantized, partial(QuantizingCache, self.precision))
+
     def release(self) -> None:
-        """Let the model be what it was before: nothing listens to it or counts any more."""
-        for each in (self.hook, self.counted):
+        """Let the model be what it was before: nothing listens to it, counts or stops it any more."""
+        for each in (self.hook, self.counted, self.split):
             if each is not None:
                 each.release()
 
@@ -256,6 +320,19 @@ class Layout:
         return sum(kind.row_bytes for kind in self.kinds)
 
     @property
+    def most_row_bytes(self) -> int:
+        """The most of it, before rows are quantized or behind that."""
+        if self.storing:
+            return self.small_row_bytes
+        return max(self.row_bytes, self.rows_nbytes(0, 1))
+
+    def rows_nbytes(self, start: int, end: int) -> int:
+        """Bytes that the stored rows of `[start, end)` weigh."""
+        if self.storing:
+            return (end - start) * self.small_row_bytes
+        return sum(kind.rows_nbytes(start, end) for kind in self.kinds)
+
+    @property
     def array_bytes(self) -> int:
         """Bytes of one token in the largest array of rows: one layer's keys, or its values."""
         return max((kind.array_bytes for kind in self.kinds), default=0)
@@ -268,12 +345,12 @@ class Layout:
     @property
     def stored_row_bytes(self) -> int:
         """Bytes that one token's rows weigh in the store."""
-        return self.small_row_bytes if self.precision else self.row_bytes
+        return self.small_row_bytes if self.storing else self.row_bytes
 
     @property
     def stored_snapshot_bytes(self) -> int:
         """Bytes that one checkpoint weighs in the store at most."""
-        return self.small_snapshot_bytes if self.precision else self.snapshot_bytes
+        return self.small_snapshot_bytes if self.storing else self.snapshot_bytes
 
     def restoring_bytes(self, tokens: int, cut_tokens: int = 0) -> int:
         """Bytes held for a moment while caches are filled with `tokens` that are stored.
@@ -281,18 +358,41 @@ class Layout:
         MLX makes copies of a stretch that is restored in part, of `cut_tokens`, an array at a time. What
         is small becomes full a layer at a time.
         """
-        if not self.precision:
+        if not self.storing:
             return cut_tokens * self.array_bytes
         rows = tokens * max(kind.row_bytes for kind in self.kinds)
         return rows + 2 * max(kind.snapshot_bytes for kind in self.kinds)
 
     def stored(self, leaf: int, snapshot: N) -> N:
         """A state of the layer number `leaf` as the store keeps it, unevaluated."""
-        return self.precision.snapshot(self.kinds[leaf], snapshot)
+        return self.storing.snapshot(self.kinds[leaf], snapshot)
 
     def running_bytes(self, capacity: int) -> int:
         """Bytes that a live set of caches holds with room for `capacity` tokens."""
-        return capacity * self.row_bytes + sum(kind.running_bytes for kind in self.kinds)
+        return sum(kind.buffer_nbytes(capacity) + kind.running_bytes for kind in self.kinds)
+
+    def growth_bytes(self, capacity: int, rows: int) -> int:
+        """What it holds more with room for so many tokens more."""
+        return self.running_bytes(capacity + rows) - self.running_bytes(capacity)
+
+    @property
+    def quantized_start(self) -> int:
+        """The position where slices must end because rows are quantized from there on; 0 for none."""
+        return 0 if self.precision is None else self.precision.start
+
+    @property
+    def spans(self) -> tuple[tuple[Span, ...], ...]:
+        """Of which positions each array of rows has them, by layer; empty where all have all."""
+        if not self.quantized_start:
+            return ()
+        return tuple(
+            kind.spans if isinstance(kind, QuantizedRowsKind) else (EVERYWHERE, EVERYWHERE)
+            for kind in self.kinds
+        )
+
+    def spans_of(self, leaf: int, arrays: int) -> tuple[Span, ...]:
+        """The same of a layer that has so many."""
+        return self.spans[leaf][:arrays] if self.quantized_start else (EVERYWHERE,) * arrays
 
     def mismatch(self, caches: Sequence[Any], position: int) -> str | None:
         """Why `caches` are not this model's standing at `position`; None where they are."""

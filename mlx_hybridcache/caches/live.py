@@ -21,7 +21,12 @@ from ..tokens import Namespace, Tokens
 from . import checkpoint as checkpoints
 from .checkpoint import Checkpoint
 from .kinds.kind import Arrays
-from .kinds.rows import RowBlock, evaluate_to_keep
+from .kinds.rows import (
+    RowBlock,
+    Span,
+    evaluate_to_keep,
+    rows_in,
+)
 from .layout import Layout, leaves
 from .memory import MemoryFound, MemoryMaterializer, MemoryRows
 
@@ -31,11 +36,15 @@ RowsFrom = Callable[[int], MemoryRows | None]
 
 @dataclass(eq=False)
 class BufferColumn:
-    """One layer's buffer of keys or of values, `(1, heads, capacity, dim)`; `copy` as the store keeps it."""
+    """One layer's buffer of keys or of values, `(1, heads, capacity, dim)`, with rows of the positions in `span`.
+
+    `copy` makes of them what the store keeps.
+    """
 
     leaf: int
     buffer: mx.array | None
     row_bytes: int
+    span: Span
     copy: Callable[[mx.array], Arrays]
     copies: list[Arrays] = field(default_factory=list)
 
@@ -43,9 +52,15 @@ class BufferColumn:
     def nbytes(self) -> int:
         return self.buffer.nbytes if self.buffer is not None else 0
 
+    def tokens_in(self, ranges: Ranges) -> int:
+        return sum(b - a for a, b in self._rows(ranges))
+
+    def _rows(self, ranges: Ranges) -> list[tuple[int, int]]:
+        return [rows_in(self.span, a, b) for a, b in ranges]
+
     def materialize(self, ranges: Ranges) -> None:
         assert self.buffer is not None
-        self.copies = [self.copy(self.buffer[:, :, a:b]) for a, b in ranges]
+        self.copies = [self.copy(self.buffer[:, :, a:b]) for a, b in self._rows(ranges)]
         evaluate_to_keep(self.copies)
         self.buffer = None
 
@@ -131,8 +146,8 @@ class LiveCaches(LazySource[RowBlock]):
 
     def grow(self, rows: int) -> None:
         """Room for so many tokens more, while old buffers and new ones are both held for a moment."""
-        passing = self.capacity * max(kind.row_bytes for kind in self._layout.kinds)
-        self.claim.grow(rows * self._layout.row_bytes, passing=passing)
+        passing = max(kind.buffer_nbytes(self.capacity) for kind in self._layout.kinds)
+        self.claim.grow(self._layout.growth_bytes(self.capacity, rows), passing=passing)
         self.capacity += rows
         checkpoints.grow(self._layout, self.caches, self.capacity)
 
@@ -163,7 +178,10 @@ class LiveCaches(LazySource[RowBlock]):
     @property
     def stored_row_bytes(self) -> int:
         """What a token's rows add to the store now: nothing where they stay here."""
-        return 0 if self._shares else self.row_bytes
+        return 0 if self._shares else self._layout.most_row_bytes
+
+    def rows_nbytes(self, start: int, end: int) -> int:
+        return self._layout.rows_nbytes(start, end)
 
     def rows_to(self, end: int, copied: RowsFrom | None = None) -> RowsFrom:
         """What the store gets up to `end`: lazy rows, or what `copied` makes, by itself copies."""
@@ -200,7 +218,7 @@ class LiveCaches(LazySource[RowBlock]):
     def passing_bytes(self, tokens: int) -> int:
         states = max(kind.snapshot_bytes for kind in self._layout.kinds)
         # What is small was granted room to become full with the rest (`restoring_bytes`).
-        moving = 0 if self._layout.precision else tokens * self._layout.array_bytes
+        moving = 0 if self._layout.storing else tokens * self._layout.array_bytes
         return max(moving, states)
 
     def copies(self, ranges: Ranges) -> list[RowBlock]:
@@ -218,18 +236,21 @@ class LiveCaches(LazySource[RowBlock]):
         ]
         self.caches.clear()
         self._columns = [
-            self._column(leaf, buffer) for leaf, arrays in enumerate(buffers) for buffer in arrays
+            self._column(leaf, buffer, span)
+            for leaf, arrays in enumerate(buffers)
+            for buffer, span in zip(arrays, self._layout.spans_of(leaf, len(arrays)), strict=True)
         ]
         return [*self._columns]
 
-    def _column(self, leaf: int, buffer: mx.array) -> BufferColumn:
-        precision, kind = self._layout.precision, self._layout.kinds[leaf]
-        one_row = precision.rows(kind, (buffer[:, :, :1],))
+    def _column(self, leaf: int, buffer: mx.array, span: Span) -> BufferColumn:
+        storing, kind = self._layout.storing, self._layout.kinds[leaf]
+        one_row = storing.rows(kind, (buffer[:, :, :1],))
         return BufferColumn(
             leaf,
             buffer,
             sum(x.nbytes for x in one_row),
-            lambda rows: precision.row_copies(kind, (rows,)),
+            span,
+            lambda rows: storing.row_copies(kind, (rows,)),
         )
 
     def materialized(self, ranges: Ranges) -> list[RowBlock]:
@@ -240,5 +261,5 @@ class LiveCaches(LazySource[RowBlock]):
             layers: list[list[mx.array]] = [[] for _ in range(count)]
             for column in columns:
                 layers[column.leaf].extend(column.copies[index])
-            made.append(RowBlock(a, b, tuple(map(tuple, layers))))
+            made.append(RowBlock(a, b, tuple(map(tuple, layers)), self._layout.spans))
         return made

@@ -28,6 +28,10 @@ NOISE = 8.0
 
 def shown(model: Any, layout: Layout) -> bool:
     """Whether what this model computes in a batch is what it computes alone; said where it is not."""
+    if layout.precision is not None:
+        return (
+            False  # mlx-lm has no batches of quantized rows, as was said when they were asked for
+        )
     if not layout.merges:
         log.info("Replies are decoded one by one: batches of this model's caches are not exact.")
         return False

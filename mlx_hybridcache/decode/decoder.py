@@ -102,7 +102,7 @@ class Decoder:
         if reply.made or not reply.has_caches or steps.has_room:
             return True
         store, count = self._store, len(steps.replies)
-        need = count * steps.more_rows * self._layout.row_bytes
+        need = count * self._layout.growth_bytes(steps.capacity, steps.more_rows)
         is_only = store.budget.running_bytes == steps.claim.nbytes and count == 1
         if (
             not is_only

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import mlx.core as mx
@@ -24,11 +24,11 @@ def respond_uncached(
     options: dict[str, Any],
     *,
     step: int,
-    row_bytes: int,
+    growth: Callable[[int, int], int],
 ) -> Iterator[GenerationResponse]:
     """A reply to all of the prompt, read in slices of `step` tokens. `claim` pays for the request's rows.
 
-    `options` are mlx-lm's and a `seed`. A best-effort reply ends where `claim` cannot grow.
+    `growth` is what so many rows more weigh beside so many. `options` are mlx-lm's and a `seed`. A best-effort reply ends where `claim` cannot grow.
     """
     began, capacity, account = time.perf_counter(), request.rows, request.account
     seed = options.pop("seed", None)
@@ -48,9 +48,9 @@ def respond_uncached(
             mx.eval(response.logprobs)
             is_full = len(request.tokens) + response.generation_tokens >= capacity
             if is_full and response.finish_reason is None:
-                capacity += ROW_STEP
-                if not _grew(claim, ROW_STEP * row_bytes, request.best_effort):
+                if not _grew(claim, growth(capacity, ROW_STEP), request.best_effort):
                     response.finish_reason = "length"
+                capacity += ROW_STEP
             yield response
             if response.finish_reason is not None:
                 return

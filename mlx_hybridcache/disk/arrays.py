@@ -17,17 +17,18 @@ import mlx.core as mx
 
 from ..caches.checkpoint import Checkpoint, restore, stored_rows, take, take_rows
 from ..caches.kinds.kind import Arrays, Snapshot
-from ..caches.kinds.precision import PIECE, is_small
 from ..caches.kinds.rows import (
     AXIS,
     RowBlock,
+    Span,
     compact,
     evaluate_to_keep,
+    rows_in,
 )
+from ..caches.kinds.smaller import PIECE, is_small
 from ..caches.layout import (
     LEARNT_FROM,
     Layout,
-    fresh_caches,
     leaves,
 )
 from .segment import Segment, Tensor
@@ -61,7 +62,7 @@ class ByteViews:
 
 
 def rows_views(blocks: Sequence[RowBlock], start: int, end: int) -> ByteViews:
-    """The rows of `[start, end)` of every layer, without a copy.
+    """The rows of `[start, end)` of every layer, without a copy; no tensor of an array that has none there.
 
     `blocks` are adjoining and cover that range.
     """
@@ -69,21 +70,27 @@ def rows_views(blocks: Sequence[RowBlock], start: int, end: int) -> ByteViews:
     tensors: list[Tensor] = []
     data: list[memoryview] = []
     columns = [_plain([x for arrays in block.layers for x in arrays]) for block in parts]
-    names = [
-        (f"{leaf}.{which}", array)
-        for leaf, arrays in enumerate(parts[0].layers)
-        for which, array in enumerate(arrays)
-    ]
-    for column, (name, array) in enumerate(names):
+    for column, (leaf, which, array) in enumerate(_arrays_in(parts[0])):
         _, heads, _, dim = array.shape
-        tensors.append(_tensor(name, array.dtype, (1, heads, end - start, dim)))
+        held = [block.positions(leaf, which) for block in parts]
+        wanted = [(max(start, a), max(start, a, min(end, b))) for a, b in held]
+        length = sum(b - a for a, b in wanted)
+        if not length:
+            continue
+        tensors.append(_tensor(f"{leaf}.{which}", array.dtype, (1, heads, length, dim)))
         row = dim * array.dtype.size
         for head in range(heads):
-            for block, views in zip(parts, columns, strict=True):
-                first = head * (block.end - block.start) - block.start
-                a, b = max(start, block.start), min(end, block.end)
+            for (low, high), (a, b), views in zip(held, wanted, columns, strict=True):
+                first = head * (high - low) - low
                 data.append(views[column][(first + a) * row : (first + b) * row])
     return ByteViews(tuple(tensors), data)
+
+
+def _arrays_in(block: RowBlock) -> Iterator[tuple[int, int, mx.array]]:
+    """Each array of rows with the leaf it belongs to and its number there."""
+    for leaf, arrays in enumerate(block.layers):
+        for which, array in enumerate(arrays):
+            yield leaf, which, array
 
 
 def state_views(checkpoint: Checkpoint) -> ByteViews:
@@ -125,12 +132,13 @@ def _tensor(name: str, dtype: mx.Dtype, shape: tuple[int, ...]) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Shapes:
-    """What the files of one model hold: the tensors of one token's rows, and of checkpoints.
+    """What the files of one model hold: the tensors of one token's rows, each with the positions of which
+    there are any, and of checkpoints.
 
     `states` are those of two positions, one tensor beside the other: where these differ others may, too.
     """
 
-    rows: tuple[Tensor, ...]
+    rows: tuple[tuple[Tensor, Span], ...]
     states: tuple[tuple[Tensor, Tensor], ...]
 
     @classmethod
@@ -139,7 +147,7 @@ class Shapes:
 
         Windows grow with what they have read, and so do the states of some layers, up to their size.
         """
-        caches = fresh_caches(model)
+        caches = layout.fresh_caches(model)
 
         def state_behind(more: int, position: int) -> tuple[Tensor, ...]:
             logits = model(mx.array([[0] * more]), cache=caches)
@@ -150,18 +158,35 @@ class Shapes:
         block = take_rows(layout, caches, 0, 1)
         assert block is not None
         later = state_behind(LEARNT_FROM - 1, LEARNT_FROM)
-        return cls(rows_views([block], 0, 1).tensors, tuple(zip(first, later, strict=True)))
+        rows = tuple(
+            (_tensor(f"{leaf}.{which}", array.dtype, _longer(tuple(array.shape), 1)), span)
+            for leaf, arrays in enumerate(block.layers)
+            for which, (array, span) in enumerate(
+                zip(arrays, layout.spans_of(leaf, len(arrays)), strict=True)
+            )
+        )
+        return cls(rows, tuple(zip(first, later, strict=True)))
 
     def suit(self, segment: Segment) -> bool:
         """Whether the file is one of this model's, whatever its name says."""
         if segment.kind == "rows":
-            length = segment.end - segment.start
-            expected = [replace(known, shape=_longer(known.shape, length)) for known in self.rows]
+            ranges = [rows_in(span, segment.start, segment.end) for _, span in self.rows]
+            expected = [
+                replace(known, shape=_longer(known.shape, b - a))
+                for (known, _), (a, b) in zip(self.rows, ranges, strict=True)
+                if a < b
+            ]
             return expected == [*segment.tensors]
         return len(self.states) == len(segment.tensors) and all(
             any(_is_like(found, known, other) for known, other in ((a, b), (b, a)))
             for (a, b), found in zip(self.states, segment.tensors, strict=True)
         )
+
+
+def _numbers(tensor: Tensor) -> tuple[int, int]:
+    """The leaf that a tensor of rows belongs to, and its number there."""
+    leaf, _, which = tensor.name.partition(".")
+    return int(leaf), int(which)
 
 
 def _longer(shape: tuple[int, ...], rows: int) -> tuple[int, ...]:
@@ -203,7 +228,7 @@ class RestoreBuffers:
     def _as_stored(self, block: RowBlock, end: int) -> Iterator[tuple[RowBlock, int, int]]:
         """What to copy of its rows before `end`: running caches' are made small, a piece at a time."""
         is_stored = any(is_small(arrays) for arrays in block.layers)
-        if self._layout.precision.kv_bits is None or is_stored:
+        if self._layout.storing.kv_bits is None or is_stored:
             yield block, block.start, end
             return
         for a, b in pairwise([*range(block.start, end, PIECE), end]):
@@ -216,7 +241,9 @@ class RestoreBuffers:
         self._make_rows(found.tensors)
         views = iter(found.data)
         for tensor in found.tensors:
-            for target in self._targets(tensor, start, end):
+            leaf, which = _numbers(tensor)
+            span = self._layout.spans_of(leaf, which + 1)[which]
+            for target in self._targets(tensor, *rows_in(span, start, end)):
                 target[:] = next(views)
 
     def room_for_rows(self, segment: Segment, start: int, end: int) -> Iterator[memoryview]:
@@ -256,18 +283,26 @@ class RestoreBuffers:
     def block(self, start: int) -> RowBlock:
         """A copy of the rows of `[start, position)`, as the memory tier keeps them."""
         layers = tuple(
-            tuple(compact(x[:, :, start : self.position]) for x in self._buffers(leaf))
-            for leaf in range(len(self._layout.kinds))
+            tuple(
+                compact(x[:, :, slice(*rows_in(span, start, self.position))])
+                for x, span in zip(arrays, self._layout.spans_of(leaf, len(arrays)), strict=True)
+            )
+            for leaf, arrays in enumerate(self._every_array())
         )
         evaluate_to_keep(layers)
-        return RowBlock(start, self.position, layers)
+        return RowBlock(start, self.position, layers, self._layout.spans)
+
+    def _every_array(self) -> list[Arrays]:
+        return [
+            kind.every_array(self._buffers(leaf)) for leaf, kind in enumerate(self._layout.kinds)
+        ]
 
     def caches(self, model: Any) -> tuple[list[Any], Checkpoint | None]:
         """The model's caches, standing at `position`, and the checkpoint they were made from."""
-        caches = fresh_caches(model)
+        caches = self._layout.fresh_caches(model)
         snapshots = tuple(self._snapshot(leaf) for leaf in range(len(self._layout.kinds)))
         checkpoint = Checkpoint(self.position, snapshots) if any(snapshots) else None
-        if self._layout.precision:
+        if self._layout.storing:
             return self._made_full(model, snapshots), checkpoint
         for leaf, (kind, cache) in enumerate(zip(self._layout.kinds, leaves(caches), strict=True)):
             kind.adopt(cache, self._buffers(leaf), snapshots[leaf], self.position)
@@ -293,9 +328,9 @@ class RestoreBuffers:
         missing = [tensor for tensor in tensors if tensor.name not in self._rows]
         for tensor in missing:
             _, heads, _, dim = tensor.shape
-            kind = self._layout.kinds[int(tensor.name.partition(".")[0])]
-            rows = kind.buffer_rows(self.position, self._capacity)
-            shape = (1, heads, self.position if self._layout.precision else rows, dim)
+            leaf, which = _numbers(tensor)
+            rows = self._layout.kinds[leaf].buffer_rows(self.position, self._capacity, which)
+            shape = (1, heads, self.position if self._layout.storing else rows, dim)
             self._rows[tensor.name] = mx.zeros(shape, _DTYPES[tensor.dtype])
         if missing:
             evaluate_to_keep([self._rows[tensor.name] for tensor in missing])

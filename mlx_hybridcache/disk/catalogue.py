@@ -87,21 +87,23 @@ class Catalogue:
         *,
         state: bool,
         step: int,
+        cut: int = 0,
         coming: Sequence[tuple[Segment, Tokens]] = (),
     ) -> list[Lacking]:
         """What must be written so that `tokens` can be restored at their end, in order.
 
-        Rows end at multiples of `step`, so that a file is never large. With `state`, the checkpoint
+        Rows end at multiples of `step`, so that a file is never large, and at `cut`. With `state`, the checkpoint
         at the end too. `coming` is being written already, in this order, each with all tokens that
         lead to it.
         """
         found = self.find(namespace, tokens)
         start, end = _reach(found.match.matched, namespace, tokens, coming), len(tokens)
-        ends = [*range(start - start % step + step, end, step), end] if start < end else []
+        steps = range(start - start % step + step, end, step)
+        ends = sorted({*steps, end, *([cut] if start < cut < end else [])}) if start < end else []
         keys = self._keys(found, namespace, tokens, [start, *ends])
         taken = [self._take_back(key, tokens[:at]) for at, key in zip(ends, keys[1:], strict=True)]
         if any(taken):
-            return self.lacking(namespace, tokens, state=state, step=step, coming=coming)
+            return self.lacking(namespace, tokens, state=state, step=step, cut=cut, coming=coming)
         bounds = list(zip([start, *ends], keys, strict=True))
         rows = [
             Lacking("rows", a, b, key, parent if a else "")

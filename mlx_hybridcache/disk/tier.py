@@ -123,7 +123,9 @@ class DiskTier:
         thread = DiskThread(directory, _weakly(post))
         name = str(getattr(model, "model_type", ""))
         shapes = Shapes.of(layout, model)
-        write_behind = WriteBehind(thread, catalogue, store, references, step, name)
+        write_behind = WriteBehind(
+            thread, catalogue, store, references, step, name, layout.quantized_start
+        )
         tier = cls(thread, catalogue, store, layout, shapes, write_behind)
         tier._load(entries)
         return tier

@@ -143,7 +143,8 @@ FileName = tuple[str, str]
 
 @dataclass(eq=False)
 class WriteBehind:
-    """What waits, the most useful first, and what is in flight. `step` bounds a file of rows, in tokens.
+    """What waits, the most useful first, and what is in flight. `step` bounds a file of rows, in tokens;
+    none reaches across `cut`.
 
     `on_written` hears whenever a file was written, or failed to be.
     """
@@ -154,6 +155,7 @@ class WriteBehind:
     references: CountedReferences
     step: int
     model: str = ""
+    cut: int = 0
     on_written: Callable[[], None] = field(default=lambda: None, init=False)
     written_bytes: int = field(default=0, init=False)
     failures: int = field(default=0, init=False)
@@ -306,6 +308,7 @@ class WriteBehind:
             tokens,
             state=self.store.needs_checkpoints,
             step=self.step,
+            cut=self.cut,
             coming=[
                 (flight.segment, flight.tokens)
                 for key, flight in self._in_flight.items()

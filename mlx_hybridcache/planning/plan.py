@@ -75,7 +75,7 @@ class Plan:
     @property
     def rows_bytes(self) -> int:
         """The rows of one conversation of `context` tokens, as they are stored."""
-        return self.context * self.layout.row_bytes
+        return self.layout.rows_nbytes(0, self.context)
 
     @property
     def conversation_bytes(self) -> int:
@@ -106,7 +106,7 @@ class Plan:
         if (
             self.layout.shares_rows
         ):  # they lie in the caches, and move to the store a layer at a time at most
-            rows = self.context * max(kind.row_bytes for kind in self.layout.kinds)
+            rows = max(kind.rows_nbytes(0, self.context) for kind in self.layout.kinds)
         return Occupancy(
             requests=requests,
             live_bytes=held,

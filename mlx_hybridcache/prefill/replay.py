@@ -21,7 +21,7 @@ class Route:
     """What to read, `[start, end)`, and the cuts in `(start, end]` to take on the way.
 
     A slice is one forward. It ends at multiples of its step, and at `pauses`: the cuts of layers
-    that cannot hand out a state from inside a forward.
+    that cannot hand out a state from inside a forward, and the position where rows begin to be quantized.
     """
 
     start: int
@@ -29,11 +29,12 @@ class Route:
     cuts: tuple[int, ...]
     must_pause: bool
     cuts_every_slice: bool
+    quantized_start: int = 0
 
     def slice_end(self, position: int, step: int, stops: Collection[int] = ()) -> int:
         """Where the slice that begins at `position` ends. `stops` are cuts that came up since."""
-        pauses = [*self.cuts, *stops] if self.must_pause else ()
-        return schedule.slice_end(position, self.end, step, pauses)
+        pauses = [*self.cuts, *stops] if self.must_pause else []
+        return schedule.slice_end(position, self.end, step, [*pauses, self.quantized_start])
 
     def cuts_in(self, a: int, b: int, stops: Collection[int] = ()) -> list[int]:
         """The cuts to take in `(a, b]`, ascending."""
@@ -53,7 +54,7 @@ def route_of(layout: Layout, grid: Grid, reading: Reading, *, exact: bool) -> Ro
     else:
         cuts = schedule.cuts_for(reading, grid)
     every_slice = not exact and (layout.stores_every_slice or not layout.needs_snapshots)
-    return Route(start, end, tuple(cuts), layout.must_pause, every_slice)
+    return Route(start, end, tuple(cuts), layout.must_pause, every_slice, layout.quantized_start)
 
 
 @dataclass(frozen=True, slots=True)

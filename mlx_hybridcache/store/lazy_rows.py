@@ -64,6 +64,10 @@ class Column(Protocol):
         """Bytes of one token's part."""
         ...
 
+    def tokens_in(self, ranges: Ranges) -> int:
+        """Of how many tokens it has a part."""
+        ...
+
     def materialize(self, ranges: Ranges) -> None:
         """Copy these rows, and let the buffer go."""
         ...
@@ -81,6 +85,10 @@ class LazySource(ABC, Generic[R]):
     tokens: Tokens
     row_bytes: int
     alike: list[tuple[int, int]] = field(default_factory=list, init=False)
+
+    def rows_nbytes(self, start: int, end: int) -> int:
+        """Bytes of the rows of `[start, end)` once the store owns them."""
+        return (end - start) * self.row_bytes
 
     def has(self, rows: Rows) -> bool:
         """Whether the caches hold the same rows, so that the store need not."""
@@ -181,8 +189,6 @@ def rows_before(nodes: Sequence[Node[R | LazyRows[R], S]], position: int) -> lis
 def full_nbytes(node: AnyNode) -> int:
     """Bytes of the rows of a node once it owns them all."""
     return sum(
-        (rows.end - rows.start) * rows.source.row_bytes
-        if isinstance(rows, LazyRows)
-        else rows.nbytes
+        rows.source.rows_nbytes(rows.start, rows.end) if isinstance(rows, LazyRows) else rows.nbytes
         for rows in node.rows
     )

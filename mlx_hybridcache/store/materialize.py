@@ -92,7 +92,7 @@ class Materializer(Generic[R, S]):
         lazy = self._lazy_in(source)
         if not lazy:
             return True
-        if not self.store.budget.has_room(_tokens_in(lazy) * source.row_bytes):
+        if not self.store.budget.has_room(_nbytes_of(lazy, source)):
             return False
         ranges = _pieces(lazy)
         self._put(lazy, source.copies(ranges))
@@ -124,14 +124,15 @@ class Materializer(Generic[R, S]):
         columns = source.columns()
         claim.shrink(sum(column.nbytes for column in columns))
         lazy = self._with_room(lazy, source, max(column.row_bytes for column in columns))
-        ranges, tokens = _pieces(lazy), _tokens_in(lazy)
+        ranges = _pieces(lazy)
         counted = 0
         try:
             for column in columns:
                 held = column.nbytes
                 column.materialize(ranges)
-                self.store.budget.keep(rows=column.row_bytes * tokens)
-                counted += column.row_bytes * tokens
+                copied = column.row_bytes * column.tokens_in(ranges)
+                self.store.budget.keep(rows=copied)
+                counted += copied
                 claim.shrink(claim.nbytes - held)
             copies = source.materialized(ranges)
         except BaseException:
@@ -201,6 +202,10 @@ class Materializer(Generic[R, S]):
 
 def _tokens_in(lazy: Sequence[LazyStretch[R, S]]) -> int:
     return sum(stretch.tokens for stretch in lazy)
+
+
+def _nbytes_of(lazy: Sequence[LazyStretch[R, S]], source: LazySource[R]) -> int:
+    return sum(source.rows_nbytes(a, b) for a, b in _pieces(lazy))
 
 
 def _pieces(lazy: Sequence[LazyStretch[R, S]]) -> list[tuple[int, int]]:

@@ -96,7 +96,6 @@ def _cache(settings: Settings, info: CacheInfo) -> str:
         return f"none, as {kinds} of this model cannot be stored: every prompt is read as a whole"
     off = {
         "--prompt-cache-size 0 or no memory": not settings.uses_cache,
-        "--kv-bits": settings.kv_bits is not None,
         "--draft-model": settings.draft_model is not None,
     }
     for why, is_so in off.items():

@@ -158,9 +158,9 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
             "for the cache and running requests, as 16GB",
             dest="memory_budget",
         ),
-        _flag("--kv-bits", _number(int, 1), "quantize keys and values; served uncached"),
-        _flag("--kv-group-size", _number(int, 1), "(%(default)s)"),
-        _flag("--quantized-kv-start", tokens(0), "(%(default)s)"),
+        _flag("--kv-bits", _number(int, 1), "quantize keys and values to so many bits"),
+        _flag("--kv-group-size", _number(int, 1), "elements with one scale (%(default)s)"),
+        _flag("--quantized-kv-start", tokens(0), "prompts up to here are not (%(default)s)"),
         _flag("--pipeline", bool, "for several machines, which are not supported yet"),
     ),
     "our own": (

@@ -163,8 +163,6 @@ def _say_what_differs(settings: Settings, argv: list[str]) -> None:
         log.warning("--pipeline has no effect on one machine.")
     if "--slot-prompt-similarity" in named:
         log.info("--slot-prompt-similarity is not needed: a prefix tree has no slots to choose.")
-    if settings.kv_bits is not None:
-        log.warning("--kv-bits: requests are served without the cache, which would change replies.")
     if settings.draft_model is not None:
         log.warning("--draft-model: requests are served without the cache.")
     if settings.exact:

@@ -84,8 +84,11 @@ class Settings:
         return self.prompt_cache_size != 0 and self.memory_budget != 0
 
     def generation_options(self) -> dict[str, Any]:
-        """The options of `mlx_lm.stream_generate` that hold for every request."""
-        if self.kv_bits is None:
+        """The options of `mlx_lm.stream_generate` that hold for every request.
+
+        The cache is made with the same ones, but mlx-lm drafts on caches of its own.
+        """
+        if self.kv_bits is None or self.draft_model is None:
             return {}
         return {
             "kv_bits": self.kv_bits,

@@ -209,6 +209,7 @@ def test_a_model_without_anything_to_make_small_says_so(caplog):
         {"store_state": "int4"},
         {"store_state": 8},
         {**SMALL, "exact": True},
+        {"store_kv": 8, "kv_bits": 4},
     ],
     ids=str,
 )

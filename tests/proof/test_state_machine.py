@@ -196,7 +196,8 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(tokens=prompts, salt=salts)
     def save_own(self, tokens: tuple[int, ...], salt: str) -> None:
         def save() -> None:
-            caches = tiny.cold_caches(self.case.model(), tokens[:80], oracle.STEP)
+            fresh = self.engine.layout.fresh_caches(self.case.model())
+            caches = tiny.cold_caches(self.case.model(), tokens[:80], oracle.STEP, fresh)
             self.not_its_own = max(0, mx.get_active_memory() - before)
             self.cache.save(tokens[:80], caches, cache_salt=salt)
 

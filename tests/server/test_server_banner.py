@@ -94,7 +94,7 @@ def test_limits_are_named_by_what_sets_them(tmp_path):
     ("changed", "said"),
     [
         ({"prompt_cache_size": 0}, "off with --prompt-cache-size 0"),
-        ({"kv_bits": 8}, "off with --kv-bits"),
+        ({"memory_budget": 0}, "off with --prompt-cache-size 0 or no memory"),
     ],
 )
 def test_what_turns_the_cache_off_is_said(changed, said):

@@ -131,9 +131,11 @@ def test_the_key_may_come_from_the_environment(monkeypatch):
 
 
 def test_quantized_keys_and_values_become_options_of_generation():
-    """All three, or none."""
+    """All three, or none; only beside a draft, as the cache itself is made with them otherwise."""
     assert settings().generation_options() == {}
-    found = settings("--kv-bits", "8", "--kv-group-size", "32").generation_options()
+    flags = ["--kv-bits", "8", "--kv-group-size", "32"]
+    assert settings(*flags).generation_options() == {}
+    found = settings(*flags, "--draft-model", "x").generation_options()
     assert (found["kv_bits"], found["kv_group_size"]) == (8, 32)
 
 

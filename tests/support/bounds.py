@@ -129,8 +129,11 @@ def check_tree(store: Store, check_payload: Callable[[Node], None]) -> None:
 def check_memory_node(node: Any) -> None:
     """Rows have the shapes of their range, and a checkpoint stands at the node's end."""
     for block in node.rows:
-        for arrays in block.layers:
-            assert {array.shape[2] for array in arrays} <= {block.end - block.start}
+        for leaf, arrays in enumerate(block.layers):
+            for which, array in enumerate(arrays):
+                first, last = block.positions(leaf, which)
+                assert array.shape[2] == last - first
+                assert (first, last) == (block.start, block.end) or block.spans
     if node.checkpoint is not None:
         assert node.checkpoint.position == node.end
 

@@ -14,6 +14,8 @@ import oracle
 import tiny
 import tiny_models
 from mlx_lm.models import qwen3, qwen3_5
+from mlx_lm.models.cache import make_prompt_cache
+from quantizing import Quantized
 
 
 @functools.cache
@@ -72,9 +74,29 @@ class Case:
     def cold(self, tokens: tuple[int, ...]) -> np.ndarray:
         """What plain mlx-lm says."""
         if tokens not in self.colds:
-            caches = tiny.cold_caches(self.model(), tokens[:-1], oracle.STEP)
-            self.colds[tokens] = logits(self.model(), caches, tokens[-1:])
+            if self.quantized is None:
+                caches = tiny.cold_caches(self.model(), tokens[:-1], oracle.STEP)
+                self.colds[tokens] = logits(self.model(), caches, tokens[-1:])
+            else:
+                self.colds[tokens] = self._cold_quantized(self.quantized, tokens)
         return self.colds[tokens]
+
+    @property
+    def quantized(self) -> Quantized | None:
+        """What its rows are quantized to."""
+        bits = self.settings.get("kv_bits")
+        return bits and Quantized(
+            bits, self.settings["quantized_kv_start"], self.settings["kv_group_size"]
+        )
+
+    def _cold_quantized(self, quantized: Quantized, tokens: Sequence[int]) -> np.ndarray:
+        model, read = self.model(), list(tokens)
+        caches = list(make_prompt_cache(model))
+        found = [quantized.read(model, caches, read, 0, oracle.STEP)[-1]]
+        for _ in range(2):
+            read.append(int(found[-1].argmax()))
+            found += [*quantized.read(model, caches, read[-1:], len(read) - 1, oracle.STEP)]
+        return np.stack(found)
 
 
 CASES = {
@@ -82,6 +104,7 @@ CASES = {
     "limits": Case(hybrid, {"max_conversations": 8, "max_checkpoints": 5}),
     "exact": Case(hybrid, {"exact": True}),
     "rows": Case(rows_only),
+    "quantized": Case(hybrid, {"kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": 100}),
 }
 
 

@@ -178,9 +178,11 @@ def _embedding_slot(model: nn.Module) -> tuple[nn.Module, str]:
     raise LookupError(f"no token embedding found in {type(model).__module__}")
 
 
-def cold_caches(model: nn.Module, tokens: Sequence[int], step: int = 2048) -> list[Any]:
+def cold_caches(
+    model: nn.Module, tokens: Sequence[int], step: int = 2048, fresh: list[Any] | None = None
+) -> list[Any]:
     """Fresh caches that have read all of `tokens`, in slices of at most `step` tokens."""
-    caches = make_prompt_cache(model)
+    caches = make_prompt_cache(model) if fresh is None else fresh
     for start in range(0, len(tokens), step):
         model(mx.array([tokens[start : start + step]]), cache=caches)
         mx.eval([cache.state for cache in caches])

@@ -56,7 +56,7 @@ class LayerKind:
     there, or a hook captures it."""
 
     stores_small: ClassVar[Literal["rows", "state"] | None] = None
-    """What a smaller store makes small of this layer (`precision`)."""
+    """What a smaller store makes small of this layer (`smaller`)."""
 
     goes_back: ClassVar[bool] = False
     """Whether mlx-lm can take the last tokens back out of the live cache, however many it has read."""
@@ -65,6 +65,14 @@ class LayerKind:
     def row_bytes(self) -> int:
         """Bytes that one token adds to the stored rows."""
         return 0
+
+    def rows_nbytes(self, start: int, end: int) -> int:
+        """Bytes of the stored rows of `[start, end)`, where not all of them weigh `row_bytes`."""
+        return (end - start) * self.row_bytes
+
+    def buffer_nbytes(self, capacity: int) -> int:
+        """Bytes of a live cache's buffers with room for `capacity` tokens."""
+        return capacity * self.row_bytes
 
     @property
     def array_bytes(self) -> int:
@@ -100,6 +108,10 @@ class LayerKind:
         """
         return ()
 
+    def every_array(self, buffers: Arrays) -> Arrays:
+        """The same with an empty one for each array that has no rows yet."""
+        return buffers
+
     def take_arrays(self, cache: Any) -> Arrays:
         """The buffers in which its rows lie; `cache` has none and is of no use any more."""
         return ()
@@ -126,8 +138,8 @@ class LayerKind:
         """
         raise NotImplementedError
 
-    def buffer_rows(self, position: int, capacity: int) -> int:
-        """Rows of the buffers that `adopt` takes for a cache that stands at `position`."""
+    def buffer_rows(self, position: int, capacity: int, which: int) -> int:
+        """Rows of the buffer number `which` that `adopt` takes for a cache that stands at `position`."""
         return position
 
     def adopt(

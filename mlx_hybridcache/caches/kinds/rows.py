@@ -12,19 +12,30 @@ from .kind import Arrays, LayerKind, Parts, Snapshot
 
 AXIS = 2  # (batch, heads, tokens, dim)
 
+Span = tuple[int, int]
+"""The positions of which an array has rows, half open."""
+
+
+def rows_in(span: Span, start: int, end: int) -> tuple[int, int]:
+    """The part of `[start, end)` of which an array has rows; it may be empty."""
+    low, high = span
+    return min(max(start, low), high), min(max(end, low), high)
+
 
 @dataclass(frozen=True, slots=True)
 class RowBlock:
     """Rows of positions `[start, end)` for every layer that keeps rows.
 
     `layers[i]` holds that layer's keys `(1, heads, end - start, key_dim)` and values, compact and
-    evaluated: a view would keep the running cache's whole buffer alive. In a smaller store each is
-    integers and then scales, with the same tokens along the same axis (`precision`).
+    evaluated: a view would keep the running cache's whole buffer alive. Where `spans` are given, for each
+    layer one an array, an array has rows of the positions in its span only. In a smaller store each is
+    integers and then scales, with the same tokens along the same axis (`smaller`).
     """
 
     start: int
     end: int
     layers: tuple[Arrays, ...]
+    spans: tuple[tuple[Span, ...], ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -32,8 +43,8 @@ class RowBlock:
 
     def split(self, position: int) -> tuple[RowBlock, RowBlock]:
         """Two blocks that own their bytes, `[start, position)` and `[position, end)`."""
-        upper = RowBlock(self.start, position, self.piece(self.start, position))
-        lower = RowBlock(position, self.end, self.piece(position, self.end))
+        upper = RowBlock(self.start, position, self.piece(self.start, position), self.spans)
+        lower = RowBlock(position, self.end, self.piece(position, self.end), self.spans)
         evaluate_to_keep(upper.layers, lower.layers)
         return upper, lower
 
@@ -41,8 +52,25 @@ class RowBlock:
         """Unevaluated copies of the rows of `[start, end)`, or the block's own arrays if that is all."""
         if (start, end) == (self.start, self.end):
             return self.layers
-        a, b = start - self.start, end - self.start
-        return tuple(tuple(compact(x[:, :, a:b]) for x in arrays) for arrays in self.layers)
+        return tuple(
+            tuple(
+                compact(x[:, :, a:b])
+                for x, (a, b) in zip(arrays, self._within(leaf, start, end), strict=True)
+            )
+            for leaf, arrays in enumerate(self.layers)
+        )
+
+    def positions(self, leaf: int, which: int) -> tuple[int, int]:
+        """The positions of which array `which` of a layer has rows here."""
+        if not self.spans:
+            return self.start, self.end
+        return rows_in(self.spans[leaf][which], self.start, self.end)
+
+    def _within(self, leaf: int, start: int, end: int) -> list[tuple[int, int]]:
+        """Where in each array of a layer the rows of `[start, end)` lie."""
+        held = [self.positions(leaf, which) for which in range(len(self.layers[leaf]))]
+        wanted = [rows_in(each, start, end) for each in held]
+        return [(a - low, b - low) for (a, b), (low, _) in zip(wanted, held, strict=True)]
 
 
 def compact(view: mx.array) -> mx.array:
@@ -118,7 +146,7 @@ class RowsKind(LayerKind):
         buffers = []
         for which, (shape, dtype) in enumerate(zip(self.shapes, self.dtypes, strict=True)):
             parts = rows.take(which)
-            buffers.append(_joined(parts, room, shape, dtype) if parts or room else None)
+            buffers.append(joined(parts, room, shape, dtype) if parts or room else None)
             if rows.is_spent and parts:
                 mx.eval(buffers[-1])
                 parts.clear()
@@ -127,7 +155,7 @@ class RowsKind(LayerKind):
             cache.keys, cache.values = buffers
             cache.offset = position
 
-    def buffer_rows(self, position: int, capacity: int) -> int:
+    def buffer_rows(self, position: int, capacity: int, which: int) -> int:
         return max(position, capacity) if self.headroom else position
 
     def adopt(self, cache: Any, buffers: Arrays, snapshot: Snapshot | None, position: int) -> None:
@@ -138,14 +166,14 @@ class RowsKind(LayerKind):
         room = capacity - cache.keys.shape[AXIS]
         if self.headroom and room > 0:
             cache.keys, cache.values = (
-                mx.concatenate([x, _blank(shape, dtype, room)], axis=AXIS)
+                mx.concatenate([x, blank(shape, dtype, room)], axis=AXIS)
                 for x, shape, dtype in zip(
                     (cache.keys, cache.values), self.shapes, self.dtypes, strict=True
                 )
             )
 
 
-def _joined(
+def joined(
     parts: Sequence[mx.array], room: int, shape: tuple[int, ...], dtype: mx.Dtype
 ) -> mx.array:
     """One buffer of all `parts` and of `room` zeros, in memory of its own even where there are only those.
@@ -159,11 +187,20 @@ def _joined(
         shape = (1, heads, 1, dim * dtype.size // mx.uint64.size)
         parts = [part.view(mx.uint64) for part in parts]
     if room:
-        parts = [*parts, _blank(shape, mx.uint64 if wide else dtype, room)]
+        parts = [*parts, blank(shape, mx.uint64 if wide else dtype, room)]
     joined = mx.contiguous(mx.concatenate(list(parts), axis=AXIS))
     return joined.view(dtype) if wide else joined
 
 
-def _blank(shape: tuple[int, ...], dtype: mx.Dtype, rows: int) -> mx.array:
+def with_room(rows: mx.array, more: int) -> mx.array:
+    """The same rows in a buffer with room for so many more."""
+    if more <= 0:
+        return rows
+    if rows.shape[AXIS] == 0:
+        return mx.zeros((*rows.shape[:AXIS], more, *rows.shape[AXIS + 1 :]), rows.dtype)
+    return joined([rows], more, tuple(rows.shape), rows.dtype)
+
+
+def blank(shape: tuple[int, ...], dtype: mx.Dtype, rows: int) -> mx.array:
     """Zeros that cost no memory until they are copied into a buffer."""
     return mx.broadcast_to(mx.array(0, dtype), (1, shape[1], rows, shape[3]))

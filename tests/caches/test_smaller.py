@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from mlx_hybridcache.caches.kinds.kind import Snapshot
-from mlx_hybridcache.caches.kinds.precision import FULL, StorePrecision, full, full_pieces
 from mlx_hybridcache.caches.kinds.recurrent import RecurrentKind
 from mlx_hybridcache.caches.kinds.rows import RowsKind
+from mlx_hybridcache.caches.kinds.smaller import FULL, StorePrecision, full, full_pieces
 from mlx_hybridcache.caches.kinds.window import WindowKind
 
 ROWS = RowsKind(((1, 2, 1, 64),) * 2, (mx.bfloat16,) * 2, headroom=True)

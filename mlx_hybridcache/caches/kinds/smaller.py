@@ -88,7 +88,7 @@ FULL = StorePrecision()
 """Everything is stored as it is."""
 
 
-def precision(store_kv: int | None, store_state: str | None) -> StorePrecision:
+def smaller(store_kv: int | None, store_state: str | None) -> StorePrecision:
     """The one that is asked for: 8 or 4 bits for rows, "int8" for states.
 
     Raises `SettingError` for anything else.
@@ -101,17 +101,20 @@ def precision(store_kv: int | None, store_state: str | None) -> StorePrecision:
 
 
 def full_pieces(
-    precision: StorePrecision, kind: LayerKind, stretches: Sequence[Sequence[mx.array]]
+    storing: StorePrecision, kind: LayerKind, stretches: Sequence[Sequence[mx.array]]
 ) -> Iterator[list[mx.array]]:
     """Rows of one layer in full, in pieces that are evaluated one after another.
 
     Of stretches that are not small, as in running caches, they are what would come back of them.
     """
     for arrays in stretches:
+        if storing.kv_bits is None:
+            yield [*arrays]
+            continue
         length = arrays[0].shape[_TOKENS]
         for a, b in pairwise([*range(0, length, PIECE), length]):
             piece = tuple(x[:, :, a:b] for x in arrays)
-            made = list(full(piece if is_small(piece) else precision.rows(kind, piece)))
+            made = list(full(piece if is_small(piece) else storing.rows(kind, piece)))
             mx.eval(made)
             yield made
 
