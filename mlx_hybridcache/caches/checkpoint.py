@@ -10,7 +10,7 @@ import mlx.core as mx
 
 from .kinds.kind import Arrays, LayerKind, Parts, Snapshot
 from .kinds.rows import RowBlock, compact, evaluate_to_keep
-from .kinds.smaller import StorePrecision, full, full_pieces
+from .kinds.smaller import StorePrecision, full, full_pieces, is_small
 from .layout import Layout, leaves
 
 
@@ -43,9 +43,9 @@ def take(
     """
     captured = captured or {}
     snapshots = tuple(
-        _kept(layout, captured[index])
+        _kept(captured[index])
         if index in captured
-        else _kept(layout, layout.stored(index, kind.snapshot(cache, position)))
+        else _kept(layout.stored(index, kind.snapshot(cache, position)))
         for index, (kind, cache) in enumerate(zip(layout.kinds, leaves(caches), strict=True))
     )
     evaluate_to_keep([s.arrays for s in snapshots if s is not None])
@@ -59,7 +59,7 @@ def move_state(layout: Layout, caches: Sequence[Any], position: int) -> Checkpoi
     """
     snapshots: list[Snapshot | None] = []
     for index, (kind, cache) in enumerate(zip(layout.kinds, leaves(caches), strict=True)):
-        snapshot = _kept(layout, layout.stored(index, kind.snapshot(cache, position)))
+        snapshot = _kept(layout.stored(index, kind.snapshot(cache, position)))
         if snapshot is not None:
             evaluate_to_keep(snapshot.arrays)
             kind.let_state_go(cache)
@@ -67,9 +67,9 @@ def move_state(layout: Layout, caches: Sequence[Any], position: int) -> Checkpoi
     return Checkpoint(position, tuple(snapshots))
 
 
-def _kept(layout: Layout, snapshot: Snapshot | None) -> Snapshot | None:
+def _kept(snapshot: Snapshot | None) -> Snapshot | None:
     """What is made small is computed at once, a layer at a time, and then copied out of recycled buffers."""
-    if not layout.storing or snapshot is None:
+    if snapshot is None or not is_small(snapshot.arrays):
         return snapshot
     mx.eval(snapshot.arrays)
     return Snapshot(tuple(None if x is None else compact(x) for x in snapshot.arrays))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import SettingError
 from ..sizes import format_bytes, parse_bytes
-from .flags import check_can_be_written, tokens
+from .flags import add_store_flags, check_can_be_written, tokens
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -38,6 +38,7 @@ def main(argv: Sequence[str], prog: str) -> int:
     if memory is None and working_set is not None:
         raise SettingError("--working-set is that of a Mac; name its --memory, too.")
 
+    from ..caches.kinds.smaller import smaller
     from ..planning.advice import as_json
     from ..planning.plan import make, room_here, room_on_a_mac
     from ..planning.unloaded_model import describe
@@ -56,6 +57,7 @@ def main(argv: Sequence[str], prog: str) -> int:
         max_tokens=options.max_tokens,
         step=options.prefill_step_size,
         every=options.checkpoint_every_n_tokens,
+        storing=smaller(options.store_kv, options.store_state),
     )
     show(wide_console(WIDTH), plan, options.memory)
     if options.json is not None:
@@ -83,6 +85,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     add("--working-set", help="what macOS recommends for its GPU (default: an assumption, printed)")
     add("--prefill-step-size", type=tokens(), default=2048, help="as the server's (2048)")
     add("--checkpoint-every-n-tokens", type=tokens(), default=2048, help="as the server's (2048)")
+    add_store_flags(parser)
     add("--json", type=Path, metavar="FILE", help="write the plan here too, in bytes and tokens")
     return parser
 
@@ -157,7 +160,7 @@ def _table(plan: Plan, where: str) -> Table:
 def _facts(plan: Plan) -> list[str]:
     some = plan.conversations(plan.conversation_bytes)
     most = plan.conversations(plan.least_conversation_bytes)
-    token, checkpoint = plan.layout.row_bytes, plan.layout.snapshot_bytes
+    token, checkpoint = plan.layout.stored_row_bytes, plan.layout.stored_snapshot_bytes
     weights, budget = plan.model.weights_bytes, plan.room.budget_bytes
     restores = (
         f"a checkpoint {format_bytes(checkpoint)}" if checkpoint else "and needs no checkpoint"
@@ -167,7 +170,7 @@ def _facts(plan: Plan) -> list[str]:
         f"checkpoint, {most:,} with fewer."
     )
     return [
-        f"A token weighs {format_bytes(token)}, {restores}.",
+        f"A {'stored ' * bool(plan.layout.storing)}token weighs {format_bytes(token)}, {restores}.",
         f"Budget for store and running requests: {format_bytes(budget)}.",
         f"Weights and budget together: {format_bytes(weights + budget)}, never more.",
         stored,
