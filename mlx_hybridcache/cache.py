@@ -6,7 +6,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
@@ -35,11 +35,10 @@ from .request.arguments import (
     check_model,
     check_text,
     known_keywords,
-    positions,
 )
 from .request.generation import Generation, HeldClaim, Ready
 from .request.info import CacheInfo
-from .request.prompts import Prompts
+from .request.prompts import NO_LIFETIMES, Prompts
 from .request.request import Progress, Request
 from .router.patch import Patch
 from .settings import CacheSettings, info
@@ -68,7 +67,15 @@ WITHOUT_EFFECT = ("num_draft_tokens", "kv_group_size", "quantized_kv_start", "pr
 """Options that qualify one of those, or that the constructor has decided."""
 
 KEYWORDS = (
-    *("max_tokens", "boundaries", "prompt_progress_callback", "cache_salt", "use_cache", "seed"),
+    *(
+        "max_tokens",
+        "boundaries",
+        "lifetimes",
+        "prompt_progress_callback",
+        "cache_salt",
+        "use_cache",
+        "seed",
+    ),
     *("best_effort", "through", "sampler", "logits_processors"),
     *(*UNCACHED_OPTIONS, *WITHOUT_EFFECT),
 )
@@ -131,26 +138,9 @@ class HybridPromptCache:
         quantized_kv_start: int = 0,
         cache_salt: str = "",
     ):
+        given = locals()
         tokenizer = _checked(model, tokenizer, cache_salt)
-        settings = CacheSettings(
-            memory_budget=memory_budget,
-            memory_reserve=memory_reserve,
-            exact=exact,
-            prefill_step_size=prefill_step_size,
-            checkpoint_every=checkpoint_every,
-            checkpoint_min_step=checkpoint_min_step,
-            swa_full=swa_full,
-            store_kv=store_kv,
-            store_state=store_state,
-            max_conversations=max_conversations,
-            max_checkpoints=max_checkpoints,
-            cache_dir=cache_dir,
-            disk_budget=disk_budget,
-            router=router,
-            kv_bits=kv_bits,
-            kv_group_size=kv_group_size,
-            quantized_kv_start=quantized_kv_start,
-        )
+        settings = CacheSettings(**{each.name: given[each.name] for each in fields(CacheSettings)})
         self._open(model, tokenizer, settings, cache_salt)
 
     def _open(self, model: Any, tokenizer: Any, settings: CacheSettings, cache_salt: str) -> None:
@@ -165,7 +155,7 @@ class HybridPromptCache:
         """How many requests read, wait for what others read, and write."""
         self.encoder = Encoder.learn(tokenizer)
         """Turns text into tokens, and remembers what it has read within a bound of its own."""
-        self._prompts = Prompts(self.encoder, layout.vocabulary, cache_salt)
+        self._prompts = Prompts(self.encoder, layout.vocabulary, cache_salt, engine.sharing)
         self._close_files: Callable[[], object] = lambda: None
         self._disk_end: Callable[[], object] = lambda: None
         self.worker = Worker(
@@ -195,6 +185,7 @@ class HybridPromptCache:
         max_tokens: int = 256,
         *,
         boundaries: Sequence[int] = (),
+        lifetimes: Mapping[int, float] = NO_LIFETIMES,
         prompt_progress_callback: Progress | None = None,
         cache_salt: str | None = None,
         use_cache: bool = True,
@@ -211,6 +202,7 @@ class HybridPromptCache:
         max_tokens: int = 256,
         *,
         boundaries: Sequence[int] = (),
+        lifetimes: Mapping[int, float] = NO_LIFETIMES,
         prompt_progress_callback: Progress | None = None,
         cache_salt: str | None = None,
         use_cache: bool = True,
@@ -226,6 +218,7 @@ class HybridPromptCache:
         max_tokens: int = 256,
         *,
         boundaries: Sequence[int] = (),
+        lifetimes: Mapping[int, float] = NO_LIFETIMES,
         prompt_progress_callback: Progress | None = None,
         cache_salt: str | None = None,
         use_cache: bool = True,
@@ -236,7 +229,9 @@ class HybridPromptCache:
     ) -> Generation[Any]:
         """A reply to `prompt`, text or token ids; keyword arguments are `mlx_lm.stream_generate`'s.
 
-        `boundaries` declares positions worth a checkpoint. `use_cache=False` reads all of it by
+        `boundaries` declares positions worth a checkpoint. `lifetimes` maps positions to seconds: what restores
+        them is kept for so long, anew with each use, as long as anything else may go instead, within half
+        the budget. `use_cache=False` reads all of it by
         mlx-lm alone. `best_effort` is for a reply of unknown length: no memory is kept ready for all of
         `max_tokens`, and where no more is to be had the reply ends with `length`. Samplers, logits
         processors, the progress callback and `through` run on the worker thread. Samplers draw from a random stream that begins at `seed`, or at the calling
@@ -248,9 +243,8 @@ class HybridPromptCache:
         engine = self.engine
         check_keywords("stream_generate", options, KEYWORDS)
         _check_generating(engine, max_tokens, options)
-        request = self._request(
-            prompt, max_tokens, boundaries, prompt_progress_callback, cache_salt, best_effort
-        )
+        asked = (boundaries, lifetimes, prompt_progress_callback, cache_salt)
+        request = self._prompts.request(prompt, max_tokens, *asked, best_effort=best_effort)
         if options.get("sampler") is not None:
             options["seed"] = _take_random_state() if seed is None else seed
         steps = _answering(engine, request, options, use_cache=use_cache)
@@ -267,12 +261,13 @@ class HybridPromptCache:
         *,
         max_tokens: int = REPLY_ROOM,
         boundaries: Sequence[int] = (),
+        lifetimes: Mapping[int, float] = NO_LIFETIMES,
         prompt_progress_callback: Progress | None = None,
         cache_salt: str | None = None,
     ) -> Ready:
         """Caches that have read all of `prompt` but its last token, restored as far as possible."""
-        request = self._request(
-            prompt, max_tokens, boundaries, prompt_progress_callback, cache_salt
+        request = self._prompts.request(
+            prompt, max_tokens, boundaries, lifetimes, prompt_progress_callback, cache_salt
         )
         return _only(list(self._preparing(request, read=True)))
 
@@ -283,12 +278,13 @@ class HybridPromptCache:
         *,
         max_tokens: int = REPLY_ROOM,
         boundaries: Sequence[int] = (),
+        lifetimes: Mapping[int, float] = NO_LIFETIMES,
         prompt_progress_callback: Progress | None = None,
         cache_salt: str | None = None,
     ) -> Ready:
         """`prefill` on an event loop, which goes on meanwhile. Cancelled, it keeps what was read."""
-        request = self._request(
-            prompt, max_tokens, boundaries, prompt_progress_callback, cache_salt
+        request = self._prompts.request(
+            prompt, max_tokens, boundaries, lifetimes, prompt_progress_callback, cache_salt
         )
         stream = self._preparing(request, read=True)
         try:
@@ -309,7 +305,9 @@ class HybridPromptCache:
         Iterate to wait, on any thread or event loop: the one item is what `lookup` finds then.
         Cancelled, it keeps what was read.
         """
-        request = self._request(prompt, 1, (), prompt_progress_callback, cache_salt)
+        request = self._prompts.request(
+            prompt, 1, on_progress=prompt_progress_callback, cache_salt=cache_salt
+        )
         return Generation(request, self.worker.stream(self.engine.warm(request), request.job))
 
     @known_keywords
@@ -321,7 +319,7 @@ class HybridPromptCache:
         cache_salt: str | None = None,
     ) -> Ready:
         """The same without reading anything: `rest` is all that is not restored."""
-        request = self._request(prompt, max_tokens, cache_salt=cache_salt)
+        request = self._prompts.request(prompt, max_tokens, cache_salt=cache_salt)
         return _only(list(self._preparing(request, read=False)))
 
     def _preparing(self, request: Request, *, read: bool) -> Stream[Ready]:
@@ -355,7 +353,7 @@ class HybridPromptCache:
     @known_keywords
     def lookup(self, prompt: str | Iterable[int], *, cache_salt: str | None = None) -> CacheReport:
         """What would be restored for `prompt`. Changes nothing."""
-        request = self._request(prompt, REPLY_ROOM, cache_salt=cache_salt)
+        request = self._prompts.request(prompt, REPLY_ROOM, cache_salt=cache_salt)
         return self.worker.call(self.engine.lookup, request)
 
     def stats(self) -> StoreStats:
@@ -465,25 +463,6 @@ class HybridPromptCache:
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-    def _request(
-        self,
-        prompt: str | Iterable[int],
-        max_tokens: int,
-        boundaries: Sequence[int] = (),
-        on_progress: Progress | None = None,
-        cache_salt: str | None = None,
-        best_effort: bool = False,
-    ) -> Request:
-        tokens, salt = self._prompts.read(prompt, cache_salt)
-        return self.engine.sharing.request(
-            tokens,
-            salt,
-            max_tokens,
-            boundaries=tuple(positions(boundaries, len(tokens))),
-            best_effort=best_effort,
-            **({} if on_progress is None else {"on_progress": on_progress}),
-        )
 
 
 def _checked(model: Any, tokenizer: Any, cache_salt: str) -> TokenizerWrapper | None:

@@ -224,9 +224,8 @@ class Engine:
         with self._keeping(request, live):
             live.claim = self.tiers.memory.claim(self.layout.running_bytes(request.rows))
             self.tiers.publish()
-            if (
-                why == ["use_cache=False"] and self.layout.precision is not None
-            ):  # the same, unstored
+            is_ours = why == ["use_cache=False"] and self.layout.precision is not None
+            if is_ours:  # the same reply, of which nothing is stored
                 options = {**options, "prompt_cache": self.layout.fresh_caches(self.model)}
             yield from respond_uncached(
                 self.model,

@@ -62,6 +62,7 @@ class CacheReport:
     `replayed_tokens` what was read on top of it (so restored + replayed == prompt), `forwards` the
     model calls that took, the one for the last token included. `diverged_at` is the position of the
     first token that differs from every stored continuation, None where none was contradicted.
+    `soft_pins` are the checkpoints that the request's `lifetimes` keep for a time.
     """
 
     prompt_tokens: int
@@ -75,6 +76,7 @@ class CacheReport:
     prefill_seconds: float = 0.0
     checkpoints_taken: int = 0
     checkpoints_refused: int = 0
+    soft_pins: int = 0
     detail: str = ""
 
     def __str__(self) -> str:

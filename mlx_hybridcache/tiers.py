@@ -54,6 +54,9 @@ class NoDisk:
         return None
 
     def offer(self, namespace: Namespace, node: MemoryNode) -> None: ...
+    def hold(
+        self, namespace: Namespace, tokens: Tokens, lifetimes: Mapping[int, float]
+    ) -> None: ...
     def materialized(self) -> None: ...
     def tick(self) -> None: ...
     def publish(self, now: float | None) -> None: ...
@@ -162,6 +165,11 @@ class Tiers:
 
     def resume(self, request: Request, live: LiveCaches) -> Generator[Pause, None, AnyFound]:
         """Fill `live` as far into the prompt as either tier reaches; returns what was found for it."""
+        found = yield from self._resume(request, live)
+        self.hold(request, found.position)
+        return found
+
+    def _resume(self, request: Request, live: LiveCaches) -> Generator[Pause, None, AnyFound]:
         self.memory.tick()
         self.disk.tick()
         for _ in range(TRIES):
@@ -249,6 +257,7 @@ class Tiers:
         end: int,
         cuts: list[int],
         branch_points: Container[int],
+        lasting: Container[int],
     ) -> list[int]:
         """Of the cuts in the slice that ends at `end`, those whose snapshots and rows are worth their room."""
         kept = self.memory.afford(
@@ -258,6 +267,7 @@ class Tiers:
             branch_points=branch_points,
             row_bytes=live.stored_row_bytes,
             snapshot_bytes=self._layout.stored_snapshot_bytes,
+            lasting=lasting,
         )
         request.account.refused += len(cuts) - len(kept)
         return kept
@@ -331,6 +341,14 @@ class Tiers:
         return is_stored
 
     # Keeping and forgetting
+
+    def hold(self, request: Request, end: int) -> None:
+        """Soft pins for what restores the request's lifetimes up to `end`, in both tiers."""
+        lifetimes = {at: each for at, each in request.lifetimes.items() if at <= end}
+        if lifetimes:
+            namespace, tokens = request.namespace, request.tokens[:end]
+            request.account.soft_pins |= self.memory.hold(namespace, tokens, lifetimes)
+            self.disk.hold(namespace, tokens, lifetimes)
 
     def pin(self, salt: str, tokens: Tokens, *, is_pinned: bool) -> int:
         """Keep what restores `tokens` in both tiers, or no longer; returns its position."""

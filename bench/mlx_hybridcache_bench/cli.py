@@ -15,6 +15,10 @@ from mlx_hybridcache.demo import BUNDLED_MODEL
 COMMANDS = {
     "overhead": ("overhead.command", "what the cache costs, each part beside its target"),
     "decode": ("decode", "tokens per second with and without the KV cache"),
+    "quantized": (
+        "quantized",
+        "what quantized keys and values weigh, and what they cost a hot request",
+    ),
     "ttft": ("ttft.command", "time to first token of any server, with a report to show"),
     "hotpath": ("hotpath.command", "what a hot request costs a server, beside others"),
     "start": ("start", "what it takes to start servers and commands, beside others"),

@@ -162,7 +162,9 @@ class Layout:
         layout = layout._smaller(storing, caches)
         limits = [each for each in (rotation_limit(model), listener.limit) if each is not None]
         layout = replace(layout, rewritten=rewritten, slicing_limit=min(limits, default=None))
-        return layout._quantized(model, precision, trial.computed)
+        layout = layout._quantized(model, precision, trial.computed)
+        mx.eval(layout.lazy())  # which the trial's forwards have left anew
+        return layout
 
     @classmethod
     def traced(

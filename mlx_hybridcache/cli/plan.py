@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from ..caches.kinds.smaller import StorePrecision
+    from ..caches.quantizing.precision import Precision
     from ..planning.plan import Plan
 
 PEAK = "peak, where nothing has to go"
@@ -38,7 +40,6 @@ def main(argv: Sequence[str], prog: str) -> int:
     if memory is None and working_set is not None:
         raise SettingError("--working-set is that of a Mac; name its --memory, too.")
 
-    from ..caches.kinds.smaller import smaller
     from ..planning.advice import as_json
     from ..planning.plan import make, room_here, room_on_a_mac
     from ..planning.unloaded_model import describe
@@ -57,12 +58,21 @@ def main(argv: Sequence[str], prog: str) -> int:
         max_tokens=options.max_tokens,
         step=options.prefill_step_size,
         every=options.checkpoint_every_n_tokens,
-        storing=smaller(options.store_kv, options.store_state),
+        precision=_precision(options),
+        storing=_storing(options),
     )
     show(wide_console(WIDTH), plan, options.memory)
     if options.json is not None:
         options.json.write_text(json.dumps(as_json(plan), indent=2) + "\n", encoding="utf-8")
     return 0 if plan.fits else 1
+
+
+def _precision(options: argparse.Namespace) -> Precision | None:
+    if options.kv_bits is None:
+        return None
+    from ..caches.quantizing.precision import Precision
+
+    return Precision(options.kv_bits, options.kv_group_size, options.quantized_kv_start)
 
 
 def _parser(prog: str) -> argparse.ArgumentParser:
@@ -86,6 +96,9 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     add("--prefill-step-size", type=tokens(), default=2048, help="as the server's (2048)")
     add("--checkpoint-every-n-tokens", type=tokens(), default=2048, help="as the server's (2048)")
     add_store_flags(parser)
+    add("--kv-bits", type=int, help="quantize keys and values to so many bits, as the server's")
+    add("--kv-group-size", type=int, default=64, help="as the server's (64)")
+    add("--quantized-kv-start", type=tokens(0), default=5000, help="as the server's (5000)")
     add("--json", type=Path, metavar="FILE", help="write the plan here too, in bytes and tokens")
     return parser
 
@@ -102,6 +115,16 @@ def _named(flag: str, size: str | None) -> int | None:
         return None if size is None else as_sold(size)
     except SettingError as error:
         raise SettingError(f"{flag} {error}") from error
+
+
+def _storing(options: argparse.Namespace) -> StorePrecision:
+    """What a smaller store is to keep."""
+    from ..caches.kinds.smaller import smaller
+
+    found = smaller(options.store_kv, options.store_state)
+    if found and options.kv_bits is not None:
+        raise SettingError("--store-kv and --store-state are for caches without --kv-bits.")
+    return found
 
 
 def show(console: Console, plan: Plan, memory: str | None) -> None:
@@ -169,8 +192,16 @@ def _facts(plan: Plan) -> list[str]:
         f"Stored beside one running request, conversations of that length: {some:,} with every "
         f"checkpoint, {most:,} with fewer."
     )
+    quantized = []
+    if (kv := plan.layout.precision) is not None:
+        said = (
+            f"Keys and values of {len(plan.layout.quantized)} layers have {kv.bits} bits behind "
+            f"{kv.start:,} tokens; replies are decoded one by one."
+        )
+        quantized = [said]
     return [
         f"A {'stored ' * bool(plan.layout.storing)}token weighs {format_bytes(token)}, {restores}.",
+        *quantized,
         f"Budget for store and running requests: {format_bytes(budget)}.",
         f"Weights and budget together: {format_bytes(weights + budget)}, never more.",
         stored,

@@ -302,6 +302,10 @@ class DiskTier:
         """Keep the files of a checkpoint that is pinned in memory, or no longer."""
         self.write_behind.pin(namespace, tokens, is_pinned=is_pinned)
 
+    def hold(self, namespace: Namespace, tokens: Tokens, lifetimes: Mapping[int, float]) -> None:
+        """As `Store.hold`. What is not written yet is held once it is. No file says so: a restart forgets it."""
+        self.catalogue.store.hold(Namespace(digest(namespace)), tokens, lifetimes)
+
     def shared(self, namespace: Namespace, tokens: Tokens) -> tuple[int, int]:
         """As `Store.shared`."""
         return self.catalogue.store.shared(Namespace(digest(namespace)), tokens)

@@ -374,8 +374,8 @@ class WriteBehind:
             self._clearing.clear()
         elif transfer.error is None:
             node, name = flight.writing.node, flight.writing.name
-            if self._wrote(flight) and (node.pinned or flight.was_pinned):  # it may have changed
-                self.pin(name, flight.tokens, is_pinned=node.pinned)
+            if self._wrote(flight):
+                self._keep(flight, node, name)
         elif isinstance(transfer.error, NameTakenError):
             self._met_another(key, transfer.error)
         else:
@@ -383,6 +383,14 @@ class WriteBehind:
             self._failed(transfer.error, is_told=transfer.is_told)
         self.write()
         self.on_written()
+
+    def _keep(self, flight: _Flight, node: MemoryNode, name: Namespace) -> None:
+        """A file is kept like what it was written of, which may have changed meanwhile."""
+        if node.pinned or flight.was_pinned:
+            self.pin(name, flight.tokens, is_pinned=node.pinned)
+        if node.soft_pin is not None and flight.segment.end == node.end:
+            lifetimes = {node.end: node.soft_pin.seconds}
+            self.catalogue.store.hold(Namespace(digest(name)), flight.tokens, lifetimes)
 
     def _wrote(self, flight: _Flight) -> bool:
         """A file is there. False where the catalogue does not take it, so that it is deleted."""

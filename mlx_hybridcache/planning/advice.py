@@ -37,6 +37,9 @@ def server_flags(plan: Plan) -> list[str]:
         found += ["--store-kv", str(storing.kv_bits)]
     if storing.state_bits is not None:
         found += ["--store-state", f"int{storing.state_bits}"]
+    if (kv := plan.layout.precision) is not None:
+        found += ["--kv-bits", str(kv.bits), "--kv-group-size", str(kv.group_size)]
+        found += ["--quantized-kv-start", str(kv.start)]
     return [*found, "--cache-dir", "~/.cache/mlx-hybridcache"]
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from .. import models
 from ..caches.kinds.smaller import FULL, StorePrecision
 from ..caches.layout import Layout
+from ..caches.quantizing.precision import Precision
 from ..caches.room import ROW_STEP, batch_bytes, request_rows
 from ..errors import ModelError
 from ..prefill import replay as replays
@@ -152,16 +153,18 @@ def make(
     max_tokens: int,
     step: int,
     every: int,
+    precision: Precision | None = None,
     storing: StorePrecision = FULL,
 ) -> Plan:
     """The plan for prompts of `context` tokens and replies of up to `max_tokens`, 0 for no limit.
 
-    `storing` is what a smaller store keeps.
-    `step` and `every` are the server's prefill step and its distance of regular checkpoints. Raises
+    `precision` is what keys and values are quantized to, in layers whose shapes allow it; `storing` what a
+    smaller store keeps. `step` and `every` are the server's prefill step and its distance of regular checkpoints. Raises
     `ModelError` for a model whose caches cannot be stored, or whose shapes cannot be told.
     """
     try:
-        layout = Layout.traced(model.model, step, storing=storing)
+        layout = Layout.traced(model.model, step, precision=precision, storing=storing)
+        layout.release()
     except Exception as error:  # whatever a model's forward raises without numbers
         raise ModelError(
             f"The caches of {model.name} ({model.family}) cannot be told from its configuration: "

@@ -14,7 +14,7 @@ from ..tiers import Tiers
 from ..tokens import TurnMarks
 from ..worker.turns import PAUSE, Load, Pause
 from .replay import Route, replay, route_of
-from .schedule import Grid, Reading, branch_points
+from .schedule import Grid, Reading, branch_points, lasting
 
 
 @dataclass(eq=False)
@@ -61,7 +61,9 @@ class Prefill:
             self.route(self.layout, self.grid, reading, exact=request.exact),
             step=lambda: self._step(request),
             stops=account.stops,
-            afford=lambda a, b, cuts: self.tiers.afford(request, live, b, cuts, branches),
+            afford=lambda a, b, cuts: self.tiers.afford(
+                request, live, b, cuts, branches, lasting(cuts, b, request.lifetimes)
+            ),
         )
         for read in slices:
             account.forwards += 1
@@ -73,6 +75,7 @@ class Prefill:
                 self.tiers.save(
                     request, live, left.pop(0), is_end=is_end, is_branch_point=is_branch_point
                 )
+            self.tiers.hold(request, live.position)
             live.materialize()
             request.advance(live.position)
             request.on_progress(live.position, len(tokens))

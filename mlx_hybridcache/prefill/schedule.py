@@ -131,6 +131,12 @@ def branch_points(reading: Reading, grid: Grid, *, is_inside: bool) -> frozenset
     return frozenset(found if first is None else {*found, first})
 
 
+def lasting(cuts: Sequence[int], end: int, lifetimes: Iterable[int]) -> frozenset[int]:
+    """Of the ascending cuts in the slice that ends at `end`, those that restore these positions of it."""
+    reached = (bisect.bisect_right(cuts, each) for each in lifetimes if each <= end)
+    return frozenset(cuts[at - 1] for at in reached if at)
+
+
 def _off_grid(reading: Reading, grid: Grid) -> list[int]:
     """Cuts that follow from this prompt, the most valuable first."""
     turns = _turns(reading, grid)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import operator
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from difflib import get_close_matches
@@ -18,6 +19,10 @@ R = TypeVar("R")
 
 SAMPLING = ("temp", "temperature", "top_p", "top_k", "min_p", "xtc_probability", "xtc_threshold")
 """What many expect to find on `stream_generate`, and mlx-lm takes in `make_sampler`."""
+
+
+LONGEST_SECONDS = 1e9
+"""Beyond it something is kept as for ever."""
 
 
 def known_keywords(function: Callable[P, R]) -> Callable[P, R]:
@@ -143,7 +148,7 @@ def _flat(value: Any) -> Iterable[Any]:
         yield value
 
 
-def positions(boundaries: Any, length: int) -> Sequence[int]:
+def positions(boundaries: Any, length: int, name: str = "boundaries") -> Sequence[int]:
     """Positions in a prompt of `length` tokens.
 
     Raises `ArgumentError` for what is no list of whole numbers, `PromptError` for one outside the prompt.
@@ -152,14 +157,37 @@ def positions(boundaries: Any, length: int) -> Sequence[int]:
         found = [operator.index(each) for each in _plain(boundaries)]
     except TypeError as error:
         raise ArgumentError(
-            f"boundaries is {boundaries!r}; a list of positions is needed, in tokens."
+            f"{name} is {boundaries!r}; a list of positions is needed, in tokens."
         ) from error
     for each in found:
         if not 0 <= each <= length:
             raise PromptError(
-                f"boundaries names position {each:,}; the prompt has {length:,} tokens. "
+                f"{name} names position {each:,}; the prompt has {length:,} tokens. "
                 "Positions are counted in tokens from its beginning, special ones too."
             )
+    return found
+
+
+def lifetimes_of(given: Any, length: int) -> dict[int, float]:
+    """Positions in a prompt of `length` tokens with the seconds for which they are to be kept.
+
+    The last token is read anew for each reply, so the end means the position before it. Raises `ArgumentError`
+    for what maps no positions to seconds above 0, `PromptError` for one outside the prompt.
+    """
+    if not isinstance(given, Mapping):
+        raise ArgumentError(
+            f"lifetimes is {_kind(given)}; positions with seconds are needed: {{512: 300}}."
+        )
+    found: dict[int, float] = {}
+    for at, seconds in zip(positions([*given], length, "lifetimes"), given.values(), strict=True):
+        is_number = isinstance(seconds, int | float) and not isinstance(seconds, bool)
+        if not (is_number and 0 < seconds < math.inf):
+            raise ArgumentError(
+                f"lifetimes keeps {at:,} for {seconds!r}; seconds above 0 are needed."
+            )
+        before = min(at, length - 1)
+        found[before] = max(float(min(seconds, LONGEST_SECONDS)), found.get(before, 0.0))
+    found.pop(0, None)  # nothing is needed to begin
     return found
 
 

@@ -2,22 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from ..errors import PromptError
 from ..tokenizing.encoder import Encoder
 from ..tokens import Tokens, prompt_tokens
-from .arguments import check_text, check_whole, token_ids
+from .arguments import check_text, check_whole, lifetimes_of, positions, token_ids
+from .request import Progress, Request
+from .sharing import Sharing
+
+NO_LIFETIMES: Mapping[int, float] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """How one cache reads prompts: text by `encoder`, if it has a tokenizer, ids below `vocabulary`."""
+    """How one cache reads prompts: text by `encoder`, if it has a tokenizer, ids below `vocabulary`.
+
+    `sharing` says where they belong.
+    """
 
     encoder: Encoder
     vocabulary: int
     salt: str
+    sharing: Sharing
+
+    def request(
+        self,
+        prompt: str | Iterable[int],
+        max_tokens: int,
+        boundaries: Sequence[int] = (),
+        lifetimes: Mapping[int, float] = NO_LIFETIMES,
+        on_progress: Progress | None = None,
+        cache_salt: str | None = None,
+        *,
+        best_effort: bool = False,
+    ) -> Request:
+        """What is asked for with these arguments of a call. Raises `PromptError` and `ArgumentError`."""
+        tokens, salt = self.read(prompt, cache_salt)
+        return self.sharing.request(
+            tokens,
+            salt,
+            max_tokens,
+            boundaries=tuple(positions(boundaries, len(tokens))),
+            lifetimes=lifetimes_of(lifetimes, len(tokens)),
+            best_effort=best_effort,
+            **({} if on_progress is None else {"on_progress": on_progress}),
+        )
 
     def read(self, prompt: str | Iterable[int], cache_salt: str | None) -> tuple[Tokens, str]:
         """int32, shape `(n,)`, and the call's salt. Raises `PromptError` and `ArgumentError`."""

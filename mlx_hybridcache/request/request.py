@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,7 +25,7 @@ class Account:
     """What happened to a request so far.
 
     `read` tokens are restored or read, in `forwards`; `taken` and `refused` are checkpoints,
-    `rejected` files that were not what they should be. `stops` are positions on the way at which
+    `rejected` files that were not what they should be, `soft_pins` positions of soft pins. `stops` are positions on the way at which
     others wait for a checkpoint.
     """
 
@@ -36,6 +36,7 @@ class Account:
     refused: int = 0
     rejected: int = 0
     read: int = 0
+    soft_pins: set[int] = field(default_factory=set)
     stops: set[int] = field(default_factory=set)
 
     def amend(self, **changes: Any) -> None:
@@ -50,13 +51,15 @@ class Request:
 
     An `exact` one is read in whole slices of the grid, and goes on only where one of those ended;
     `detail` says why, if that is not what its cache was made for. A `best_effort` reply ends where
-    nothing more fits. `job` is what the worker knows of it.
+    nothing more fits. `lifetimes` are positions in `[1, len(tokens))`, with the seconds for which what
+    restores them has a soft pin. `job` is what the worker knows of it.
     """
 
     tokens: Tokens
     namespace: Namespace
     max_tokens: int
     boundaries: tuple[int, ...] = ()
+    lifetimes: Mapping[int, float] = field(default_factory=dict)
     exact: bool = False
     best_effort: bool = False
     detail: str = ""
@@ -104,6 +107,7 @@ class Request:
             prefill_seconds=seconds,
             checkpoints_taken=account.taken,
             checkpoints_refused=account.refused,
+            soft_pins=len(account.soft_pins),
             detail=self.detail,
         )
 

@@ -24,6 +24,8 @@ class StoreStats:
     conversations: int
     nodes: int
     pinned: int
+    soft_pinned: int
+    soft_pinned_bytes: int
     tokens: int
     evictions: int
     refusals: int

@@ -174,6 +174,7 @@ class Place:
     disk_bytes: int | None
     is_pinned: bool
     used_at: float | None
+    soft_until: float | None
 
 
 @dataclass(eq=False, slots=True)
@@ -307,5 +308,6 @@ def _add_place(run: Run, end: int, in_memory: Outline | None, on_disk: Outline |
             disk_bytes=filed,
             is_pinned=any(each.is_pinned for each in standing),
             used_at=max((each.used_at or 0.0 for each in standing), default=0.0) or None,
+            soft_until=max((each.soft_until or 0.0 for each in standing), default=0.0) or None,
         )
     )

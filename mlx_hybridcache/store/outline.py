@@ -24,7 +24,8 @@ class Outline:
     """One node: a run of tokens at positions `[start, end)`. Holds no array of MLX.
 
     `checkpoint_bytes` is None where nothing stands at its end. `last_used` is the store's logical
-    clock, `used_at` when that was, in seconds of the wall clock, None if before this process began.
+    clock, `used_at` when that was, in seconds of the wall clock, None if before this process began;
+    `soft_until` when its soft pin ends by the same clock, None without one.
     `children` are by their first token.
     """
 
@@ -36,6 +37,7 @@ class Outline:
         "is_pinned",
         "last_used",
         "rows_bytes",
+        "soft_until",
         "start",
         "tokens",
         "used_at",
@@ -49,6 +51,8 @@ class Outline:
         self.rows_bytes: int = old.rows_bytes if old and is_same else full_nbytes(node)
         self.checkpoint_bytes = None if node.checkpoint is None else node.checkpoint.nbytes
         self.is_pinned = node.pinned
+        left = None if node.soft_pin is None else node.soft_pin.until - time.monotonic()
+        self.soft_until = None if left is None else wall_clock() + left
         self.last_used = node.last_used
         self.used_at: float | None = (
             old.used_at if old and old.last_used == node.last_used else used_at(node)

@@ -7,7 +7,9 @@ not fit is refused and said.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from math import inf
 
 from ..errors import BudgetError, NotStoredError, SettingError
 from ..tokens import Namespace, Tokens
@@ -17,6 +19,7 @@ from .evicted import Evicted
 from .eviction.choose import Eviction, crowded
 from .eviction.conversations import Conversations
 from .eviction.policy import NEAR_TOKENS, BranchRate, weights
+from .eviction.soft_pins import renew
 from .eviction.values import NodeValues, Weigh
 from .lazy_rows import full_nbytes
 from .match import Found
@@ -58,6 +61,7 @@ class Store(CountedTrees[R, S]):
         super().__init__(budget_bytes, references, self._values.noted)
         self.before_evicting: Callable[[], None] = lambda: None  # what costs nobody anything
         self.clock = 0
+        self.seconds: Callable[[], float] = time.monotonic  # by which soft pins end
         self.branch_rate = BranchRate()
         self.evictions = 0
         self._refusals = 0
@@ -85,9 +89,8 @@ class Store(CountedTrees[R, S]):
 
     def stats(self) -> StoreStats:
         """Counts and bytes at this moment."""
-        values = self._values
-        values.settle()
-        budget = self.budget
+        values, budget = self._values, self.budget
+        values.lift(self.seconds(), budget.limit_bytes // 2)
         return StoreStats(
             budget_bytes=budget.limit_bytes,
             rows_bytes=budget.rows_bytes,
@@ -98,6 +101,8 @@ class Store(CountedTrees[R, S]):
             conversations=values.conversations_stored(),
             nodes=values.nodes,
             pinned=len(values.pins.pinned),
+            soft_pinned=len(values.soft.pinned),
+            soft_pinned_bytes=values.soft.nbytes,
             tokens=values.tokens,
             evictions=self.evictions,
             refusals=self._refusals,
@@ -164,16 +169,16 @@ class Store(CountedTrees[R, S]):
         branch_points: Container[int],
         row_bytes: int,
         snapshot_bytes: int,
+        lasting: Container[int] = (),
     ) -> list[int]:
         """Of the cuts in the slice that ends with `tokens`, ascending, those that are worth their room.
 
-        Room is made for them, for the slice's rows and for cutting what is stored. A cut is left out
-        rather than that something more useful goes for it; none is left where not even one fits.
-        `branch_points` are where prompts part ways (`schedule.branch_points`).
+        Room is made for them, for the slice's rows and for cutting what is stored. A cut is left out, unless
+        it is `lasting` and will have a soft pin, rather than that something more useful goes for it.
         """
-        budget, match = self.budget, self.match(namespace, tokens)
+        budget, match, wanted = self.budget, self.match(namespace, tokens), [*cuts]
         rows = (len(tokens) - match.matched) * row_bytes
-        # The states are all there before the first is counted, so there must be room for this too.
+        # The states are there before the first is counted, so there must be room for this too.
         rows += self.split_nbytes(match, [*cuts, match.matched])
         if not budget.has_room(rows + len(cuts) * snapshot_bytes):
             self.before_evicting()
@@ -182,9 +187,9 @@ class Store(CountedTrees[R, S]):
         if not cuts or least > budget.limit_bytes:
             return []
         above = max((n.end for n in match.path if n.checkpoint and n.end < cuts[0]), default=0)
-        wanted = list(cuts)
         while not budget.has_room(rows + len(wanted) * snapshot_bytes):
-            worths = self._worths(above, wanted, len(tokens), branch_points, snapshot_bytes)
+            found = self._worths(above, wanted, len(tokens), branch_points, snapshot_bytes)
+            worths = [inf if cut in lasting else found[at] for at, cut in enumerate(wanted)]
             worst = min(range(len(wanted)), key=worths.__getitem__)
             if len(wanted) > 1 and worths[worst] <= eviction.least():
                 del wanted[worst]
@@ -224,6 +229,7 @@ class Store(CountedTrees[R, S]):
     def use(self, found: Found[R, S]) -> None:
         """Refresh the recency of what was restored, and of nothing else."""
         self.branch_rate.saw(is_inside=found.is_inside)
+        renew((n for n in found.match.path if n.end <= found.position), self.seconds())
         nodes = found.match.path[-1:] if found.node is None else (found.node,)
         for node in nodes:
             node.use(self.clock)
@@ -312,6 +318,16 @@ class Store(CountedTrees[R, S]):
         node.pin(is_pinned=True)
         return node.end
 
+    def hold(
+        self, namespace: Namespace, tokens: Tokens, lifetimes: Mapping[int, float]
+    ) -> set[int]:
+        """Keep what restores each of these positions for its seconds, as long as anything else may go.
+
+        Each use begins its time anew. Returns the positions that are kept.
+        """
+        match, most = self.match(namespace, tokens), self.budget.limit_bytes // 2
+        return self._values.hold(match, lifetimes, self.seconds(), most)
+
     def unpin(self, namespace: Namespace, tokens: Tokens) -> int:
         """Lift the last pin on the way to `tokens`; returns where it stood, or what restores them.
 
@@ -366,6 +382,7 @@ class Store(CountedTrees[R, S]):
         return self.extend(namespace, match, tokens[: match.matched], None)
 
     def _eviction(self, keep: Iterable[AnyNode] = (), spare: AnyNode | None = None) -> Eviction:
+        self._values.lift(self.seconds(), self.budget.limit_bytes // 2)
         return Eviction(self._values, frozenset(keep), spare, self.clock, self.branch_rate.interior)
 
     def _is_full(self, match: Match[R, S], position: int) -> bool:

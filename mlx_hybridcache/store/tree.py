@@ -95,6 +95,7 @@ class Node(Generic[R, S]):
         "returns",
         "rows",
         "serial",
+        "soft_pin",
         "standing",
         "start",
         "tokens",
@@ -117,6 +118,9 @@ class Node(Generic[R, S]):
         self.checkpoint: S | None = None
         self.is_end = False  # a prompt or a reply ended here
         self.pinned = False
+        self.soft_pin: Any = (
+            None  # for how long it is kept where anything else may go (`soft_pins`)
+        )
         self.last_used = 0  # the store's logical clock
         self.last_passed = 0  # the same: a request stored something here or below
         self.returns = 0  # prompts that parted ways here with what is stored below
@@ -146,6 +150,8 @@ class Node(Generic[R, S]):
         self.checkpoint = checkpoint
         if checkpoint is not None:
             self.returns = int(is_branch_point)
+        else:
+            self.soft_pin = None
         self.touch()
 
     def set_rows(self, rows: tuple[R, ...]) -> None:
@@ -156,6 +162,11 @@ class Node(Generic[R, S]):
     def pin(self, *, is_pinned: bool) -> None:
         """Keep it whatever comes, or no longer."""
         self.pinned = is_pinned
+        self.touch()
+
+    def hold(self, soft_pin: Any) -> None:
+        """Keep it for a time, as long as anything else may go; None: no longer."""
+        self.soft_pin = soft_pin
         self.touch()
 
     def use(self, clock: int, *, is_end: bool = False) -> None:

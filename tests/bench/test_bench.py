@@ -129,6 +129,19 @@ def test_every_run_stays_within_its_bound_of_forwards() -> None:
         assert len(hooked.lengths) < len(paused.lengths), "the hook was not taken away"
 
 
+def test_quantized_rows_are_weighed_and_timed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Heads of 64: three figures for 4 bits and for 8, of which the bytes are counted and kept."""
+    file = tmp_path / "quantized.json"
+    small = ["--context", "24", "--new-tokens", "1", "--pairs", "1"]
+    assert cli.main(["quantized", *small, "--json", str(file)]) == 0
+    figures = json.loads(file.read_text(encoding="utf-8"))["figures"]
+    assert [each["value"] for each in figures if each["counted"]] == [4.5 / 16, 8.5 / 16]
+    assert len(figures) == 6
+    assert "bytes of a stored token" in capsys.readouterr().out
+
+
 def test_decode_prints_a_table_and_chooses_the_tokens_of_a_full_re_prefill(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -13,7 +13,8 @@ PACKAGE = "bench.mlx_hybridcache_bench"  # as `module_name` writes it, which beg
 
 ORDER = [
     {"cli"},
-    {"afternoon", "against", "decode", "hotpath", "kills", "page", "router", "start", "ttft"},
+    {"afternoon", "against", "decode", "hotpath", "kills", "page", "quantized"},
+    {"router", "start", "ttft"},
     {"report"},
     {"disk"},
     {"serving"},

@@ -53,6 +53,18 @@ def test_the_command_prints_the_plan_and_writes_it(tmp_path, capsys):
     assert "107.5 GiB (as given)" in capsys.readouterr().out
 
 
+def test_quantized_keys_and_values_are_planned(tmp_path, capsys):
+    """A quarter and a little of a token's bytes, in the layers that have rows; the flags say so too."""
+    path = known_models.directory(tmp_path, "qwen3-next-80b", **EIGHT_BITS)
+    file = tmp_path / "plan.json"
+    options = ["plan", "--model", path, "--context", "120000", "--json", str(file)]
+    assert main([*options, "--memory", "128GB", "--kv-bits", "4", "--quantized-kv-start", "0"]) == 0
+    assert "Keys and values of 12 layers have 4 bits behind 0 tokens" in capsys.readouterr().out
+    told = json.loads(file.read_text())
+    assert told["token_bytes"] == 24 * 1024 * 4.5 / 16
+    assert "--kv-bits" in told["flags"]
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "mamba2"])
 def test_models_without_checkpoints_or_without_rows_are_planned_too(tmp_path, capsys, family):
     """Attention alone restores anywhere; a window's checkpoint is its rows; Mamba keeps none."""

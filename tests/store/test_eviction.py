@@ -38,8 +38,20 @@ SPACES = [N, N, N, Namespace("n", "salt"), Namespace("m")]
 class Checked(Eviction):
     """Every choice beside the full scan's."""
 
+    def first(self):
+        line = full_scan.in_line(self.store)
+        found = super().first()
+        lifted = [node for node in line if node.soft_pin is None]
+        assert lifted == line[: len(lifted)]
+        if lifted:  # only where nothing else could go, and no more of them than it takes
+            assert self.alone
+            assert found in (lifted[-1], None)
+        self.store.seen["lifted"] += len(lifted)
+        return found
+
     def _look(self):
         found = super()._look()
+        self.alone = found is None or getattr(self, "alone", False)
         scan = self.scan
         assert found == scan.first()
         assert self.fixed_bytes() == scan.fixed_bytes()
@@ -54,9 +66,10 @@ class CheckedStore(Store):
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
-        self.seen = Counter()
+        self.seen, self.seconds = Counter(), lambda: self.clock / 10
 
     def _eviction(self, keep=(), spare=None):
+        super()._eviction(keep, spare)  # whose time is over
         eviction = Checked(
             self._values, frozenset(keep), spare, self.clock, self.branch_rate.interior
         )
@@ -78,7 +91,7 @@ def change(store, draw, claims):
     tokens = [draw.randrange(2) for _ in range(draw.randrange(1, 5))]
     tokens += [draw.randrange(3)] * draw.randrange(1, draw.choice([4, 10, 150]))
     prompt = as_tokens(tokens)
-    what = draw.randrange(16)
+    what = draw.randrange(19)
     if what < 6:
         cuts = sorted(draw.sample(range(1, len(tokens) + 1), min(len(tokens), draw.randrange(4))))
         for cut in cuts:
@@ -101,6 +114,10 @@ def change(store, draw, claims):
         store.afford(
             space, prompt, cuts, branch_points=cuts[:1], row_bytes=ROW, snapshot_bytes=STATE
         )
+    elif what > 15:
+        places = {draw.randrange(1, len(tokens) + 1): draw.choice([0.3, 2.0, 9.0])}
+        store.seen["held"] += len(store.hold(space, prompt, places))
+        assert store.stats().soft_pinned_bytes <= store.budget.limit_bytes // 2
     elif what == 11:
         with suppress(NotStoredError, BudgetError):
             draw.choice([store.pin, store.unpin, store.unpin])(space, prompt)
@@ -138,7 +155,8 @@ def test_each_choice_is_that_of_a_full_scan(needs_checkpoints, limits, changes):
     for _ in range(changes):
         change(store, draw, claims)
         full_scan.check_values(store)
-    floors = {"choices": 300}
+    floors = {"choices": 300, "held": 50}
+    floors |= {} if limits else {"lifted": 3}
     floors |= {"dead": 5, "kept": 100} if needs_checkpoints else {}
     floors |= {"surplus": 50} if "max_conversations" in limits else {}
     assert not {
@@ -153,6 +171,7 @@ def test_each_choice_on_a_trace_is_that_of_a_full_scan(name):
     simulation = Simulation(trace, SHAPES["qwen3-next-80b"], 2 * 10**9)
     store = simulation.store
     store.__class__, store.seen = CheckedStore, Counter()
+    store.seconds = lambda: 0.0
     for index in range(len(trace)):
         simulation.serve(index)
         full_scan.check_values(store)

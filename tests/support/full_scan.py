@@ -8,6 +8,7 @@ from typing import Any
 
 from candidates import Candidate
 
+from mlx_hybridcache.store.eviction.conversations import PASSED
 from mlx_hybridcache.store.store import Store
 from mlx_hybridcache.store.tree import Node
 
@@ -42,7 +43,7 @@ class FullScan:
         return None
 
     def may_go(self, node: Node) -> bool:
-        if node.pinned or node is self.spare:
+        if node.pinned or node.soft_pin is not None or node is self.spare:
             return False
         if self.store.needs_checkpoints and node.checkpoint is not None:
             return True
@@ -125,10 +126,26 @@ def surplus(store: Store, written: Node) -> Node | None:
     if store.max_conversations is None or len(every) <= store.max_conversations:
         return None
     may_go = [own for own in every if not any(node.pinned or node is written for node in own)]
-    oldest = min(
-        may_go, key=lambda own: (max(node.last_used for node in own), own[0].serial), default=None
-    )
-    return oldest[0] if oldest is not None else None
+    may_go.sort(key=lambda own: (max(node.last_used for node in own), own[0].serial))
+    soft = [own for own in may_go if any(node.soft_pin is not None for node in own)]
+    plain = [own for own in may_go if own not in soft]
+    before = may_go[: may_go.index(plain[0])] if plain else may_go
+    if plain and len(before) < PASSED:
+        return plain[0][0]
+    return before[0][0] if before else None
+
+
+def in_line(store: Store) -> list[Node]:
+    """The nodes with a soft pin, whose time ends first before the others."""
+    held = [node for node in store.nodes() if node.soft_pin is not None]
+    return sorted(held, key=lambda node: (node.soft_pin.until, node.serial))
+
+
+def kept_bytes(store: Store, pinned: list[Node]) -> int:
+    """What these and all that leads to them weigh."""
+    rows = {above for node in pinned for above in node.path()}
+    states = [node.checkpoint.nbytes for node in pinned if node.checkpoint is not None]
+    return sum(node.rows_nbytes for node in rows) + sum(states)
 
 
 def check_values(store: Store) -> None:
@@ -145,6 +162,11 @@ def check_values(store: Store) -> None:
     kept = {above for node in nodes if node.pinned for above in node.path()}
     assert set(values.pins.nodes) == kept
     assert values.pins.nbytes == FullScan(store).fixed_bytes()
+    soft = in_line(store)
+    assert set(values.soft.pinned) == set(soft)
+    assert set(values.soft.nodes) == {above for node in soft for above in node.path()}
+    assert values.soft.nbytes == kept_bytes(store, soft)
+    assert values.soft.first() is (soft[0] if soft else None)
     ranked = set()
     for tree in store._trees.values():
         for node, (above, below, deepest) in surroundings(tree.root).items():

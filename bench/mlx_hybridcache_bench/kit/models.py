@@ -47,6 +47,16 @@ def random_qwen3() -> nn.Module:
     return _made(qwen3.Model(qwen3.ModelArgs(model_type="qwen3", num_hidden_layers=4, **_COMMON)))
 
 
+def wide_qwen3() -> nn.Module:
+    """A dense Qwen3 of 4 layers with 2 key-value heads of 64, bfloat16."""
+    wide = {**_COMMON, "hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8}
+    model = qwen3.Model(
+        qwen3.ModelArgs(model_type="qwen3", num_hidden_layers=4, **{**wide, "head_dim": 64})
+    )
+    model.set_dtype(mx.bfloat16)
+    return _made(model)
+
+
 def smallest_qwen3_next() -> nn.Module:
     """A Qwen3-Next of one Gated-DeltaNet and one attention layer: for counting, not for timing."""
     small = {**_COMMON, "hidden_size": 32, "num_attention_heads": 2, "head_dim": 16}

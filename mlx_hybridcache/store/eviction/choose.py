@@ -44,8 +44,12 @@ class Eviction:
         return nbytes
 
     def first(self) -> AnyNode | None:
-        """The node whose checkpoint (or, without checkpoints, which leaf) goes first."""
-        found = self._least()
+        """The node whose checkpoint (or, without checkpoints, which leaf) goes first.
+
+        Where nothing is left but soft pins they are lifted, one after another, until something may go.
+        """
+        while (found := self._least()) is None and self.values.soft.lift_first():
+            pass
         return found[1] if found is not None else None
 
     def least(self) -> float:
@@ -56,7 +60,7 @@ class Eviction:
     def first_of(self, nodes: Collection[AnyNode]) -> AnyNode:
         """The one of these nodes whose checkpoint goes first."""
         self.values.settle()
-        return min(nodes, key=self._worth)
+        return min(nodes, key=lambda node: (_held_until(node), self._worth(node)))
 
     def _least(self) -> tuple[float, AnyNode] | None:
         """What goes first with what it counts for, looked for again only where something changed."""
@@ -116,7 +120,7 @@ class Eviction:
                     yield leaf
 
     def _may_go(self, node: AnyNode) -> bool:
-        if node.pinned or node is self.spare:
+        if node.pinned or node.soft_pin is not None or node is self.spare:
             return False
         if self.values.needs_checkpoints and node.checkpoint is not None:
             return True
@@ -134,6 +138,11 @@ class Eviction:
     def only_joins(self, node: AnyNode) -> bool:
         """Whether `node` is a boundary that nothing stands at and nothing branches from."""
         return self.values.only_joins(node, self.kept)
+
+
+def _held_until(node: AnyNode) -> float:
+    """When its soft pin ends; before all others where it has none."""
+    return -inf if node.soft_pin is None else float(node.soft_pin.until)
 
 
 def crowded(

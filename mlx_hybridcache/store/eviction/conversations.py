@@ -12,6 +12,9 @@ import itertools
 
 from ..tree import AnyNode
 
+PASSED = 64
+"""So many conversations with a soft pin are passed over in one look for one without."""
+
 SPARE = 64
 """Leaves that are no longer any may wait beside as many as are."""
 
@@ -38,9 +41,14 @@ class Conversations:
         return not self._needs_checkpoints or any(node.checkpoint is not None for node in own)
 
     def oldest(self, written: AnyNode) -> AnyNode | None:
-        """The leaf of the one used longest ago, except that of `written` and those with a pin."""
-        found, passed_over = None, []
-        while self._queue and found is None:
+        """The leaf of the one used longest ago, except that of `written` and those with a pin.
+
+        With a soft pin it is one only where no other is found before `PASSED` of them.
+        """
+        found: AnyNode | None = None
+        soft: list[tuple[AnyNode, int]] = []
+        passed_over: list[tuple[AnyNode, int]] = []
+        while self._queue and found is None and len(soft) < PASSED:
             used, _, _, leaf = self._queue[0]
             own = leaf.unshared()
             latest = max(node.last_used for node in own)
@@ -57,11 +65,14 @@ class Conversations:
             elif any(node is written for node in own):
                 self._leave()
                 passed_over.append((leaf, used))
+            elif any(node.soft_pin is not None for node in own):
+                self._leave()
+                soft.append((leaf, used))
             else:
                 found = leaf
-        for leaf, used in passed_over:
+        for leaf, used in (*passed_over, *soft):
             self._wait(leaf, used)
-        return found
+        return soft[0][0] if found is None and soft else found
 
     def unpinned(self) -> None:
         """A pin was lifted: its conversation may be used longest ago."""

@@ -2,47 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Collection
 
 from ..tree import AnyNode
 
 
 class Pins:
-    """`nodes` are kept with so many bytes each, `nbytes` in all: rows, and the checkpoints that are pinned."""
+    """`nodes` are kept with so many bytes each, `nbytes` in all: rows, and the checkpoints that are pinned.
 
-    def __init__(self) -> None:
+    `is_pinned` says of a node that is there whether it is.
+    """
+
+    def __init__(self, is_pinned: Callable[[AnyNode], bool]) -> None:
+        self._is_pinned = is_pinned
         self.pinned: dict[AnyNode, None] = {}
         self.nodes: dict[AnyNode, int] = {}
         self.nbytes = 0
 
-    def settle(self, changed: Iterable[AnyNode]) -> bool:
+    def settle(self, changed: Collection[AnyNode]) -> bool:
         """These nodes have changed, came, or were taken out. Whether a pin is no more."""
-        is_less, kept = False, []
+        is_less = False
         for node in changed:
-            is_pinned = node.pinned and node.parent is not None
-            if not is_pinned and node in self.pinned:
-                del self.pinned[node]
-                is_less = True
+            is_pinned = node.parent is not None and self._is_pinned(node)
             if is_pinned:
                 self.pinned[node] = None
-            if is_pinned or node in self.nodes:
-                kept.append(node)
-        if is_less:  # who else needs what led to it is found out by asking all
-            self.nodes, self.nbytes, kept = {}, 0, [*self.pinned]
-        for node in kept:
-            self._keep(node)
+            elif node in self.pinned:
+                del self.pinned[node]
+                is_less = True
+            if node.parent is None:
+                self.nbytes -= self.nodes.pop(node, 0)
+        for node in changed:
+            if node in self.pinned or node in self.nodes:
+                self._keep(node)
+        for node in changed:
+            self._let_go(node)
+            self._let_go(node.parent)
         return is_less
 
     def _keep(self, node: AnyNode) -> None:
         """Weigh a node again, and what leads to it where that is new."""
-        if node.parent is None:
-            self.nbytes -= self.nodes.pop(node, 0)
-            return
         above: AnyNode = node
         while above.parent is not None and (above is node or above not in self.nodes):
             weight = above.rows_nbytes
-            if above.pinned and above.checkpoint is not None:
+            if above in self.pinned and above.checkpoint is not None:
                 weight += above.checkpoint.nbytes
             self.nbytes += weight - self.nodes.get(above, 0)
             self.nodes[above] = weight
             above = above.parent
+
+    def _let_go(self, node: AnyNode | None) -> None:
+        """Forget a node that leads to no pin any more, and those above it that led to this one alone."""
+        while (
+            node is not None
+            and node in self.nodes
+            and node not in self.pinned
+            and not any(child in self.nodes for child in (node.children or {}).values())
+        ):
+            self.nbytes -= self.nodes.pop(node)
+            node = node.parent

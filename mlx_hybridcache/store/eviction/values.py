@@ -8,16 +8,18 @@ they are put right there and nowhere else: the trees note what changed (`tree.No
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import cast
 
-from ..tree import AnyNode, Noted
+from ..tree import AnyMatch, AnyNode, Noted
+from . import soft_pins
 from .conversations import Conversations
 from .pins import Pins
 from .policy import Weights
 from .ranking import Ranking
+from .soft_pins import SoftPins
 
 Weigh = Callable[[int, int, int, int, int, bool], Weights]
 """What a checkpoint is worth, from `policy.weights`' numbers; the least goes first."""
@@ -59,7 +61,8 @@ class NodeValues:
     """Those of the same store, where somebody wants them in order."""
     noted: Noted = field(default_factory=Noted, init=False)
     ranking: Ranking = field(default_factory=Ranking, init=False)
-    pins: Pins = field(default_factory=Pins, init=False)
+    pins: Pins = field(default_factory=lambda: Pins(lambda node: node.pinned), init=False)
+    soft: SoftPins = field(default_factory=SoftPins, init=False)
     settlings: int = field(default=0, init=False)
     nodes: int = field(default=0, init=False)
     tokens: int = field(default=0, init=False)
@@ -102,6 +105,7 @@ class NodeValues:
                 moved[leaf_below(top)] = None  # what goes with it may have changed
                 if self.conversations is not None:
                     self.conversations.note(top)
+        self.soft.settle(changed)
         if self.pins.settle(changed) and self.conversations is not None:
             self.conversations.unpinned()
 
@@ -200,11 +204,31 @@ class NodeValues:
             for leaf in self.barren
         )
 
+    def hold(
+        self, match: AnyMatch, lifetimes: Mapping[int, float], now: float, most_bytes: int
+    ) -> set[int]:
+        """Soft pins for what restores these positions; where they stand, unless one alone is too heavy."""
+        held = set()
+        places = soft_pins.places(match, lifetimes, needs_checkpoints=self.needs_checkpoints)
+        for node, seconds in places:
+            if soft_pins.weight(node) <= most_bytes:
+                self.soft.hold(node, seconds, now)
+                held.add(node.end)
+        self.lift(now, most_bytes)
+        return held
+
+    def lift(self, now: float, most_bytes: int) -> None:
+        """Soft pins go whose time is over, and those that weigh too much together."""
+        self.soft.expire(now)
+        self.settle()
+        while self.soft.nbytes > most_bytes and self.soft.lift_first():
+            self.settle()
+
     # What may go
 
     def may_rank(self, node: AnyNode) -> bool:
         """Whether it may go at all, and not first of all."""
-        if node.pinned:
+        if node.pinned or node.soft_pin is not None:
             return False
         return node.checkpoint is not None if self.needs_checkpoints else not node.children
 

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
+from ..replies.chat import Breakpoint
 from ..replies.notices import named
 from ..schema.messages import Block, CountBody, MessagesBody
-from ..schema.requests import ChatBody, Conversation
+from ..schema.requests import ChatBody
 
 MOST_BREAKPOINTS = 4
-"""As many as Anthropic takes; of more the last count, which are the deepest."""
+"""As many as Anthropic takes, within messages and at their ends; of more the last count, the deepest."""
+
+LIFETIMES = {"5m": 300.0, "1h": 3600.0}
+"""Seconds for which what a breakpoint stands behind is kept, anew with each use."""
 
 CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 
@@ -36,6 +40,7 @@ def as_chat(body: CountBody) -> MessagesChat:
         "tools": [*map(_function, _own(body.tools))] or None,
         "thinking": body.thinking and body.thinking.model_dump(exclude_none=True),
         "cache_salt": body.cache_salt,
+        "keep_alive": body.keep_alive,
         "continue_final_message": body.messages[-1]["role"] == "assistant" or None,
         **body.arrangement(),
         **_choice(body),
@@ -51,22 +56,55 @@ def as_chat(body: CountBody) -> MessagesChat:
     return chat
 
 
-def breakpoints(body: CountBody, chat: MessagesChat) -> list[Conversation]:
-    """The beginnings of `chat` behind which the client set `cache_control`, in their order.
+def breakpoints(body: CountBody, chat: MessagesChat) -> list[Breakpoint]:
+    """The beginnings of `chat` behind which the client set `cache_control`, in their order."""
+    marks = [*_marks(body)]
+    inner = deque((mark for mark in marks if mark.is_inner), maxlen=MOST_BREAKPOINTS)
+    outer = deque((mark for mark in marks if not mark.is_inner), maxlen=MOST_BREAKPOINTS)
+    kept = {*inner, *outer}  # there may be thousands
+    return [_breakpoint(body, chat, mark) for mark in marks if mark in kept]
 
-    Only those within a message: between two of them there is a checkpoint anyway.
+
+class _Mark(NamedTuple):
+    """In which message it is, with -1 for the system's, and behind how many blocks.
+
+    `is_inner`: others follow in the same message, or it is behind the tools.
     """
-    last = deque(_marks(body), maxlen=MOST_BREAKPOINTS)  # there may be thousands
-    return [chat.model_copy(update={"messages": _beginning(body, *mark)}) for mark in last]
+
+    at: int
+    end: int
+    is_inner: bool
+    seconds: float
 
 
-def _marks(body: CountBody) -> Iterator[tuple[int, int]]:
-    """Where there is one: in which message, with -1 for the system's, and behind how many blocks."""
-    if any(map(_has_mark, body.tools or ())):
-        yield -1, 0
+def _marks(body: CountBody) -> Iterator[_Mark]:
+    if tools := [_seconds(tool) for tool in body.tools or () if _has_mark(tool)]:
+        yield _Mark(-1, 0, True, tools[-1])
     contents = [body.system, *(message["content"] for message in body.messages)]
     for at, content in enumerate(contents, -1):
-        yield from ((at, end) for end in _inner_marks(content))
+        for end, block in enumerate(content if isinstance(content, list) else (), 1):
+            if _has_mark(block):
+                yield _Mark(at, end, end < len(content), _seconds(block))
+    if body.cache_control:  # of itself, behind what stands last
+        yield _Mark(
+            len(body.messages) - 1, -1, False, _seconds({"cache_control": body.cache_control})
+        )
+
+
+def _breakpoint(body: CountBody, chat: MessagesChat, mark: _Mark) -> Breakpoint:
+    if not mark.is_inner and mark.at == len(body.messages) - 1:
+        return Breakpoint(None, mark.seconds)
+    messages = _beginning(body, mark.at, mark.end)
+    return Breakpoint(
+        chat.model_copy(update={"messages": messages}), mark.seconds, is_boundary=mark.is_inner
+    )
+
+
+def _seconds(block: Block) -> float:
+    """How long what stands before a mark is kept."""
+    mark = block["cache_control"]
+    said = mark.get("ttl") if isinstance(mark, dict) else None
+    return LIFETIMES.get(said, LIFETIMES["5m"]) if isinstance(said, str) else LIFETIMES["5m"]
 
 
 def _beginning(body: CountBody, at: int, end: int) -> list[Message]:
@@ -75,13 +113,6 @@ def _beginning(body: CountBody, at: int, end: int) -> list[Message]:
         return _system(system[:end] if end else None)
     part = {**body.messages[at], "content": body.messages[at]["content"][:end]}
     return [*_system(system), *_turns([*body.messages[:at], part])]
-
-
-def _inner_marks(content: Any) -> list[int]:
-    """Behind which of its blocks a content has a mark, its last block left out."""
-    if not isinstance(content, list):
-        return []
-    return [at for at, block in enumerate(content[:-1], 1) if _has_mark(block)]
 
 
 def _has_mark(block: Block) -> bool:

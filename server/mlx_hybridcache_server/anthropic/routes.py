@@ -18,7 +18,6 @@ from ..replies.answer import answered, worked
 from ..replies.message import ChatMessage
 from ..replies.notices import warning_headers
 from ..schema.messages import CountBody, MessagesBody
-from ..schema.requests import Conversation
 from .conversation import MessagesChat, as_chat, breakpoints
 from .reply import STREAM, MessagesReply, new_id
 
@@ -46,7 +45,7 @@ async def count_tokens(body: CountBody, request: Request) -> Response:
     return JsonResponse({"input_tokens": tokens}, headers=headers)
 
 
-def _chat(body: MessagesBody) -> tuple[MessagesChat, list[Conversation]]:
+def _chat(body: MessagesBody) -> tuple[MessagesChat, list[chats.Breakpoint]]:
     """Not for the event loop: a history may be as long as a body."""
     chat = as_chat(body)
     return chat, breakpoints(body, chat)
@@ -54,7 +53,7 @@ def _chat(body: MessagesBody) -> tuple[MessagesChat, list[Conversation]]:
 
 async def _message(
     chat: MessagesChat,
-    beginnings: list[Conversation],
+    beginnings: list[chats.Breakpoint],
     serving: Serving,
     admitted: Admitted,
     weight: int,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, TypeVar
 
 import llguidance.hf
@@ -30,6 +30,9 @@ from .narrowing import remainders
 from .relaxing import ToolError, relaxed, without_notes_in
 from .replies import written
 from .speech import GrammarError, Layout, Reasoning, Speech, Tool, Wanted
+
+MOST_MARKERS = 256
+"""Of one model, whose tokens are remembered."""
 
 T = TypeVar("T")
 Responses = Iterator[GenerationResponse | Pause]
@@ -259,7 +262,7 @@ class Constraints:
             tokenizer.tool_call_start,
             tokenizer.tool_call_end,
             parser.__module__.rpartition(".")[2] if parser is not None else None,
-            self._token_of,
+            lru_cache(MOST_MARKERS)(self._token_of),  # asked for each parameter
             has_headers="[ARGS]" in str(tokenizer.chat_template),
             layout=_layout(tokenizer),
         )

@@ -7,8 +7,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from .compiled import MOST_BYTES
 from .narrowing import Schema, without_notes
-from .speech import Speech
+from .speech import GrammarError, Speech
 
 WHITESPACE = r" |\n[ \t]{0,32}"
 """Between the parts of a JSON text, once: JSON allows any, and a weak model would never end it."""
@@ -16,7 +17,7 @@ WHITESPACE = r" |\n[ \t]{0,32}"
 
 @dataclass(eq=False)
 class Lark:
-    """The lines of one grammar as it is written.
+    """The lines of one grammar as it is written, of at most `MOST_BYTES`: more would not be compiled.
 
     `is_exact`: it is the one that was asked for, and not the one that keeps markers out of values.
     """
@@ -29,6 +30,7 @@ class Lark:
         # makes of it: those of a marker for its text in a string, and others in either grammar.
         default_factory=lambda: ['%llguidance {"no_forcing": true}', r"SPACE: /[ \n]{1,4}/"]
     )
+    nbytes: int = 0
     _count: int = 0
 
     def json(self, schema: Schema, *, is_lenient: bool = False) -> str:
@@ -91,7 +93,7 @@ class Lark:
     def lazy(self, body: str) -> str:
         """A text that ends as soon as it can."""
         terminal, name = self.terminal(body), self.named()
-        self.lines.append(f"{name}[lazy]: {terminal}")
+        self._add(f"{name}[lazy]: {terminal}")
         return name
 
     def named(self, kind: str = "r") -> str:
@@ -101,8 +103,18 @@ class Lark:
 
     def define(self, name: str, body: str) -> str:
         """A line of the grammar."""
-        self.lines.append(f"{name}: {body}")
+        self._add(f"{name}: {body}")
         return name
+
+    def _add(self, line: str) -> None:
+        """Raises `GrammarError` where the grammar has become too large, before the rest of it is written."""
+        self.nbytes += len(line)
+        if self.nbytes > MOST_BYTES:
+            raise GrammarError(
+                f"This takes a grammar of more than {MOST_BYTES:,} bytes, descriptions left out, which is "
+                "not compiled. Ask for less in one reply: a smaller schema, or fewer tools."
+            )
+        self.lines.append(line)
 
 
 def none_of(*texts: str | None) -> str:

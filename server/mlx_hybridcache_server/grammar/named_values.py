@@ -33,8 +33,9 @@ def named_values(tool: Tool, *, is_lenient: bool) -> list[NamedValue]:
             "which this model's format of calls, a list of named values, has no place for."
         )
     shared: Schema = {key: parameters[key] for key in _SHARED if key in parameters}
+    needed = {*required}
     return [
-        NamedValue(name, {**_as_object(schema), **shared}, name in required)
+        NamedValue(name, {**_as_object(schema), **shared}, name in needed)
         for name, schema in names.items()
     ]
 

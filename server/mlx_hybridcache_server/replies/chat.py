@@ -28,6 +28,22 @@ if TYPE_CHECKING:
 BAD_REQUEST = 400
 
 
+RETENTIONS = {"24h": 24 * 3600.0, "in_memory": None, "in-memory": None}
+"""OpenAI's `prompt_cache_retention` in seconds; in memory a prompt stays like everything else."""
+
+
+@dataclass(frozen=True, slots=True)
+class Breakpoint:
+    """A beginning of a conversation, or with None all of it, that its client wants kept for `seconds`.
+
+    `is_boundary`: it ends within a message; between two of them there is a checkpoint anyway.
+    """
+
+    beginning: Conversation | None
+    seconds: float
+    is_boundary: bool = False
+
+
 @dataclass(frozen=True, slots=True)
 class Chat:
     """The replies that are wanted to one conversation, and how the model writes calls in them."""
@@ -60,20 +76,21 @@ async def chat(
     serving: Serving,
     admitted: Admitted,
     weight: int,
-    breakpoints: Sequence[Conversation] = (),
+    breakpoints: Sequence[Breakpoint] = (),
 ) -> Chat:
     """Render a conversation that weighs so many bytes. Raises `ApiError` 400 for what cannot be.
 
-    `breakpoints` are beginnings of it, at whose ends the client wants checkpoints.
+    At the ends of `breakpoints` the client wants checkpoints, and to have them kept for a time.
     """
     may_call = callable_tools(body)
     warn_of_switches(body, loaded.tokenizer.chat_template)
     rendered = await serving.rendering.steps(rendering(body, loaded.renderer), weight)
-    found = [
-        await _end(each, rendered.tokens, body.cache_salt, loaded, serving, weight)
-        for each in breakpoints
-    ]
-    ends = {end for end in found if end is not None}
+    ends, lifetimes = set(), _retention(body, len(rendered.tokens))
+    for each in breakpoints:
+        end = await _end(each.beginning, rendered.tokens, body.cache_salt, loaded, serving, weight)
+        if end is not None:
+            lifetimes[end] = max(each.seconds, lifetimes.get(end, 0.0))
+            ends.update([end] if each.is_boundary else [])
     if (stable := rendered.stable) is not None:
         ends.update(stable.boundaries)
         warn_of_moved(body, stable)
@@ -81,13 +98,24 @@ async def chat(
     tools = (held_to and held_to.tools) or may_call
     calls = loaded.tool_format(tools, calls=body.tool_choice != "none")
     wanted = parse(body, rendered, serving.settings, loaded, held_to, calls)
-    for each in wanted if ends else ():
-        each.options["boundaries"] = sorted(ends)
+    for one in wanted:
+        one.options.update({"boundaries": sorted(ends), "lifetimes": lifetimes})
     return Chat(wanted, calls, loaded, serving, admitted)
 
 
+def _retention(body: ChatBody, tokens: int) -> dict[int, float]:
+    """For how long all of a prompt of so many tokens is to be kept, if the client says so."""
+    wanted = body.prompt_cache_retention
+    if wanted is None:
+        return {}
+    seconds = RETENTIONS.get(wanted, 0.0) if isinstance(wanted, str) else 0.0
+    if seconds == 0.0:
+        body.warn("prompt_cache_retention", "not followed: it is 24h or in_memory.")
+    return {tokens: seconds} if seconds else {}
+
+
 async def _end(
-    beginning: Conversation,
+    beginning: Conversation | None,
     tokens: Tokens,
     salt: str | None,
     loaded: Loaded,
@@ -99,6 +127,8 @@ async def _end(
     None where that cannot be rendered, though all of the conversation can: it may end with a picture,
     or be too long with what is put behind it.
     """
+    if beginning is None:
+        return len(tokens)
     steps = loaded.renderer.prefix(beginning, salt=salt)
     try:
         prefix = await serving.rendering.steps(steps, weight)

@@ -67,6 +67,8 @@ def as_chat(body: ResponsesBody, items: Sequence[Item]) -> ResponsesChat:
             "response_format": _format(body),
             "stream": body.stream,
             "cache_salt": body.cache_salt,
+            "keep_alive": body.keep_alive,
+            "prompt_cache_retention": body.prompt_cache_retention,
             **body.arrangement(),
         }
     )

@@ -118,6 +118,8 @@ class CountBody(Arrangement):
     mcp_servers: list[Any] | None = None
     container: Any = None
     cache_salt: str | None = None
+    keep_alive: Any = None
+    cache_control: dict[str, Any] | None = None
 
 
 class MessagesBody(CountBody):

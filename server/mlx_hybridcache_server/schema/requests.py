@@ -258,6 +258,7 @@ class ChatBody(Conversation, GenerationBody):
     parallel_tool_calls: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
+    prompt_cache_retention: Any = None
 
 
 Prompt = Annotated[str, Field(min_length=1)] | TokenIds

@@ -131,3 +131,5 @@ class ResponsesBody(Arrangement):
     prompt: dict[str, Any] | None = None
     top_logprobs: int | None = None
     cache_salt: str | None = None
+    keep_alive: Any = None
+    prompt_cache_retention: Any = None

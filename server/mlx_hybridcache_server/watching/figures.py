@@ -20,6 +20,9 @@ def figures(serving: Serving) -> dict[str, Any]:
         "held_bytes": found.held_bytes,
         **asdict(found),
         "store": _store(serving),
+        # What a request gets that says nothing of it; Messages are marked where this is None.
+        "stable_prefix": serving.settings.stable_prefix,
+        "canonical_tools": serving.settings.canonical_tools,
         "disk": None if disk is None else asdict(disk),
         # Beside the budget, and bounded by themselves.
         "grammars": {

@@ -266,4 +266,5 @@ def _told_place(place: Place) -> list[Any]:
         place.disk_bytes,
         place.is_pinned,
         place.used_at,
+        place.soft_until,
     ]

@@ -12,7 +12,7 @@ from mlx_hybridcache_server.anthropic.conversation import as_chat, breakpoints
 from mlx_hybridcache_server.replies.notices import WARNING_HEADER
 from mlx_hybridcache_server.schema.messages import MessagesBody
 from replies import ENDLESS, FUNCTION
-from servers import MESSAGES, user
+from servers import CHAT, MESSAGES, user
 
 MARK = {"cache_control": {"type": "ephemeral", "ttl": "1h"}}
 EMPTY = {"type": "object", "properties": {}}
@@ -105,6 +105,52 @@ def test_what_is_marked_within_a_message_is_a_checkpoint(server):
     assert unmarked < marked
 
 
+@pytest.mark.parametrize("ttl", ["5m", "1h"])
+def test_marks_keep_for_their_time_what_stands_before_them(server, ttl):
+    """Behind the system's only block and behind the question: told in the account and in /v1/cache."""
+    salt = f"kept {ttl}"
+    mark = {"cache_control": {"type": "ephemeral", "ttl": ttl}}
+    asked = {
+        "system": [text("\n".join(LINES), **mark)],
+        "messages": [{"role": "user", "content": [text("Where is Omar?", **mark)]}],
+        "max_tokens": 1,
+        "cache_salt": salt,
+    }
+    before = server.client.get("/v1/cache").json()
+    for _ in range(2):
+        server.answer(MESSAGES, **asked)
+        recent = server.client.get("/v1/cache/recent").json()["data"][0]
+        assert recent["soft_pins"] == 2
+    assert recent["restored_tokens"] == recent["prompt_tokens"] - 1
+    figures = server.client.get("/v1/cache").json()
+    assert figures["soft_pinned"] == before["soft_pinned"] + 2
+    assert 0 < figures["soft_pinned_bytes"] <= figures["budget_bytes"] // 2
+    assert figures["stable_prefix"] is None
+
+
+def test_a_request_may_ask_for_all_of_its_prompt_to_be_kept(server):
+    """`cache_control` beside the messages, and OpenAI's `prompt_cache_retention` of 24 hours; else it is said."""
+
+    def kept(where, **more):
+        reply = server.post(where, cache_salt=f"{where} {more}", **more)
+        assert reply.status_code == 200, reply.text
+        told = reply.headers.get(WARNING_HEADER, "")
+        return server.client.get("/v1/cache/recent").json()["data"][0]["soft_pins"], told
+
+    said = {"messages": user("Where is Omar?"), "max_tokens": 1}
+    assert kept(MESSAGES, cache_control={"type": "ephemeral"}, **said)[0] == 1
+    assert kept(MESSAGES, **said)[0] == 0
+    written = {"input": "Where is Omar?", "max_output_tokens": 1, "store": False}
+    for where, asked in ((CHAT, said), ("/v1/responses", written)):
+        assert kept(where, prompt_cache_retention="24h", **asked) == (1, "")
+        assert kept(where, prompt_cache_retention="in_memory", prompt_cache_key="a", **asked) == (
+            0,
+            "",
+        )
+        pins, told = kept(where, prompt_cache_retention="for ever", **asked)
+        assert (pins, "prompt_cache_retention" in told) == (0, True)
+
+
 def test_marks_name_the_beginnings_of_a_conversation():
     """Of tools, and of blocks that others follow; the last four of more. Ends of messages need none."""
     body = MessagesBody.model_validate(
@@ -118,7 +164,13 @@ def test_marks_name_the_beginnings_of_a_conversation():
             ],
         }
     )
-    found = breakpoints(body, as_chat(body))
+    every = breakpoints(body, as_chat(body))
+    found = [each.beginning for each in every if each.is_boundary]
+    ends = [
+        each.beginning and len(each.beginning.messages) for each in every if not each.is_boundary
+    ]
+    assert ends == [2, 3, 4, None]
+    assert {each.seconds for each in every} == {3600.0}
     contents = [[message["content"] for message in each.messages] for each in found]
     assert [len(each) for each in contents] == [1, 3, 5, 5]
     assert contents[0] == ["a"]

@@ -13,6 +13,7 @@ from mlx_hybridcache_server.anthropic import conversation, routes
 from mlx_hybridcache_server.anthropic.conversation import as_chat, breakpoints
 from mlx_hybridcache_server.errors import ApiError, shutting_down
 from mlx_hybridcache_server.replies import chat
+from mlx_hybridcache_server.replies.chat import Breakpoint
 from mlx_hybridcache_server.replies.notices import WARNING_HEADER, warning_headers
 from mlx_hybridcache_server.schema.messages import MessagesBody
 from servers import MESSAGES, events_of, user
@@ -88,8 +89,11 @@ def test_no_number_of_marks_makes_more_than_the_last_beginnings(monkeypatch):
     asked = body(system=blocks[:5000], messages=[{"role": "user", "content": blocks}])
     chat = as_chat(asked)
     made.clear()
-    ends = [len(each.messages[-1]["content"]) for each in breakpoints(asked, chat)]
-    assert ends == [9996, 9997, 9998, 9999]
+    found = breakpoints(asked, chat)
+    assert found[-1] == Breakpoint(None, 300.0)
+    inner = [each.beginning for each in found if each.is_boundary]
+    assert [len(each.messages[-1]["content"]) for each in inner] == [9996, 9997, 9998, 9999]
+    assert len(found) == 6
     assert len(made) == 4
 
 

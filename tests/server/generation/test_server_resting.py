@@ -197,6 +197,13 @@ def test_a_client_decides_only_where_the_server_lets_it(tmp_path: Path) -> None:
         headers = dict(client.sent[0]["headers"])
         assert b"keep_alive" in headers[b"x-mlx-hybridcache-warning"]
         assert other.slot._idle.seconds == 3600
+        said = {"messages": [{"role": "user", "content": "The"}], "max_tokens": 1}
+        await Client(other).ask(("POST", "/v1/messages"), **said, keep_alive="7m")
+        assert other.slot._idle.seconds == 420
+        await Client(other).ask(
+            ("POST", "/v1/responses"), input="The", max_output_tokens=1, keep_alive=9
+        )
+        assert other.slot._idle.seconds == 9
 
     try:
         within(work())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections import Counter
 from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any
@@ -22,7 +23,9 @@ from mlx_hybridcache_server.calls.parts import Parts
 from mlx_hybridcache_server.errors import ApiError
 from mlx_hybridcache_server.grammar import constrain
 from mlx_hybridcache_server.grammar.call_formats import FORMATS
+from mlx_hybridcache_server.grammar.compiled import MOST_BYTES
 from mlx_hybridcache_server.grammar.constrain import Constraint, Constraints
+from mlx_hybridcache_server.grammar.lark import Lark
 from mlx_hybridcache_server.prompts.chat import Rendered
 
 each_family = pytest.mark.parametrize("name", FAMILIES)
@@ -336,6 +339,33 @@ def test_no_grammar_is_read_that_is_too_large_to_be_compiled(monkeypatch):
     with pytest.raises(ApiError, match="at most 500 are compiled"):
         constraints.of(body, Rendered(np.array([1]), NORMAL))
     assert all(nbytes <= 500 for nbytes in read)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_grammar_is_written_no_further_than_it_would_be_compiled(name, monkeypatch):
+    """10,000 parameters, all required: each writing of a grammar ends behind its first 128 KiB, so that as
+    many parameters as fit are looked at, and no marker is read twice.
+    """
+    sizes, defined, markers = [], Lark._add, Counter()
+
+    def watched(lark, line):
+        sizes.append(lark.nbytes)
+        defined(lark, line)
+
+    tokenizer = tokenizer_of(name)
+    constraints, encode = Constraints(tokenizer), Constraints._token_of
+    monkeypatch.setattr(Lark, "_add", watched)
+    monkeypatch.setattr(
+        Constraints, "_token_of", lambda own, text: (markers.update([text]), encode(own, text))[1]
+    )
+    names = {f"p{at}": {"type": "integer"} for at in range(10_000)}
+    parameters = {"type": "object", "properties": names, "required": [*names]}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
+    with pytest.raises(ApiError, match=r"more than 131,072|at most|too many"):
+        constraints.of(chat(tools=tools, tool_choice="required"), Rendered(np.array([1]), NORMAL))
+    assert max(sizes) <= MOST_BYTES
+    assert len(sizes) < 3 * 10_000
+    assert max(markers.values(), default=1) == 1
 
 
 def test_a_tool_that_is_nested_too_deeply_is_refused_with_a_sentence():

@@ -365,6 +365,15 @@ def test_an_update_touches_only_what_changed(crowded, monkeypatch):
 # What it does
 
 
+def test_the_page_says_until_when_a_checkpoint_is_kept(server):
+    """All of a prompt, for 24 hours: the last checkpoint that it was read to, by the wall clock."""
+    now = time.time()
+    said = {"messages": user(f"Where is {now}?"), "max_tokens": 1, "prompt_cache_retention": "24h"}
+    server.answer(CHAT, **said)
+    until = [each[5] for each in last_run(server)["places"] if each[5] is not None]
+    assert [now + 86_400 <= each <= time.time() + 86_401 for each in until] == [True]
+
+
 def test_pin_unpin_warm_and_drop_by_the_key_of_a_run(server):
     """A pinned run refuses to be dropped; unpinned it goes, in both tiers, and then is not found."""
     prompt = prompt_of(400, 7000)

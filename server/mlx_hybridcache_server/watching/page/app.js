@@ -54,7 +54,8 @@ function told(update, isFirst) {
 }
 
 function treeNote() {
-  const pins = cache.pinned ? `, ${count(cache.pinned)} pinned` : "";
+  const soft = cache.soft_pinned ? `, ${count(cache.soft_pinned)} kept for a time` : "";
+  const pins = (cache.pinned ? `, ${count(cache.pinned)} pinned` : "") + soft;
   say(
     by("tree-note"),
     `${many(cache.conversations, "conversation")} and ${many(cache.checkpoints, "checkpoint")} in memory${pins}. ` +

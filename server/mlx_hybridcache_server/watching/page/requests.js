@@ -118,6 +118,7 @@ function explained(one) {
     ["Written", many(one.completion_tokens, "token")],
     ["Request", `${one.endpoint} ${one.id}`],
   ];
+  if (one.soft_pins) facts.push(["Kept for a time", many(one.soft_pins, "checkpoint")]);
   if (one.stable_prefix) facts.push(["Stable prefix", arranged(one.stable_prefix)]);
   const list = element("dl");
   for (const [name, value] of facts) {

@@ -186,6 +186,12 @@ function drawBar(bar, run) {
   bar.title = places ? `checkpoints at ${places}` : "";
 }
 
+function kept(until) {
+  if (until === null || until * 1000 < Date.now()) return "";
+  const time = new Date(until * 1000).toLocaleTimeString([], { hour: "2-digit", minute: "2-digit" });
+  return element("span", { class: "pin" }, `kept until ${time}`);
+}
+
 function axis() {
   const step = [1, 2, 5].flatMap((n) => [...Array(8).keys()].map((power) => n * 10 ** power));
   const tick = step.sort((a, b) => a - b).find((each) => most / each <= 5) ?? most;
@@ -208,11 +214,11 @@ function stands(parts, run) {
   const size = (number) => (number === null ? "–" : bytes(number));
   const cell = (tag, ...what) => element(tag, {}, ...what);
   const body = run.places
-    .map(([position, memory, disk, pinned, used]) =>
+    .map(([position, memory, disk, pinned, used, until]) =>
       element(
         "tr",
         { "data-position": position },
-        cell("td", count(position), pinned ? element("span", { class: "pin" }, "pinned") : ""),
+        cell("td", count(position), pinned ? element("span", { class: "pin" }, "pinned") : kept(until)),
         cell("td", size(memory)),
         cell("td", size(disk)),
         cell("td", aged(used)),
