@@ -98,22 +98,21 @@ class Outlines:
 class HybridPromptCache:
     """A prompt cache for one model, hybrid or not. Every method may be called from any thread.
 
-    `memory_budget` is bytes or text with a unit and bounds the store and the running requests
-    together. `memory_reserve` is what the store leaves of the system's memory, whatever others take:
-    it shrinks for that, and with 0 never does. `exact` makes hot and cold agree bit for bit on
-    devices where the shape of a slice changes the last bits, at the cost of at most one step of
-    replay. `prefill_step_size` and `checkpoint_every` are tokens. `swa_full` stores every row of sliding windows, which then
-    restore at any position, not at checkpoints only. `cache_dir` keeps what is stored in files too, at
-    most `disk_budget` bytes of them, for other processes and later runs. `max_conversations` bounds how many
-    conversations are stored, where every branch of one, such as a regenerated reply, counts;
-    `max_checkpoints` how many checkpoints lie on the way to any position. `cache_salt` separates
-    those who must not share; every call can name its own. `router` is a patch, the path of one, or
-    "auto": experts that compute the same get one router row in `model` itself, and it selects by groups
-    from then on. With `kv_bits` keys and values are quantized in groups of `kv_group_size`, those of all
-    tokens as soon as one behind `quantized_kv_start` is read, in each layer whose attention can look at such.
+    `memory_budget` is bytes or text with a unit and bounds the store and the running requests together.
+    `memory_reserve` is what the store leaves of the system's memory, whatever others take: it shrinks for that, and
+    with 0 never does. `exact` makes hot and cold agree bit for bit on devices where the shape of a slice changes
+    the last bits, at the cost of at most one step of replay. `prefill_step_size` and `checkpoint_every` are tokens.
+    `swa_full` stores every row of sliding windows, which then restore at any position, not at checkpoints only.
+    `store_kv` (8 or 4 bits) and `store_state` ("int8") store rows and recurrent states smaller, at the cost of
+    replies that may differ from cold ones. `cache_dir` keeps what is stored in files too, at most `disk_budget`
+    bytes of them, for other processes and later runs. `max_conversations` bounds how many conversations are stored,
+    where every branch of one, such as a regenerated reply, counts; `max_checkpoints` how many checkpoints lie on
+    the way to any position. `cache_salt` separates those who must not share; every call can name its own. `router`
+    is a patch, the path of one, or "auto": experts that compute the same get one router row in `model` itself, and
+    it selects by groups from then on. With `kv_bits` keys and values are quantized in groups of `kv_group_size`,
+    those of all tokens as soon as one behind `quantized_kv_start` is read, in each layer whose attention can look at such.
 
-    Raises `BudgetError` when the budget is smaller than one checkpoint with its rows, `RouterError`
-    for a patch that was made for another model.
+    Raises `BudgetError` for a budget smaller than one checkpoint with its rows, `RouterError` for another model's patch.
     """
 
     @known_keywords
@@ -129,6 +128,8 @@ class HybridPromptCache:
         checkpoint_every: int = STEP,
         checkpoint_min_step: int = MIN_STEP,
         swa_full: bool = False,
+        store_kv: int | None = None,
+        store_state: str | None = None,
         max_conversations: int | None = None,
         max_checkpoints: int | None = None,
         cache_dir: str | Path | None = None,
@@ -140,11 +141,8 @@ class HybridPromptCache:
         cache_salt: str = "",
     ):
         given = locals()
-        check_model(model, tokenizer)
-        check_text("cache_salt", cache_salt)
+        tokenizer = _checked(model, tokenizer, cache_salt)
         settings = CacheSettings(**{each.name: given[each.name] for each in fields(CacheSettings)})
-        if not isinstance(tokenizer, TokenizerWrapper | None):
-            tokenizer = TokenizerWrapper(tokenizer)
         self._open(model, tokenizer, settings, cache_salt)
 
     def _open(self, model: Any, tokenizer: Any, settings: CacheSettings, cache_salt: str) -> None:
@@ -467,6 +465,15 @@ class HybridPromptCache:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+def _checked(model: Any, tokenizer: Any, cache_salt: str) -> TokenizerWrapper | None:
+    """The tokenizer as mlx-lm's own."""
+    check_model(model, tokenizer)
+    check_text("cache_salt", cache_salt)
+    return (
+        tokenizer if isinstance(tokenizer, TokenizerWrapper | None) else TokenizerWrapper(tokenizer)
+    )
 
 
 def _check_generating(engine: Engine, max_tokens: object, options: Mapping[str, Any]) -> None:

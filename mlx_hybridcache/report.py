@@ -90,3 +90,30 @@ class CacheReport:
             f"{self.replayed_tokens} read in {self.forwards} forwards ({self.reason.value})"
         )
         return f"{words}: {self.detail}" if self.detail else words
+
+
+@dataclass(frozen=True, slots=True)
+class StoreError:
+    """Next-token distributions behind what a smaller store gave back, and behind what was never stored.
+
+    `compared` of them, of the same text. `mean_kl` and `max_kl` are in nats, of the restored from the
+    cold. `other_tokens` is how many have another likeliest token, and `first_other_token` the first of
+    those, counted from 0 behind its restore point; None where all agree.
+    """
+
+    compared: int
+    mean_kl: float
+    max_kl: float
+    other_tokens: int
+    first_other_token: int | None
+
+    @property
+    def sentence(self) -> str:
+        """For people."""
+        kl = f"KL {self.mean_kl:.2g} nats on average, {self.max_kl:.2g} at most"
+        if self.first_other_token is None:
+            return f"{kl}; the likeliest token is the same in all of {self.compared}"
+        return (
+            f"{kl}; the likeliest token is another in {self.other_tokens} of {self.compared}, "
+            f"first {self.first_other_token} tokens behind a restore"
+        )

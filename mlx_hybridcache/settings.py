@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from . import models
+from .caches.kinds.smaller import StorePrecision, smaller
 from .caches.layout import Layout
 from .caches.memory import MemoryStore
 from .caches.quantizing.precision import Precision
@@ -19,12 +20,14 @@ from .caches.relief import Relief
 from .caches.room import ROW_STEP, longest_prompt
 from .decode import batch_check as batching
 from .decode.decoder import Decoder
+from .decode.store_check import measure
 from .engine import Engine
 from .errors import BudgetError, SettingError
 from .machine import Pressure, default_reserve
 from .prefill.followers import Followers
 from .prefill.prefill import Prefill
 from .prefill.schedule import Grid
+from .report import StoreError
 from .request.arguments import check_counts
 from .request.info import CacheInfo
 from .request.sharing import Sharing
@@ -54,6 +57,8 @@ class CacheSettings:
     checkpoint_every: int
     checkpoint_min_step: int
     swa_full: bool
+    store_kv: int | None
+    store_state: str | None
     max_conversations: int | None
     max_checkpoints: int | None
     cache_dir: str | Path | None
@@ -71,6 +76,20 @@ class CacheSettings:
         )
         if self.disk_budget is not None and self.cache_dir is None:
             raise SettingError("disk_budget needs a cache_dir to hold.")
+        if self.storing and self.precision is not None:
+            raise SettingError(
+                "kv_bits makes rows small while requests run too; leave store_kv and store_state out."
+            )
+        if self.storing and self.exact:
+            raise SettingError(
+                "A smaller store gives back rounded numbers, so exact cannot hold with store_kv or "
+                "store_state. Leave one of them out."
+            )
+
+    @property
+    def storing(self) -> StorePrecision:
+        """What the store keeps of numbers."""
+        return smaller(self.store_kv, self.store_state)
 
     @property
     def every(self) -> int:
@@ -86,7 +105,11 @@ class CacheSettings:
         """How the model's caches come apart. To be released, whatever comes."""
         models.evaluate(model)
         return Layout.of(
-            model, self.prefill_step_size, swa_full=self.swa_full, precision=self.precision
+            model,
+            self.prefill_step_size,
+            swa_full=self.swa_full,
+            precision=self.precision,
+            storing=self.storing,
         )
 
     def engine(
@@ -156,7 +179,10 @@ class CacheSettings:
             references=references,
         )
         smallest = (
-            layout.running_bytes(ROW_STEP) + layout.snapshot_bytes + layout.rows_nbytes(0, ROW_STEP)
+            layout.running_bytes(ROW_STEP)
+            + layout.stored_snapshot_bytes
+            + layout.rows_nbytes(0, ROW_STEP)
+            + layout.restoring_bytes(ROW_STEP)
         )
         if store.budget.limit_bytes < smallest:
             raise BudgetError(
@@ -180,7 +206,22 @@ class CacheSettings:
             **({} if layout.precision is None else {"kv": layout.precision}),
             # The rows are in the fingerprint, how they are selected from is not.
             **({} if (selection := applied(model)) is None else {"router": selection}),
+            **({"store": (self.store_kv, self.store_state)} if self.storing else {}),
         )
+
+
+def _store_error(engine: Engine) -> StoreError | None:
+    layout = engine.layout
+    if not layout.storing or layout.unsupported:
+        return None
+    sizes = (layout.row_bytes, layout.snapshot_bytes)
+    if sizes == (layout.stored_row_bytes, layout.stored_snapshot_bytes):
+        log.warning(
+            "store_kv and store_state have no effect: this model has nothing to make small."
+        )
+    error = measure(engine.model, engine.tokenizer, layout)
+    log.info("The smaller store, measured on this model: %s.", error.sentence)
+    return error
 
 
 def _say_what_is_quantized(layout: Layout) -> None:
@@ -202,7 +243,7 @@ def _say_what_is_quantized(layout: Layout) -> None:
 
 
 def info(engine: Engine) -> CacheInfo:
-    """What a cache with this engine is for all of its life."""
+    """What a cache with this engine is for all of its life. What a smaller store costs is measured for it."""
     layout, budget_bytes = engine.layout, engine.tiers.memory.budget.limit_bytes
     return CacheInfo(
         settings=engine.sharing.settings,
@@ -214,6 +255,9 @@ def info(engine: Engine) -> CacheInfo:
         checkpoint_layers=sum(kind.needs_snapshot for kind in layout.kinds),
         row_bytes=layout.row_bytes,
         checkpoint_bytes=layout.snapshot_bytes,
+        stored_row_bytes=layout.stored_row_bytes,
+        stored_checkpoint_bytes=layout.stored_snapshot_bytes,
+        store_error=_store_error(engine),
         slicing_limit=layout.slicing_limit,
         longest_prompt=longest_prompt(layout, budget_bytes),
         budget_bytes=budget_bytes,

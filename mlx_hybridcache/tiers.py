@@ -197,9 +197,10 @@ class Tiers:
         What was read is in memory then like what was just computed. None when a file failed.
         """
         layout, capacity, position = self._layout, request.rows, deeper.position
-        need = layout.running_bytes(capacity) + layout.snapshot_bytes
-        if layout.stores_every_slice:
+        need = layout.running_bytes(capacity) + layout.stored_snapshot_bytes
+        if layout.stores_every_slice or layout.storing:  # beside the rows of the caches
             need += layout.rows_nbytes(0, position)
+        need += layout.restoring_bytes(position)
         live.claim = self.memory.claim(need, found)
         try:
             buffers = yield from self.disk.promote(found, deeper, capacity, live.claim, request.job)
@@ -225,8 +226,7 @@ class Tiers:
         state = found.checkpoint
         snapshots = list(state.snapshots) if state is not None else []
         del state
-        # Of a run that is restored in part MLX makes copies on the way, an array at a time.
-        passing = found.cut_tokens() * layout.array_bytes
+        passing = layout.restoring_bytes(found.position, found.cut_tokens())
         try:
             blocks = live.claim_for(need + passing, found)
         except BudgetError:
@@ -266,7 +266,7 @@ class Tiers:
             cuts,
             branch_points=branch_points,
             row_bytes=live.stored_row_bytes,
-            snapshot_bytes=self._layout.snapshot_bytes,
+            snapshot_bytes=self._layout.stored_snapshot_bytes,
             lasting=lasting,
         )
         request.account.refused += len(cuts) - len(kept)
@@ -304,7 +304,7 @@ class Tiers:
         """Checkpoint caches that others read, at the end of the request's tokens, if there is room."""
         tokens = request.tokens
         found = self.memory.find(request.namespace, tokens)
-        need = self._layout.snapshot_bytes
+        need = self._layout.stored_snapshot_bytes
         need += self._layout.rows_nbytes(found.match.matched, len(tokens))
         try:
             self.memory.budget.make_room(need, found.nodes())

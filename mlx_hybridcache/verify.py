@@ -8,6 +8,7 @@ still be bit-equal.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ import numpy as np
 
 from .cache import HybridPromptCache
 from .caches.layout import Layout, fresh_caches
+from .decode.store_check import log_probabilities
 
 MARGIN = 4.0
 """Times the probe's own largest difference that a restore may differ on such a device."""
@@ -110,25 +112,28 @@ def verify(
     step: int = 512,
     exact: bool = False,
     tolerance: float | None = None,
+    store_kv: int | None = None,
+    store_state: str | None = None,
     on_point: Callable[[int, int], None] = lambda done, total: None,
 ) -> Proof:
     """Read `prompts` through a cache, then compare every restore point with a cold run.
 
-    `tolerance` overrides what the probe allows; in exact mode nothing but equality is.
+    `tolerance` overrides what the probe allows; in exact mode nothing but equality is. With a smaller
+    store (`store_kv`, `store_state`) the points show what that costs, and anything is allowed.
     """
     # Beyond its limit even cold runs differ by their slices, which says nothing about the device.
     layout = Layout.of(model, step)
     layout.release()
     limit = layout.slicing_limit
     measured = probe(model, max(prompts, key=len)[:limit], step) if limit != 0 else 0.0
-    allowed = 0.0 if exact else measured * MARGIN
-    if tolerance is not None:
-        allowed = tolerance
+    small = {"store_kv": store_kv, "store_state": store_state}
+    allowed = _allowed(0.0 if exact else measured * MARGIN, tolerance, is_small=any(small.values()))
     settings: dict[str, Any] = {
         "prefill_step_size": step,
         "checkpoint_every": step,
         "checkpoint_min_step": max(1, step // 4),
         "exact": exact,
+        **small,
     }
     with HybridPromptCache(model, **settings) as cache:
         for prompt in prompts:
@@ -139,6 +144,13 @@ def verify(
             points.append(_compare(model, cache, position, prompt, settings))
             on_point(done + 1, len(stops))
     return Proof(measured, allowed, tuple(points))
+
+
+def _allowed(by_probe: float, tolerance: float | None, *, is_small: bool) -> float:
+    """The largest difference that passes; without a tolerance any does beside a smaller store."""
+    if tolerance is not None:
+        return tolerance
+    return math.inf if is_small else by_probe
 
 
 def _restore_points(
@@ -196,7 +208,5 @@ def _max_abs(a: mx.array, b: mx.array) -> float:
 
 def _kl(p: mx.array, q: mx.array) -> float:
     """KL divergence in nats of softmax(p) from softmax(q), in float64."""
-    log_p, log_q = (
-        x - np.logaddexp.reduce(x) for x in (np.array(p, np.float64), np.array(q, np.float64))
-    )
+    log_p, log_q = log_probabilities(p), log_probabilities(q)
     return max(0.0, float((np.exp(log_p) * (log_p - log_q)).sum()))

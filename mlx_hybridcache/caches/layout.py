@@ -18,6 +18,7 @@ from .kinds.kind import LayerKind
 from .kinds.quantized import END, QuantizedRowsKind
 from .kinds.recurrent import RecurrentKind
 from .kinds.rows import RowsKind, Span
+from .kinds.smaller import FULL, N, StorePrecision
 from .kinds.window import ChunkedKind, FullWindowKind, WindowKind
 from .quantizing import forwards, trial
 from .quantizing.cache import QuantizingCache
@@ -120,7 +121,8 @@ class Layout:
     replaces of its own arrays is `rewritten`; `counted` is the model, where its forwards are. The leaves in
     `quantized` keep rows of `precision`, and `split` is the model where its forwards stop at the start. Beyond
     `slicing_limit` tokens, if not None, what the model computes depends on the slices in which a
-    prompt is read. Until `release` the model's own classes may be replaced.
+    prompt is read. In a smaller store, as `storing` says, a token weighs `small_row_bytes` and a checkpoint
+    `small_snapshot_bytes`. Until `release` the model's own classes may be replaced.
     """
 
     kinds: tuple[LayerKind, ...]
@@ -135,6 +137,9 @@ class Layout:
     quantized: frozenset[int] = frozenset()
     precision: Precision | None = None
     split: Subclassed | None = None
+    storing: StorePrecision = FULL
+    small_row_bytes: int = 0
+    small_snapshot_bytes: int = 0
 
     @classmethod
     def of(
@@ -144,17 +149,20 @@ class Layout:
         *,
         swa_full: bool = False,
         precision: Precision | None = None,
+        storing: StorePrecision = FULL,
     ) -> Layout:
         """Learn the layout by letting the model read a few tokens into fresh caches.
 
         `step` bounds a slice, in tokens; `swa_full` stores every row of sliding windows; `precision` is
-        what rows are quantized to where the model's attention can look at such.
+        what rows are quantized to where the model's attention can look at such; `storing` is what a smaller
+        store keeps of numbers.
         """
         caches, rewritten = fresh_caches(model), Rewritten(model)
         listener = MaskListener(leaves(caches))
         logits = model(mx.array([[0] * LEARNT_FROM]), cache=caches)
         mx.eval(logits, [cache.state for cache in caches], rewritten.learn(model).arrays())
         layout = cls._seen(model, caches, logits.shape[-1], step, swa_full)
+        layout = layout._smaller(storing, caches)
         limits = [each for each in (rotation_limit(model), listener.limit) if each is not None]
         layout = replace(layout, rewritten=rewritten, slicing_limit=min(limits, default=None))
         layout = layout._quantized(model, precision, trial.computed)
@@ -169,6 +177,7 @@ class Layout:
         *,
         swa_full: bool = False,
         precision: Precision | None = None,
+        storing: StorePrecision = FULL,
     ) -> Layout:
         """The same layout without computing anything: the shapes of the forward that `of` runs.
 
@@ -180,7 +189,8 @@ class Layout:
         def read(token: mx.array) -> mx.array:
             caches = fresh_caches(model)
             logits = model(token, cache=caches)
-            found.append(cls._seen(model, caches, logits.shape[-1], step, swa_full))
+            layout = cls._seen(model, caches, logits.shape[-1], step, swa_full)
+            found.append(layout._smaller(storing, caches))
             return token
 
         mx.compile(read)(mx.array([[0] * LEARNT_FROM]))
@@ -207,6 +217,20 @@ class Layout:
         family = type(model).__module__.rpartition(".")[2]
         blocks = _BLOCKS.get(family, 1)
         return cls(kinds, classes, (), hook, blocks, vocabulary, counted=counted)
+
+    def _smaller(self, storing: StorePrecision, caches: Sequence[Any]) -> Layout:
+        """The same for a store of that precision. `caches` have read `LEARNT_FROM` tokens: only shapes count."""
+        if not storing:
+            return self
+        each = list(zip(self.kinds, leaves(caches), strict=True)) if self.kinds else []
+        return replace(
+            self,
+            storing=storing,
+            small_row_bytes=sum(storing.row_bytes(kind, cache) for kind, cache in each),
+            small_snapshot_bytes=sum(
+                storing.snapshot_bytes(kind, cache, LEARNT_FROM) for kind, cache in each
+            ),
+        )
 
     def _quantized(self, model: Any, precision: Precision | None, takes: trial.Takes) -> Layout:
         """The same with quantized rows in each layer whose attention can look at them."""
@@ -329,10 +353,14 @@ class Layout:
     @property
     def most_row_bytes(self) -> int:
         """The most of it, before rows are quantized or behind that."""
+        if self.storing:
+            return self.small_row_bytes
         return max(self.row_bytes, self.rows_nbytes(0, 1))
 
     def rows_nbytes(self, start: int, end: int) -> int:
-        """Bytes that the rows of `[start, end)` weigh."""
+        """Bytes that the stored rows of `[start, end)` weigh."""
+        if self.storing:
+            return (end - start) * self.small_row_bytes
         return sum(kind.rows_nbytes(start, end) for kind in self.kinds)
 
     @property
@@ -344,6 +372,31 @@ class Layout:
     def snapshot_bytes(self) -> int:
         """Bytes that one checkpoint weighs at most."""
         return sum(kind.snapshot_bytes for kind in self.kinds)
+
+    @property
+    def stored_row_bytes(self) -> int:
+        """Bytes that one token's rows weigh in the store."""
+        return self.small_row_bytes if self.storing else self.row_bytes
+
+    @property
+    def stored_snapshot_bytes(self) -> int:
+        """Bytes that one checkpoint weighs in the store at most."""
+        return self.small_snapshot_bytes if self.storing else self.snapshot_bytes
+
+    def restoring_bytes(self, tokens: int, cut_tokens: int = 0) -> int:
+        """Bytes held for a moment while caches are filled with `tokens` that are stored.
+
+        MLX makes copies of a stretch that is restored in part, of `cut_tokens`, an array at a time. What
+        is small becomes full a layer at a time.
+        """
+        if not self.storing:
+            return cut_tokens * self.array_bytes
+        rows = tokens * max(kind.row_bytes for kind in self.kinds)
+        return rows + 2 * max(kind.snapshot_bytes for kind in self.kinds)
+
+    def stored(self, leaf: int, snapshot: N) -> N:
+        """A state of the layer number `leaf` as the store keeps it, unevaluated."""
+        return self.storing.snapshot(self.kinds[leaf], snapshot)
 
     def running_bytes(self, capacity: int) -> int:
         """Bytes that a live set of caches holds with room for `capacity` tokens."""

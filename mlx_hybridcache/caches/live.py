@@ -22,10 +22,8 @@ from . import checkpoint as checkpoints
 from .checkpoint import Checkpoint
 from .kinds.kind import Arrays
 from .kinds.rows import (
-    AXIS,
     RowBlock,
     Span,
-    compact,
     evaluate_to_keep,
     rows_in,
 )
@@ -38,13 +36,17 @@ RowsFrom = Callable[[int], MemoryRows | None]
 
 @dataclass(eq=False)
 class BufferColumn:
-    """One layer's buffer of keys or of values, `(1, heads, capacity, dim)`, with rows of the positions in `span`."""
+    """One layer's buffer of keys or of values, `(1, heads, capacity, dim)`, with rows of the positions in `span`.
+
+    `copy` makes of them what the store keeps.
+    """
 
     leaf: int
     buffer: mx.array | None
     row_bytes: int
     span: Span
-    copies: list[mx.array] = field(default_factory=list)
+    copy: Callable[[mx.array], Arrays]
+    copies: list[Arrays] = field(default_factory=list)
 
     @property
     def nbytes(self) -> int:
@@ -58,7 +60,7 @@ class BufferColumn:
 
     def materialize(self, ranges: Ranges) -> None:
         assert self.buffer is not None
-        self.copies = [compact(self.buffer[:, :, a:b]) for a, b in self._rows(ranges)]
+        self.copies = [self.copy(self.buffer[:, :, a:b]) for a, b in self._rows(ranges)]
         evaluate_to_keep(self.copies)
         self.buffer = None
 
@@ -83,7 +85,7 @@ class LiveCaches(LazySource[RowBlock]):
         *,
         shares: bool = True,
     ):
-        super().__init__(namespace, tokens, layout.row_bytes)
+        super().__init__(namespace, tokens, layout.stored_row_bytes)
         self.caches: list[Any] = []
         self.position = 0
         self.capacity = 0
@@ -215,7 +217,9 @@ class LiveCaches(LazySource[RowBlock]):
 
     def passing_bytes(self, tokens: int) -> int:
         states = max(kind.snapshot_bytes for kind in self._layout.kinds)
-        return max(tokens * self._layout.array_bytes, states)
+        # What is small was granted room to become full with the rest (`restoring_bytes`).
+        moving = 0 if self._layout.storing else tokens * self._layout.array_bytes
+        return max(moving, states)
 
     def copies(self, ranges: Ranges) -> list[RowBlock]:
         made: list[RowBlock] = []
@@ -232,11 +236,22 @@ class LiveCaches(LazySource[RowBlock]):
         ]
         self.caches.clear()
         self._columns = [
-            BufferColumn(leaf, buffer, buffer.nbytes // max(1, buffer.shape[AXIS]), span)
+            self._column(leaf, buffer, span)
             for leaf, arrays in enumerate(buffers)
             for buffer, span in zip(arrays, self._layout.spans_of(leaf, len(arrays)), strict=True)
         ]
         return [*self._columns]
+
+    def _column(self, leaf: int, buffer: mx.array, span: Span) -> BufferColumn:
+        storing, kind = self._layout.storing, self._layout.kinds[leaf]
+        one_row = storing.rows(kind, (buffer[:, :, :1],))
+        return BufferColumn(
+            leaf,
+            buffer,
+            sum(x.nbytes for x in one_row),
+            span,
+            lambda rows: storing.row_copies(kind, (rows,)),
+        )
 
     def materialized(self, ranges: Ranges) -> list[RowBlock]:
         columns, self._columns = self._columns, []
@@ -245,6 +260,6 @@ class LiveCaches(LazySource[RowBlock]):
         for index, (a, b) in enumerate(ranges):
             layers: list[list[mx.array]] = [[] for _ in range(count)]
             for column in columns:
-                layers[column.leaf].append(column.copies[index])
+                layers[column.leaf].extend(column.copies[index])
             made.append(RowBlock(a, b, tuple(map(tuple, layers)), self._layout.spans))
         return made

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentTypeError
+from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,6 +34,12 @@ def size(text: str) -> int:
         return parse_bytes(text)
     except SettingError as error:
         raise ArgumentTypeError(str(error)) from error
+
+
+def add_store_flags(parser: ArgumentParser) -> None:
+    """The flags of a smaller store."""
+    parser.add_argument("--store-kv", type=int, choices=(8, 4), help="bits of stored rows")
+    parser.add_argument("--store-state", choices=("int8",), help="stored recurrent states")
 
 
 def read_text(flag: str, file: Path) -> str:

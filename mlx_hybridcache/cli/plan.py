@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING
 
 from ..errors import SettingError
 from ..sizes import format_bytes, parse_bytes
-from .flags import check_can_be_written, tokens
+from .flags import add_store_flags, check_can_be_written, tokens
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from ..caches.kinds.smaller import StorePrecision
     from ..caches.quantizing.precision import Precision
     from ..planning.plan import Plan
 
@@ -58,6 +59,7 @@ def main(argv: Sequence[str], prog: str) -> int:
         step=options.prefill_step_size,
         every=options.checkpoint_every_n_tokens,
         precision=_precision(options),
+        storing=_storing(options),
     )
     show(wide_console(WIDTH), plan, options.memory)
     if options.json is not None:
@@ -91,6 +93,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     add("--working-set", help="what macOS recommends for its GPU (default: an assumption, printed)")
     add("--prefill-step-size", type=tokens(), default=2048, help="as the server's (2048)")
     add("--checkpoint-every-n-tokens", type=tokens(), default=2048, help="as the server's (2048)")
+    add_store_flags(parser)
     add("--kv-bits", type=int, help="quantize keys and values to so many bits, as the server's")
     add("--kv-group-size", type=int, default=64, help="as the server's (64)")
     add("--quantized-kv-start", type=tokens(0), default=5000, help="as the server's (5000)")
@@ -110,6 +113,16 @@ def _named(flag: str, size: str | None) -> int | None:
         return None if size is None else as_sold(size)
     except SettingError as error:
         raise SettingError(f"{flag} {error}") from error
+
+
+def _storing(options: argparse.Namespace) -> StorePrecision:
+    """What a smaller store is to keep."""
+    from ..caches.kinds.smaller import smaller
+
+    found = smaller(options.store_kv, options.store_state)
+    if found and options.kv_bits is not None:
+        raise SettingError("--store-kv and --store-state are for caches without --kv-bits.")
+    return found
 
 
 def show(console: Console, plan: Plan, memory: str | None) -> None:
@@ -168,7 +181,7 @@ def _table(plan: Plan, where: str) -> Table:
 def _facts(plan: Plan) -> list[str]:
     some = plan.conversations(plan.conversation_bytes)
     most = plan.conversations(plan.least_conversation_bytes)
-    token, checkpoint = plan.layout.row_bytes, plan.layout.snapshot_bytes
+    token, checkpoint = plan.layout.stored_row_bytes, plan.layout.stored_snapshot_bytes
     weights, budget = plan.model.weights_bytes, plan.room.budget_bytes
     restores = (
         f"a checkpoint {format_bytes(checkpoint)}" if checkpoint else "and needs no checkpoint"
@@ -185,7 +198,7 @@ def _facts(plan: Plan) -> list[str]:
         )
         quantized = [said]
     return [
-        f"A token weighs {format_bytes(token)}, {restores}.",
+        f"A {'stored ' * bool(plan.layout.storing)}token weighs {format_bytes(token)}, {restores}.",
         *quantized,
         f"Budget for store and running requests: {format_bytes(budget)}.",
         f"Weights and budget together: {format_bytes(weights + budget)}, never more.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import platform
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..demo import BUNDLED_MODEL
 from ..errors import SettingError
 from .console import wide_console
-from .flags import read_text, tokens
+from .flags import add_store_flags, read_text, tokens
 from .versions import versions
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ def main(argv: Sequence[str], prog: str) -> int:
             step=options.prefill_step_size,
             exact=options.exact,
             tolerance=options.tolerance,
+            store_kv=options.store_kv,
+            store_state=options.store_state,
             on_point=lambda done, total: progress.update(bar, completed=done, total=total),
         )
     console.print(_table(proof, options.model))
@@ -59,6 +62,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     add("--prefill-step-size", type=tokens(), default=512, help="tokens (512)")
     add("--exact", action="store_true", help="prove exact mode: no tolerance")
     add("--tolerance", type=float, help="largest allowed logit difference")
+    add_store_flags(parser)
     return parser
 
 
@@ -111,4 +115,16 @@ def _sentences(proof: Proof) -> list[str]:
         f"probe: cold runs sliced differently differ by at most {proof.probe:.3g}",
         f"allowed {proof.allowed:.3g}, worst restore {proof.worst:.3g}: "
         + ("it holds" if proof.holds else "IT DOES NOT HOLD"),
+        *_cost(proof),
     ]
+
+
+def _cost(proof: Proof) -> list[str]:
+    """What a smaller store comes to, where any difference is allowed."""
+    if proof.allowed != math.inf or not proof.points:
+        return []
+    kls = [point.found.kl for point in proof.points]
+    others = sum(point.found.first_differing_token is not None for point in proof.points)
+    mean, most = sum(kls) / len(kls), max(kls)
+    told = f"KL {mean:.2g} nats on average, {most:.2g} at most"
+    return [f"the smaller store: {told}; {others} of {len(kls)} replies begin otherwise"]

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import pairwise
 from math import prod
 from typing import Any
 
 import mlx.core as mx
 
-from ..caches.checkpoint import Checkpoint, take, take_rows
+from ..caches.checkpoint import Checkpoint, restore, stored_rows, take, take_rows
 from ..caches.kinds.kind import Arrays, Snapshot
 from ..caches.kinds.rows import (
     AXIS,
@@ -24,6 +25,7 @@ from ..caches.kinds.rows import (
     evaluate_to_keep,
     rows_in,
 )
+from ..caches.kinds.smaller import PIECE, is_small
 from ..caches.layout import (
     LEARNT_FROM,
     Layout,
@@ -220,15 +222,29 @@ class RestoreBuffers:
         for block in blocks:
             if block.start >= end:
                 break
-            a, b = block.start, min(block.end, end)
-            found = rows_views([block], a, b)
-            self._make_rows(found.tensors)
-            views = iter(found.data)
-            for tensor in found.tensors:
-                leaf, which = _numbers(tensor)
-                span = self._layout.spans_of(leaf, which + 1)[which]
-                for target in self._targets(tensor, *rows_in(span, a, b)):
-                    target[:] = next(views)
+            for part, a, b in self._as_stored(block, min(block.end, end)):
+                self._copy(part, a, b)
+
+    def _as_stored(self, block: RowBlock, end: int) -> Iterator[tuple[RowBlock, int, int]]:
+        """What to copy of its rows before `end`: running caches' are made small, a piece at a time."""
+        is_stored = any(is_small(arrays) for arrays in block.layers)
+        if self._layout.storing.kv_bits is None or is_stored:
+            yield block, block.start, end
+            return
+        for a, b in pairwise([*range(block.start, end, PIECE), end]):
+            small = stored_rows(self._layout, block.piece(a, b))
+            mx.eval(small)
+            yield RowBlock(a, b, small), a, b
+
+    def _copy(self, block: RowBlock, start: int, end: int) -> None:
+        found = rows_views([block], start, end)
+        self._make_rows(found.tensors)
+        views = iter(found.data)
+        for tensor in found.tensors:
+            leaf, which = _numbers(tensor)
+            span = self._layout.spans_of(leaf, which + 1)[which]
+            for target in self._targets(tensor, *rows_in(span, start, end)):
+                target[:] = next(views)
 
     def room_for_rows(self, segment: Segment, start: int, end: int) -> Iterator[memoryview]:
         """Where the bytes of a segment belong, in file order, of which `[start, end)` is wanted.
@@ -286,10 +302,26 @@ class RestoreBuffers:
         caches = self._layout.fresh_caches(model)
         snapshots = tuple(self._snapshot(leaf) for leaf in range(len(self._layout.kinds)))
         checkpoint = Checkpoint(self.position, snapshots) if any(snapshots) else None
+        if self._layout.storing:
+            return self._made_full(model, snapshots), checkpoint
         for leaf, (kind, cache) in enumerate(zip(self._layout.kinds, leaves(caches), strict=True)):
             kind.adopt(cache, self._buffers(leaf), snapshots[leaf], self.position)
         mx.eval([cache.state for cache in caches])
         return caches, checkpoint
+
+    def _made_full(self, model: Any, snapshots: Sequence[Snapshot | None]) -> list[Any]:
+        """Caches of their own: the buffers hold what is stored."""
+        layers = tuple(self._buffers(leaf) for leaf in range(len(self._layout.kinds)))
+        blocks = [RowBlock(0, self.position, layers)]
+        return restore(
+            self._layout,
+            model,
+            blocks,
+            [*snapshots],
+            self.position,
+            self._capacity,
+            is_spent=False,
+        )
 
     def _make_rows(self, tensors: Sequence[Tensor]) -> None:
         """The buffers that are not there yet, in one evaluation."""
@@ -298,7 +330,7 @@ class RestoreBuffers:
             _, heads, _, dim = tensor.shape
             leaf, which = _numbers(tensor)
             rows = self._layout.kinds[leaf].buffer_rows(self.position, self._capacity, which)
-            shape = (1, heads, rows, dim)
+            shape = (1, heads, self.position if self._layout.storing else rows, dim)
             self._rows[tensor.name] = mx.zeros(shape, _DTYPES[tensor.dtype])
         if missing:
             evaluate_to_keep([self._rows[tensor.name] for tensor in missing])

@@ -32,6 +32,11 @@ def server_flags(plan: Plan) -> list[str]:
         found += ["--decode-concurrency", str(plan.at_once)]
     if plan.at_once < READING_AT_ONCE:
         found += ["--prompt-concurrency", str(plan.at_once)]
+    storing = plan.layout.storing
+    if storing.kv_bits is not None:
+        found += ["--store-kv", str(storing.kv_bits)]
+    if storing.state_bits is not None:
+        found += ["--store-state", f"int{storing.state_bits}"]
     if (kv := plan.layout.precision) is not None:
         found += ["--kv-bits", str(kv.bits), "--kv-group-size", str(kv.group_size)]
         found += ["--quantized-kv-start", str(kv.start)]
@@ -126,6 +131,8 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "weights_from": plan.model.weights_from,
         "token_bytes": plan.layout.row_bytes,
         "checkpoint_bytes": plan.layout.snapshot_bytes,
+        "stored_token_bytes": plan.layout.stored_row_bytes,
+        "stored_checkpoint_bytes": plan.layout.stored_snapshot_bytes,
         "checkpoints": plan.checkpoints,
         "working_set_bytes": plan.room.working_set_bytes,
         "budget_bytes": plan.room.budget_bytes,

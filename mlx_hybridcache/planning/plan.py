@@ -9,6 +9,7 @@ import bisect
 from dataclasses import dataclass, replace
 
 from .. import models
+from ..caches.kinds.smaller import FULL, StorePrecision
 from ..caches.layout import Layout
 from ..caches.quantizing.precision import Precision
 from ..caches.room import ROW_STEP, batch_bytes, request_rows
@@ -81,12 +82,12 @@ class Plan:
     @property
     def conversation_bytes(self) -> int:
         """The same with every checkpoint that a cold prompt of that length gets."""
-        return self.rows_bytes + self.checkpoints * self.layout.snapshot_bytes
+        return self.rows_bytes + self.checkpoints * self.layout.stored_snapshot_bytes
 
     @property
     def least_conversation_bytes(self) -> int:
         """With the one at its end."""
-        return self.rows_bytes + self.layout.snapshot_bytes
+        return self.rows_bytes + self.layout.stored_snapshot_bytes
 
     @property
     def running_bytes(self) -> int:
@@ -113,7 +114,9 @@ class Plan:
             live_bytes=held,
             joined_bytes=joined,
             stored_bytes=requests * self.conversation_bytes,
-            least_stored_bytes=requests * self.layout.snapshot_bytes + rows,
+            least_stored_bytes=requests * self.layout.stored_snapshot_bytes
+            + rows
+            + self.layout.restoring_bytes(self.context),
         )
 
     def conversations(self, conversation_bytes: int) -> int:
@@ -151,14 +154,16 @@ def make(
     step: int,
     every: int,
     precision: Precision | None = None,
+    storing: StorePrecision = FULL,
 ) -> Plan:
     """The plan for prompts of `context` tokens and replies of up to `max_tokens`, 0 for no limit.
 
-    `precision` is what keys and values are quantized to, in layers whose shapes allow it. `step` and `every` are the server's prefill step and its distance of regular checkpoints. Raises
+    `precision` is what keys and values are quantized to, in layers whose shapes allow it; `storing` what a
+    smaller store keeps. `step` and `every` are the server's prefill step and its distance of regular checkpoints. Raises
     `ModelError` for a model whose caches cannot be stored, or whose shapes cannot be told.
     """
     try:
-        layout = Layout.traced(model.model, step, precision=precision)
+        layout = Layout.traced(model.model, step, precision=precision, storing=storing)
         layout.release()
     except Exception as error:  # whatever a model's forward raises without numbers
         raise ModelError(

@@ -109,7 +109,11 @@ def _read(
     else:
         with hook.at([cut - a for cut in inside]) as snapshots:
             model(mx.array(tokens[a:b])[None], cache=caches)
-        captured = snapshots()
+        captured = {
+            leaf: [layout.stored(leaf, state) for state in states]
+            for leaf, states in snapshots().items()
+        }
+        del snapshots  # it holds the states that are made small
     # One evaluation for the slice: the caches, the states that the forward passed through, and what
     # it left of the model itself.
     mx.eval(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..report import StoreError
 from ..tokens import TurnMarks
 
 
@@ -18,7 +19,8 @@ class CacheInfo:
     only what was read in the same slices is shared. `longest_prompt` is the most that a prompt
     may have for its caches to fit `budget_bytes`, None without a limit; `reserve_bytes` of the
     system's memory stay free. Replies share forwards where it `batches`, which they never do where
-    no batch of such caches `merges` exactly.
+    no batch of such caches `merges` exactly. In a smaller store a token weighs `stored_row_bytes` and a
+    checkpoint `stored_checkpoint_bytes`; `store_error` is what that costs, a `StoreError`, else None.
     """
 
     settings: str
@@ -30,6 +32,9 @@ class CacheInfo:
     checkpoint_layers: int
     row_bytes: int
     checkpoint_bytes: int
+    stored_row_bytes: int
+    stored_checkpoint_bytes: int
+    store_error: StoreError | None
     slicing_limit: int | None
     longest_prompt: int | None
     budget_bytes: int

@@ -23,6 +23,7 @@ def banner(settings: Settings, loaded: Loaded, address: str) -> list[str]:
         f"Context: {_context(settings, loaded)}.",
         f"Memory: {_memory(settings, loaded)}.",
         f"Cache: {_cache(settings, info)}.",
+        *_smaller(info),
         f"Cache directory: {_directory(settings, loaded)}.",
         *_idle(settings),
         f"Batches: {_batches(info)}.",
@@ -109,6 +110,22 @@ def _cache(settings: Settings, info: CacheInfo) -> str:
     if info.slicing_limit is not None:
         told += f"; beyond {info.slicing_limit:,} tokens only what was read in the same slices is shared"
     return told
+
+
+def _smaller(info: CacheInfo) -> list[str]:
+    """What a smaller store saves, and what that costs on this model."""
+    if info.store_error is None:
+        return []
+    sizes = ", ".join(
+        f"a {what} weighs {format_bytes(small)} instead of {format_bytes(full)}"
+        for what, small, full in (
+            ("stored token", info.stored_row_bytes, info.row_bytes),
+            ("stored checkpoint", info.stored_checkpoint_bytes, info.checkpoint_bytes),
+        )
+        if small != full
+    )
+    told = sizes or "this model has nothing to make small"
+    return [f"Smaller store: {told}. Measured on this model: {info.store_error.sentence}."]
 
 
 def _directory(settings: Settings, loaded: Loaded) -> str:

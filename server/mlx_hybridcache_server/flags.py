@@ -185,6 +185,18 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
             _names,
             "names, separated by commas, under which the server is asked for beside its own; * for all",
         ),
+        _flag(
+            "--store-kv",
+            int,
+            "bits of stored keys and values; replies may differ (default: as computed)",
+            choices=[8, 4],
+        ),
+        _flag(
+            "--store-state",
+            str,
+            "stored recurrent states; replies may differ (default: as computed)",
+            choices=["int8"],
+        ),
         _flag("--max-prompt-tokens", tokens(), "longer prompts are refused"),
         _flag(
             "--context-length",

@@ -75,6 +75,8 @@ class Settings:
     checkpoint_min_step: int = 512
     max_checkpoints: int | None = None
     swa_full: bool = False
+    store_kv: int | None = None
+    store_state: str | None = None
     canonicalize_router: str | None = None
 
     @property

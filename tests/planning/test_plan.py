@@ -20,11 +20,12 @@ from mlx_lm.utils import quantize_model, save_config, save_model
 from plans import AMPLE, EIGHT_BITS, MIB, mac_plan, near, plan_of
 
 from mlx_hybridcache import HybridPromptCache, models
+from mlx_hybridcache.caches.kinds.smaller import smaller
 from mlx_hybridcache.caches.layout import Layout
 from mlx_hybridcache.demo import BUNDLED_MODEL
 from mlx_hybridcache.errors import ModelError
 from mlx_hybridcache.planning.advice import advice, server_flags
-from mlx_hybridcache.planning.plan import make
+from mlx_hybridcache.planning.plan import Room, make
 from mlx_hybridcache.planning.unloaded_model import INDEX, describe
 from mlx_hybridcache.store.store import Store
 
@@ -148,6 +149,21 @@ def test_a_large_model_is_planned_without_its_memory(tmp_path):
     assert mx.get_peak_memory() - before < MIB
     assert 84e9 < plan.model.weights_bytes < 86e9
     assert (plan.layout.row_bytes, round(plan.layout.snapshot_bytes / MIB)) == (24 * 1024, 74)
+
+
+def test_a_smaller_store_is_planned_in_its_bytes(tmp_path):
+    """Qwen3-Next-80B: a stored token of 12.4 KiB instead of 24, a checkpoint of 20 MiB instead of 74."""
+    model = describe(known_models.directory(tmp_path, "qwen3-next-80b", **EIGHT_BITS))
+    sizes = {"context": 120_000, "max_tokens": 0, "step": 2048, "every": 2048}
+    room = Room(2**36, None, "as given")
+    full = make(model, room, **sizes)
+    small = make(model, room, **sizes, storing=smaller(8, "int8"))
+    assert small.layout.stored_row_bytes == 24 * 1024 * 132 // 256
+    assert round(small.layout.stored_snapshot_bytes / MIB) == 20
+    assert small.running_bytes == full.running_bytes
+    assert small.conversation_bytes < 0.4 * full.conversation_bytes
+    assert server_flags(small)[-6:-2] == ["--store-kv", "8", "--store-state", "int8"]
+    assert "--store-kv" not in server_flags(full)
 
 
 @pytest.mark.parametrize("name", list(known_models.CONFIGS))

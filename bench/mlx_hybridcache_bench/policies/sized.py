@@ -6,11 +6,15 @@ prompts can be counted in milliseconds.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self, cast
 
+import mlx.core as mx
+
 from mlx_hybridcache.caches.kinds.kind import LayerKind, Parts, Snapshot
-from mlx_hybridcache.caches.kinds.rows import RowBlock
+from mlx_hybridcache.caches.kinds.recurrent import RecurrentKind
+from mlx_hybridcache.caches.kinds.rows import RowBlock, RowsKind
+from mlx_hybridcache.caches.kinds.smaller import FULL, StorePrecision
 from mlx_hybridcache.caches.layout import Layout
 from mlx_hybridcache.caches.live import LiveCaches
 from mlx_hybridcache.caches.room import rounded
@@ -30,16 +34,35 @@ class Shape:
     checkpoint_bytes: int
     arrays: int  # layers with rows, times two
     states: int  # layers without
+    stored_row_bytes: int = 0  # of a smaller store; 0: as they are
+    stored_checkpoint_bytes: int = 0
 
     def running_bytes(self, asked: TracedRequest) -> int:
         """A live request: rows for its prompt and its reply, rounded as buffers are, and one state."""
         rows = rounded(len(asked.tokens) + asked.reply_tokens)
         return rows * self.row_bytes + self.checkpoint_bytes
 
+    def smaller(self, storing: StorePrecision) -> Shape:
+        """The same with a smaller store, by what it makes of one such layer (`caches/kinds/smaller`)."""
+        if not storing:
+            return self
+        keys = mx.zeros((1, KV_HEADS, 1, HEAD_DIM), mx.bfloat16)
+        state, taps = mx.zeros((1, *STATE), mx.float32), mx.zeros((1, *TAPS), mx.bfloat16)
+        rows = storing.rows(RowsKind((), (), headroom=True), (keys,))
+        small = storing.snapshot(RecurrentKind(0), Snapshot((taps, state)))
+        return replace(
+            self,
+            stored_row_bytes=self.arrays * sum(x.nbytes for x in rows),
+            stored_checkpoint_bytes=self.states * small.nbytes,
+        )
+
     def prefix_bytes(self, tokens: int) -> int:
         """A copy of everything that restores `tokens` tokens."""
         return tokens * self.row_bytes + self.checkpoint_bytes
 
+
+KV_HEADS, HEAD_DIM, STATE, TAPS = 2, 256, (32, 128, 128), (3, 8192)
+"""Of both models' layers."""
 
 SHAPES = {
     shape.name: shape
@@ -162,7 +185,8 @@ class SizedKind(LayerKind):
         return int(cache.position)
 
     def snapshot(self, cache: Any, position: int) -> Snapshot:
-        return cast("Snapshot", SizedCheckpoint(position, self.shape.checkpoint_bytes))
+        nbytes = self.shape.stored_checkpoint_bytes or self.shape.checkpoint_bytes
+        return cast("Snapshot", SizedCheckpoint(position, nbytes))
 
     def fill(
         self, cache: Any, rows: Parts, snapshot: Snapshot | None, position: int, capacity: int
@@ -177,7 +201,24 @@ class SizedLayout(Layout):
     @classmethod
     def of_shape(cls, shape: Shape) -> Self:
         """With the weight of `shape`."""
-        return cls((SizedKind(shape),), (SizedCache,), (), None, alignment=1, vocabulary=0)
+        small = bool(shape.stored_row_bytes)
+        return cls(
+            (SizedKind(shape),),
+            (SizedCache,),
+            (),
+            None,
+            alignment=1,
+            vocabulary=0,
+            storing=StorePrecision(8, 8) if small else FULL,
+            small_row_bytes=shape.stored_row_bytes,
+            small_snapshot_bytes=shape.stored_checkpoint_bytes,
+        )
+
+    def restoring_bytes(self, tokens: int, cut_tokens: int = 0) -> int:
+        """As of one layer: its one kind stands for all."""
+        if not self.storing:
+            return super().restoring_bytes(tokens, cut_tokens)
+        return 2 * (tokens * self.array_bytes + self.kinds[0].snapshot_bytes)
 
     @property
     def shape(self) -> Shape:
@@ -203,8 +244,9 @@ class SizedCaches(LiveCaches):
     def columns(self) -> list[Column]:
         self.caches.clear()
         layout = cast("SizedLayout", self._layout)
-        each = self.row_bytes // layout.shape.arrays
-        return [SizedColumn(self.capacity * each, each) for _ in range(layout.shape.arrays)]
+        count = layout.shape.arrays
+        running, each = layout.row_bytes // count, self.row_bytes // count
+        return [SizedColumn(self.capacity * running, each) for _ in range(count)]
 
     def materialized(self, ranges: Ranges) -> list[RowBlock]:
         return self.copies(ranges)

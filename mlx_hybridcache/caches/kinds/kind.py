@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import mlx.core as mx
 
@@ -54,6 +54,9 @@ class LayerKind:
     sees_interior: ClassVar[bool] = True
     """Whether a snapshot inside the last slice can be taken after it. Otherwise the replay pauses
     there, or a hook captures it."""
+
+    stores_small: ClassVar[Literal["rows", "state"] | None] = None
+    """What a smaller store makes small of this layer (`smaller`)."""
 
     goes_back: ClassVar[bool] = False
     """Whether mlx-lm can take the last tokens back out of the live cache, however many it has read."""

@@ -23,6 +23,7 @@ class RecurrentKind(LayerKind):
 
     needs_snapshot = True
     sees_interior = False
+    stores_small = "state"
 
     @classmethod
     def seen(cls, cache: Any) -> RecurrentKind:

@@ -28,7 +28,8 @@ class RowBlock:
 
     `layers[i]` holds that layer's keys `(1, heads, end - start, key_dim)` and values, compact and
     evaluated: a view would keep the running cache's whole buffer alive. Where `spans` are given, for each
-    layer one an array, an array has rows of the positions in its span only.
+    layer one an array, an array has rows of the positions in its span only. In a smaller store each is
+    integers and then scales, with the same tokens along the same axis (`smaller`).
     """
 
     start: int
@@ -99,6 +100,7 @@ class RowsKind(LayerKind):
     headroom: bool  # False for caches that take exactly what is there, and grow by concatenation
 
     goes_back = True
+    stores_small = "rows"
 
     @classmethod
     def seen(cls, cache: Any, headroom: bool) -> RowsKind:

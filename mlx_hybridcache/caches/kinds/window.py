@@ -98,6 +98,8 @@ class FullWindowKind(_Window):
     so rows are taken before they leave it: after each slice, and not behind a longer reply.
     """
 
+    stores_small = "rows"
+
     @classmethod
     def seen(cls, cache: Any, step: int) -> FullWindowKind:
         """From a cache that has read a few tokens, for slices of at most `step`."""

@@ -183,6 +183,8 @@ def _cache(
         max_conversations=settings.prompt_cache_size or None,
         max_checkpoints=settings.max_checkpoints,
         swa_full=settings.swa_full,
+        store_kv=settings.store_kv,
+        store_state=settings.store_state,
         kv_bits=settings.kv_bits,
         kv_group_size=settings.kv_group_size,
         quantized_kv_start=settings.quantized_kv_start,

@@ -19,6 +19,7 @@ def figures(serving: Serving) -> dict[str, Any]:
         "enabled": serving.settings.uses_cache,
         "held_bytes": found.held_bytes,
         **asdict(found),
+        "store": _store(serving),
         # What a request gets that says nothing of it; Messages are marked where this is None.
         "stable_prefix": serving.settings.stable_prefix,
         "canonical_tools": serving.settings.canonical_tools,
@@ -36,6 +37,23 @@ def figures(serving: Serving) -> dict[str, Any]:
             "most_bytes": encoder.remembered.most_bytes,
         },
         "requests": asdict(serving.metrics.totals),
+    }
+
+
+def _store(serving: Serving) -> dict[str, Any] | None:
+    """What a smaller store keeps of numbers, and what that costs on this model; None where it keeps all."""
+    info = serving.loaded.cache.info
+    if info.store_error is None:
+        return None
+    return {
+        "kv_bits": serving.settings.store_kv,
+        "state": serving.settings.store_state,
+        "token_bytes": info.stored_row_bytes,
+        "token_bytes_full": info.row_bytes,
+        "checkpoint_bytes": info.stored_checkpoint_bytes,
+        "checkpoint_bytes_full": info.checkpoint_bytes,
+        "error": asdict(info.store_error),
+        "told": info.store_error.sentence,
     }
 
 

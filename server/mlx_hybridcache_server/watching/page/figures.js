@@ -26,6 +26,7 @@ export function showFigures(cache, server) {
     `keys and values ${bytes(cache.rows_bytes)}, checkpoints ${bytes(cache.snapshot_bytes)}`,
     cache.running_bytes ? `running ${bytes(cache.running_bytes)}` : "",
     cache.evictions ? `${many(cache.evictions, "checkpoint")} made room` : "",
+    cache.store ? `stored smaller, at a cost: ${cache.store.told}` : "",
   ];
   say(by("memory-note"), notes.filter(Boolean).join(" · "));
 
