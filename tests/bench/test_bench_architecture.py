@@ -13,7 +13,7 @@ PACKAGE = "bench.mlx_hybridcache_bench"  # as `module_name` writes it, which beg
 
 ORDER = [
     {"cli"},
-    {"afternoon", "against", "decode", "hotpath", "kills", "page", "quantized"},
+    {"afternoon", "against", "decode", "hotpath", "kills", "page", "quantized", "speculate"},
     {"router", "start", "ttft"},
     {"report"},
     {"disk"},
