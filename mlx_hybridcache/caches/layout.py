@@ -387,10 +387,12 @@ class Layout:
         """Bytes held for a moment while caches are filled with `tokens` that are stored.
 
         MLX makes copies of a stretch that is restored in part, of `cut_tokens`, an array at a time. What
-        is small becomes full a layer at a time.
+        is small becomes full a layer at a time; so do full rows before the start become quantized.
         """
         if not self.storing:
-            return cut_tokens * self.array_bytes
+            start = self.quantized_start if tokens > self.quantized_start else 0
+            beginning = start * max(kind.row_bytes for kind in self.kinds)
+            return cut_tokens * self.array_bytes + beginning
         rows = tokens * max(kind.row_bytes for kind in self.kinds)
         return rows + 2 * max(kind.snapshot_bytes for kind in self.kinds)
 

@@ -6,6 +6,7 @@ Before the start the same layer has full rows, which are stored as such: a promp
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,28 +107,32 @@ class QuantizedRowsKind(LayerKind):
     ) -> None:
         full: list[mx.array] = []
         packed: list[mx.array] = []
+        beginning: list[mx.array] = []
         for which, (shape, dtype) in enumerate(self._shapes()):
             is_full = self.start > 0 and which < 2
             parts = [x for x in rows.take(which) if x.shape[AXIS]]
             if not is_full and position <= self.start:
                 continue
-            beginning = [] if is_full else self._beginning(cache, full, which)
-            there = sum(x.shape[AXIS] for x in (*beginning, *parts))
+            if full and not is_full and not beginning:
+                beginning = self._beginning(cache, full)
+            # Three for keys and three for values; each is let go of as its buffer is made.
+            first = [beginning.pop(0)] if full and not is_full else []
+            there = sum(x.shape[AXIS] for x in (*first, *parts))
             room = self.buffer_rows(position, capacity, which) - there
-            buffer = joined([*beginning, *parts], room, shape, dtype)
-            if rows.is_spent:
+            buffer = joined([*first, *parts], room, shape, dtype)
+            if rows.is_spent or first:
                 mx.eval(buffer)
+                first.clear()
                 parts.clear()
                 mx.clear_cache()
             (full if is_full else packed).append(buffer)
         cache.hold(tuple(full), tuple(packed), position, capacity)
 
-    def _beginning(self, cache: Any, full: list[mx.array], which: int) -> list[mx.array]:
-        """Array `which` of what the full rows before the start come to."""
-        if not full:
-            return []
-        at = which - 2
-        return [cache.quantize(full[at // 3][:, :, : self.start])[at % 3]]
+    def _beginning(self, cache: Any, full: Sequence[mx.array]) -> list[mx.array]:
+        """What the full rows before the start come to."""
+        found = [x for rows in full for x in cache.quantize(rows[:, :, : self.start])]
+        mx.eval(found)
+        return found
 
     def buffer_rows(self, position: int, capacity: int, which: int) -> int:
         rows = max(position, capacity)
@@ -135,11 +140,24 @@ class QuantizedRowsKind(LayerKind):
 
     def adopt(self, cache: Any, buffers: Arrays, snapshot: Snapshot | None, position: int) -> None:
         full, packed = (buffers[:2], buffers[2:]) if self.start else ((), buffers)
-        for at, rows in enumerate(full if packed else ()):
-            for buffer, beginning in zip(packed[3 * at :][:3], cache.quantize(rows), strict=True):
-                buffer[:, :, : self.start] = beginning
+        if full and packed:
+            for buffer, rows in zip(packed, self._beginning(cache, full), strict=True):
+                _put_first(buffer, rows)
         capacity = (packed or full)[0].shape[AXIS] if buffers else 0
         cache.hold(full, packed, position, capacity)
 
     def grow(self, cache: Any, capacity: int) -> None:
         cache.grow(capacity)
+
+
+def _put_first(buffer: mx.array, rows: mx.array) -> None:
+    """Write `rows` to a buffer's beginning, in place; both are evaluated.
+
+    Assigning them would copy the buffer, because whoever made it holds it too.
+    """
+    _, heads, length, width = buffer.shape
+    row, count = width * buffer.dtype.size, rows.shape[AXIS]
+    target, source = (memoryview(x).cast("B") for x in (buffer, mx.contiguous(rows)))  # type: ignore[arg-type]
+    for head in range(heads):
+        begin = head * length * row
+        target[begin : begin + count * row] = source[head * count * row : (head + 1) * count * row]
