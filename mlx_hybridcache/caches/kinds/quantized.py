@@ -142,22 +142,9 @@ class QuantizedRowsKind(LayerKind):
         full, packed = (buffers[:2], buffers[2:]) if self.start else ((), buffers)
         if full and packed:
             for buffer, rows in zip(packed, self._beginning(cache, full), strict=True):
-                _put_first(buffer, rows)
+                buffer[:, :, : self.start] = rows
         capacity = (packed or full)[0].shape[AXIS] if buffers else 0
         cache.hold(full, packed, position, capacity)
 
     def grow(self, cache: Any, capacity: int) -> None:
         cache.grow(capacity)
-
-
-def _put_first(buffer: mx.array, rows: mx.array) -> None:
-    """Write `rows` to a buffer's beginning, in place; both are evaluated.
-
-    Assigning them would copy the buffer, because whoever made it holds it too.
-    """
-    _, heads, length, width = buffer.shape
-    row, count = width * buffer.dtype.size, rows.shape[AXIS]
-    target, source = (memoryview(x).cast("B") for x in (buffer, mx.contiguous(rows)))  # type: ignore[arg-type]
-    for head in range(heads):
-        begin = head * length * row
-        target[begin : begin + count * row] = source[head * count * row : (head + 1) * count * row]
