@@ -391,7 +391,7 @@ class Layout:
         """
         if not self.storing:
             start = self.quantized_start if tokens > self.quantized_start else 0
-            beginning = start * max(kind.row_bytes for kind in self.kinds)
+            beginning = start * max((kind.row_bytes for kind in self.kinds), default=0)
             return cut_tokens * self.array_bytes + beginning
         rows = tokens * max(kind.row_bytes for kind in self.kinds)
         return rows + 2 * max(kind.snapshot_bytes for kind in self.kinds)
