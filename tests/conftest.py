@@ -8,8 +8,9 @@ from collections.abc import Generator, Iterator
 import pytest
 
 LONGEST = (
-    *("test_equality.py", "test_disk.py", "test_bench_ttft_servers.py", "test_disk_faults.py"),
-    *("test_borrowing.py", "test_resident.py", "test_state_machine.py", "test_memory.py"),
+    *("test_equality.py", "test_disk.py", "test_bench_ttft_servers.py", "test_borrowing.py"),
+    *("test_resident.py", "test_state_machine.py", "test_memory.py", "test_disk_faults.py"),
+    *("test_disk_outages.py", "test_disk_others.py"),
     *("test_router_measure.py", "test_server_page_browser.py", "test_replay_bounds.py"),
     *("test_cli.py", "test_disk_kills.py", "test_bench_ttft.py", "test_bundled_model.py"),
     *("test_bench_router.py", "test_bench_disk.py", "test_equality_mutations.py"),

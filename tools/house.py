@@ -1,7 +1,7 @@
 """How the code is built, in figures: `python tools/house.py [CHECKOUT] [--against CHECKOUT] [--list | --json]`.
 
-Of any checkout, this one or an older one. Files and lines, the longest class and function, complexity as
-ruff counts it, import circles, private names that other modules reach for, and what is asked of an absent
+Of any checkout, this one or an older one. Files and lines, those of the tests too, the longest class and function,
+complexity as ruff counts it, import circles, private names that other modules reach for, and what is asked of an absent
 disk or lender. `tests/test_architecture.py` holds this checkout to its limits through it.
 """
 
@@ -14,7 +14,7 @@ import re
 import subprocess
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -33,7 +33,8 @@ BESIDE_THE_CORE_BEFORE = ("about", "command", "console", "flags", "plan", "plann
 """The same as single files, before there were folders."""
 
 LISTED = (
-    *("classes over 400 lines", "functions over 40 lines", "complexity over 10"),
+    *("files over 500 lines", "classes over 400 lines", "functions over 40 lines"),
+    "complexity over 10",
     *("circles of modules", "circles of folders", "private reach-ins"),
     "`is None` of disk and lender",
 )
@@ -42,6 +43,7 @@ LISTED = (
 ADAPTERS = ("mlx_hybridcache.decode.batch", "mlx_hybridcache_server.adapter")
 """The files that know what mlx-lm keeps to itself, so that no other one has to."""
 
+LONG_FILE = 500
 LONG_FUNCTION = 40
 COMPLEX = 10
 
@@ -81,10 +83,10 @@ class Span:
     lines: int
 
 
-def modules(checkout: Path) -> list[Module]:
-    """Every Python file of the three packages."""
+def modules(checkout: Path, places: Iterable[str] = PACKAGES.values()) -> list[Module]:
+    """Every Python file of the three packages, or of other folders."""
     found = []
-    for place in PACKAGES.values():
+    for place in places:
         folder = checkout / place
         for path in sorted(folder.rglob("*.py")):
             parts = path.relative_to(folder.parent).with_suffix("").parts
@@ -256,7 +258,7 @@ def is_core(module: Module) -> bool:
 
 def measure(checkout: Path) -> dict[str, object]:
     """Every figure of a checkout, in plain values."""
-    found = modules(checkout)
+    found, tests = modules(checkout), modules(checkout, ["tests"])
     library = [module for module in found if module.name.split(".")[0] == "mlx_hybridcache"]
     known = {module.name: module for module in found}
     graph = {module.name: imports(module, known) for module in found}
@@ -264,10 +266,10 @@ def measure(checkout: Path) -> dict[str, object]:
     for name, others in graph.items():
         between[unit(name)] |= {unit(other) for other in others} - {unit(name)}
     files = Counter(module.folder for module in found)
+    in_tests = Counter(module.path.parent.relative_to(checkout).as_posix() for module in tests)
     lines = Counter[str]()
     for module in found:
         lines[module.folder] += module.lines
-    (most,) = files.most_common(1)
     longest = functions(found)
     return {
         "files": {
@@ -280,7 +282,9 @@ def measure(checkout: Path) -> dict[str, object]:
         },
         "core lines": sum(module.lines for module in library if is_core(module)),
         "folders": {name: [files[name], lines[name]] for name in sorted(files)},
-        "most files in a folder": [most[1], most[0]],
+        "most files in a folder": _most(files),
+        "most files in a folder, tests": _most(in_tests),
+        "files over 500 lines": _long_files([*found, *tests], checkout),
         "longest class": _shown(classes(library)[0]),
         "classes over 400 lines": [_shown(span) for span in classes(library) if span.lines > 400],
         "longest function": _shown(longest[0]),
@@ -299,6 +303,19 @@ def measure(checkout: Path) -> dict[str, object]:
         ],
         "rungs of the import order": len(order(checkout)),
     }
+
+
+def _most(files: Counter[str]) -> list[object]:
+    ((where, number),) = files.most_common(1)
+    return [number, where]
+
+
+def _long_files(found: list[Module], checkout: Path) -> list[list[object]]:
+    long = [module for module in found if module.lines > LONG_FILE]
+    return [
+        [module.lines, module.path.relative_to(checkout).as_posix()]
+        for module in sorted(long, key=lambda module: -module.lines)
+    ]
 
 
 def _shown(span: Span) -> list[object]:

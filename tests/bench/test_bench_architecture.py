@@ -5,8 +5,8 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+from checkout.source_files import imports, module_name, parsed
 from places import ROOT
-from source_files import imports, module_name, parsed
 
 BENCH = ROOT / "bench" / "mlx_hybridcache_bench"
 PACKAGE = "bench.mlx_hybridcache_bench"  # as `module_name` writes it, which begins at the checkout

@@ -233,7 +233,7 @@ def test_a_server_that_fails_ends_the_run(material: Material) -> None:
 
 def test_a_server_elsewhere_is_seen_if_it_runs_on_this_machine() -> None:
     """Its process is the one that listens at the port; of another machine's nothing is known."""
-    stand_in = Launch("stand-in", (str(SUPPORT / "stand_in_server.py"),))
+    stand_in = Launch("stand-in", (str(SUPPORT / "serving" / "stand_in_server.py"),))
     with ServerProcess(stand_in) as process:
         process.wait_ready()
         seen, own = RemoteServer("it", process.url, None).cpu_seconds(), process.cpu_seconds()

@@ -17,7 +17,7 @@ from mlx_hybridcache_bench.policies.simulate import SPACE, Marks, Simulation
 from mlx_hybridcache_bench.policies.sized import SHAPES, SizedLayout, SizedRequest
 from mlx_hybridcache_bench.policies.traces import TracedRequest, write_trace
 from mlx_hybridcache_bench.policies.workloads import Chance, workload
-from traced_requests import SCENES
+from stores.traced_requests import SCENES
 
 from mlx_hybridcache import HybridPromptCache
 from mlx_hybridcache.store.tree import common_length

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import bounds
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -15,7 +14,8 @@ import oracle
 import pytest
 import tiny
 from long import forms, mostly_long
-from wide import wide_model
+from odd_models.wide import wide_model
+from state_machine import bounds
 
 from mlx_hybridcache import HybridPromptCache
 from mlx_hybridcache.caches import checkpoint as checkpoints

@@ -1,11 +1,11 @@
 """Families with traits of their own: each through cold, repeat, branch, restart and the proof."""
 
-import families
 import mlx.core as mx
 import numpy as np
 import pytest
 import tiny
 from long import mostly_long
+from odd_models import families
 
 from mlx_hybridcache import HybridPromptCache
 from mlx_hybridcache.verify import verify

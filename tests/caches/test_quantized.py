@@ -10,7 +10,7 @@ import numpy as np
 import oracle
 import pytest
 import tiny
-from quantizing import Quantized, wide
+from odd_models.quantizing import Quantized, wide
 
 from mlx_hybridcache import HybridPromptCache, SettingError
 from mlx_hybridcache.caches.checkpoint import take_rows

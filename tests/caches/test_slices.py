@@ -3,13 +3,13 @@
 Cold means mlx-lm's own: slices of the step from the beginning, and the last token alone.
 """
 
-import families
 import mlx.core as mx
 import numpy as np
 import oracle
 import pytest
 import tiny
 from mlx_lm import stream_generate
+from odd_models import families
 
 from mlx_hybridcache import CacheMismatchError, HybridPromptCache, NotStoredError, Reason
 from mlx_hybridcache.caches.layout import Layout

@@ -7,7 +7,7 @@ import bundled
 import oracle
 import pytest
 import tiny
-from cache_directories import BRANCHED, BUDGET, CHATS, ROWS_ONLY, TEXT, id_at
+from directories.cache_directories import BRANCHED, BUDGET, CHATS, ROWS_ONLY, TEXT, id_at
 
 from mlx_hybridcache import HybridPromptCache
 from mlx_hybridcache.cli.main import main

@@ -7,8 +7,8 @@ import tarfile
 from dataclasses import replace
 
 import pytest
-import segment_files
-from cache_directories import (
+from directories import segment_files
+from directories.cache_directories import (
     content,
 )
 

@@ -8,7 +8,7 @@ import sys
 import bundled
 import numpy as np
 import pytest
-from cache_directories import (
+from directories.cache_directories import (
     BUDGET,
     TEXT,
     checkpoints,

@@ -11,9 +11,9 @@ import tarfile
 import bundled
 import oracle
 import pytest
-import segment_files
 import tiny
-from cache_directories import (
+from directories import segment_files
+from directories.cache_directories import (
     BUDGET,
     CHATS,
     ROWS_ONLY,

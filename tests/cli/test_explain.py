@@ -7,9 +7,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from changed_requests import PLANTED, pair
 from servers import OURS, free_port, running
 from test_start import COMMAND, HEAVY, run
+from texts.changed_requests import PLANTED, pair
 
 from mlx_hybridcache.cli.agents import KEY
 from mlx_hybridcache.cli.main import main

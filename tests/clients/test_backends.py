@@ -4,7 +4,7 @@ import os
 import subprocess
 
 import pytest
-from client_environments import environment
+from checkout.client_environments import environment
 from places import ROOT
 
 pytestmark = [pytest.mark.clients, pytest.mark.timeout(1800)]

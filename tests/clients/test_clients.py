@@ -16,27 +16,27 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import pages
 import pytest
-import strict
 from bundled import chat, load
-from client_environments import Environment, NotInstallableError, environment
+from checkout import pages
+from checkout.client_environments import Environment, NotInstallableError, environment
 from places import ROOT
 from servers import OURS, Server, running
+from texts import strict
 
 from mlx_hybridcache.demo import BUNDLED_MODEL
 from mlx_hybridcache.demo.functions import FUNCTIONS
 
 pytestmark = [pytest.mark.clients, pytest.mark.timeout(3600)]
 
-SCRIPTS = ROOT / "tests" / "clients"
+SCRIPTS = ROOT / "tests" / "clients" / "scripts"
 CLIENT_SECONDS = 600
 FLAGS = ["--chat-template-args", '{"enable_thinking": false}', "--max-tokens", "200"]
 """No reasoning: the templates take it out of earlier turns, which would move the point of return. And an
 end for each reply: not every client asks for one, and the small model does not always find it."""
 
 QUESTIONS = ["Where is Omar?", "Where is Lena?", "Where is Hugo?"]
-"""What the programs are asked; `clients/task.py` has what the scripts ask."""
+"""What the programs are asked; `scripts/task.py` has what the scripts ask."""
 
 AIDER_QUIET = [
     *("--no-git", "--yes-always", "--no-pretty", "--no-fancy-input", "--no-check-update"),
@@ -65,7 +65,7 @@ ALLOWED = {
     "find_person": [("person", "Omar"), ("person", "Lena")],
     "get_time": [("city", "Oslo"), ("city", "Lima")],
 }
-"""The arguments that `clients/task.py` declares."""
+"""The arguments that `scripts/task.py` declares."""
 
 QUIET = {
     "DO_NOT_TRACK": "1",
@@ -162,7 +162,7 @@ def run(
 
 
 def converse(client: Environment, script: str, server: Emptied, folder: Path) -> dict[str, Any]:
-    """Run a script of `clients/` to its end; what it told."""
+    """Run a script of `scripts/` to its end; what it told."""
     path = SCRIPTS / script
     if path.suffix == ".mjs":  # node looks for packages above the script, nowhere else
         path = Path(shutil.copy(path, client.path))

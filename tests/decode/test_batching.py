@@ -4,12 +4,12 @@ import gc
 import logging
 
 import mlx.core as mx
-import odd_batches
 import oracle
 import pytest
 import tiny
 from long import mostly_long
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
+from odd_models import odd_batches
 
 from mlx_hybridcache import HybridPromptCache
 from mlx_hybridcache.caches.layout import Layout

@@ -5,7 +5,7 @@ import random
 import numpy as np
 import oracle
 import pytest
-from drafters import new_cache
+from odd_models.drafters import new_cache
 
 from mlx_hybridcache.decode.speculate.pace import LONGEST_REST, Pace
 from mlx_hybridcache.decode.speculate.passages import Passages

@@ -4,9 +4,9 @@ import mlx.core as mx
 import oracle
 import pytest
 import tiny
-from drafters import Knowing, new_cache, with_drafter
 from long import mostly_long
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
+from odd_models.drafters import Knowing, new_cache, with_drafter
 
 from mlx_hybridcache import SettingError
 from mlx_hybridcache.caches.capture import CaptureHook

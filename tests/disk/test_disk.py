@@ -6,10 +6,7 @@ from pathlib import Path
 
 import oracle
 import pytest
-from long import mostly_long
-from oracle import STEP
-from places import SUPPORT
-from restarts import (
+from directories.restarts import (
     LENGTH,
     assert_as_cold,
     each_family,
@@ -19,6 +16,9 @@ from restarts import (
     opened,
     write,
 )
+from long import mostly_long
+from oracle import STEP
+from places import SUPPORT
 
 from mlx_hybridcache.disk.tier import WORTH
 

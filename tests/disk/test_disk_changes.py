@@ -9,7 +9,7 @@ import numpy as np
 import oracle
 import pytest
 import tiny
-from faults import Said, segments, served
+from directories.faults import Said, segments, served
 from long import forms
 from test_catalogue import STEP, Filed
 

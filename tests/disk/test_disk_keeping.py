@@ -6,7 +6,7 @@ from pathlib import Path
 
 import oracle
 import pytest
-from restarts import (
+from directories.restarts import (
     LENGTH,
     assert_as_cold,
     files,

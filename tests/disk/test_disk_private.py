@@ -3,8 +3,8 @@
 import logging
 
 import pytest
-from faults import Said
-from segment_files import umask
+from directories.faults import Said
+from directories.segment_files import umask
 from test_disk_changes import path_of_files
 
 from mlx_hybridcache.disk.directory import Directory

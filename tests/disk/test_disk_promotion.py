@@ -8,8 +8,8 @@ from pathlib import Path
 import mlx.core as mx
 import oracle
 import pytest
+from directories.restarts import LENGTH, assert_as_cold, greedy, held_up, opened, until_idle, write
 from long import mostly_long
-from restarts import LENGTH, assert_as_cold, greedy, held_up, opened, until_idle, write
 
 from mlx_hybridcache import HybridPromptCache
 

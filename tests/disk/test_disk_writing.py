@@ -10,9 +10,7 @@ from typing import Any
 import mlx.core as mx
 import oracle
 import pytest
-from long import forms
-from oracle import STEP
-from restarts import (
+from directories.restarts import (
     LENGTH,
     assert_as_cold,
     each_family,
@@ -24,6 +22,8 @@ from restarts import (
     until_idle,
     write,
 )
+from long import forms
+from oracle import STEP
 
 from mlx_hybridcache.disk.index import Index
 

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from directories.segment_files import content, place, rows, state, stored, umask
 from places import SUPPORT
-from segment_files import content, place, rows, state, stored, umask
 
 from mlx_hybridcache.disk.index import Entry, Index, IndexUnavailableError, scan
 from mlx_hybridcache.disk.segment import SegmentError, Tensor, write

@@ -10,9 +10,19 @@ import sys
 import numpy as np
 import pytest
 import xxhash
+from directories.segment_files import (
+    SPACE,
+    content,
+    left_in,
+    place,
+    read,
+    rows,
+    state,
+    stored,
+    umask,
+)
 from places import SUPPORT
 from safetensors import safe_open
-from segment_files import SPACE, content, left_in, place, read, rows, state, stored, umask
 
 from mlx_hybridcache.disk.segment import (
     SegmentError,
@@ -201,7 +211,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path):
 import errno, resource, signal, sys
 sys.path.insert(0, {str(SUPPORT)!r})
 from pathlib import Path
-from segment_files import *
+from directories.segment_files import *
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
 try:
@@ -229,7 +239,7 @@ WRITER = f"""
 import sys, time
 sys.path.insert(0, {str(SUPPORT)!r})
 from pathlib import Path
-from segment_files import *
+from directories.segment_files import *
 root, first = Path(sys.argv[1]), int(sys.argv[2])
 
 def slowly(segment):

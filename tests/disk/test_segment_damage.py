@@ -6,9 +6,9 @@ import tracemalloc
 
 import pytest
 import xxhash
+from directories.segment_files import left_in, place, read, rows, state, stored
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from segment_files import left_in, place, read, rows, state, stored
 
 from mlx_hybridcache.disk.segment import (
     SegmentError,

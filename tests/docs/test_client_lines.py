@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tomllib
 
-import pages
+from checkout import pages
 
 CLIENTS = pages.DOCS / "clients.md"
 READERS = {"json": json.loads, "toml": tomllib.loads}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from urllib.parse import unquote
 
-import pages
 import pytest
+from checkout import pages
 from places import ROOT
 
 

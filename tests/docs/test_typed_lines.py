@@ -19,8 +19,8 @@ import tomllib
 from pathlib import Path
 
 import bundled
-import pages
 import pytest
+from checkout import pages
 from places import ROOT
 from servers import OURS, Server, running
 

@@ -6,18 +6,18 @@ import random
 from dataclasses import asdict
 
 import bundled
-import known_models
 import mlx.core as mx
 import mlx_lm
 import pytest
 import tiny
+from large_models import known_models
+from large_models.plans import AMPLE, EIGHT_BITS, MIB, mac_plan, near, plan_of
 from mlx_hybridcache_bench.kit.standin import VOCABULARY, StandIn
 from mlx_hybridcache_bench.policies.simulate import SPACE, Simulation
 from mlx_hybridcache_bench.policies.sized import SHAPES
 from mlx_hybridcache_bench.policies.workloads import Chance, Talk
 from mlx_hybridcache_server.settings import build_parser, read_settings
 from mlx_lm.utils import quantize_model, save_config, save_model
-from plans import AMPLE, EIGHT_BITS, MIB, mac_plan, near, plan_of
 
 from mlx_hybridcache import HybridPromptCache, models
 from mlx_hybridcache.caches.kinds.smaller import smaller

@@ -10,11 +10,11 @@ from dataclasses import asdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import known_models
 import pytest
 import tiny
+from large_models import known_models
+from large_models.plans import EIGHT_BITS, GIB, MIB, mac_plan, plan_of
 from places import ROOT
-from plans import EIGHT_BITS, GIB, MIB, mac_plan, plan_of
 
 from mlx_hybridcache import HybridPromptCache
 from mlx_hybridcache.cli.main import main

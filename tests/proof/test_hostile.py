@@ -7,9 +7,9 @@ more in the long form, `HOSTILE_ROUND=17` runs one of them.
 import os
 from typing import Any
 
-import hostile
 import pytest
-from hostile_families import FAMILIES
+from hostile import rounds as hostile
+from hostile.families import FAMILIES
 from long import forms, mostly_long
 
 from mlx_hybridcache.caches.layout import Layout

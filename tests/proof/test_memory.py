@@ -5,14 +5,14 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
-import bounds
 import mlx.core as mx
 import mlx.nn as nn
 import oracle
 import pytest
 import tiny
 from long import forms
-from wide import wide_model
+from odd_models.wide import wide_model
+from state_machine import bounds
 
 from mlx_hybridcache import BudgetError, HybridPromptCache
 from mlx_hybridcache.caches import room

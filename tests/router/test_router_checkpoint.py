@@ -11,14 +11,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import faults
 import mlx.core as mx
 import mlx_lm
 import numpy as np
-import planted
 import pytest
+from directories import faults
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.utils import quantize_model, save_config, save_model
+from odd_models import planted
 from safetensors import deserialize
 
 from mlx_hybridcache.demo import BUNDLED_MODEL

@@ -8,12 +8,11 @@ from typing import Any
 import bundled
 import mlx.core as mx
 import mlx.nn as nn
-import moe_blocks
 import numpy as np
-import planted
 import pytest
 import tiny
 from mlx_lm.models.switch_layers import SwitchGLU
+from odd_models import moe_blocks, planted
 
 from mlx_hybridcache.errors import RouterError, SettingError
 from mlx_hybridcache.router import (

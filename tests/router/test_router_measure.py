@@ -15,7 +15,7 @@ import pytest
 from mlx_hybridcache_bench.router.cloned import clone_experts
 from mlx_hybridcache_bench.router.models import changed_logits
 from mlx_hybridcache_bench.router.specialised import held_out_texts, specialised
-from planted import exact, flipped_signs, noise, plant, random_model, random_rows, scaled
+from odd_models.planted import exact, flipped_signs, noise, plant, random_model, random_rows, scaled
 
 from mlx_hybridcache import RouterError
 from mlx_hybridcache.cli import canonicalize as canonicalize_command

@@ -10,11 +10,10 @@ from typing import Any
 import bundled
 import mlx.core as mx
 import mlx.nn as nn
-import moe_blocks
 import numpy as np
-import planted
 import pytest
 import tiny
+from odd_models import moe_blocks, planted
 
 from mlx_hybridcache.errors import RouterError
 from mlx_hybridcache.router import (

@@ -11,11 +11,11 @@ import bundled
 import mlx.core as mx
 import mlx_lm
 import oracle
-import planted
 import pytest
 import tiny
 from mlx.utils import tree_flatten
 from mlx_lm.utils import save_model
+from odd_models import planted
 from servers import COMPLETIONS, OURS, run_to_its_end, running
 
 from mlx_hybridcache import HybridPromptCache

@@ -6,8 +6,8 @@ import ast
 from pathlib import Path
 
 import pytest
+from checkout.source_files import imports, module_name, parsed, sources
 from places import ROOT
-from source_files import imports, module_name, parsed, sources
 
 PACKAGE = "mlx_hybridcache_server"
 FOLDER = ROOT / "server" / PACKAGE

@@ -5,9 +5,7 @@ from collections import Counter
 from contextlib import suppress
 from dataclasses import replace
 
-import full_scan
 import pytest
-from full_scan import FullScan
 from long import forms
 from mlx_hybridcache_bench.policies.simulate import Simulation
 from mlx_hybridcache_bench.policies.sized import (
@@ -19,7 +17,9 @@ from mlx_hybridcache_bench.policies.sized import (
     SizedRows,
 )
 from mlx_hybridcache_bench.policies.workloads import WORKLOADS, workload
-from small_store import ROW, STATE, N, save
+from stores import full_scan
+from stores.full_scan import FullScan
+from stores.small_store import ROW, STATE, N, save
 
 from mlx_hybridcache.errors import BudgetError, NotStoredError
 from mlx_hybridcache.store.eviction import values

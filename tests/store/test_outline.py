@@ -4,8 +4,8 @@ import random
 from contextlib import suppress
 
 import pytest
-from outlines import seen, there
-from small_store import N, save
+from stores.outlines import seen, there
+from stores.small_store import N, save
 
 from mlx_hybridcache.errors import BudgetError, NotStoredError
 from mlx_hybridcache.store import outline

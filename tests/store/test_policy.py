@@ -3,7 +3,7 @@
 from dataclasses import replace
 from itertools import pairwise
 
-from candidates import Candidate, least_useful
+from stores.candidates import Candidate, least_useful
 
 from mlx_hybridcache.store.eviction.policy import INTERIOR, NEAR_TOKENS, BranchRate
 

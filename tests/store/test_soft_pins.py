@@ -2,9 +2,9 @@
 
 from collections import Counter
 
-import full_scan
 import pytest
-from small_store import ROW, STATE, N, save
+from stores import full_scan
+from stores.small_store import ROW, STATE, N, save
 
 from mlx_hybridcache.errors import BudgetError
 from mlx_hybridcache.store.eviction.pins import Pins

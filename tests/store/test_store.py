@@ -3,7 +3,7 @@
 import random
 
 import pytest
-from small_store import ROW, STATE, N, blocks, held, rows, save
+from stores.small_store import ROW, STATE, N, blocks, held, rows, save
 
 from mlx_hybridcache.errors import BudgetError, NotStoredError
 from mlx_hybridcache.store.store import Store

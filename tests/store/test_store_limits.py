@@ -4,8 +4,8 @@ import random
 from contextlib import suppress
 
 import pytest
-from full_scan import conversations
-from small_store import ROW, STATE, N, held, save
+from stores.full_scan import conversations
+from stores.small_store import ROW, STATE, N, held, save
 
 from mlx_hybridcache.errors import BudgetError, NotStoredError
 from mlx_hybridcache.store.store import Store

@@ -4,7 +4,7 @@ import random
 
 import pytest
 from bundled import load
-from made_tokenizers import GPT_2, byte_level, metaspace, sentence_piece
+from texts.made_tokenizers import GPT_2, byte_level, metaspace, sentence_piece
 from tokenizers import AddedToken, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 

@@ -7,7 +7,7 @@ from bundled import load
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from long import forms
-from made_tokenizers import KINDS
+from texts.made_tokenizers import KINDS
 
 from mlx_hybridcache.tokenizing.encoder import Encoder
 

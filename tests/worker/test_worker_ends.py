@@ -20,97 +20,34 @@ from types import FrameType
 from typing import Any
 
 import pytest
-import tiny
+from worker_acts import (
+    ACTS,
+    ITEMS,
+    PATIENCE_SECONDS,
+    Outcome,
+    Setting,
+    begun,
+    call,
+    cancel,
+    close,
+    close_the_stream,
+    drop,
+    ends,
+    outcome,
+    read,
+    read_on_a_loop,
+    start,
+)
 
 import mlx_hybridcache
-from mlx_hybridcache import HybridPromptCache
-from mlx_hybridcache.errors import ClosedError, HybridCacheError
+from mlx_hybridcache.errors import HybridCacheError
 from mlx_hybridcache.worker.inbox import Asked, Inbox
-from mlx_hybridcache.worker.stream import AHEAD, Stream
 from mlx_hybridcache.worker.turns import PAUSE
 from mlx_hybridcache.worker.worker import Worker
 
 LIBRARY = str(Path(mlx_hybridcache.__file__).parent)
 
-PATIENCE_SECONDS = 30
-"""Nothing here takes a second; who waits so long waits for ever."""
-
 HELD_SECONDS = 0.1
-
-ITEMS = 3 * AHEAD
-
-Outcome = tuple[str, Any]
-
-
-class Setting:
-    """A worker with a reply under way, of which one item was read."""
-
-    def __init__(self) -> None:
-        self.worker = Worker()
-        self.stream: Stream[int] = self.worker.stream(iter(range(ITEMS)))
-        next(self.stream)
-
-
-def call(on: Setting) -> Any:
-    return on.worker.call(lambda: "done")
-
-
-def start(on: Setting) -> Any:
-    return list(on.worker.stream(iter([1, 2])))
-
-
-def read(on: Setting) -> Any:
-    return list(on.stream)
-
-
-def read_on_a_loop(on: Setting) -> Any:
-    async def reading() -> list[int]:
-        return [item async for item in on.stream]
-
-    return asyncio.run(reading())
-
-
-def close_the_stream(on: Setting) -> Any:
-    on.stream.close()
-    assert list(on.stream) == []
-
-
-def cancel(on: Setting) -> Any:
-    on.stream.cancel()
-
-
-def drop(on: Setting) -> Any:
-    stream = on.worker.stream(iter(range(ITEMS)))
-    next(stream, None)
-    del stream
-
-
-def close(on: Setting) -> Any:
-    on.worker.close()
-    assert not on.worker.is_alive
-
-
-ACTS = [call, start, read, read_on_a_loop, close_the_stream, cancel, drop, close]
-
-
-def outcome(act: Callable[[Setting], Any], on: Setting) -> Outcome:
-    try:
-        return "result", act(on)
-    except ClosedError as error:
-        return "closed", error
-    except BaseException as error:
-        return "failed", error
-
-
-def begun(work: Callable[[], object]) -> threading.Thread:
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    return thread
-
-
-def ends(thread: threading.Thread, what: object) -> None:
-    thread.join(PATIENCE_SECONDS)
-    assert not thread.is_alive(), f"{what} waits for ever"
 
 
 class Interrupted:
@@ -379,78 +316,6 @@ def test_an_inbox_does_or_refuses_what_comes_while_it_is_closed() -> None:
     inbox.close()
     assert told == ["late"]
     assert not inbox.put(late)
-
-
-# The cache
-
-
-@pytest.fixture
-def prompt() -> list[int]:
-    return tiny.random_tokens(300, seed=15)
-
-
-@pytest.mark.parametrize("seed", range(8))
-def test_every_caller_of_a_cache_that_is_closed_hears_of_it(
-    seed: int, prompt: list[int], tmp_path: Path
-) -> None:
-    """Prefills, replies and figures beside two closes: their results, or ClosedError; no ValueError."""
-    draw = random.Random(seed)
-    cache = HybridPromptCache(
-        tiny.build("qwen3_next"),
-        memory_budget="100MB",
-        prefill_step_size=16,
-        checkpoint_min_step=1,
-        cache_dir=tmp_path / "cache",
-    )
-    acts: list[Callable[[Setting], Any]] = [
-        lambda _: cache.prefill(prompt).release(),
-        lambda _: cache.restore(prompt).release(),
-        lambda _: cache.lookup(prompt),
-        lambda _: cache.stats(),
-        lambda _: cache.flush(),
-        lambda _: cache.clear(),
-    ]
-    doing = [*acts, *draw.choices(acts, k=2)]
-    draw.shuffle(doing)
-    barrier = threading.Barrier(len(doing) + 2)
-    found: list[Outcome] = []
-
-    def run(act: Callable[[Setting], Any]) -> None:
-        barrier.wait()
-        found.append(outcome(act, None))  # type: ignore[arg-type]
-
-    def close_it() -> None:
-        barrier.wait()
-        cache.close()
-        assert not cache.is_alive
-        assert cache.engine.tiers.disk is not None
-        assert not cache.engine.tiers.disk.thread.directory.is_writer
-
-    threads = [begun(lambda act=act: run(act)) for act in doing]  # type: ignore[misc]
-    threads += [begun(close_it) for _ in range(2)]
-    for thread in threads:
-        ends(thread, thread)
-    assert len(found) == len(doing)
-    assert {kind for kind, _ in found} <= {"result", "closed"}, found
-
-
-def test_a_prefill_that_a_close_cuts_short_says_so(prompt: list[int]) -> None:
-    """The cache is closed between two slices of the prompt: ClosedError, not a tuple that lacks its item."""
-    cache = HybridPromptCache(
-        tiny.build("qwen3_next"), memory_budget="100MB", prefill_step_size=16, checkpoint_min_step=1
-    )
-    closers: list[threading.Thread] = []
-
-    def on_progress(read: int, total: int) -> None:
-        if 0 < read < total and not closers:
-            closers.append(begun(cache.worker.close))
-            while cache.worker._stop.alive:
-                time.sleep(0.001)
-
-    with pytest.raises(ClosedError):
-        cache.prefill(prompt, prompt_progress_callback=on_progress)
-    ends(closers[0], "close")
-    cache.close()
 
 
 EXIT = """

@@ -32,7 +32,7 @@ from rich.console import Console
 from mlx_hybridcache import PromptError
 
 Result = dict[str, Any]
-STAND_IN = SUPPORT / "stand_in_server.py"
+STAND_IN = SUPPORT / "serving" / "stand_in_server.py"
 CHANGED = "Name one rule that it states."  # what the second request of changed-ending ends with
 
 

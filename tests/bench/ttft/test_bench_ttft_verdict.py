@@ -155,7 +155,7 @@ def test_memory_decides_whether_all_run_at_once() -> None:
 def test_servers_are_asked_in_turns(together: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two runs of two scenarios: a b, then b a; the promise comes before anything is measured."""
     monkeypatch.setenv("STAND_IN", json.dumps({}))
-    stand_in = SUPPORT / "stand_in_server.py"
+    stand_in = SUPPORT / "serving" / "stand_in_server.py"
     plan = BenchPlan((600,), 2, ("repeat", "chat"), 2, 20, 20, 300, cold_checks=False)
     asked: list[str] = []
     with ServerProcess(Launch("stand-in", (str(stand_in),))) as process:

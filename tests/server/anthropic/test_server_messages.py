@@ -9,8 +9,8 @@ import anthropic
 import httpx2
 import pytest
 from replies import FUNCTION, cached, content, tools
-from sdk_types import MESSAGE, check_message
 from servers import CHAT, INSTANT, MESSAGES, events_of, user
+from serving.sdk_types import MESSAGE, check_message
 
 COUNT = f"{MESSAGES}/count_tokens"
 OFF = {"type": "disabled"}

@@ -6,18 +6,6 @@ import re
 from typing import Any
 
 import pytest
-import strict
-from comparing import (
-    CALLED,
-    FIRST_TURN,
-    PARTS,
-    RAW,
-    RESULT,
-    THOUGHT,
-    disagreements,
-    essence,
-    offering,
-)
 from servers import (
     CHAT,
     COMPLETIONS,
@@ -30,6 +18,18 @@ from servers import (
     running,
     user,
 )
+from serving.comparing import (
+    CALLED,
+    FIRST_TURN,
+    PARTS,
+    RAW,
+    RESULT,
+    THOUGHT,
+    disagreements,
+    essence,
+    offering,
+)
+from texts import strict
 
 # Every case asks another question: repeating some of them would end mlx_lm.server.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import test_server_differences
 import test_server_reply_differences
-from differences import rows_of
-from parsers import flags_of, our_parser, their_parser
 from places import ROOT
+from serving.differences import rows_of
+from serving.parsers import flags_of, our_parser, their_parser
 
 PAGE = ROOT / "docs" / "mlx-lm-differences.md"
 ROWS = [

@@ -13,8 +13,6 @@ from typing import Any
 
 import httpx2
 import pytest
-from differences import difference, rows_of, survives
-from parsers import their_parser
 from servers import (
     CHAT,
     COMPLETIONS,
@@ -29,6 +27,8 @@ from servers import (
     read_stream,
     user,
 )
+from serving.differences import difference, rows_of, survives
+from serving.parsers import their_parser
 
 from mlx_hybridcache.demo import BUNDLED_MODEL
 

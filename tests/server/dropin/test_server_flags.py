@@ -9,12 +9,8 @@ import mlx.core as mx
 import mlx_lm
 import mlx_lm.server
 import pytest
-from comparing import (
-    disagreements,
-)
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
-from parsers import flags_of, our_parser, their_parser
 from servers import (
     CHAT,
     COMPLETIONS,
@@ -23,6 +19,10 @@ from servers import (
     running,
     user,
 )
+from serving.comparing import (
+    disagreements,
+)
+from serving.parsers import flags_of, our_parser, their_parser
 
 from mlx_hybridcache.demo import BUNDLED_MODEL
 

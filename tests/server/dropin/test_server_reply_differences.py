@@ -7,11 +7,6 @@ import re
 
 import pytest
 from bundled import load
-from comparing import (
-    disagreements,
-    offering,
-)
-from differences import difference, rows_of, survives
 from mlx_hybridcache_server.calls.argument_types import offered
 from mlx_hybridcache_server.calls.formats import FORMATS
 from mlx_hybridcache_server.calls.incoming import Arguments
@@ -24,6 +19,11 @@ from servers import (
     Server,
     user,
 )
+from serving.comparing import (
+    disagreements,
+    offering,
+)
+from serving.differences import difference, rows_of, survives
 
 
 @difference(

@@ -9,7 +9,6 @@ from contextlib import suppress
 
 import pytest
 from bundled import text
-from changed_requests import PLANTED, as_messages, as_response, pair
 from in_process import Client, served
 from mlx_hybridcache_server.explaining import comparison
 from mlx_hybridcache_server.explaining.comparison import compared
@@ -19,6 +18,7 @@ from mlx_hybridcache_server.explaining.turns import carried_over
 from mlx_hybridcache_server.prompts.chat import Renderer
 from mlx_hybridcache_server.schema.requests import ChatBody
 from servers import CHAT, COMPLETIONS, INSTANT, user
+from texts.changed_requests import PLANTED, as_messages, as_response, pair
 
 EXPLAIN, MESSAGES, RESPONSES = "/v1/cache/explain", "/v1/messages", "/v1/responses"
 

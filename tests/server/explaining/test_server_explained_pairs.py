@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 from bundled import load
-from changed_requests import PLANTED, Pair, as_messages, as_response, pair
 from long import forms
 from mlx_hybridcache_server.explaining.local import explained, renderer
+from texts.changed_requests import PLANTED, Pair, as_messages, as_response, pair
 
 from mlx_hybridcache.demo import BUNDLED_MODEL
 

@@ -11,12 +11,12 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-import strict
 from bundled import load, text_tokens
-from histories import history
 from long import forms, in_full
 from mlx_hybridcache_server.jsontext import without_halves
 from servers import CHAT, COMPLETIONS, INSTANT, OURS, Server, running, user
+from texts import strict
+from texts.histories import history
 
 from mlx_hybridcache.demo.functions import FUNCTIONS, Function, values
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 from bundled import load, text
-from refusals import assert_refused, unharmed
 from servers import (
     CHAT,
     COMPLETIONS,
@@ -17,6 +16,7 @@ from servers import (
     raw_status,
     user,
 )
+from serving.refusals import assert_refused, unharmed
 
 from mlx_hybridcache.demo import BUNDLED_MODEL
 

@@ -16,7 +16,7 @@ from mlx_hybridcache_server.generation import models
 from mlx_hybridcache_server.generation.serving import Serving
 from mlx_hybridcache_server.loading.leases import Leases
 from mlx_hybridcache_server.settings import build_parser, read_settings
-from served_apps import COMPLETIONS, Client, until, within
+from serving.served_apps import COMPLETIONS, Client, until, within
 
 from mlx_hybridcache.demo import BUNDLED_MODEL
 

@@ -18,7 +18,7 @@ from mlx_hybridcache_server.generation import models
 from mlx_hybridcache_server.generation.serving import Serving
 from mlx_hybridcache_server.loading.idle import seconds_of
 from mlx_hybridcache_server.settings import build_parser, read_settings
-from served_apps import COMPLETIONS, Client, until, within
+from serving.served_apps import COMPLETIONS, Client, until, within
 
 from mlx_hybridcache import HybridPromptCache
 from mlx_hybridcache.errors import SettingError

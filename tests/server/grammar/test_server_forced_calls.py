@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from constraints import (
+from mlx_hybridcache_server.errors import ApiError
+from mlx_hybridcache_server.prompts.chat import Rendered
+from texts.constraints import (
     CALLS,
     PARSERS,
     TOOLS,
@@ -19,8 +21,6 @@ from constraints import (
     said_as,
     spoken,
 )
-from mlx_hybridcache_server.errors import ApiError
-from mlx_hybridcache_server.prompts.chat import Rendered
 
 
 @pytest.mark.parametrize("parser", ["json_tools", "qwen3_coder"])

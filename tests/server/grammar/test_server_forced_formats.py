@@ -12,8 +12,6 @@ from typing import Any
 import jsonschema
 import numpy as np
 import pytest
-from call_families import FAMILIES, Calls, tokenizer_of
-from constraints import chat
 from llguidance import LLMatcher
 from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
 from mlx_hybridcache_server.adapter import NORMAL, TOOL, Segmenter
@@ -27,6 +25,8 @@ from mlx_hybridcache_server.grammar.compiled import MOST_BYTES
 from mlx_hybridcache_server.grammar.constrain import Constraint, Constraints
 from mlx_hybridcache_server.grammar.lark import Lark
 from mlx_hybridcache_server.prompts.chat import Rendered
+from texts.call_families import FAMILIES, Calls, tokenizer_of
+from texts.constraints import chat
 
 each_family = pytest.mark.parametrize("name", FAMILIES)
 

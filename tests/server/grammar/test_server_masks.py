@@ -10,7 +10,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from bundled import load
-from constraints import (
+from mlx_hybridcache_server.errors import ApiError
+from mlx_hybridcache_server.grammar.constrain import masked
+from mlx_lm.generate import GenerationResponse, stream_generate
+from mlx_lm.models import llama
+from texts.constraints import (
     a_schema,
     allowed,
     by_schema,
@@ -18,10 +22,6 @@ from constraints import (
     made,
     tokens_of,
 )
-from mlx_hybridcache_server.errors import ApiError
-from mlx_hybridcache_server.grammar.constrain import masked
-from mlx_lm.generate import GenerationResponse, stream_generate
-from mlx_lm.models import llama
 
 from mlx_hybridcache.worker.turns import PAUSE
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from constraints import allows, among, by_schema, chat, made, said_as, spoken
 from mlx_hybridcache_server.errors import ApiError
 from mlx_hybridcache_server.grammar.narrowing import without_notes
 from mlx_hybridcache_server.prompts.chat import Rendered
+from texts.constraints import allows, among, by_schema, chat, made, said_as, spoken
 
 FINE = {"type": "object", "properties": {"a": {"type": "integer"}}}
 ODD: dict[str, tuple[dict[str, Any], str]] = {

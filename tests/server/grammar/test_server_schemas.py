@@ -6,7 +6,12 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from constraints import (
+from mlx_hybridcache_server.adapter import NORMAL, REASONING
+from mlx_hybridcache_server.errors import ApiError
+from mlx_hybridcache_server.grammar.narrowing import closed
+from mlx_hybridcache_server.prompts.chat import Rendered
+from mlx_hybridcache_server.schema.requests import CompletionBody
+from texts.constraints import (
     OWN,
     TOOLS,
     allows,
@@ -17,11 +22,6 @@ from constraints import (
     spelled,
     spoken,
 )
-from mlx_hybridcache_server.adapter import NORMAL, REASONING
-from mlx_hybridcache_server.errors import ApiError
-from mlx_hybridcache_server.grammar.narrowing import closed
-from mlx_hybridcache_server.prompts.chat import Rendered
-from mlx_hybridcache_server.schema.requests import CompletionBody
 
 
 def test_a_reply_without_a_form_has_no_constraint():

@@ -10,15 +10,15 @@ from typing import Any
 
 import jsonschema
 import pytest
-from constraints import (
+from long import forms
+from servers import CHAT, COMPLETIONS, INSTANT, user
+from texts.constraints import (
     PARAMETERS,
     TOOLS,
     a_schema,
     by_schema,
     tokens_of,
 )
-from long import forms
-from servers import CHAT, COMPLETIONS, INSTANT, user
 
 
 def schema_prompt(number: int) -> tuple[Any, str, dict[str, Any]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 
 import pytest
-from refusals import unharmed
 from servers import (
     CHAT,
     COMPLETIONS,
@@ -16,6 +15,7 @@ from servers import (
     raw_status,
     user,
 )
+from serving.refusals import unharmed
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ import httpx2
 import pytest
 from bundled import text
 from mlx_hybridcache_server.http.event_stream import EventStream
-from refusals import unharmed
 from servers import (
     CHAT,
     COMPLETIONS,
@@ -21,6 +20,7 @@ from servers import (
     raw_post,
     user,
 )
+from serving.refusals import unharmed
 from starlette.requests import ClientDisconnect
 
 

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import requests
 import schemathesis
-import strict
 from hypothesis import HealthCheck, Phase, given, settings
 from long import forms
 from mlx_hybridcache_server.schema.fields import FIELDS
@@ -28,6 +27,7 @@ from servers import (
     read_stream,
     running,
 )
+from texts import strict
 
 VOCABULARY = 3072  # the bundled model's
 

@@ -8,10 +8,7 @@ from functools import cache
 from typing import Any
 
 import bundled
-import histories
 import pytest
-import strict
-from histories import History, history, without_reasoning
 from long import forms
 from mlx_hybridcache_server.errors import ApiError
 from mlx_hybridcache_server.http.wire import read
@@ -21,6 +18,8 @@ from mlx_hybridcache_server.prompts.chat import Renderer
 from mlx_hybridcache_server.prompts.messages import arguments, for_template
 from mlx_hybridcache_server.schema.requests import ChatBody
 from mlx_lm.tokenizer_utils import TokenizerWrapper
+from texts import histories, strict
+from texts.histories import History, history, without_reasoning
 from transformers import AutoTokenizer
 
 from mlx_hybridcache import HybridPromptCache

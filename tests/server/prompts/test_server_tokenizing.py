@@ -5,7 +5,6 @@ import random
 import pytest
 from bundled import text
 from long import forms
-from made_tokenizers import TOKENIZERS, bundled, byte_level, sentence_piece
 from mlx_hybridcache_server.errors import ApiError
 from mlx_hybridcache_server.prompts.tokenizing import (
     NO_LIMIT,
@@ -15,6 +14,7 @@ from mlx_hybridcache_server.prompts.tokenizing import (
     Tokenizing,
 )
 from mlx_hybridcache_server.prompts.vocabulary import longest_token, seams
+from texts.made_tokenizers import TOKENIZERS, bundled, byte_level, sentence_piece
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 

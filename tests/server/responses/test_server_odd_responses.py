@@ -11,8 +11,8 @@ from mlx_hybridcache_server.replies.notices import WARNING_HEADER
 from mlx_hybridcache_server.responses import routes
 from mlx_hybridcache_server.responses.conversation import turns
 from replies import ENDLESS, FUNCTION
-from sdk_types import RESPONSE, RESPONSE_ITEMS, check_response
 from servers import COMPLETIONS, events_of
+from serving.sdk_types import RESPONSE, RESPONSE_ITEMS, check_response
 
 RESPONSES = "/v1/responses"
 TOOLS = [{"type": "function", **FUNCTION[name]["function"]} for name in ("find_person", "get_time")]

@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 from mlx_hybridcache_server.watching.namespaces import named, namespace_trees
-from small_store import N, save
+from stores.small_store import N, save
 
 from mlx_hybridcache.cache import Outlines
 from mlx_hybridcache.disk.segment import PrefixDigest, digest, prefix_keys

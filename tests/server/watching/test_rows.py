@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from mlx_hybridcache_server.watching.namespaces import namespace_trees
 from mlx_hybridcache_server.watching.rows import SHORTEST, Rows
-from small_store import N, save
+from stores.small_store import N, save
 from test_namespaces import ON_DISK, store
 
 from mlx_hybridcache.cache import Outlines

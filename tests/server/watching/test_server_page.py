@@ -14,7 +14,7 @@ from mlx_hybridcache_server.schema.requests import WatchBody
 from mlx_hybridcache_server.settings import build_parser, read_settings
 from mlx_hybridcache_server.watching.watch import MOST_WATCHING, Watcher
 from servers import CHAT, COMPLETIONS, INSTANT, OURS, running, user
-from small_store import save
+from stores.small_store import save
 
 from mlx_hybridcache.store import conversations
 from mlx_hybridcache.tokens import Namespace

@@ -3,11 +3,11 @@
 import json
 import threading
 
-import browser
 import pytest
 from bundled import never_ending, text
 from mlx_hybridcache_bench.kit.chromium import missing
 from servers import CHAT, COMPLETIONS, INSTANT, OURS, running, user
+from serving import browser
 
 if why := missing():
     pytest.skip(f"the page is not tested: {why}", allow_module_level=True)

@@ -13,11 +13,11 @@ import types
 from collections.abc import Iterator
 from typing import Any, get_type_hints
 
-import families
 import mlx.nn as nn
 import mlx_lm.models
 import tiny
 import tiny_models
+from odd_models import families
 
 from matrix.overrides import OVERRIDES, TEXT
 

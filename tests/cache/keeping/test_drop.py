@@ -2,8 +2,7 @@
 
 import oracle
 import pytest
-from oracle import STEP
-from restarts import (
+from directories.restarts import (
     assert_as_cold,
     files,
     forget_memory,
@@ -13,6 +12,7 @@ from restarts import (
     until_idle,
     write,
 )
+from oracle import STEP
 
 from mlx_hybridcache.errors import NotStoredError, PinnedError
 

@@ -6,11 +6,10 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from candidates import Candidate
-
 from mlx_hybridcache.store.eviction.conversations import PASSED
 from mlx_hybridcache.store.store import Store
 from mlx_hybridcache.store.tree import Node
+from stores.candidates import Candidate
 
 
 @dataclass

@@ -12,25 +12,23 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from typing import Any
 
-import hostile_families
 import mlx.core as mx
 import numpy as np
 import oracle
 import tiny
-from hostile_families import FAMILIES, Family
 from mlx_lm.sample_utils import make_sampler
 
+from hostile.clients import Accompanied, Asked, BrokenSamplerError, Log, Reader, breaks, ends
+from hostile.families import COLD_STEP, FAMILIES, Family, log_probabilities
 from mlx_hybridcache import BudgetError, HybridPromptCache
 from mlx_hybridcache.caches.room import ROW_STEP
 from mlx_hybridcache.decode import decoder as generate
 from mlx_hybridcache.errors import CacheMismatchError, NotStoredError, PinnedError
 from mlx_hybridcache.worker import stream as streams
-from mlx_hybridcache.worker.turns import PAUSE, Load, Pause
+from mlx_hybridcache.worker.turns import PAUSE, Pause
 
-EOS = tiny.VOCAB - 1
 SALTS = ("", "other")
 LENGTHS = (20, 23, 31, 32, 33, 40, 48, 49, 64, 77, 90)
 FORKS = (16, 25, 32, 47, 60)
@@ -48,89 +46,6 @@ BETWEEN = 4
 
 TURNS = 3000
 """No round takes so many turns of the worker, unless something waits for ever."""
-
-
-class Accompanied(Load):
-    """The conductor is one of the worker's requests, but keeps nobody waiting."""
-
-    __slots__ = ()
-
-    @property
-    def is_shared(self) -> bool:
-        """Whether there are two others."""
-        return self.reading + self.waiting + self.writing > 2
-
-
-class BrokenSamplerError(Exception):
-    """What a broken sampler raises."""
-
-
-@dataclass
-class Log:
-    """What a reply was made of, seen on the worker's thread; `over` when no more comes."""
-
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[mx.array] = field(default_factory=list)
-    over: bool = False
-
-    def through(self, responses: Iterator[Any]) -> Iterator[Any]:
-        """Responses as they come, noted."""
-        try:
-            for response in responses:
-                if response is not PAUSE:
-                    self.tokens.append(response.token)
-                    self.logprobs.append(response.logprobs)
-                yield response
-        finally:
-            self.over = True
-
-
-@dataclass
-class Reader:
-    """A client: takes `pace` tokens a turn, none where it lags, and leaves after `patience` of them."""
-
-    stream: Any
-    log: Log
-    pace: int
-    patience: int
-    is_broken: bool
-    taken: int = 0
-
-    def take(self) -> bool:
-        """What it takes in one turn, without ever waiting. Whether it stays."""
-        for _ in range(self.pace):
-            if self.taken == self.patience:
-                return False
-            if self.taken == len(self.log.tokens):
-                return not self.log.over or not self.hear_the_end()
-            next(self.stream)
-            self.taken += 1
-        return True
-
-    def hear_the_end(self) -> bool:
-        """Its reply is over, or it was cancelled one turn ago."""
-        try:
-            for _ in self.stream:
-                self.taken += 1
-        except BudgetError:
-            return True
-        except BrokenSamplerError:
-            assert self.is_broken
-        return True
-
-
-@dataclass
-class Asked:
-    """A request, with what came of it."""
-
-    tokens: list[int]
-    salt: str
-    log: Log
-
-    @property
-    def history(self) -> list[int]:
-        """The prompt and what was said."""
-        return [*self.tokens, *self.log.tokens]
 
 
 class Round:
@@ -297,7 +212,7 @@ class Round:
             return oracle.never_ending, False
         if how < 0.8:
             return make_sampler(1.0), False
-        return (_ends(at), False) if how < 0.95 else (_breaks(at), True)
+        return (ends(at), False) if how < 0.95 else (breaks(at), True)
 
     def change_pace(self) -> None:
         if self.readers:
@@ -343,7 +258,7 @@ class Round:
             return
         tokens = self.prompt()
         salt, lie = self.chance.choice(SALTS), self.chance.choice((-5, -1, 1, 4))
-        caches = tiny.cold_caches(self.family.model, tokens, hostile_families.COLD_STEP)
+        caches = tiny.cold_caches(self.family.model, tokens, COLD_STEP)
         try:
             self.cache.save([*tokens, *THEN][: len(tokens) + lie], caches, cache_salt=salt)
         except CacheMismatchError:
@@ -428,7 +343,7 @@ class Round:
                 continue
             _, cold = self.family.cold(asked.history, THEN)
             first = len(asked.tokens) - 1
-            expected = hostile_families.log_probabilities(cold[first : len(asked.history) - 1])
+            expected = log_probabilities(cold[first : len(asked.history) - 1])
             found = np.stack([np.array(each) for each in asked.log.logprobs])
             off = oracle.distance(found, expected)
             assert off <= self.bound, f"a reply to {first + 1} tokens is off by {off:.3g}"
@@ -501,30 +416,6 @@ def _short(ahead: int, untaken: int) -> Iterator[None]:
         yield
     finally:
         streams.AHEAD, generate.UNTAKEN = before
-
-
-def _ends(at: int) -> Callable[[mx.array], mx.array]:
-    """A sampler that ends the reply with its token number `at`."""
-    left = [at]
-
-    def draw(logprobs: mx.array) -> mx.array:
-        left[0] -= 1
-        greedy = oracle.never_ending(logprobs)
-        return mx.full(greedy.shape, EOS, greedy.dtype) if left[0] == 0 else greedy
-
-    return draw
-
-
-def _breaks(at: int) -> Callable[[mx.array], mx.array]:
-    left = [at]
-
-    def draw(logprobs: mx.array) -> mx.array:
-        left[0] -= 1
-        if left[0] == 0:
-            raise BrokenSamplerError
-        return oracle.never_ending(logprobs)
-
-    return draw
 
 
 def run(kind: type[Round], name: str, seeds: Sequence[int]) -> Counter[str]:

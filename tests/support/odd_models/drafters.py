@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import oracle
-import quantizing
 import tiny
 from mlx_lm.models import lfm2
 
 from mlx_hybridcache import HybridPromptCache
+from odd_models import quantizing
 
 
 class Knowing:

@@ -8,7 +8,7 @@ from typing import Any
 import oracle
 import pytest
 import tiny
-from restarts import LENGTH, assert_as_cold, files, forget_memory, opened, write
+from directories.restarts import LENGTH, assert_as_cold, files, forget_memory, opened, write
 
 from mlx_hybridcache import ArgumentError, HybridPromptCache, PromptError
 

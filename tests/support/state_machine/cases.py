@@ -15,7 +15,7 @@ import tiny
 import tiny_models
 from mlx_lm.models import qwen3, qwen3_5
 from mlx_lm.models.cache import make_prompt_cache
-from quantizing import Quantized
+from odd_models.quantizing import Quantized
 
 
 @functools.cache

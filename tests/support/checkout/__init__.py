@@ -1,0 +1,1 @@
+"""The project's own files: pages, sources, environments to run clients in."""

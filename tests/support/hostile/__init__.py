@@ -1,0 +1,1 @@
+"""Hostile concurrency: rounds of events, the clients in them, and the models that they ask."""

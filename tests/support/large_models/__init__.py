@@ -1,0 +1,1 @@
+"""Models that are too large to test with, and plans of them."""

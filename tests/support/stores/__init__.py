@@ -1,0 +1,1 @@
+"""What goes into a store without a model, and what must come of it."""

@@ -1,0 +1,1 @@
+"""What models read and write: tokenizers, templates, calls, histories as clients send them."""
