@@ -11,13 +11,13 @@ import time
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from math import inf
 
-from ..errors import BudgetError, NotStoredError, SettingError
+from ..errors import BudgetError, NotStoredError
 from ..tokens import Namespace, Tokens
 from .budget import Claim, StoreStats
 from .counted import CountedTrees, tokens_to
 from .evicted import Evicted
-from .eviction.choose import Eviction, crowded
-from .eviction.conversations import Conversations
+from .eviction.choose import Eviction
+from .eviction.limits import Limits
 from .eviction.policy import NEAR_TOKENS, BranchRate, weights
 from .eviction.soft_pins import renew
 from .eviction.values import NodeValues, Weigh
@@ -47,17 +47,9 @@ class Store(CountedTrees[R, S]):
         references: References | None = None,
         weigh: Weigh = weights,
     ):
-        for name, most in (
-            ("max_conversations", max_conversations),
-            ("max_checkpoints", max_checkpoints),
-        ):
-            if most is not None and most < 1:
-                raise SettingError(f"{name} is {most}; it must be >= 1, or None for no limit.")
         self.needs_checkpoints = needs_checkpoints
-        self.max_conversations = max_conversations
-        self.max_checkpoints = max_checkpoints
-        conversations = Conversations(needs_checkpoints) if max_conversations is not None else None
-        self._values = NodeValues(needs_checkpoints, weigh, conversations)
+        self._values = NodeValues(needs_checkpoints, weigh)
+        self.limits = Limits(self._values, max_conversations, max_checkpoints)
         super().__init__(budget_bytes, references, self._values.noted)
         self.before_evicting: Callable[[], None] = lambda: None  # what costs nobody anything
         self.clock = 0
@@ -188,7 +180,7 @@ class Store(CountedTrees[R, S]):
             return []
         above = max((n.end for n in match.path if n.checkpoint and n.end < cuts[0]), default=0)
         while not budget.has_room(rows + len(wanted) * snapshot_bytes):
-            found = self._worths(above, wanted, len(tokens), branch_points, snapshot_bytes)
+            found = eviction.worths(above, wanted, len(tokens), branch_points, snapshot_bytes)
             worths = [inf if cut in lasting else found[at] for at, cut in enumerate(wanted)]
             worst = min(range(len(wanted)), key=worths.__getitem__)
             if len(wanted) > 1 and worths[worst] <= eviction.least():
@@ -200,17 +192,6 @@ class Store(CountedTrees[R, S]):
             else:
                 return []
         return wanted
-
-    def _worths(
-        self, above: int, cuts: Sequence[int], end: int, branch_points: Container[int], nbytes: int
-    ) -> list[float]:
-        """What checkpoints of `nbytes` at each of these cuts of a slice would be worth."""
-        return [
-            self._values.weigh(
-                cut - up, down - cut, end - cut, nbytes, int(cut in branch_points), False
-            ).worth(0, 0, self.branch_rate.interior)
-            for up, cut, down in zip([above, *cuts[:-1]], cuts, [*cuts[1:], end], strict=True)
-        ]
 
     def shrink(self, nbytes: int) -> None:
         """Let `nbytes` of what is stored go, pins and running requests excepted, as far as that goes."""
@@ -279,7 +260,7 @@ class Store(CountedTrees[R, S]):
 
     def _has_room_for(self, nbytes: int, match: Match[R, S], position: int) -> bool:
         """Whether a save may add a checkpoint at `position`, with `nbytes` for which room is made."""
-        if self._is_full(match, position):
+        if not self.limits.leave_room(match, position):
             return False
         try:
             self.budget.make_room(nbytes, match.nodes())
@@ -385,33 +366,13 @@ class Store(CountedTrees[R, S]):
         self._values.lift(self.seconds(), self.budget.limit_bytes // 2)
         return Eviction(self._values, frozenset(keep), spare, self.clock, self.branch_rate.interior)
 
-    def _is_full(self, match: Match[R, S], position: int) -> bool:
-        """Whether some path has no room for a checkpoint at `position`, and none that may go."""
-        most = self.max_checkpoints
-        return most is not None and not all(crowded(match.paths(position), position, most))
-
     def _keep_limits(self, written: Node[R, S]) -> None:
         """Let go what is one too many now that `written` is stored."""
-        if self.max_checkpoints is not None:
-            paths = list(written.paths())
-            for may_go in crowded(paths, written.end, self.max_checkpoints):
-                eviction = self._eviction()
-                self._drop(eviction.first_of(may_go), eviction)
-        while (leaf := self._surplus(written)) is not None:
+        for may_go in self.limits.crowded(written):
+            eviction = self._eviction()
+            self._drop(eviction.first_of(may_go), eviction)
+        while (leaf := self.limits.surplus(written)) is not None:
             self._drop(leaf, self._eviction())  # what is left of its conversation is next
-
-    def _surplus(self, written: Node[R, S]) -> Node[R, S] | None:
-        """The leaf of the least recently used conversation, where there are more than may be.
-
-        The conversation of `written` stays, and so do those that a pin would keep in part.
-        """
-        most, conversations = self.max_conversations, self._values.conversations
-        if most is None or conversations is None:
-            return None
-        self._values.settle()
-        if self._values.conversations_stored() <= most:
-            return None
-        return conversations.oldest(written)
 
     def evict_checkpoint(self, node: Node[R, S]) -> None:
         """What stands at `node` goes, because a request needs its bytes."""

@@ -24,6 +24,7 @@ from stores.small_store import ROW, STATE, N, save
 from mlx_hybridcache.errors import BudgetError, NotStoredError
 from mlx_hybridcache.store.eviction import values
 from mlx_hybridcache.store.eviction.choose import Eviction
+from mlx_hybridcache.store.eviction.limits import Limits
 from mlx_hybridcache.store.eviction.ranking import Ranking
 from mlx_hybridcache.store.eviction.values import NodeValues
 from mlx_hybridcache.store.materialize import Materializer
@@ -61,12 +62,23 @@ class Checked(Eviction):
         return found
 
 
+class CheckedLimits(Limits):
+    """Every conversation that is one too many beside the full scan's."""
+
+    def surplus(self, written):
+        found = super().surplus(written)
+        assert found is full_scan.surplus(self.store, written)
+        self.store.seen["surplus"] += found is not None
+        return found
+
+
 class CheckedStore(Store):
     """Every choice that is made for it beside the full scan's, and how often it was made."""
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
         self.seen, self.seconds = Counter(), lambda: self.clock / 10
+        self.limits.__class__, self.limits.store = CheckedLimits, self
 
     def _eviction(self, keep=(), spare=None):
         super()._eviction(keep, spare)  # whose time is over
@@ -76,12 +88,6 @@ class CheckedStore(Store):
         eviction.store = self
         eviction.scan = FullScan(self, eviction.kept, spare)
         return eviction
-
-    def _surplus(self, written):
-        found = super()._surplus(written)
-        assert found is full_scan.surplus(self, written)
-        self.seen["surplus"] += found is not None
-        return found
 
 
 def change(store, draw, claims):

@@ -28,7 +28,7 @@ def test_a_limit_is_at_least_one(name):
     for most in (0, -1):
         with pytest.raises(ValueError, match=rf"{name} is {most}; it must be >= 1"):
             Store(1000, needs_checkpoints=True, **{name: most})
-    assert getattr(Store(1000, needs_checkpoints=True, **{name: 1}), name) == 1
+    assert getattr(Store(1000, needs_checkpoints=True, **{name: 1}).limits, name) == 1
 
 
 def test_the_least_recently_used_conversation_goes_and_what_it_shares_stays():

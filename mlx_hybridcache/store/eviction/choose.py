@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from math import inf
 
@@ -61,6 +61,20 @@ class Eviction:
         """The one of these nodes whose checkpoint goes first."""
         self.values.settle()
         return min(nodes, key=lambda node: (_held_until(node), self._worth(node)))
+
+    def worths(
+        self, above: int, cuts: Sequence[int], end: int, branch_points: Container[int], nbytes: int
+    ) -> list[float]:
+        """What checkpoints of `nbytes` would be worth at each of these cuts of a slice.
+
+        The slice ends at `end`, and `above` is the last checkpoint before it.
+        """
+        return [
+            self.values.weigh(
+                cut - up, down - cut, end - cut, nbytes, int(cut in branch_points), False
+            ).worth(0, 0, self.interior)
+            for up, cut, down in zip([above, *cuts[:-1]], cuts, [*cuts[1:], end], strict=True)
+        ]
 
     def _least(self) -> tuple[float, AnyNode] | None:
         """What goes first with what it counts for, looked for again only where something changed."""
@@ -143,17 +157,3 @@ class Eviction:
 def _held_until(node: AnyNode) -> float:
     """When its soft pin ends; before all others where it has none."""
     return -inf if node.soft_pin is None else float(node.soft_pin.until)
-
-
-def crowded(
-    paths: Iterable[Sequence[AnyNode]], position: int, most: int
-) -> Iterator[list[AnyNode]]:
-    """Of each path with `most` checkpoints beside the one at `position`, those that may go for it.
-
-    The path's last one stays, and so do pins.
-    """
-    for path in paths:
-        others = [node for node in path if node.checkpoint is not None and node.end != position]
-        if len(others) >= most:
-            end = max(position, others[-1].end)
-            yield [node for node in others if node.end < end and not node.pinned]

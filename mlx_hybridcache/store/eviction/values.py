@@ -57,7 +57,7 @@ class NodeValues:
 
     needs_checkpoints: bool
     weigh: Weigh
-    conversations: Conversations | None = None
+    conversations: Conversations | None = field(default=None, init=False)
     """Those of the same store, where somebody wants them in order."""
     noted: Noted = field(default_factory=Noted, init=False)
     ranking: Ranking = field(default_factory=Ranking, init=False)

@@ -121,8 +121,8 @@ def conversations(store: Store) -> list[list[Node]]:
 
 def surplus(store: Store, written: Node) -> Node | None:
     """The leaf of the conversation used longest ago, where there are more than may be."""
-    every = conversations(store)
-    if store.max_conversations is None or len(every) <= store.max_conversations:
+    every, most = conversations(store), store.limits.max_conversations
+    if most is None or len(every) <= most:
         return None
     may_go = [own for own in every if not any(node.pinned or node is written for node in own)]
     may_go.sort(key=lambda own: (max(node.last_used for node in own), own[0].serial))
