@@ -21,7 +21,7 @@ from .report import CacheReport, Reason
 
 if TYPE_CHECKING:
     from .cache import HybridPromptCache
-    from .disk.tier import DiskStats
+    from .disk.tier.tier import DiskStats
     from .request.generation import Generation, Ready
     from .store.budget import StoreStats
 
@@ -51,7 +51,7 @@ __all__ = [
 ]
 
 _LOADED_WHEN_ASKED_FOR = {
-    "DiskStats": "disk.tier",
+    "DiskStats": "disk.tier.tier",
     "Generation": "request.generation",
     "HybridPromptCache": "cache",
     "Ready": "request.generation",

@@ -49,7 +49,7 @@ from .worker.turns import Load, Pause
 from .worker.worker import Worker
 
 if TYPE_CHECKING:
-    from .disk.tier import DiskStats
+    from .disk.tier.tier import DiskStats
 
 T = TypeVar("T")
 

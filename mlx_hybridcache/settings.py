@@ -41,7 +41,7 @@ from .tokens import learn_turn_marks, settings_digest
 from .worker.turns import Load
 
 if TYPE_CHECKING:
-    from .disk.tier import DiskTier
+    from .disk.tier.tier import DiskTier
 
 log = logging.getLogger("mlx_hybridcache")
 
@@ -155,7 +155,7 @@ class CacheSettings:
         post: Callable[[Callable[[], None]], None],
     ) -> DiskTier:
         """The tier in `cache_dir`. `post` runs things on the worker's thread."""
-        from .disk.tier import DiskTier  # with SQLite and a thread: not without a directory
+        from .disk.tier.tier import DiskTier  # with SQLite and a thread: not without a directory
 
         assert self.cache_dir is not None
         return DiskTier.open(

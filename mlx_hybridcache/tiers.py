@@ -28,9 +28,9 @@ from .tokens import Namespace, Tokens
 from .worker.turns import Job, Pause
 
 if TYPE_CHECKING:
-    from .disk.arrays import RestoreBuffers
     from .disk.parts import FileFound
-    from .disk.tier import DiskStats, DiskTier
+    from .disk.tier.arrays import RestoreBuffers
+    from .disk.tier.tier import DiskStats, DiskTier
 
 TRIES = 64
 """Files that one request passes over before it is content with memory: each try reads what leads to one."""

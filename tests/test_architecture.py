@@ -52,14 +52,10 @@ WITHOUT_MLX = {
     "worker.inbox",
     "worker.turns",
 }
-"""Folders and modules that reckon with numbers. Of `disk`, not the two that hold arrays."""
+"""Folders and modules that reckon with numbers. But what `WITH_MLX` names."""
 
-WITH_MLX = {
-    "cli.verify",
-    "disk.arrays",
-    "disk.tier",
-    "disk.write_behind",
-}
+WITH_MLX = {"cli.verify", "disk.tier"}
+"""Folders and modules of these that hold arrays."""
 
 UPPER_PACKAGES = {"mlx_hybridcache_server", "mlx_hybridcache_bench"}
 UNSAFE_FORMATS = {"pickle", "cloudpickle", "dill", "shelve", "marshal"}
@@ -81,7 +77,8 @@ def unit(module: str) -> str:
 def is_without_mlx(module: str) -> bool:
     """Whether a module, or the folder it lies in, is listed as one that never meets an array."""
     name = module.removeprefix(f"{LIBRARY}.")
-    return name not in WITH_MLX and bool({name, name.split(".")[0]} & WITHOUT_MLX)
+    folders = {name.split(".")[0], ".".join(name.split(".")[:2]), name}
+    return not folders & WITH_MLX and bool(folders & WITHOUT_MLX)
 
 
 def is_unit(name: str) -> bool:
@@ -249,6 +246,16 @@ def test_decisions_need_no_mlx(path: Path) -> None:
     """Tree, schedule, policy, tokens, reports and errors reckon with numbers, never with arrays."""
     roots = {name.split(".")[0] for name in imports(parsed(path), module_name(path))}
     assert not {"mlx", "mlx_lm"} & roots
+
+
+def test_a_cache_directory_is_read_without_the_tier(library: dict[str, ast.Module]) -> None:
+    """`cache ls` and an archive know segments, the index and the trees; what holds arrays knows them."""
+    tier = f"{LIBRARY}.disk.tier"
+    below = [name for name in library if name.startswith(f"{LIBRARY}.disk.")]
+    outside = [name for name in below if not name.startswith(tier)]
+    assert len(below) > len(outside) > 0
+    for module in outside:
+        assert not [each for each in imports(library[module], module) if each.startswith(tier)]
 
 
 @pytest.mark.parametrize("path", [*sources(LIBRARY), *sources("bench")], ids=module_name)

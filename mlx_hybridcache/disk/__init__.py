@@ -1,1 +1,1 @@
-"""The disk tier: segments of rows and of states in files, and an index that spares opening them."""
+"""A cache directory: segments of rows and of states in files, and an index that spares opening them."""

@@ -16,7 +16,7 @@ from mlx_hybridcache.store.budget import StoreStats
 from mlx_hybridcache.worker.turns import Load
 
 if TYPE_CHECKING:
-    from mlx_hybridcache.disk.tier import DiskStats
+    from mlx_hybridcache.disk.tier.tier import DiskStats
 
 NAMESPACE = "mlx_hybridcache"
 

@@ -131,6 +131,6 @@ def test_a_server_starts_without_what_its_flags_and_requests_have_not_asked_for(
     """No disk tier, no grammars, no formats of calls."""
     imported = run(SERVER)
     assert "mlx_hybridcache_server.replies.chat" in imported
-    late = {"sqlite3", "llguidance", "mlx_hybridcache.disk.tier"}
+    late = {"sqlite3", "llguidance", "mlx_hybridcache.disk.tier.tier"}
     late |= {"mlx_hybridcache_server.calls.formats", "mlx_hybridcache_server.grammar.constrain"}
     assert not late & set(imported)

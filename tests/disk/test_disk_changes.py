@@ -14,14 +14,15 @@ from long import forms
 from test_catalogue import STEP, Filed
 
 from mlx_hybridcache.disk import index as index_module
-from mlx_hybridcache.disk import thread, tier, write_behind
+from mlx_hybridcache.disk import thread
 from mlx_hybridcache.disk.catalogue import Catalogue
 from mlx_hybridcache.disk.chains import Chains
 from mlx_hybridcache.disk.directory import Directory
 from mlx_hybridcache.disk.index import Entry, Index
 from mlx_hybridcache.disk.parts import FileState
 from mlx_hybridcache.disk.segment import PrefixDigest
-from mlx_hybridcache.disk.write_behind import Waiting
+from mlx_hybridcache.disk.tier import tier, write_behind
+from mlx_hybridcache.disk.tier.write_behind import Waiting
 from mlx_hybridcache.store.tree import Node, PrefixTree
 from mlx_hybridcache.tokens import Namespace, as_tokens
 

@@ -31,7 +31,7 @@ from ..settings import Settings
 from .models import DEFAULT_NAME, Loaded, Named, load, on_own_thread
 
 if TYPE_CHECKING:
-    from mlx_hybridcache.disk.tier import DiskStats
+    from mlx_hybridcache.disk.tier.tier import DiskStats
 
 log = logging.getLogger("mlx_hybridcache.server")
 

@@ -9,7 +9,8 @@ from directories import faults
 from directories.faults import Said
 from directories.filled import FIRST, MODEL
 
-from mlx_hybridcache.disk import thread, write_behind
+from mlx_hybridcache.disk import thread
+from mlx_hybridcache.disk.tier import write_behind
 
 
 @pytest.fixture(scope="session")

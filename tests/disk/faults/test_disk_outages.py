@@ -13,8 +13,9 @@ from directories.filled import END, FIRST, MODEL, SECOND, assert_healed, opened,
 from long import mostly_long
 
 from mlx_hybridcache import SettingError
-from mlx_hybridcache.disk import thread, write_behind
+from mlx_hybridcache.disk import thread
 from mlx_hybridcache.disk.segment import SEGMENTS
+from mlx_hybridcache.disk.tier import write_behind
 
 # The disk
 

@@ -14,7 +14,7 @@ import mlx.core as mx
 from mlx_hybridcache.disk.catalogue import Catalogue, FileRows, FileState
 from mlx_hybridcache.disk.directory import Directory
 from mlx_hybridcache.disk.segment import SEGMENTS
-from mlx_hybridcache.disk.tier import DiskTier
+from mlx_hybridcache.disk.tier.tier import DiskTier
 from mlx_hybridcache.store.budget import Budget
 from mlx_hybridcache.store.store import Store
 from mlx_hybridcache.store.tree import Node

@@ -20,7 +20,7 @@ from long import mostly_long
 from oracle import STEP
 from places import SUPPORT
 
-from mlx_hybridcache.disk.tier import WORTH
+from mlx_hybridcache.disk.tier.tier import WORTH
 
 
 @each_family
@@ -191,7 +191,7 @@ def test_other_weights_and_other_settings_find_nothing(tmp_path: Path) -> None:
 READER = """
 import sys
 from pathlib import Path
-sys.path[:0] = [sys.argv[1], str(Path(sys.argv[1]).parent / "disk")]
+sys.path[:0] = [sys.argv[1], str(Path(sys.argv[1]).parent / "disk" / "tier")]
 import oracle, test_disk
 tokens = oracle.prompt(test_disk.LENGTH, seed=15)
 with test_disk.opened(Path(sys.argv[2])) as cache:

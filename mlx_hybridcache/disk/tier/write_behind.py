@@ -18,19 +18,19 @@ from functools import partial
 
 import numpy as np
 
-from ..caches.kinds.rows import RowBlock
-from ..caches.memory import MemoryNode, MemoryStore
-from ..errors import BudgetError
-from ..sizes import format_bytes
-from ..store.budget import Claim
-from ..store.lazy_rows import has_lazy_rows
-from ..store.references import CountedReferences
-from ..store.tree import Held, common_length
-from ..tokens import Namespace, Tokens
+from ...caches.kinds.rows import RowBlock
+from ...caches.memory import MemoryNode, MemoryStore
+from ...errors import BudgetError
+from ...sizes import format_bytes
+from ...store.budget import Claim
+from ...store.lazy_rows import has_lazy_rows
+from ...store.references import CountedReferences
+from ...store.tree import Held, common_length
+from ...tokens import Namespace, Tokens
+from ..catalogue import Catalogue, Lacking
+from ..segment import NameTakenError, Segment, Tensor, digest
+from ..thread import DiskThread, Transfer
 from .arrays import ByteViews, rows_views, state_views
-from .catalogue import Catalogue, Lacking
-from .segment import NameTakenError, Segment, Tensor, digest
-from .thread import DiskThread, Transfer
 
 log = logging.getLogger("mlx_hybridcache")
 

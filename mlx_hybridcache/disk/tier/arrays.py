@@ -15,9 +15,9 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..caches.checkpoint import Checkpoint, restore, stored_rows, take, take_rows
-from ..caches.kinds.kind import Arrays, Snapshot
-from ..caches.kinds.rows import (
+from ...caches.checkpoint import Checkpoint, restore, stored_rows, take, take_rows
+from ...caches.kinds.kind import Arrays, Snapshot
+from ...caches.kinds.rows import (
     AXIS,
     RowBlock,
     Span,
@@ -25,13 +25,13 @@ from ..caches.kinds.rows import (
     evaluate_to_keep,
     rows_in,
 )
-from ..caches.kinds.smaller import PIECE, is_small
-from ..caches.layout import (
+from ...caches.kinds.smaller import PIECE, is_small
+from ...caches.layout import (
     LEARNT_FROM,
     Layout,
     leaves,
 )
-from .segment import Segment, Tensor
+from ..segment import Segment, Tensor
 
 _NAMES = {
     mx.bool_: "BOOL",

@@ -15,24 +15,24 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..caches.layout import Layout
-from ..caches.memory import MemoryFound, MemoryNode, MemoryStore
-from ..errors import SettingError, refusal
-from ..sizes import format_bytes
-from ..store.budget import Claim
-from ..store.lazy_rows import rows_before
-from ..store.outline import Outline, wall_clock
-from ..store.references import CountedReferences
-from ..tokens import Namespace, Tokens
-from ..worker.turns import PAUSE, Job, Pause
+from ...caches.layout import Layout
+from ...caches.memory import MemoryFound, MemoryNode, MemoryStore
+from ...errors import SettingError, refusal
+from ...sizes import format_bytes
+from ...store.budget import Claim
+from ...store.lazy_rows import rows_before
+from ...store.outline import Outline, wall_clock
+from ...store.references import CountedReferences
+from ...tokens import Namespace, Tokens
+from ...worker.turns import PAUSE, Job, Pause
+from ..catalogue import Catalogue
+from ..chains import Chains, TreeUpdate
+from ..directory import Directory
+from ..index import Entry
+from ..parts import FileFound, parts_of, state_of
+from ..segment import Segment, digest
+from ..thread import Change, DiskThread, Transfer
 from .arrays import RestoreBuffers, Shapes
-from .catalogue import Catalogue
-from .chains import Chains, TreeUpdate
-from .directory import Directory
-from .index import Entry
-from .parts import FileFound, parts_of, state_of
-from .segment import Segment, digest
-from .thread import Change, DiskThread, Transfer
 from .write_behind import WriteBehind
 
 log = logging.getLogger("mlx_hybridcache")
