@@ -30,16 +30,13 @@ class Followers:
         A leader that goes away is a leader no more, and the first of its followers to look takes
         its place, from the last checkpoint that it left.
         """
-        try:
-            while True:
-                position = self.reach(request)
-                request.advance(position)
-                request.job.waits = self._follows(request, position)
-                if not request.job.waits:
-                    break
-                yield PAUSE
-        finally:
-            request.job.waits = False
+        while True:
+            position = self.reach(request)
+            request.advance(position)
+            request.job.waits = self._follows(request, position)
+            if not request.job.waits:
+                break
+            yield PAUSE
         self.under_way.append(request)
         try:
             yield PAUSE  # how much it has to read is known now: its turn may come later
@@ -52,8 +49,10 @@ class Followers:
         self.under_way.remove(request)
 
     def _follows(self, request: Request, position: int) -> bool:
-        """Whether somebody is about to read a slice or more of this prompt; asks for a checkpoint."""
-        best: tuple[int, Request] | None = None
+        """Whether somebody is about to read a slice or more of this prompt; asks for a checkpoint.
+
+        There is one at most: of two who read now the later one waited for what all three share.
+        """
         for other in self.under_way:
             if other.namespace != request.namespace:
                 continue
@@ -63,13 +62,9 @@ class Followers:
             stop -= stop % (self.grid.step if request.exact else 1)
             # At its end a checkpoint is taken anyway; one that is taken for us must be worth it.
             worth = 1 if stop == end else self.grid.shared_step
-            is_ahead = other.account.read < stop and stop - position >= worth
-            if is_ahead and (best is None or stop > best[0]):
-                best = (stop, other)
-        if best is None:
-            return False
-        stop, leader = best
-        if self.layout.needs_snapshots:
-            leader.account.stops.add(stop)
-            leader.advance(leader.account.read)
-        return True
+            if other.account.read < stop and stop - position >= worth:
+                if self.layout.needs_snapshots:
+                    other.account.stops.add(stop)
+                    other.advance(other.account.read)
+                return True
+        return False
