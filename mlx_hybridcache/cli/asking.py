@@ -36,7 +36,10 @@ def served_model(url: str) -> dict[str, Any]:
     """
     status, said = answer(url, "/v1/models", seconds=LOOK_SECONDS)
     if status == NO_KEY:
-        raise HybridCacheError(f"{url} cannot be used: it wants a key: set {KEY}.")
+        wants = (
+            f"does not know the key in {KEY}" if os.environ.get(KEY) else f"wants a key: set {KEY}"
+        )
+        raise HybridCacheError(f"{url} cannot be used: it {wants}.")
     try:
         served: dict[str, Any] = said["data"][0]
         is_ours = served["owned_by"] == "local"
@@ -69,11 +72,11 @@ def answer(
     except TimeoutError as error:
         said = f"What listens at {url} has not answered within {seconds:g} seconds."
         raise HybridCacheError(said) from error
-    except HTTPException as error:
-        raise HybridCacheError(f"What listens at {url} does not speak HTTP to its end.") from error
     except OSError as error:
         reason = getattr(error, "reason", error)
         raise NobodyError(f"No server answers at {url} ({reason}).") from error
+    except HTTPException as error:
+        raise HybridCacheError(f"What listens at {url} does not speak HTTP to its end.") from error
 
 
 class _AsTheyAre(urllib.request.HTTPErrorProcessor):

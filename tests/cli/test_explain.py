@@ -63,6 +63,9 @@ def test_a_server_is_asked_with_its_key(files, capsys, monkeypatch):
     with running(OURS, MLX_HYBRIDCACHE_API_KEY="a-key") as server:
         assert main(["explain", files[0], "--url", server.url]) == 2
         assert f"it wants a key: set {KEY}" in capsys.readouterr().err
+        monkeypatch.setenv(KEY, "another")
+        assert main(["explain", files[0], "--url", server.url]) == 2
+        assert f"it does not know the key in {KEY}" in capsys.readouterr().err
         monkeypatch.setenv(KEY, "a-key")
         assert main(["explain", files[0], "--url", server.url]) == 1
         assert "Nothing is stored that begins like this prompt." in capsys.readouterr().out
@@ -156,7 +159,7 @@ def test_whatever_a_server_answers_one_sentence_is_said(odd, files, capsys, monk
             "HTTP",
         ),
         (b"SSH-2.0-OpenSSH_9.9\r\n", "does not speak HTTP to its end"),
-        (b"", "does not speak HTTP to its end"),
+        (b"", "hung up. It may take no body so large"),
         (f"HTTP/1.1 302 Go\r\nLocation: {odd}/else\r\n\r\n".encode(), "answers 302"),
         (refused + b'{"error": {"message": "No \\u001b[2J\\ud800."}}', "400: No \\x1b[2J\\ud800."),
         (refused + b'{"error": {"message": 5}}', "400: no reason is given."),

@@ -18,10 +18,15 @@ def ask(url: str, requests: list[dict[str, Any]], endpoint: str | None) -> dict[
     body = {"requests": requests, "endpoint": endpoint}
     try:
         served_model(url)
-        status, found = answer(url, "/v1/cache/explain", body, seconds=ANSWER_SECONDS)
     except NobodyError as error:
         raise HybridCacheError(
             f"{error} Start one, name it with --url, or compare two requests without one: --model."
+        ) from error
+    try:
+        status, found = answer(url, "/v1/cache/explain", body, seconds=ANSWER_SECONDS)
+    except NobodyError as error:
+        raise HybridCacheError(
+            f"{url} hung up. It may take no body so large: --max-body-bytes is its limit."
         ) from error
     if status != OK:
         raise HybridCacheError(f"{url} answers {status}: {_reason(found)}")
