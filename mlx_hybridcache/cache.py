@@ -8,38 +8,32 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
-from random import Random
 from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
 
 import mlx.core as mx
 from mlx_lm.generate import GenerationResponse, wired_limit
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from .caches.layout import Layout
-from .caches.live import LiveCaches
 from .caches.room import REPLY_ROOM
-from .decode.sampling import random_state
+from .decode.sampling import take_random_state
 from .decode.speculate.pace import MOST
 from .engine import Engine
 from .errors import (
-    ArgumentError,
-    BudgetError,
-    CacheMismatchError,
     ClosedError,
-    HybridCacheError,
-    SettingError,
 )
 from .prefill.schedule import MIN_STEP, STEP
 from .report import CacheReport
-from .request.arguments import (
-    check_counts,
-    check_keywords,
-    check_model,
-    check_text,
-    known_keywords,
-)
-from .request.generation import Generation, HeldClaim, Ready
+from .request.arguments import check_keywords, check_model, check_text, known_keywords
+from .request.foreign import check_savable, not_saved
+from .request.generation import Generation, Ready, handed_over, only
 from .request.info import CacheInfo
+from .request.options import (
+    KEYWORDS,
+    UNCACHED_OPTIONS,
+    WITHOUT_EFFECT,
+    check_generating,
+    uncached,
+)
 from .request.prompts import NO_LIFETIMES, Prompts
 from .request.request import Progress, Request
 from .router.patch import Patch
@@ -52,7 +46,7 @@ from .tokens import Namespace, prompt_tokens
 from .worker.mlx_thread import mlx_thread
 from .worker.stream import Stream
 from .worker.turns import Load, Pause
-from .worker.worker import Worker, closed
+from .worker.worker import Worker
 
 if TYPE_CHECKING:
     from .disk.tier import DiskStats
@@ -61,27 +55,6 @@ T = TypeVar("T")
 
 Through = Callable[[Iterator[GenerationResponse | Pause]], Iterator[T | Pause]]
 """Makes something else of a request's responses, on the worker thread."""
-
-UNCACHED_OPTIONS = ("kv_bits", "max_kv_size", "draft_model", "input_embeddings", "prompt_cache")
-"""Options of `mlx_lm.stream_generate` whose requests are served without the cache, and say so."""
-
-WITHOUT_EFFECT = ("num_draft_tokens", "kv_group_size", "quantized_kv_start", "prefill_step_size")
-"""Options that qualify one of those, or that the constructor has decided."""
-
-KEYWORDS = (
-    *(
-        "max_tokens",
-        "boundaries",
-        "lifetimes",
-        "prompt_progress_callback",
-        "cache_salt",
-        "use_cache",
-        "seed",
-    ),
-    *("best_effort", "through", "draft_from_cache", "sampler", "logits_processors"),
-    *(*UNCACHED_OPTIONS, *WITHOUT_EFFECT),
-)
-"""What `stream_generate` takes: its own, and those of mlx-lm's."""
 
 FLUSH_INTERVAL_SECONDS = 0.01
 """How often a flush looks whether it is done."""
@@ -244,11 +217,11 @@ class HybridPromptCache:
         """
         engine = self.engine
         check_keywords("stream_generate", options, KEYWORDS)
-        _check_generating(engine, max_tokens, options)
+        check_generating(max_tokens, options, engine.tokenizer, engine.layout, self.info)
         asked = (boundaries, lifetimes, prompt_progress_callback, cache_salt)
         request = self._prompts.request(prompt, max_tokens, *asked, best_effort=best_effort)
         if options.get("sampler") is not None:
-            options["seed"] = _take_random_state() if seed is None else seed
+            options["seed"] = take_random_state() if seed is None else seed
         steps = _answering(engine, request, options, use_cache=use_cache)
         if through is not None:
             steps = _through(steps, through)
@@ -271,7 +244,7 @@ class HybridPromptCache:
         request = self._prompts.request(
             prompt, max_tokens, boundaries, lifetimes, prompt_progress_callback, cache_salt
         )
-        return _only(list(self._preparing(request, read=True)))
+        return only(list(self._preparing(request, read=True)))
 
     @known_keywords
     async def aprefill(
@@ -290,7 +263,7 @@ class HybridPromptCache:
         )
         stream = self._preparing(request, read=True)
         try:
-            return _only([each async for each in stream])
+            return only([each async for each in stream])
         finally:
             stream.cancel()
 
@@ -322,10 +295,10 @@ class HybridPromptCache:
     ) -> Ready:
         """The same without reading anything: `rest` is all that is not restored."""
         request = self._prompts.request(prompt, max_tokens, cache_salt=cache_salt)
-        return _only(list(self._preparing(request, read=False)))
+        return only(list(self._preparing(request, read=False)))
 
     def _preparing(self, request: Request, *, read: bool) -> Stream[Ready]:
-        steps = _handed_over(self.engine.prepare(request, read=read), request, self.worker)
+        steps = handed_over(self.engine.prepare(request, read=read), request, self.worker)
         return self.worker.stream(steps, request.job)
 
     @known_keywords
@@ -344,11 +317,11 @@ class HybridPromptCache:
         """
         layout = self.engine.layout
         history = prompt_tokens(tokens, layout.vocabulary)
-        _check_savable(layout, len(history), prompt_cache, exact=self.info.exact)
+        check_savable(layout, len(history), prompt_cache, exact=self.info.exact)
         mx.eval([cache.state for cache in prompt_cache])  # lazy arrays belong to this thread
         request = self.engine.sharing.request(history, self._prompts.salt_of(cache_salt), 1)
         if not self.worker.call(self.engine.tiers.save_foreign, request, prompt_cache):
-            raise _not_saved(layout)
+            raise not_saved(layout)
 
     # Looking and keeping
 
@@ -476,94 +449,19 @@ def _checked(model: Any, tokenizer: Any, cache_salt: str) -> TokenizerWrapper | 
     )
 
 
-def _check_generating(engine: Engine, max_tokens: object, options: Mapping[str, Any]) -> None:
-    if engine.tokenizer is None:
-        raise HybridCacheError("stream_generate needs a tokenizer; give one to the constructor.")
-    if not isinstance(max_tokens, int):
-        raise ArgumentError(f"max_tokens is {max_tokens!r}; a whole number is needed.")
-    if max_tokens == 0:
-        raise SettingError("max_tokens must not be zero (use -1 for no limit).")
-    if options.get("draft_model") is not None and not engine.layout.goes_back:
-        raise SettingError(
-            "draft_model cannot be used with this model: drafted tokens that are refused must be "
-            "taken back, which its recurrent or sliding-window layers cannot do in mlx-lm, so that "
-            "the reply would be another one. Leave it out."
-        )
-    _check_drafting(engine, options)
-
-
-def _check_drafting(engine: Engine, options: Mapping[str, Any]) -> None:
-    if not options.get("draft_from_cache"):
-        return
-    if engine.sharing.exact:
-        raise SettingError(
-            "draft_from_cache cannot be used with exact: tokens that are verified together may have "
-            "other last bits than single ones on this device. Leave one of them out."
-        )
-    check_counts(num_draft_tokens=options.get("num_draft_tokens", MOST))
-
-
 def _answering(
     engine: Engine, request: Request, options: dict[str, Any], *, use_cache: bool
 ) -> Iterator[GenerationResponse | Pause]:
     """Through the cache, or by mlx-lm alone where an option or the model asks for that."""
-    uncached = [name for name in UNCACHED_OPTIONS if options.get(name) is not None]
-    if not use_cache:
-        uncached.append("use_cache=False")
+    around = uncached(options, use_cache=use_cache)
     drafts = options.pop("draft_from_cache", False)
-    if uncached or engine.layout.unsupported:
-        return engine.answer_uncached(request, uncached, options)
+    if around or engine.layout.unsupported:
+        return engine.answer_uncached(request, around, options)
     most = options.get("num_draft_tokens", MOST) if drafts else 0
     for name in (*UNCACHED_OPTIONS, *WITHOUT_EFFECT):
         options.pop(name, None)
     options["draft_tokens"] = most
     return engine.answer(request, options)
-
-
-def _check_savable(layout: Layout, tokens: int, caches: Sequence[Any], *, exact: bool) -> None:
-    if layout.depends_on_slices(tokens):
-        raise CacheMismatchError(
-            f"Beyond {layout.slicing_limit:,} tokens what this model computes depends on the "
-            f"slices they are read in; use prefill, whose slices are known. Found {tokens:,}."
-        )
-    if exact or layout.unsupported:
-        raise CacheMismatchError(
-            "An exact store keeps only what it has read itself; use prefill."
-            if exact
-            else f"{', '.join(layout.unsupported)} cannot be stored by this version."
-        )
-    why = layout.mismatch(caches, tokens)
-    if why is not None:
-        raise CacheMismatchError(f"Cannot save {tokens} tokens: {why}. Nothing was stored.")
-
-
-def _not_saved(layout: Layout) -> BudgetError:
-    return BudgetError(
-        "Nothing was saved: there was no room (raise memory_budget or release caches)"
-        + layout.stores_every_slice * ", or rows have left a sliding window"
-        + "."
-    )
-
-
-def _handed_over(
-    steps: Iterator[LiveCaches | Pause], request: Request, worker: Worker
-) -> Iterator[Ready | Pause]:
-    """Caches as their caller gets them; made here, what nobody takes any more is given back too."""
-    for step in steps:
-        if isinstance(step, Pause):
-            yield step
-        else:
-            report, rest = request.account.report, request.tokens[step.position :].tolist()
-            assert report is not None
-            caches, claim = step.hand_over()
-            yield Ready(caches, rest, step.position, report, HeldClaim(claim, worker))
-            del caches  # whoever took them has the only hold on them
-
-
-def _only(found: list[Ready]) -> Ready:
-    if not found:  # what the worker's end cuts short ends without an error
-        raise closed()
-    return found[0]
 
 
 def _through(
@@ -578,13 +476,3 @@ def _mlx_thread(model: Any) -> Iterator[None]:
     """What the worker thread holds for its life: the wired limit, and a stream of MLX."""
     with mlx_thread(), wired_limit(model):
         yield
-
-
-def _take_random_state() -> int:
-    """The calling thread's random state, and move it on, so that the next request draws anew.
-
-    Without a number of MLX's own: for that the thread would need a stream, which stays when the thread ends.
-    """
-    state = random_state()
-    mx.random.seed(Random(state).getrandbits(64))
-    return state

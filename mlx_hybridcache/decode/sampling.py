@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from random import Random
 from typing import Any, TypeVar
 
 import mlx.core as mx
@@ -80,3 +81,13 @@ def random_state() -> int:
     state: Any = mx.random.state  # mlx declares it as an object
     high, low = (int(word) for word in state[0].tolist())
     return high << 32 | low
+
+
+def take_random_state() -> int:
+    """The calling thread's random state, and move it on, so that the next request draws anew.
+
+    Without a number of MLX's own: for that the thread would need a stream, which stays when the thread ends.
+    """
+    state = random_state()
+    mx.random.seed(Random(state).getrandbits(64))
+    return state

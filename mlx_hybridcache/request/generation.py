@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
 
+from ..caches.live import LiveCaches
 from ..report import CacheReport, Divergence
 from ..store.budget import Claim
 from ..worker.stream import Stream
-from ..worker.worker import Worker
+from ..worker.turns import Pause
+from ..worker.worker import Worker, closed
 from .request import Request
 
 T = TypeVar("T")
@@ -141,3 +143,25 @@ class Ready:
             f"<Ready at position {self.position:,}, {self.report.restored_tokens:,} restored, "
             f"{len(self.rest):,} to read>"
         )
+
+
+def handed_over(
+    steps: Iterator[LiveCaches | Pause], request: Request, worker: Worker
+) -> Iterator[Ready | Pause]:
+    """Caches as their caller gets them; made here, what nobody takes any more is given back too."""
+    for step in steps:
+        if isinstance(step, Pause):
+            yield step
+        else:
+            report, rest = request.account.report, request.tokens[step.position :].tolist()
+            assert report is not None
+            caches, claim = step.hand_over()
+            yield Ready(caches, rest, step.position, report, HeldClaim(claim, worker))
+            del caches  # whoever took them has the only hold on them
+
+
+def only(found: list[Ready]) -> Ready:
+    """The one that a request for caches gives; raises `ClosedError` where the cache was closed before."""
+    if not found:  # what the worker's end cuts short ends without an error
+        raise closed()
+    return found[0]

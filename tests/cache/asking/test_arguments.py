@@ -104,7 +104,7 @@ def test_every_keyword_of_mlx_lms_generation_is_known(cache):
 
     from mlx_lm.generate import generate_step, speculative_generate_step
 
-    from mlx_hybridcache.cache import KEYWORDS
+    from mlx_hybridcache.request.options import KEYWORDS
 
     theirs = {
         name
