@@ -1,5 +1,6 @@
 """Speculation: whatever is drafted, a reply and what is stored of it are what they are without drafts."""
 
+import families
 import mlx.core as mx
 import oracle
 import pytest
@@ -275,6 +276,18 @@ def test_what_a_block_holds_is_claimed_and_given_back():
         assert running >= layout.running_bytes(256) + layout.snapshot_bytes
         list(reply)
         assert cache.stats().running_bytes == 0
+
+
+def test_nobody_drafts_beyond_what_a_model_computes_alike_in_any_slices(monkeypatch):
+    """InternLM 2 trained on 128 tokens: of a reply behind 110 the beginning is drafted."""
+    never_resting(monkeypatch)
+    model, prompt = families.build("internlm2"), oracle.prompt(110, seed=3)
+    with oracle.new_cache(model, tokenizer=oracle.word_tokenizer()) as cache:
+        expected = plain(cache, prompt)
+        knowing = Knowing(len(prompt), [each.token for each in expected], 8)
+        found, report = drafted(cache, knowing, prompt)
+        assert not off("llama", found, expected)
+        assert 0 < report.drafted_tokens <= families.LIMITS["internlm2"] - len(prompt)
 
 
 def test_quantized_rows_are_written_without_drafts(monkeypatch):

@@ -27,7 +27,7 @@ class SoftPin(NamedTuple):
 
     def again(self, now: float) -> SoftPin:
         """The same, begun now."""
-        return SoftPin(self.seconds, max(self.until, now + self.seconds))
+        return SoftPin(self.seconds, now + self.seconds)
 
 
 class SoftPins(Pins):
