@@ -81,7 +81,7 @@ class Engine:
         # Before anything is found to restore.
         self.relief.relieve(self.layout.running_bytes(request.rows))
         found = yield from self.tiers.resume(request, live)
-        self.tiers.publish()
+        self.tiers.publish_begun()
         return found
 
     def _twice(

@@ -36,6 +36,10 @@ TRIES = 64
 """Files that one request passes over before it is content with memory: each try reads what leads to one."""
 
 
+_STORED = ("checkpoints", "nodes", "pinned", "soft_pinned", "evictions")
+"""Figures of which one has changed when more than recency has in a tree."""
+
+
 class NoDisk:
     """The disk tier of a cache without a directory: nothing is found there, and nothing kept."""
 
@@ -100,6 +104,16 @@ class Tiers:
         now = wall_clock()
         self.summary, self.outlines = self.memory.stats(), self.memory.outlines(now)
         self.disk.publish(now)
+
+    def publish_begun(self) -> None:
+        """A request was resumed: what it holds is shown, and what came or went for it.
+
+        That it used something is shown with its end. An outline takes as long as the conversation that it is of.
+        """
+        before, now = self.summary, self.memory.stats()
+        if any(getattr(before, name) != getattr(now, name) for name in _STORED):
+            self.publish()
+        self.summary = now
 
     def _materialized(self) -> None:
         """Rows that lay in live caches are memory's own: what waited for them may be written."""

@@ -232,7 +232,8 @@ class Store(CountedTrees[R, S]):
     def use(self, found: Found[R, S]) -> None:
         """Refresh the recency of what was restored, and of nothing else."""
         self.branch_rate.saw(is_inside=found.is_inside)
-        renew((n for n in found.match.path if n.end <= found.position), self.seconds())
+        path = [node for node in found.match.path if node.soft_pin is not None]
+        renew((node for node in path if node.end <= found.position), self.seconds())
         nodes = found.match.path[-1:] if found.node is None else (found.node,)
         for node in nodes:
             node.use(self.clock)
