@@ -69,7 +69,7 @@ class Engine:
         yield from self._twice(self._read, request, live)
 
     def _read(self, request: Request, live: LiveCaches) -> Generator[Pause, None, AnyFound]:
-        yield from self.followers.join(request)  # whoever reads the same beginning goes first
+        yield from self.followers.join(request, live)  # whoever reads the same beginning goes first
         try:
             found = yield from self._resume(request, live)  # at the deepest checkpoint
             yield from self.prefill.read(request, live, found)  # a slice a turn; each cut is saved
@@ -81,7 +81,7 @@ class Engine:
         # Before anything is found to restore.
         self.relief.relieve(self.layout.running_bytes(request.rows))
         found = yield from self.tiers.resume(request, live)
-        self.tiers.publish()
+        self.tiers.publish_begun()
         return found
 
     def _twice(
@@ -105,18 +105,19 @@ class Engine:
             live,
             ends=self.tokenizer.eos_token_ids,
             max_tokens=request.max_tokens,
-            speculation=self._speculation(request, most) if most else None,
+            speculation=self._speculation(request, live, most) if most else None,
             **options,
         )
 
-    def _speculation(self, request: Request, most: int) -> Speculation:
-        drafter, memory = self.drafter_for(request), self.tiers.memory
+    def _speculation(self, request: Request, live: LiveCaches, most: int) -> Speculation:
+        drafter, memory = self.drafter_for(request, live), self.tiers.memory
         return Speculation(self.model, self.layout, memory, request.tokens, drafter, Pace(most))
 
-    def drafter_for(self, request: Request) -> Drafter:
+    def drafter_for(self, request: Request, live: LiveCaches) -> Drafter:
         """What has an idea of the reply: the texts that are stored for the same namespace, its salt included."""
         tokens, memory = request.tokens, self.tiers.memory
-        stored = passages(memory.match(request.namespace, tokens), len(tokens), MOST_SEARCHED)
+        match = memory.match(request.namespace, tokens, live.known)
+        stored = passages(match, len(tokens), MOST_SEARCHED)
         return RecurringDrafter(tokens, stored)
 
     def _write(self, request: Request, reply: Reply) -> Iterator[GenerationResponse | Pause]:

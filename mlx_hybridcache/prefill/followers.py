@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from ..caches.layout import Layout
+from ..caches.live import LiveCaches
 from ..request.request import Request
 from ..store.tree import common_length
 from ..worker.turns import PAUSE, Pause
@@ -16,22 +17,22 @@ from .schedule import Grid
 class Followers:
     """The requests that read their prompts now, and the rule by which others wait for one of them.
 
-    `reach(request)` is the position from which a request could go on at this moment.
+    `reach(request, live)` is the position from which a request could go on at this moment.
     """
 
     layout: Layout
     grid: Grid
-    reach: Callable[[Request], int]
+    reach: Callable[[Request, LiveCaches], int]
     under_way: list[Request] = field(default_factory=list, init=False)
 
-    def join(self, request: Request) -> Iterator[Pause]:
+    def join(self, request: Request, live: LiveCaches) -> Iterator[Pause]:
         """Let those who are at it read what this prompt shares with theirs, then become one of them.
 
         A leader that goes away is a leader no more, and the first of its followers to look takes
         its place, from the last checkpoint that it left.
         """
         while True:
-            position = self.reach(request)
+            position = self.reach(request, live)
             request.advance(position)
             request.job.waits = self._follows(request, position)
             if not request.job.waits:

@@ -111,5 +111,4 @@ def weight(node: AnyNode) -> int:
 def renew(nodes: Iterable[AnyNode], now: float) -> None:
     """These were used: their times begin anew."""
     for node in nodes:
-        if node.soft_pin is not None:
-            node.hold(node.soft_pin.again(now))
+        node.hold(node.soft_pin.again(now))

@@ -41,7 +41,7 @@ class Knowing:
 
 def with_drafter(cache: HybridPromptCache, drafter: Any) -> None:
     """The cache's next replies that draft do so with this drafter, and never rest from it."""
-    cache.engine.drafter_for = lambda request: drafter  # type: ignore[method-assign]
+    cache.engine.drafter_for = lambda request, live: drafter  # type: ignore[method-assign]
 
 
 def _lfm2() -> Any:
