@@ -73,10 +73,8 @@ class Speculation:
 
     def _width(self, reply: Reply) -> int:
         """How many tokens may be drafted behind the coming one."""
-        layout, live = self._layout, reply.live
-        longest = layout.longest_block
-        if layout.slicing_limit is not None:
-            longest = min(longest, layout.slicing_limit - live.position)
+        live = reply.live
+        longest = self._layout.longest_block(live.position)
         most = min(longest, live.capacity - live.position)
         most = most if reply.left < 0 else min(most, reply.left)
         return min(most - 1, self._pace.width()) if most > 1 else 0

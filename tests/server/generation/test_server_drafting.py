@@ -68,3 +68,12 @@ def test_a_request_bounds_its_drafts():
     assert 2 * two["timings"]["forwards_n"] >= two["timings"]["draft_n"] > 0
     assert "draft_n" not in none["timings"]
     assert said(two) == said(none)
+
+
+def test_quantized_rows_are_drafted_on_too():
+    """`--kv-bits 8`: the reply is the one that such rows give without drafts."""
+    body, bits = {"logprobs": True}, ("--kv-bits", "8", "--quantized-kv-start", "20")
+    (plain,), _ = asked(body, flags=bits)
+    (_, again), _ = asked(body, body, flags=("--draft-from-cache", *bits))
+    assert said(plain) == said(again)
+    assert again["timings"]["draft_n_accepted"] > 0
