@@ -191,6 +191,37 @@ def test_a_sampled_reply_is_the_one_its_seed_gives(name, monkeypatch):
             assert report.reply_forwards < COUNT / 2
 
 
+class OnlyKnown:
+    """A grammar under which one text alone may be written, and that says so of drafts."""
+
+    def __init__(self, start, tokens):
+        self.start, self.tokens, self.at = start, tokens, 0
+
+    def __call__(self, tokens, logits):
+        self.at = tokens.size - self.start
+        return mx.where(mx.arange(tiny.VOCAB) == self.tokens[self.at], 99.0, logits)
+
+    def may_follow(self, tokens):
+        there = self.tokens[self.at : self.at + len(tokens)]
+        pairs = enumerate(zip(there, tokens, strict=False))
+        return next((at for at, (a, b) in pairs if a != b), len(there))
+
+
+def test_what_a_processor_will_refuse_is_not_read():
+    """Of two right tokens and two wrong ones in each draft the right ones are read."""
+    with new_cache("qwen3_next") as cache:
+        text = [*oracle.prompt(COUNT + 1, seed=8)]
+        expected = plain(cache, logits_processors=[OnlyKnown(len(PROMPT), text)])
+        found, report = drafted(
+            cache,
+            Knowing(len(PROMPT), text, 2, 2),
+            logits_processors=[OnlyKnown(len(PROMPT), text)],
+        )
+        assert not off("qwen3_next", found, expected)
+        assert [each.token for each in found] == text[:COUNT]
+        assert report.drafted_tokens == report.accepted_tokens > COUNT / 2
+
+
 def append_all(tokens, reply):
     for each in reply:
         tokens.append(each.token)  # one by one: an error leaves what came before it

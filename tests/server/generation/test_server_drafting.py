@@ -1,6 +1,7 @@
 """`--draft-from-cache`: a reply that is written again takes fewer forwards, says so, and is the same."""
 
 from in_process import CHAT, Client, served
+from mlx_hybridcache_server.grammar.constrain import Guide
 
 MESSAGES = [{"role": "user", "content": "Name the colours of a rainbow, please."}]
 INSTANT = {
@@ -77,3 +78,15 @@ def test_quantized_rows_are_drafted_on_too():
     (_, again), _ = asked(body, body, flags=("--draft-from-cache", *bits))
     assert said(plain) == said(again)
     assert again["timings"]["draft_n_accepted"] > 0
+
+
+def test_what_a_schema_refuses_is_not_drafted(monkeypatch):
+    """The same prompt's stored text is no such JSON: less of it is read, and the reply is the same."""
+    bodies = ({}, {"response_format": SCHEMA})
+    (_, filtered), _ = asked(*bodies)
+    monkeypatch.setattr(Guide, "may_follow", lambda guide, tokens: len(tokens))
+    (_, plain), _ = asked(*bodies)
+    assert said(filtered) == said(plain)
+    one, other = filtered["timings"], plain["timings"]
+    assert one["draft_n"] < other["draft_n"]
+    assert one["draft_n_accepted"] >= other["draft_n_accepted"] > 0
