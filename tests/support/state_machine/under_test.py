@@ -199,8 +199,8 @@ class CacheUnderTest(RuleBasedStateMachine):
 
     def check_way(self) -> None:
         """What was met on the way, whenever bytes changed and behind every file."""
-        assert not self.memory.over
-        assert not self.files.over
+        assert not self.memory.over, self.memory.over[:3]
+        assert not self.files.over, self.files.over[:3]
         assert self.tally.take_most() - sum(self.obstacles.values()) <= DISK_BUDGET
 
     # How it is done
