@@ -6,7 +6,7 @@ Everything here runs on the worker thread.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,6 +22,7 @@ from .caches.relief import Relief
 from .decode.decoder import Decoder
 from .decode.reply import Reply
 from .decode.responses import respond
+from .decode.sampling import LogitsProcessor
 from .decode.speculate.drafter import Drafter
 from .decode.speculate.pace import Pace
 from .decode.speculate.passages import passages
@@ -99,19 +100,23 @@ class Engine:
         request.job.left = 0
         request.account.forwards += 1  # the last token's, which gives the first logits
         request.account.amend()
-        most = options.pop("draft_tokens")
+        most, processors = options.pop("draft_tokens"), options.get("logits_processors") or ()
         return self.decoder.begin(
             request.tokens,
             live,
             ends=self.tokenizer.eos_token_ids,
             max_tokens=request.max_tokens,
-            speculation=self._speculation(request, live, most) if most else None,
+            speculation=self._speculation(request, live, most, processors) if most else None,
             **options,
         )
 
-    def _speculation(self, request: Request, live: LiveCaches, most: int) -> Speculation:
-        drafter, memory = self.drafter_for(request, live), self.tiers.memory
-        return Speculation(self.model, self.layout, memory, request.tokens, drafter, Pace(most))
+    def _speculation(
+        self, request: Request, live: LiveCaches, most: int, processors: Sequence[LogitsProcessor]
+    ) -> Speculation:
+        drafter, memory, pace = self.drafter_for(request, live), self.tiers.memory, Pace(most)
+        return Speculation(
+            self.model, self.layout, memory, request.tokens, drafter, pace, processors
+        )
 
     def drafter_for(self, request: Request, live: LiveCaches) -> Drafter:
         """What has an idea of the reply: the texts that are stored for the same namespace, its salt included."""

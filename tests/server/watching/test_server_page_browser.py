@@ -28,7 +28,8 @@ def chromium(tmp_path_factory):
 def server(tmp_path_factory):
     """A server that has served some conversations, with text."""
     folder = str(tmp_path_factory.mktemp("cache"))
-    with running(OURS, "--cache-dir", folder, "--cache-ram", "64", "--show-prompts") as server:
+    flags = ("--cache-dir", folder, "--cache-ram", "64", "--show-prompts", "--draft-from-cache")
+    with running(OURS, *flags) as server:
         yield busy(server)
 
 
@@ -252,6 +253,22 @@ def test_a_request_says_where_it_parted_ways_and_why(chromium, server):
         asked, stored = entry.locator("mark").all_text_contents()
         assert asked == changed["text"]["asked"]
         assert stored == changed["text"]["stored"]
+
+
+def test_a_request_says_how_much_of_its_reply_was_drafted(chromium, server):
+    """Of a reply that was written before, and what it took: a forward for several tokens."""
+    for _ in range(2):
+        reply = server.answer(COMPLETIONS, prompt=text(60, 21_000), max_tokens=24)
+    timings = reply["timings"]
+    assert timings["draft_n_accepted"] > 0
+    with chromium.visit(server.url) as visit:
+        is_live(visit)
+        visit.page.locator("#recent summary").first.click()
+        drafted = visit.page.locator("#recent dl > div").filter(has_text="Drafted").first
+        assert drafted.locator("dd").text_content() == (
+            f"{timings['draft_n_accepted']} of {timings['draft_n']} tokens right; "
+            f"{timings['forwards_n']} forwards"
+        )
 
 
 def test_text_from_prompts_stays_text(chromium, server):

@@ -44,6 +44,10 @@ def with_drafter(cache: HybridPromptCache, drafter: Any) -> None:
     cache.engine.drafter_for = lambda request, live: drafter  # type: ignore[method-assign]
 
 
+WIDER = {"wide jamba": {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1}}
+"""What a configuration without a `head_dim` needs for heads of 64."""
+
+
 def _lfm2() -> Any:
     return lfm2.Model(
         lfm2.ModelArgs(
@@ -70,9 +74,9 @@ def _lfm2() -> Any:
 
 @functools.cache
 def model_of(name: str) -> Any:
-    """A tiny model: the shared one, LFM2 with its convolutions, or a Qwen3-Next to be quantized."""
-    if name == "wide":
-        return quantizing.wide("qwen3_next")
+    """A tiny model: the shared one, LFM2 with its convolutions, or a `wide` one to be quantized."""
+    if name.startswith("wide "):
+        return quantizing.wide(name.removeprefix("wide "), **WIDER.get(name, {}))
     return tiny.made(_lfm2) if name == "lfm2" else tiny.build(name)
 
 
