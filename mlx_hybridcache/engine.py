@@ -6,7 +6,7 @@ Everything here runs on the worker thread.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,6 +22,7 @@ from .caches.relief import Relief
 from .decode.decoder import Decoder
 from .decode.reply import Reply
 from .decode.responses import respond
+from .decode.sampling import LogitsProcessor
 from .decode.speculate.drafter import Drafter
 from .decode.speculate.pace import Pace
 from .decode.speculate.passages import passages
@@ -69,7 +70,7 @@ class Engine:
         yield from self._twice(self._read, request, live)
 
     def _read(self, request: Request, live: LiveCaches) -> Generator[Pause, None, AnyFound]:
-        yield from self.followers.join(request)  # whoever reads the same beginning goes first
+        yield from self.followers.join(request, live)  # whoever reads the same beginning goes first
         try:
             found = yield from self._resume(request, live)  # at the deepest checkpoint
             yield from self.prefill.read(request, live, found)  # a slice a turn; each cut is saved
@@ -81,7 +82,7 @@ class Engine:
         # Before anything is found to restore.
         self.relief.relieve(self.layout.running_bytes(request.rows))
         found = yield from self.tiers.resume(request, live)
-        self.tiers.publish()
+        self.tiers.publish_begun()
         return found
 
     def _twice(
@@ -99,24 +100,29 @@ class Engine:
         request.job.left = 0
         request.account.forwards += 1  # the last token's, which gives the first logits
         request.account.amend()
-        most = options.pop("draft_tokens")
+        most, processors = options.pop("draft_tokens"), options.get("logits_processors") or ()
         return self.decoder.begin(
             request.tokens,
             live,
             ends=self.tokenizer.eos_token_ids,
             max_tokens=request.max_tokens,
-            speculation=self._speculation(request, most) if most else None,
+            speculation=self._speculation(request, live, most, processors) if most else None,
             **options,
         )
 
-    def _speculation(self, request: Request, most: int) -> Speculation:
-        drafter, memory = self.drafter_for(request), self.tiers.memory
-        return Speculation(self.model, self.layout, memory, request.tokens, drafter, Pace(most))
+    def _speculation(
+        self, request: Request, live: LiveCaches, most: int, processors: Sequence[LogitsProcessor]
+    ) -> Speculation:
+        drafter, memory, pace = self.drafter_for(request, live), self.tiers.memory, Pace(most)
+        return Speculation(
+            self.model, self.layout, memory, request.tokens, drafter, pace, processors
+        )
 
-    def drafter_for(self, request: Request) -> Drafter:
+    def drafter_for(self, request: Request, live: LiveCaches) -> Drafter:
         """What has an idea of the reply: the texts that are stored for the same namespace, its salt included."""
         tokens, memory = request.tokens, self.tiers.memory
-        stored = passages(memory.match(request.namespace, tokens), len(tokens), MOST_SEARCHED)
+        match = memory.match(request.namespace, tokens, live.known)
+        stored = passages(match, len(tokens), MOST_SEARCHED)
         return RecurringDrafter(tokens, stored)
 
     def _write(self, request: Request, reply: Reply) -> Iterator[GenerationResponse | Pause]:

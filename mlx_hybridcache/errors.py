@@ -58,6 +58,13 @@ def refusal(error: OSError) -> str:
     return f"{name}{why}."
 
 
+def printable(text: str) -> str:
+    """The text on one line, with an escape for each character that a terminal would follow, or not show."""
+    return "".join(
+        each if each.isprintable() else each.encode("unicode_escape").decode() for each in text
+    )
+
+
 _REFUSALS: dict[type[OSError], str] = {
     FileNotFoundError: " does not exist, or the directory that it is to be in does not",
     FileExistsError: " exists already",

@@ -36,6 +36,10 @@ TRIES = 64
 """Files that one request passes over before it is content with memory: each try reads what leads to one."""
 
 
+_STORED = ("checkpoints", "nodes", "pinned", "soft_pinned", "evictions")
+"""Figures of which one has changed when more than recency has in a tree."""
+
+
 class NoDisk:
     """The disk tier of a cache without a directory: nothing is found there, and nothing kept."""
 
@@ -101,6 +105,16 @@ class Tiers:
         self.summary, self.outlines = self.memory.stats(), self.memory.outlines(now)
         self.disk.publish(now)
 
+    def publish_begun(self) -> None:
+        """A request was resumed: what it holds is shown, and what came or went for it.
+
+        That it used something is shown with its end. An outline takes as long as the conversation that it is of.
+        """
+        before, now = self.summary, self.memory.stats()
+        if any(getattr(before, name) != getattr(now, name) for name in _STORED):
+            self.publish()
+        self.summary = now
+
     def _materialized(self) -> None:
         """Rows that lay in live caches are memory's own: what waited for them may be written."""
         self.disk.materialized()
@@ -113,25 +127,27 @@ class Tiers:
 
     # Finding
 
-    def find(self, request: Request) -> MemoryFound:
+    def find(self, request: Request, live: LiveCaches) -> MemoryFound:
         """Where memory resumes a prompt."""
-        return self._resumable(request, self.memory.find(request.namespace, request.tokens))
+        found = self.memory.find(request.namespace, request.tokens, live.known)
+        live.saw(found.match)
+        return self._resumable(request, found)
 
-    def reach(self, request: Request) -> int:
+    def reach(self, request: Request, live: LiveCaches) -> int:
         """The position from which a prompt would go on at this moment."""
-        return self._deepest(request).position
+        return self._deepest(request, self.find(request, live)).position
 
     def lookup(self, request: Request) -> CacheReport:
         """What a request would find, without changing anything."""
-        found = self._deepest(request)
+        in_memory = self.memory.find(request.namespace, request.tokens)
+        found = self._deepest(request, self._resumable(request, in_memory))
         return request.report(found, self._reason(request, found))
 
     def report(self, request: Request, found: AnyFound, seconds: float) -> None:
         """A prompt is read: what was found for it, and what was done."""
         request.account.report = request.report(found, self._reason(request, found), seconds)
 
-    def _deepest(self, request: Request) -> AnyFound:
-        found = self.find(request)
+    def _deepest(self, request: Request, found: MemoryFound) -> AnyFound:
         return self._on_disk(request, found.position) or found
 
     def _on_disk(self, request: Request, beyond: int) -> FileFound | None:
@@ -166,14 +182,14 @@ class Tiers:
     def resume(self, request: Request, live: LiveCaches) -> Generator[Pause, None, AnyFound]:
         """Fill `live` as far into the prompt as either tier reaches; returns what was found for it."""
         found = yield from self._resume(request, live)
-        self.hold(request, found.position)
+        self.hold(request, live, found.position)
         return found
 
     def _resume(self, request: Request, live: LiveCaches) -> Generator[Pause, None, AnyFound]:
         self.memory.tick()
         self.disk.tick()
         for _ in range(TRIES):
-            found = self.find(request)
+            found = self.find(request, live)
             request.matched(found)
             deeper = self._on_disk(request, found.position)
             if deeper is None:
@@ -186,7 +202,7 @@ class Tiers:
                 return promoted
             request.account.rejected += 1  # again, without the file that was not what it should be
         else:
-            found = self.find(request)
+            found = self.find(request, live)
         return self._restore(request, live, found)
 
     def _promote(
@@ -268,6 +284,7 @@ class Tiers:
             row_bytes=live.stored_row_bytes,
             snapshot_bytes=self._layout.stored_snapshot_bytes,
             lasting=lasting,
+            known=live.known,
         )
         request.account.refused += len(cuts) - len(kept)
         return kept
@@ -327,7 +344,7 @@ class Tiers:
         is_branch_point: bool = False,
     ) -> bool:
         """Into memory, and from there to the disk in time."""
-        is_stored = self.memory.save(
+        node = self.memory.save(
             namespace,
             tokens,
             rows or live.rows_to(len(tokens)),
@@ -335,19 +352,23 @@ class Tiers:
             row_bytes=live.stored_row_bytes,
             is_end=is_end,
             is_branch_point=is_branch_point,
+            known=live.known,
         )
-        if is_stored:
-            self.disk.offer(namespace, self.memory.find(namespace, tokens).nodes()[-1])
-        return is_stored
+        if node is None:
+            return False
+        live.known = node
+        self.disk.offer(namespace, node)
+        return True
 
     # Keeping and forgetting
 
-    def hold(self, request: Request, end: int) -> None:
+    def hold(self, request: Request, live: LiveCaches, end: int) -> None:
         """Soft pins for what restores the request's lifetimes up to `end`, in both tiers."""
         lifetimes = {at: each for at, each in request.lifetimes.items() if at <= end}
         if lifetimes:
             namespace, tokens = request.namespace, request.tokens[:end]
-            request.account.soft_pins |= self.memory.hold(namespace, tokens, lifetimes)
+            held = self.memory.hold(namespace, tokens, lifetimes, live.known)
+            request.account.soft_pins |= held
             self.disk.hold(namespace, tokens, lifetimes)
 
     def pin(self, salt: str, tokens: Tokens, *, is_pinned: bool) -> int:

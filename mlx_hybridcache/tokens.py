@@ -88,7 +88,10 @@ class TurnMarks:
         """Positions just behind an opener, ascending."""
         if not self.openers:
             return []
-        at = np.flatnonzero(np.isin(tokens, np.fromiter(self.openers, dtype=np.int32)))
+        openers = np.fromiter(self.openers, dtype=np.int32)
+        at = np.flatnonzero(
+            np.isin(tokens, openers, kind="sort")
+        )  # few: no table is made of all ids
         length = len(self.user_opener)
         whole = at + length <= len(tokens) if length else np.zeros(len(at), dtype=bool)
         for offset, token in enumerate(self.user_opener):

@@ -295,18 +295,19 @@ class Layout:
         """
         return not self.unsupported and all(kind.goes_back for kind in self.kinds)
 
-    @property
-    def longest_block(self) -> int:
-        """The most tokens of which caches can go back to any: no more than a window keeps.
+    def longest_block(self, position: int) -> int:
+        """The most tokens behind `position` of which caches can go back to any.
 
-        Quantized rows do not go back yet.
+        No more than a window keeps, and none beyond a position that no forward may reach across: where
+        rows are quantized from there on, or where slices begin to matter.
         """
-        if self.precision is not None:
-            return 1
-        windows = (
-            kind.size for kind in self.kinds if isinstance(kind, WindowKind | FullWindowKind)
-        )
-        return min(windows, default=MOST_BLOCK)
+        windows = [kind for kind in self.kinds if isinstance(kind, WindowKind | FullWindowKind)]
+        limits = [MOST_BLOCK, *(kind.size for kind in windows)]
+        if self.slicing_limit is not None:
+            limits.append(self.slicing_limit - position)
+        if position < self.quantized_start:
+            limits.append(self.quantized_start - position)
+        return min(limits)
 
     @property
     def must_replay(self) -> bool:

@@ -12,7 +12,6 @@ from ..errors import BudgetError
 from ..store.budget import Claim
 from ..store.lazy_rows import (
     Column,
-    LazyRows,
     LazySource,
     Ranges,
     rows_before,
@@ -186,7 +185,7 @@ class LiveCaches(LazySource[RowBlock]):
     def rows_to(self, end: int, copied: RowsFrom | None = None) -> RowsFrom:
         """What the store gets up to `end`: lazy rows, or what `copied` makes, by itself copies."""
         if self._shares:
-            return lambda start: LazyRows(start, end, self)
+            return lambda start: self.lazy_rows(start, end)
         return copied or (
             lambda start: checkpoints.take_rows(self._layout, self.caches, start, end)
         )

@@ -9,13 +9,13 @@ from importlib import import_module
 from typing import Any
 
 from ..backend import explaining
-from ..errors import HybridCacheError, refusal
+from ..errors import HybridCacheError, printable, refusal
 
 PROG = "mlx-hybridcache"
 
 COMMANDS = {
     "serve": ("mlx_hybridcache.server", "answer over HTTP as OpenAI does"),
-    "launch": ("mlx_hybridcache.cli.launch", "run a coding agent on a server of ours"),
+    "launch": ("mlx_hybridcache.cli.launch.main", "run a coding agent on a server of ours"),
     "explain": (
         "mlx_hybridcache.cli.explain.main",
         "say why a prompt is read again, and what to change",
@@ -53,8 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         with explaining():
             return int(import_module(COMMANDS[command][0]).main(words[1:], prog))
     except (HybridCacheError, OSError) as error:
-        said = refusal(error) if isinstance(error, OSError) else error
-        print(f"{prog}: {said}", file=sys.stderr)
+        said = refusal(error) if isinstance(error, OSError) else str(error)
+        shown = "\n".join(map(printable, said.split("\n")))
+        print(f"{prog}: {shown}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -352,12 +352,13 @@ class Catalogue:
 
         Raises `BudgetError` when there is none.
         """
-        keep = [
-            node
-            for namespace, tokens in paths
-            for node in self.store.find(Namespace(namespace), tokens).nodes()
-        ]
-        self.make_room(nbytes, keep)
+        if not self.store.budget.has_room(nbytes):
+            keep = [
+                node
+                for namespace, tokens in paths
+                for node in self.store.find(Namespace(namespace), tokens).nodes()
+            ]
+            self.make_room(nbytes, keep)
         return self.store.claim(nbytes)
 
     def use(self, found: FileFound) -> list[str]:

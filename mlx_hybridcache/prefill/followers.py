@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from ..caches.layout import Layout
+from ..caches.live import LiveCaches
 from ..request.request import Request
 from ..store.tree import common_length
 from ..worker.turns import PAUSE, Pause
@@ -16,30 +17,27 @@ from .schedule import Grid
 class Followers:
     """The requests that read their prompts now, and the rule by which others wait for one of them.
 
-    `reach(request)` is the position from which a request could go on at this moment.
+    `reach(request, live)` is the position from which a request could go on at this moment.
     """
 
     layout: Layout
     grid: Grid
-    reach: Callable[[Request], int]
+    reach: Callable[[Request, LiveCaches], int]
     under_way: list[Request] = field(default_factory=list, init=False)
 
-    def join(self, request: Request) -> Iterator[Pause]:
+    def join(self, request: Request, live: LiveCaches) -> Iterator[Pause]:
         """Let those who are at it read what this prompt shares with theirs, then become one of them.
 
         A leader that goes away is a leader no more, and the first of its followers to look takes
         its place, from the last checkpoint that it left.
         """
-        try:
-            while True:
-                position = self.reach(request)
-                request.advance(position)
-                request.job.waits = self._follows(request, position)
-                if not request.job.waits:
-                    break
-                yield PAUSE
-        finally:
-            request.job.waits = False
+        while True:
+            position = self.reach(request, live)
+            request.advance(position)
+            request.job.waits = self._follows(request, position)
+            if not request.job.waits:
+                break
+            yield PAUSE
         self.under_way.append(request)
         try:
             yield PAUSE  # how much it has to read is known now: its turn may come later
@@ -52,8 +50,10 @@ class Followers:
         self.under_way.remove(request)
 
     def _follows(self, request: Request, position: int) -> bool:
-        """Whether somebody is about to read a slice or more of this prompt; asks for a checkpoint."""
-        best: tuple[int, Request] | None = None
+        """Whether somebody is about to read a slice or more of this prompt; asks for a checkpoint.
+
+        There is one at most: of two who read now the later one waited for what all three share.
+        """
         for other in self.under_way:
             if other.namespace != request.namespace:
                 continue
@@ -63,13 +63,9 @@ class Followers:
             stop -= stop % (self.grid.step if request.exact else 1)
             # At its end a checkpoint is taken anyway; one that is taken for us must be worth it.
             worth = 1 if stop == end else self.grid.shared_step
-            is_ahead = other.account.read < stop and stop - position >= worth
-            if is_ahead and (best is None or stop > best[0]):
-                best = (stop, other)
-        if best is None:
-            return False
-        stop, leader = best
-        if self.layout.needs_snapshots:
-            leader.account.stops.add(stop)
-            leader.advance(leader.account.read)
-        return True
+            if other.account.read < stop and stop - position >= worth:
+                if self.layout.needs_snapshots:
+                    other.account.stops.add(stop)
+                    other.advance(other.account.read)
+                return True
+        return False

@@ -45,10 +45,12 @@ class CountedTrees(Generic[R, S]):
         """What any thread may look at, by namespace. `now` is the wall clock's seconds."""
         return self._trees.outlines(now)
 
-    def match(self, namespace: Namespace, tokens: Tokens) -> Match[R, S]:
-        """How far `tokens` are stored."""
+    def match(
+        self, namespace: Namespace, tokens: Tokens, known: Node[R, S] | None = None
+    ) -> Match[R, S]:
+        """How far `tokens` are stored. `known` is a node found on their way before, as for a tree."""
         tree = self._trees.get(namespace)
-        return tree.match(tokens) if tree else Match(0, (), None, contradicted=False)
+        return tree.match(tokens, known) if tree else Match(0, (), None, contradicted=False)
 
     def shared(self, namespace: Namespace, tokens: Tokens) -> tuple[int, int]:
         """Of `tokens`, how many are stored, and how many of those something else needs too.
@@ -116,7 +118,7 @@ class CountedTrees(Generic[R, S]):
         inside = match.inside
         before = inside.rows if inside is not None else ()
         tree = self._trees.planted(namespace)
-        node = tree.extend(tokens, () if rows is None else (rows,))
+        node = tree.extend(tokens, () if rows is None else (rows,), match.last)
         if inside is not None:
             assert inside.parent is not None
             after = {id(part) for part in (*inside.parent.rows, *inside.rows)}

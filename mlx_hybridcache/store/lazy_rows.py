@@ -17,7 +17,7 @@ from itertools import pairwise
 from typing import Generic, Protocol
 
 from ..tokens import Namespace, Tokens
-from .tree import AnyNode, Node, R, Rows, S
+from .tree import AnyMatch, AnyNode, Node, R, Rows, S
 
 Ranges = Sequence[tuple[int, int]]
 """Half-open intervals of positions, ascending."""
@@ -78,13 +78,26 @@ class LazySource(ABC, Generic[R]):
     """A running request's live caches, seen from the store.
 
     `tokens` lead to all that they hold; `row_bytes` is what one token weighs. `alike` are the ranges
-    in which they hold the very bits that the store has: what was copied from it, or to it.
+    in which they hold the very bits that the store has: what was copied from it, or to it. `known` is the node
+    of the tree to which `tokens` were last seen to lead, from where they are looked for again. Without
+    `is_used` the store has left no rows here.
     """
 
     namespace: Namespace
     tokens: Tokens
     row_bytes: int
     alike: list[tuple[int, int]] = field(default_factory=list, init=False)
+    known: AnyNode | None = field(default=None, init=False)
+    is_used: bool = field(default=False, init=False)
+
+    def saw(self, match: AnyMatch) -> None:
+        """The tree was looked at for `tokens`, and this was found."""
+        self.known = match.last
+
+    def lazy_rows(self, start: int, end: int) -> LazyRows[R]:
+        """Rows of `[start, end)` that the store leaves here."""
+        self.is_used = True
+        return LazyRows(start, end, self)
 
     def rows_nbytes(self, start: int, end: int) -> int:
         """Bytes of the rows of `[start, end)` once the store owns them."""

@@ -97,6 +97,7 @@ class Materializer(Generic[R, S]):
         ranges = _pieces(lazy)
         self._put(lazy, source.copies(ranges))
         source.alike += ranges
+        source.is_used = False
         self.on_materialized()
         return True
 
@@ -163,7 +164,10 @@ class Materializer(Generic[R, S]):
             self.store.forget(lazy[0].node, rows=True)
 
     def _lazy_in(self, source: LazySource[R]) -> list[LazyStretch[R, S]]:
-        return lazy_stretches(self.store.match(source.namespace, source.tokens).nodes(), source)
+        if not source.is_used:
+            return []
+        match = self.store.match(source.namespace, source.tokens, source.known)
+        return lazy_stretches(match.nodes(), source)
 
     def _put(
         self, lazy: Sequence[LazyStretch[R, S]], copies: Sequence[R], counted: int = 0
@@ -182,7 +186,7 @@ class Materializer(Generic[R, S]):
         In the node where the tree parts ways with the request, rows behind that belong to other tokens.
         """
         for source in self._sources:
-            match = self.store.match(source.namespace, source.tokens)
+            match = self.store.match(source.namespace, source.tokens, source.known)
             for node in match.nodes():
                 for rows in node.rows:
                     is_own = not isinstance(rows, LazyRows) and rows.end <= match.matched
@@ -197,7 +201,7 @@ class Materializer(Generic[R, S]):
     def _let_go_for(
         self, node: Node[R | LazyRows[R], S], rows: R | LazyRows[R], source: LazySource[R]
     ) -> None:
-        self.store.replace_rows(node, rows, LazyRows(rows.start, rows.end, source))
+        self.store.replace_rows(node, rows, source.lazy_rows(rows.start, rows.end))
 
 
 def _tokens_in(lazy: Sequence[LazyStretch[R, S]]) -> int:

@@ -75,9 +75,10 @@ NONE: FrozenMap[int, Outline] = FrozenMap()
 def _children(node: AnyNode, old: Outline | None) -> FrozenMap[int, Outline]:
     """The outlines below a node, from the last one's; what was split off has its own end's no more."""
     children = node.children or {}
-    if old is None or old.end != node.end or node.fresh is None:
-        if not children:
-            return NONE
+    if not children:
+        return NONE
+    is_one = len(children) == 1  # as most have, along a conversation
+    if is_one or old is None or old.end != node.end or node.fresh is None:
         return FrozenMap({token: child.outline for token, child in children.items()})
     fresh = {token: children.get(token) for token in node.fresh}
     return old.children.differing(
@@ -130,8 +131,8 @@ def outlined(root: AnyNode, used_at: Callable[[AnyNode], float | None]) -> Outli
             waiting.pop()
             continue
         children = node.children or {}
-        below = [children[token] for token in node.fresh if token in children]
-        first = [child for child in below if child.fresh is not None]
+        below = [children.get(token) for token in node.fresh]
+        first = [child for child in below if child is not None and child.fresh is not None]
         if first:
             waiting += first
             continue

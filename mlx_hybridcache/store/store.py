@@ -61,9 +61,11 @@ class Store(CountedTrees[R, S]):
 
     # Reading
 
-    def find(self, namespace: Namespace, tokens: Tokens) -> Found[R, S]:
+    def find(
+        self, namespace: Namespace, tokens: Tokens, known: Node[R, S] | None = None
+    ) -> Found[R, S]:
         """The deepest place to resume `tokens`, at most one short of its end. Changes nothing."""
-        match = self.match(namespace, tokens)
+        match = self.match(namespace, tokens, known)
         limit = len(tokens) - 1
         if not self.needs_checkpoints:
             return Found(match, min(match.matched, limit), None)
@@ -162,13 +164,14 @@ class Store(CountedTrees[R, S]):
         row_bytes: int,
         snapshot_bytes: int,
         lasting: Container[int] = (),
+        known: Node[R, S] | None = None,
     ) -> list[int]:
         """Of the cuts in the slice that ends with `tokens`, ascending, those that are worth their room.
 
         Room is made for them, for the slice's rows and for cutting what is stored. A cut is left out, unless
         it is `lasting` and will have a soft pin, rather than that something more useful goes for it.
         """
-        budget, match, wanted = self.budget, self.match(namespace, tokens), [*cuts]
+        budget, match, wanted = self.budget, self.match(namespace, tokens, known), [*cuts]
         rows = (len(tokens) - match.matched) * row_bytes
         # The states are there before the first is counted, so there must be room for this too.
         rows += self.split_nbytes(match, [*cuts, match.matched])
@@ -210,7 +213,8 @@ class Store(CountedTrees[R, S]):
     def use(self, found: Found[R, S]) -> None:
         """Refresh the recency of what was restored, and of nothing else."""
         self.branch_rate.saw(is_inside=found.is_inside)
-        renew((n for n in found.match.path if n.end <= found.position), self.seconds())
+        path = [node for node in found.match.path if node.soft_pin is not None]
+        renew((node for node in path if node.end <= found.position), self.seconds())
         nodes = found.match.path[-1:] if found.node is None else (found.node,)
         for node in nodes:
             node.use(self.clock)
@@ -227,21 +231,22 @@ class Store(CountedTrees[R, S]):
         row_bytes: int,
         is_end: bool = False,
         is_branch_point: bool = False,
-    ) -> bool:
+        known: Node[R, S] | None = None,
+    ) -> Node[R, S] | None:
         """Store the rows of all of `tokens` and what stands at their end.
 
         `rows_of(start)` copies the rows of `[start, len(tokens))`, or says who has them, and is asked only
         for what the tree lacks; `row_bytes` is what the store will hold of each. The checkpoint's own bytes
         exist already; they and the rows are claimed before the copy is made. `is_branch_point`: prompts
-        part ways here. False when they did not fit, when `rows_of` no longer has the rows, or
-        when pins and ends fill a path to `max_checkpoints`, and nothing was added then.
+        part ways here. Returns the node that ends there: None when they did not fit, when `rows_of` no longer
+        has the rows, or when pins and ends fill a path to `max_checkpoints`, and nothing was added then.
         """
-        match = self.match(namespace, tokens)
-        at_end = match.path[-1] if match.path and match.matched == len(tokens) else None
+        match = self.match(namespace, tokens, known)
+        at_end = match.last if match.matched == len(tokens) else None
         if at_end is not None and not match.inside and at_end.checkpoint is not None:
             at_end.use(self.clock, is_end=is_end)
             self._keep_limits(at_end)
-            return True
+            return at_end
         need = (len(tokens) - match.matched) * row_bytes
         need += self.split_nbytes(match, [match.matched])
         need += checkpoint.nbytes if checkpoint is not None else 0
@@ -254,9 +259,9 @@ class Store(CountedTrees[R, S]):
                 if checkpoint is not None:
                     self.stand(node, checkpoint, is_branch_point=is_branch_point)
                 self._saved(namespace, node)
-                return True
+                return node
         self._refusals += 1
-        return False
+        return None
 
     def _has_room_for(self, nbytes: int, match: Match[R, S], position: int) -> bool:
         """Whether a save may add a checkpoint at `position`, with `nbytes` for which room is made."""
@@ -300,13 +305,17 @@ class Store(CountedTrees[R, S]):
         return node.end
 
     def hold(
-        self, namespace: Namespace, tokens: Tokens, lifetimes: Mapping[int, float]
+        self,
+        namespace: Namespace,
+        tokens: Tokens,
+        lifetimes: Mapping[int, float],
+        known: Node[R, S] | None = None,
     ) -> set[int]:
         """Keep what restores each of these positions for its seconds, as long as anything else may go.
 
         Each use begins its time anew. Returns the positions that are kept.
         """
-        match, most = self.match(namespace, tokens), self.budget.limit_bytes // 2
+        match, most = self.match(namespace, tokens, known), self.budget.limit_bytes // 2
         return self._values.hold(match, lifetimes, self.seconds(), most)
 
     def unpin(self, namespace: Namespace, tokens: Tokens) -> int:

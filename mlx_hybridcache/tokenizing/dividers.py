@@ -91,7 +91,7 @@ def _backend(tokenizer: Any) -> Any:
     if any(getattr(own, each) is not getattr(PreTrainedTokenizerFast, each) for each in ENCODING):
         raise NotProvenError(f"{own.__name__} encodes in a way of its own")
     backend = inner.backend_tokenizer
-    if inner.split_special_tokens or backend.encode_special_tokens:
+    if inner.split_special_tokens:
         raise NotProvenError("it reads special tokens as text")
     if backend.truncation or backend.padding:
         raise NotProvenError("it truncates or pads")
@@ -157,7 +157,6 @@ def _apart(backend: Any) -> list[tuple[str, int]]:
         and token.content == token.content.strip()
         and token.content != getattr(backend.model, "unk_token", None)
         and not BYTE.fullmatch(token.content)
-        and contents.count(token.content) == 1
         and not any(part in contents for part in _proper_parts(token.content))
         and not overlaps(token.content)
     ]

@@ -7,15 +7,20 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+import oracle
 import pytest
+import tiny
 from mlx_hybridcache_bench import cli
 from mlx_hybridcache_bench.kit.paired import Paired, Spent, measure
 from mlx_hybridcache_bench.kit.standin import QWEN3_NEXT_80B, TINY
 from mlx_hybridcache_bench.kit.tables import Figure
+from mlx_hybridcache_bench.overhead import cold
 from mlx_hybridcache_bench.overhead.full_size import FullSize, measure_full_size
+from mlx_hybridcache_bench.overhead.selection import Selection
 from mlx_hybridcache_bench.overhead.slices import Run, Slices, measure_slices
 from mlx_hybridcache_bench.overhead.stored import Filled, Stored
 from places import ROOT
+from rich.console import Console
 
 SMALL_OVERHEAD = [
     *("overhead", "--pairs", "1", "--prompt-tokens", "300", "--max-tokens", "2"),
@@ -232,6 +237,30 @@ def test_forwards_beyond_their_bound_are_counted() -> None:
     assert run.bound == 4
     (figure,) = Slices(512, (run,)).figures()
     assert (figure.value, figure.kept) == (2, False)
+
+
+def test_another_reply_than_the_plain_one_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """mlx-lm's own says one token less."""
+    plain = cold.stream_generate
+    monkeypatch.setattr(cold, "stream_generate", lambda *asked, **how: [*plain(*asked, **how)][1:])
+    model, tokenizer = tiny.build("llama"), oracle.word_tokenizer()
+    found = cold.measure_cold(model, tokenizer, [1, 2, 3], max_tokens=2, pairs=1)
+    assert found.figures()[1].value == 1
+
+
+def test_what_selecting_by_groups_adds_is_a_share_of_a_token(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A hundredth and three, where two are promised; of the processor's time half."""
+    plain = (Spent(1.0, 1.0),)
+    cases = {str(wall): Paired(plain, (Spent(wall, 1.5),)) for wall in (1.01, 1.03)}
+    found = Selection(1, cases)
+    assert [each.value for each in found.figures()] == pytest.approx([0.01, 0.03])
+    assert [each.kept for each in found.figures()] == [True, False]
+    found.show(Console())
+    printed = capsys.readouterr().out
+    assert "+3.00%" in printed
+    assert printed.count("+50.00%") == 2
 
 
 def test_what_is_stored_must_not_show_in_what_a_call_costs() -> None:

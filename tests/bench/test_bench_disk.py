@@ -4,16 +4,23 @@ import json
 import re
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
+import oracle
 import pytest
+import tiny
 from mlx_hybridcache_bench import cli
 from mlx_hybridcache_bench.disk import promotion as disk_promotion
+from mlx_hybridcache_bench.disk import restart
 from mlx_hybridcache_bench.disk.handoff import HandOff, Taken, measure_handoff
-from mlx_hybridcache_bench.disk.on_off import OFF, ON, Asked, OnAndOff
+from mlx_hybridcache_bench.disk.on_off import OFF, ON, Asked, OnAndOff, measure_on_and_off
 from mlx_hybridcache_bench.disk.promotion import AGAIN, NEW, Promotion, measure_stand_in
 from mlx_hybridcache_bench.disk.restart import KILLED, STOPPED, STRIDE, Restart, Restarts
 from mlx_hybridcache_bench.kit.tables import Figure
+from mlx_hybridcache_bench.serving.client import Reply
 from places import ROOT
+
+from mlx_hybridcache import HybridPromptCache
 
 SMALL = [
     *("disk", "--quick", "--repeats", "1", "--tokens", "700", "--sizes", "300"),
@@ -133,6 +140,14 @@ def test_more_runs_hand_over_more() -> None:
     assert 2 * len(one.handed) == len(two.handed) == len(two.done)
 
 
+def test_what_a_flush_leaves_unwritten_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of eight: a size, cold and again, on both caches, in the unmeasured pair too."""
+    monkeypatch.setattr(HybridPromptCache, "flush", lambda cache, seconds: False)
+    model, tokenizer = tiny.build("llama"), oracle.word_tokenizer()
+    found = measure_on_and_off(model, tokenizer, [30], reply_tokens=1, pairs=1)
+    assert found.unwritten == 8
+
+
 # What follows needs no model.
 
 RESTART = Restart(
@@ -166,6 +181,17 @@ def test_another_reply_after_a_restart_is_counted() -> None:
     runs = (RESTART, replace(RESTART, way=KILLED, same_reply=False))
     assert missed(Restarts(runs).figures()) == ["replies that differ from the cold ones"]
     assert missed(Restarts((RESTART, replace(RESTART, way=KILLED))).figures()) == []
+
+
+def test_the_reply_after_a_restart_is_held_against_the_cold_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Another word, and the same."""
+    first = Reply(1.0, 1.0, 9, 0, 2, "stop", content="The lamp")
+    for again, same in ((replace(first, content="The door"), False), (first, True)):
+        replies = [first, again]
+        monkeypatch.setattr(restart, "_asked", lambda *asked, told=replies: told.pop(0))
+        assert restart._restarted(mock.Mock(), mock.Mock(), STOPPED, "", 9).same_reply is same
 
 
 def test_how_much_faster_never_fails_the_command() -> None:

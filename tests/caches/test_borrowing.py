@@ -255,11 +255,21 @@ def test_rows_move_in_pieces_that_are_cheap_to_cut():
 
 
 def test_a_roomy_store_owns_what_was_read_before_the_reply_ends():
-    """Then files can be written and batches formed meanwhile: nothing is lazy behind the first token."""
-    tokens = oracle.prompt(500, seed=15)
+    """Then files can be written and batches formed meanwhile: nothing is lazy behind a slice, nor behind the
+    first token.
+    """
+    tokens, lazy = oracle.prompt(500, seed=15), []
+
+    def look(read: int, total: int) -> None:
+        lazy.append(any(has_lazy_rows([node]) for node in cache.engine.tiers.memory.nodes()))
+
     with roomy() as cache:
-        stream = cache.stream_generate(tokens, REPLY, sampler=oracle.never_ending)
+        stream = cache.stream_generate(
+            tokens, REPLY, sampler=oracle.never_ending, prompt_progress_callback=look
+        )
         next(stream), next(stream)
+        assert len(lazy) > 2
+        assert not any(lazy)
         cache.stats()
         nodes = list(cache.engine.tiers.memory.nodes())
         assert sum(node.rows_nbytes for node in nodes) >= 499 * cache.engine.layout.row_bytes

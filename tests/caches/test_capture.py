@@ -8,6 +8,8 @@ import pytest
 import tiny
 
 from mlx_hybridcache.caches.capture import HOOKED, SCAN, CaptureHook
+from mlx_hybridcache.caches.checkpoint import move_state
+from mlx_hybridcache.caches.kinds.idle import is_idle
 from mlx_hybridcache.caches.layout import Layout, fresh_caches
 
 HOOKED_FAMILIES = ["qwen3_next", "qwen3_5", "qwen3_5_moe"]
@@ -95,3 +97,13 @@ def test_a_family_without_a_hook_has_none():
     """Jamba pauses; a model of which one recurrent layer is unknown does too."""
     assert Layout.of(tiny.build("jamba")).hook is None
     assert CaptureHook.of(tiny.build("qwen3_next"), {0, 1, 2, 3}) is None
+
+
+def test_caches_whose_state_moved_hold_it_no_more():
+    """Three layers of four: no more than one layer's is held twice."""
+    model = tiny.build("qwen3_next")
+    layout, caches = Layout.of(model), paused(model, 20)
+    taken = move_state(layout, caches, 20)
+    has_state = [snapshot is not None for snapshot in taken.snapshots]
+    assert has_state.count(True) > 1
+    assert [is_idle(cache) for cache in caches] == has_state

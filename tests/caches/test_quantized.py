@@ -3,6 +3,7 @@
 Every reply is held against mlx-lm's own quantized cache, to the last bit.
 """
 
+import gc
 import logging
 
 import mlx.core as mx
@@ -15,6 +16,8 @@ from odd_models.quantizing import Quantized, wide
 from mlx_hybridcache import HybridPromptCache, SettingError
 from mlx_hybridcache.caches.checkpoint import take_rows
 from mlx_hybridcache.caches.kinds.quantized import QuantizedRowsKind
+from mlx_hybridcache.caches.quantizing.cache import QuantizingCache
+from mlx_hybridcache.caches.quantizing.precision import Precision
 from mlx_hybridcache.disk.contents import damaged
 from mlx_hybridcache.report import Reason
 
@@ -255,7 +258,7 @@ def test_where_it_has_no_effect_the_cache_is_kept_and_that_is_said(why, caplog):
     """Once, and what is stored is what it would be without."""
     family, changed = NOTHING[why]
     model = wide(family, **changed)
-    with caplog.at_level(logging.WARNING), opened(model, Quantized(8, 0)) as cache:
+    with caplog.at_level(logging.WARNING), opened(model, Quantized(8, START)) as cache:
         said = [r.message for r in caplog.records if "kv_bits has no effect" in r.message]
         assert len(said) == 1
         oracle.read(cache, PROMPT)
@@ -317,3 +320,20 @@ def test_tokens_can_be_taken_back_across_the_start():
         hot = np.array(model(mx.array([PROMPT[at:200]]), cache=ready.prompt_cache)[0])
         assert oracle.distance(hot, quantized.cold(model, PROMPT[:200])[at:]) == 0.0
         ready.release()
+
+
+def test_full_rows_are_kept_without_the_room_behind_them():
+    """Up to 300, in a buffer that had grown to 512, of which 300 are held from the next token on."""
+    gc.collect()
+    before = mx.get_active_memory()
+    cache = QuantizingCache(Precision(8, 64, 300))
+    for count in (256, 44, 1):
+        cache.update_and_fetch(*(mx.zeros((1, 2, count, 64)) for _ in range(2)))
+        mx.eval(cache.state)
+    assert [rows.shape[2] for rows in cache.full()] == [300, 300]
+    assert mx.get_active_memory() - before < cache.nbytes + 65_536
+
+
+def test_rows_of_no_elements_are_not_quantized():
+    """Some layers have no values; 64 elements are one group."""
+    assert [Precision(8, 64).fits(dim) for dim in (0, 32, 64)] == [False, False, True]

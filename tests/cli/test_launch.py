@@ -15,8 +15,9 @@ from threading import Thread
 import pytest
 from servers import OURS, free_port, running
 
-from mlx_hybridcache.cli import launch
-from mlx_hybridcache.cli.agents import AGENTS, KEY, Place
+from mlx_hybridcache.cli.asking import KEY
+from mlx_hybridcache.cli.launch import main as launch
+from mlx_hybridcache.cli.launch.agents import AGENTS, Place
 from mlx_hybridcache.cli.main import main
 
 PLACE = Place("http://127.0.0.1:8080", "none", 131_072)
@@ -84,6 +85,7 @@ def test_what_stands_in_the_way_is_said(keyed, path, capfd, monkeypatch):
         (["codex"], "codex is not installed. Install it: npm install -g @openai/codex"),
         (["claude", "--url", keyed.url], f"it wants a key: set {KEY}"),
         (["claude", "--url", nobody], f"No server answers at {nobody}"),
+        (["claude", "--url", "localhost:8080"], "'localhost:8080' is no server's address"),
     ):
         assert main(["launch", *words]) == 2
         assert said in capfd.readouterr().err
@@ -166,7 +168,8 @@ def test_ctrl_c_is_the_agents(path, tmp_path):
         "print(json.load(urllib.request.urlopen(url + '/health'))['status'], flush=True)\n"
     )
     runner = (
-        "from mlx_hybridcache.cli import launch, main\n"
+        "from mlx_hybridcache.cli import main\n"
+        "from mlx_hybridcache.cli.launch import main as launch\n"
         f"launch.URL = 'http://127.0.0.1:{free_port()}'\n"
         "raise SystemExit(main.main(['launch', 'claude']))"
     )

@@ -1,6 +1,7 @@
 """Replies that decode together: the bits of each are those it has alone, whoever joins and leaves."""
 
 import random
+from unittest import mock
 
 import mlx.core as mx
 import oracle
@@ -11,7 +12,10 @@ from long import mostly_long
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
 from mlx_hybridcache import HybridPromptCache
+from mlx_hybridcache.caches.room import REPLY_ROOM, ROW_STEP
 from mlx_hybridcache.decode.decoder import UNTAKEN
+from mlx_hybridcache.decode.reply import Alone, Reply
+from mlx_hybridcache.decode.sampling import Guard
 
 BATCHED = (
     "qwen3_next",
@@ -160,6 +164,17 @@ def test_samplers_and_processors_stay_each_replys_own():
         same(replies, expected)
 
 
+def test_a_sampled_reply_is_the_one_that_mlx_lm_draws_with_its_seed():
+    """Each token with the next random numbers of the stream that the seed begins."""
+    options = {"sampler": make_sampler(1.0), "seed": 7}
+    with new_cache("qwen3_next") as cache:
+        plain, found = (
+            [each.token for each in cache.stream_generate([1, 2, 3], 12, use_cache=how, **options)]
+            for how in (False, True)
+        )
+    assert found == plain
+
+
 def test_an_error_in_one_reply_ends_that_reply_only():
     """A sampler that raises at its fourth token; its neighbour's bits do not change."""
     calls = []
@@ -235,3 +250,32 @@ def test_budget_and_claims_hold_whoever_comes_and_goes(seed):
         assert max(stats.running_bytes for stats in used) > 0
         assert cache.stats().running_bytes == 0
         mx.synchronize()
+
+
+def test_a_batch_claims_what_it_holds_when_its_longest_reply_has_left():
+    """Of 100 tokens and 60: padding that only the first needed goes from the buffers and from the claim."""
+    first, second = requests_of((100, 60), (4, 30))
+    with new_cache("qwen3_next") as cache:
+        running = [
+            cache.stream_generate(p, count, **options) for p, count, options in (first, second)
+        ]
+        list(running[0])
+        assert len(cache.engine.decoder._merged.replies) == 1
+
+        def held_and_claimed():
+            caches = cache.engine.decoder._merged.batch.caches
+            return sum(each.nbytes for each in caches), cache.stats().running_bytes
+
+        held, claimed = cache.worker.call(held_and_claimed)
+        assert held == claimed
+        list(running[1])
+
+
+@pytest.mark.parametrize(
+    ("written", "left", "more"),
+    [(0, -1, ROW_STEP), (1000, -1, 1024), (20_000, -1, REPLY_ROOM), (1000, 300, 512)],
+)
+def test_a_lone_reply_grows_by_as_much_as_it_has_written(written, left, more):
+    """Rounded to 256 rows, no more than 8,192 at once, and no more than it may still write."""
+    reply = Reply(60, (), left, mock.Mock(), Guard(), None, read=[5] * written)
+    assert Alone(mock.Mock(), reply).more_rows == more

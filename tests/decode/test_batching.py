@@ -154,9 +154,33 @@ def _arrays(cache):
     return [x for x in cache.state[0] if x is not None]
 
 
+class LateFault:
+    """Makes their evaluation raise once: the next token of each is drawn by then."""
+
+    def __init__(self, model, monkeypatch, after):
+        self.left, self.raised = after, 0
+        original = mx.async_eval
+
+        def faulty(*arrays):
+            if isinstance(arrays[0], mx.array) and arrays[0].size > 1:
+                self.left -= 1
+                if self.left == -1:
+                    self.raised += 1
+                    raise RuntimeError("[eval] no")
+            original(*arrays)
+
+        monkeypatch.setattr(mx, "async_eval", faulty)
+
+
 @pytest.mark.parametrize("after", mostly_long([0, 1, 5], [1]))
-@pytest.mark.parametrize("name", ["qwen3_next", "mamba2"])
-def test_an_error_inside_a_batch_ends_nobody(name, after, monkeypatch, caplog):
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    mostly_long(
+        [(name, kind) for name in ("qwen3_next", "mamba2") for kind in (Fault, LateFault)],
+        [("mamba2", Fault), ("qwen3_next", LateFault)],
+    ),
+)
+def test_an_error_inside_a_batch_ends_nobody(name, kind, after, monkeypatch, caplog):
     """Three replies with seeds and penalties of their own: each goes on alone, with the bits it has alone."""
     model = tiny.fresh(name)
     requests = [
@@ -176,7 +200,7 @@ def test_an_error_inside_a_batch_ends_nobody(name, after, monkeypatch, caplog):
         with new_cache(model) as cache:
             alone.append(list(cache.stream_generate(prompt, count, **options)))
     with new_cache(model) as cache, caplog.at_level(logging.WARNING):
-        fault = Fault(model, monkeypatch, after)
+        fault = kind(model, monkeypatch, after)
         found, reports = together(cache, requests)
         again, _ = together(cache, requests)
         assert fault.raised == 1, "nobody is put into a batch again"
@@ -289,6 +313,21 @@ def test_forming_a_batch_lets_nothing_go_that_is_stored(budget_bytes):
             seed += 1
         together(cache, requests)
         assert cache.stats().evictions == before.evictions
+
+
+def test_replies_that_find_no_room_for_a_batch_hold_the_stores_rows_again(monkeypatch):
+    """Two that decode side by side: the store may let its own rows go, so that there is room for others."""
+    with new_cache(tiny.build("qwen3_next")) as cache:
+        memory = cache.engine.tiers.memory
+        monkeypatch.setattr(memory, "claim_free", lambda nbytes: None)
+        running = [cache.stream_generate(p, n, **o) for p, n, o in requests_of((60, 70), 20)]
+        for one in running:
+            next(one), next(one)
+        assert cache.stats().rows_bytes > 0
+        cache.worker.call(cache.engine.tiers._materializer.alias)
+        assert cache.stats().rows_bytes == 0
+        for one in running:
+            list(one)
 
 
 def test_a_batch_is_formed_where_there_is_room():

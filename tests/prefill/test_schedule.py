@@ -133,6 +133,7 @@ def test_grid_cuts_honour_the_block_of_the_layers():
     """Blocks of 256 with a step of 640: the early cuts move from 160 and 320 to 256 and 512."""
     grid = Grid(640, 1280, 160, alignment=256)
     assert grid.cuts(0, 4000) == [256, 512, 1280, 2560, 3840]
+    assert Grid(256, 256, 64, alignment=256).cuts(0, 600) == [256, 512], "each is named once"
 
 
 def test_a_shared_slice_is_a_quarter_step_in_whole_blocks():

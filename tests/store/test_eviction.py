@@ -25,7 +25,8 @@ from mlx_hybridcache.errors import BudgetError, NotStoredError
 from mlx_hybridcache.store.eviction import values
 from mlx_hybridcache.store.eviction.choose import Eviction
 from mlx_hybridcache.store.eviction.limits import Limits
-from mlx_hybridcache.store.eviction.ranking import Ranking
+from mlx_hybridcache.store.eviction.policy import Weights
+from mlx_hybridcache.store.eviction.ranking import BLOCK, Ranking
 from mlx_hybridcache.store.eviction.values import NodeValues
 from mlx_hybridcache.store.materialize import Materializer
 from mlx_hybridcache.store.outline import Outline
@@ -237,6 +238,17 @@ def test_what_a_request_costs_does_not_grow_with_what_is_stored(monkeypatch):
     blocks = few.pop("_least_of"), many.pop("_least_of")
     assert few == many
     assert blocks[1] <= 2 * blocks[0]
+
+
+def test_what_was_hidden_in_one_look_is_found_in_the_next():
+    """Of 300, in two blocks, the least: 1, then 50 in the other block, then 1 again."""
+    ranking = Ranking()
+    for serial in range(300):
+        item = ranking.add()
+        worth = 50.0 if item >= BLOCK else 1.0 if serial == 0 else 100.0
+        ranking.put(item, Weights(worth, 0.0, 0.0), 0, 0, serial)
+    looks = [ranking.least(0, 0.03, hidden) for hidden in ((), (0,), ())]
+    assert looks == [(1.0, 0), (50.0, BLOCK), (1.0, 0)]
 
 
 def test_rows_that_running_caches_hold_weigh_nothing_until_they_are_the_stores_again():

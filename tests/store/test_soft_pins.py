@@ -8,7 +8,7 @@ from stores.small_store import ROW, STATE, N, save
 
 from mlx_hybridcache.errors import BudgetError
 from mlx_hybridcache.store.eviction.pins import Pins
-from mlx_hybridcache.store.eviction.soft_pins import SoftPins
+from mlx_hybridcache.store.eviction.soft_pins import SPARE, SoftPins
 from mlx_hybridcache.store.store import Store
 from mlx_hybridcache.tokens import as_tokens
 
@@ -247,3 +247,14 @@ def test_a_place_whose_state_is_lost_is_kept_no_longer(store):
     keep(store, 0)
     store.forget(store.find(N, as_tokens([*tokens(0), 1])).node, rows=False)
     assert (store.stats().soft_pinned, store.stats().soft_pinned_bytes) == (0, 0)
+
+
+def test_pins_of_what_is_gone_do_not_pile_up(store):
+    """200 conversations come and go behind one whose time ends first: few of them wait in line."""
+    fill(store, [999])
+    keep(store, 999, seconds=1.0)
+    for first in range(200):
+        fill(store, [first])
+        keep(store, first)
+        store.drop(N, as_tokens(tokens(first)), 0)
+    assert len(store._values.soft._line) <= SPARE + 2

@@ -157,3 +157,59 @@ def test_merging_a_boundary_keeps_tokens_and_rows():
     assert (node.start, node.tokens.tolist()) == (0, [1, 2, 3, 4])
     assert [(rows.start, rows.made_from) for rows in node.rows] == [(0, (1, 2)), (2, (3, 4))]
     assert tree.match(as_tokens([1, 2, 3, 4])).matched == 4
+
+
+changes = st.lists(
+    st.tuples(
+        st.sampled_from(["put", "remove", "merge"]), st.lists(st.integers(0, 2), max_size=12)
+    ),
+    max_size=8,
+)
+
+
+def change(tree: PrefixTree, what: str, tokens: list[int]):
+    """Store these tokens, or take out or join the node that they lead to, where that may be."""
+    if what == "put":
+        if tokens:
+            put(tree, tokens)
+        return
+    found = tree.match(as_tokens(tokens)).last
+    if what == "remove" and found is not None and not found.children:
+        tree.remove(found)
+    if what == "merge" and found is not None and len(found.children or ()) == 1:
+        tree.merge(found)
+
+
+@settings(derandomize=True, max_examples=200, deadline=None)
+@given(stored=sequences, asked=sequences, between=changes, more=st.lists(st.integers(0, 2)))
+def test_a_match_from_a_known_node_is_the_one_from_the_root_whatever_came_between(
+    stored, asked, between, more
+):
+    """[0, 3) is found for [0,1,2,2]; then it is split at 1, joined, or taken out and stored again: what the same
+    tokens match, or fewer, or more, is the same with it as without it. So it is with a node of another tree.
+    """
+    tree, other = PrefixTree(), PrefixTree()
+    for tokens in stored:
+        put(tree, tokens)
+        put(other, tokens)
+    known = [
+        (tokens, node)
+        for tokens in [*asked, *stored]
+        for each in (tree, other)
+        for node in each.match(as_tokens(tokens)).path
+    ]
+    for what, tokens in between:
+        change(tree, what, tokens)
+    for tokens, node in known:
+        for again in (tokens, tokens[: len(tokens) // 2], tokens + more):
+            array = as_tokens(again)
+            assert tree.match(array, node) == tree.match(array)
+
+
+def test_what_leads_to_a_known_node_is_not_compared_again():
+    """Of 10 tokens 6 are known: other tokens there would not be noticed, so none may be asked about."""
+    tree = PrefixTree()
+    node = put(tree, [1, 2, 3, 4, 5, 6])
+    put(tree, [1, 2, 3, 4, 5, 6, 7, 8])
+    found = tree.match(as_tokens([0, 0, 0, 0, 0, 0, 7, 8, 9, 9]), node)
+    assert (found.matched, [each.end for each in found.path]) == (8, [6, 8])

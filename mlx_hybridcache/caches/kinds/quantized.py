@@ -81,6 +81,11 @@ class QuantizedRowsKind(LayerKind):
     def position(self, cache: Any) -> int:
         return int(cache.offset)
 
+    def go_back(
+        self, cache: Any, mark: Any, stands: int, count: int, snapshot: Snapshot | None = None
+    ) -> None:
+        cache.trim(stands - count)
+
     def view_rows(self, cache: Any, start: int, end: int) -> Arrays:
         wanted = [rows_in(span, start, end) for span in self.spans]
         return tuple(x[:, :, a:b] for x, (a, b) in zip(self._arrays(cache), wanted, strict=True))

@@ -2,46 +2,38 @@
 
 from __future__ import annotations
 
-import json
-import os
-import urllib.error
-import urllib.request
 from typing import Any
 
 from ...errors import HybridCacheError
-from ..agents import KEY
+from ..asking import OK, NobodyError, answer, served_model
 
 URL = "http://127.0.0.1:8080"
 
 ANSWER_SECONDS = 600
+"""It may have to load its model, and has others to serve."""
 
 
 def ask(url: str, requests: list[dict[str, Any]], endpoint: str | None) -> dict[str, Any]:
     """What the server at `url` says of them. Raises `HybridCacheError` where it says nothing, or refuses."""
     body = {"requests": requests, "endpoint": endpoint}
-    request = urllib.request.Request(
-        f"{url.rstrip('/')}/v1/cache/explain",
-        json.dumps(body).encode(),
-        {"Authorization": f"Bearer {os.environ.get(KEY) or 'none'}"},
-    )
     try:
-        with urllib.request.urlopen(request, timeout=ANSWER_SECONDS) as answer:
-            found: dict[str, Any] = json.load(answer)
-    except urllib.error.HTTPError as error:
-        raise HybridCacheError(_refusal(url, error)) from error
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "reason", error)
+        served_model(url)
+    except NobodyError as error:
         raise HybridCacheError(
-            f"No server of mlx_hybridcache answers at {url} ({reason}). Start one, name it with --url, or "
-            "compare two requests without one: --model."
+            f"{error} Start one, name it with --url, or compare two requests without one: --model."
         ) from error
+    try:
+        status, found = answer(url, "/v1/cache/explain", body, seconds=ANSWER_SECONDS)
+    except NobodyError as error:
+        raise HybridCacheError(
+            f"{url} hung up. It may take no body so large: --max-body-bytes is its limit."
+        ) from error
+    if status != OK:
+        raise HybridCacheError(f"{url} answers {status}: {_reason(found)}")
     return found
 
 
-def _refusal(url: str, error: urllib.error.HTTPError) -> str:
-    try:
-        said = json.load(error)["error"]["message"]
-    except (ValueError, KeyError, TypeError):
-        said = "what listens there may be no mlx_hybridcache.server"
-    needs = f" (the key is read from {KEY})" if error.code == 401 else ""
-    return f"{url} answers {error.code}: {said}{needs}"
+def _reason(found: dict[str, Any]) -> str:
+    said = found.get("error")
+    message = said.get("message") if isinstance(said, dict) else None
+    return message if isinstance(message, str) else "no reason is given."

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ...errors import SettingError
+from ...errors import HybridCacheError, SettingError
 from ..flags import read_text
 from .ask import URL, ask
 from .show import written
@@ -36,8 +36,15 @@ def main(argv: Sequence[str], prog: str) -> int:
         found = ask(options.url or URL, requests, endpoint)
     else:
         found = _locally(requests, endpoint, options)
-    print(json.dumps(found, indent=2) if options.json else written(found))
-    return 0 if found["is_hot"] else 1
+    try:
+        shown = json.dumps(found, indent=2) if options.json else written(found)
+        is_hot = found["is_hot"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise HybridCacheError(
+            "The answer lacks what this version shows; the server may be of another one."
+        ) from error
+    print(shown)
+    return 0 if is_hot else 1
 
 
 def _parser(prog: str) -> argparse.ArgumentParser:
@@ -64,12 +71,16 @@ def _parser(prog: str) -> argparse.ArgumentParser:
 def _request(file: Path) -> dict[str, Any]:
     text = read_text("REQUEST.json", file)
     try:
-        found = json.loads(text)
+        found = json.loads(text, parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
         raise SettingError(f"{file} is not JSON: {error}.") from error
     if not isinstance(found, dict):
         raise SettingError(f"{file} holds no JSON object; name a file with a request's body.")
     return found
+
+
+def _no_number(name: str) -> Any:
+    raise ValueError(f"{name} is no number there")
 
 
 def _locally(

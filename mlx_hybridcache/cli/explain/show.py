@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+from ...errors import printable
+
 LETTERS = 60
 """Of each text that is shown."""
 
 
 def written(found: dict[str, Any]) -> str:
-    """All of it as lines."""
-    return "\n".join([*_what(found), *_letters(found), "", *_cost(found), "", *_advice(found)])
+    """All of it as lines, of which none moves a terminal's cursor: names of tools are anybody's."""
+    lines = [*_what(found), *_letters(found), "", *_cost(found), "", *_advice(found)]
+    return "\n".join(map(printable, lines))
 
 
 def _what(found: dict[str, Any]) -> list[str]:

@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
+
+
+@runtime_checkable
+class Foreseeing(Protocol):
+    """A logits processor that can say beforehand what it would let through."""
+
+    def may_follow(self, tokens: Sequence[int]) -> int:
+        """How many of these tokens, one behind the other, may follow the last one that it was shown."""
+        ...
 
 
 class Drafter(Protocol):

@@ -8,6 +8,7 @@ a place makes rejection sampling, arXiv 2211.17192, come to this).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,8 @@ from ...caches.memory import MemoryStore
 from ...store.budget import Claim
 from ...tokens import Tokens
 from ..batch import Made
-from .drafter import Drafter
+from ..sampling import LogitsProcessor
+from .drafter import Drafter, Foreseeing
 from .pace import Pace
 
 if TYPE_CHECKING:
@@ -47,6 +49,7 @@ class Speculation:
         prompt: Tokens,
         drafter: Drafter,
         pace: Pace,
+        processors: Sequence[LogitsProcessor] = (),
     ):
         self.counts = Drafted(forwards=1)  # the prompt's last token gave the reply's first one
         self._model = model
@@ -54,6 +57,7 @@ class Speculation:
         self._store = store
         self._drafter = drafter
         self._pace = pace
+        self._foreseeing = [each for each in processors if isinstance(each, Foreseeing)]
         self._start = len(prompt)
         self._history: list[int] = prompt.tolist()
         self._block: Block | None = None
@@ -73,10 +77,8 @@ class Speculation:
 
     def _width(self, reply: Reply) -> int:
         """How many tokens may be drafted behind the coming one."""
-        layout, live = self._layout, reply.live
-        longest = layout.longest_block
-        if layout.slicing_limit is not None:
-            longest = min(longest, layout.slicing_limit - live.position)
+        live = reply.live
+        longest = self._layout.longest_block(live.position)
         most = min(longest, live.capacity - live.position)
         most = most if reply.left < 0 else min(most, reply.left)
         return min(most - 1, self._pace.width()) if most > 1 else 0
@@ -86,7 +88,11 @@ class Speculation:
         self._history.extend(read[len(self._history) - self._start :])
         if len(self._history) == self._start + len(read):
             self._history.append(coming)
-        return self._drafter.propose(self._history, most)[:most]
+        drafted = self._drafter.propose(self._history, most)[:most]
+        if drafted:
+            for each in self._foreseeing:  # what cannot come need not be read
+                drafted = drafted[: max(0, each.may_follow([coming, *drafted]) - 1)]
+        return drafted
 
     def _read(self, live: LiveCaches, tokens: list[int]) -> bool:
         """A forward over the coming token and drafted ones; False where what is stored would have to go."""

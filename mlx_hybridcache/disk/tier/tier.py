@@ -153,6 +153,8 @@ class DiskTier:
 
     def find(self, namespace: Namespace, tokens: Tokens, beyond: int) -> FileFound | None:
         """Where files resume `tokens`, if that is worth reading them when memory reaches `beyond`."""
+        if len(tokens) <= beyond + WORTH:  # one token is always read
+            return None
         found = self.catalogue.find(digest(namespace), tokens)
         return found if found.position >= beyond + WORTH else None
 

@@ -27,7 +27,6 @@ class Conversations:
         self._queue: list[tuple[int, float, int, AnyNode]] = []
         self._entries = itertools.count()  # of entries alike in all else none is compared further
         self._waiting: dict[AnyNode, int] = {}  # since when at least, by leaf
-        self._pinned: dict[AnyNode, None] = {}
 
     def note(self, node: AnyNode) -> None:
         """Something changed here: if one leaf only is below, its conversation may have become another."""
@@ -60,8 +59,7 @@ class Conversations:
                 self._leave()
                 self._wait(leaf, latest)
             elif any(node.pinned for node in own):
-                self._leave()
-                self._pinned[leaf] = None
+                self._leave()  # it is noted again when the pin is lifted
             elif any(node is written for node in own):
                 self._leave()
                 passed_over.append((leaf, used))
@@ -73,12 +71,6 @@ class Conversations:
         for leaf, used in (*passed_over, *soft):
             self._wait(leaf, used)
         return soft[0][0] if found is None and soft else found
-
-    def unpinned(self) -> None:
-        """A pin was lifted: its conversation may be used longest ago."""
-        for leaf in self._pinned:
-            self.note(leaf)
-        self._pinned.clear()
 
     def _wait(self, leaf: AnyNode, used: int) -> None:
         self._waiting[leaf] = used

@@ -19,16 +19,13 @@ class Pins:
         self.nodes: dict[AnyNode, int] = {}
         self.nbytes = 0
 
-    def settle(self, changed: Collection[AnyNode]) -> bool:
-        """These nodes have changed, came, or were taken out. Whether a pin is no more."""
-        is_less = False
+    def settle(self, changed: Collection[AnyNode]) -> None:
+        """These nodes have changed, came, or were taken out."""
         for node in changed:
-            is_pinned = node.parent is not None and self._is_pinned(node)
-            if is_pinned:
+            if node.parent is not None and self._is_pinned(node):
                 self.pinned[node] = None
-            elif node in self.pinned:
-                del self.pinned[node]
-                is_less = True
+            else:
+                self.pinned.pop(node, None)
             if node.parent is None:
                 self.nbytes -= self.nodes.pop(node, 0)
         for node in changed:
@@ -37,7 +34,6 @@ class Pins:
         for node in changed:
             self._let_go(node)
             self._let_go(node.parent)
-        return is_less
 
     def _keep(self, node: AnyNode) -> None:
         """Weigh a node again, and what leads to it where that is new."""

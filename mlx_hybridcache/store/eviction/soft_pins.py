@@ -27,7 +27,7 @@ class SoftPin(NamedTuple):
 
     def again(self, now: float) -> SoftPin:
         """The same, begun now."""
-        return SoftPin(self.seconds, max(self.until, now + self.seconds))
+        return SoftPin(self.seconds, now + self.seconds)
 
 
 class SoftPins(Pins):
@@ -111,5 +111,4 @@ def weight(node: AnyNode) -> int:
 def renew(nodes: Iterable[AnyNode], now: float) -> None:
     """These were used: their times begin anew."""
     for node in nodes:
-        if node.soft_pin is not None:
-            node.hold(node.soft_pin.again(now))
+        node.hold(node.soft_pin.again(now))

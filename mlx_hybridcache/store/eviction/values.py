@@ -106,8 +106,7 @@ class NodeValues:
                 if self.conversations is not None:
                     self.conversations.note(top)
         self.soft.settle(changed)
-        if self.pins.settle(changed) and self.conversations is not None:
-            self.conversations.unpinned()
+        self.pins.settle(changed)
 
     def _leave(self, node: AnyNode, lost: dict[AnyNode, None]) -> None:
         """A node was taken out."""

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 from mlx_lm.utils import load_tokenizer
 
 from mlx_hybridcache import models
-from mlx_hybridcache.errors import HybridCacheError, ModelError
+from mlx_hybridcache.errors import HybridCacheError, ModelError, SettingError
 from mlx_hybridcache.tokens import learn_turn_marks
 
 from ..errors import ApiError
+from ..http import wire
 from ..prompts.chat import Renderer
 from ..prompts.tokenizing import Steps
 from .asked import read
@@ -26,8 +28,11 @@ def explained(requests: list[dict[str, Any]], endpoint: str | None, model: str) 
     Raises `HybridCacheError` for a model that cannot be read, and for what its server would refuse.
     """
     try:
-        one, other = (read(sent, endpoint) for sent in requests)
+        both = wire.read(json.dumps({"requests": requests}).encode())["requests"]
+        one, other = (read(sent, endpoint) for sent in both)
         found = _done(compared(one, other, renderer(model), apart(one, other)))
+    except RecursionError as error:
+        raise SettingError("The requests are nested too deeply.") from error
     except ApiError as error:
         raise HybridCacheError(str(error.detail)) from error
     return of_two(found, model)

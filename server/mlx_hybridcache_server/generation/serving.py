@@ -313,6 +313,7 @@ class RunningReply:
         if generation.report is not None:
             self._serving.metrics.wrote(generation.report)
         if self.report is not None:
+            self.report = generation.report  # which has grown with the reply
             self._serving.remember(self, generation.divergence)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import Any, TypeVar
@@ -88,6 +88,12 @@ class Guide:
             for token in self._ends:
                 self._mask.view(np.uint32)[0, token // 32] |= np.uint32(1 << token % 32)
         return masked(logits, self._mask[0], self._vocabulary.vocab_size)
+
+    def may_follow(self, tokens: Sequence[int]) -> int:
+        """As `Foreseeing.may_follow`: how many of them the grammar lets through."""
+        if self._failure is not None or self._taken < len(self._tokens):
+            return len(tokens)
+        return min(matcher.validate_tokens([*tokens]) for matcher in self._matchers)
 
     def watching(self, through: Through[T]) -> Through[T]:
         """`through`, shown responses up to where the reply could not go on, and `ApiError` there."""

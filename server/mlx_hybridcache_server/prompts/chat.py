@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,6 +30,10 @@ from .canonical import canonical
 from .messages import for_template
 from .stable import Arranged, StablePrefix, arranged, places, with_note
 from .tokenizing import NO_LIMIT, Room, Steps, Tokenizing
+
+NEXT = "xyzzy"
+"""What a user says next where the prompt up to there is wanted: letters, with which most of what could
+stand before them melts into one token, and no word that others write."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,19 +142,20 @@ class Renderer:
         return found if isinstance(found, str) else str(self.tokenizer.decode(found))
 
     def prefix(self, body: Conversation, *, salt: str | None = None) -> Steps[Tokens]:
-        """What every prompt begins with that begins with these messages.
+        """What every prompt begins with that begins with these messages, and the first token behind it.
 
-        The tokens that two continuations have in common, and the first one behind: a template may
-        need a user message to render at all, and the next turn's opener is shared as well.
+        A user speaks next, as a template may need one to render at all, and the next turn's opener is
+        shared as well. Lines that are moved stand behind that.
         """
-        both: list[Tokens] = []
-        for word in ("0", "a"):
-            following = {"role": "user", "content": word}
-            longer = body.model_copy(update={"messages": [*body.messages, following]})
-            rendered = yield from self.chat(longer, opens_reply=False, salt=salt)
-            both.append(rendered.tokens)
-        one, other = both
-        return one[: common_length(one, other) + 1]
+        told = [*self._arranged(body).messages, {"role": "user", "content": NEXT}]
+        longer = body.model_copy(update={"messages": told, "stable_prefix": "off"})
+        tokens = (yield from self.chat(longer, opens_reply=False, salt=salt)).tokens
+        starts = range(len(tokens))
+        behind = bisect_right(starts, False, key=lambda start: not self._holds_next(tokens[start:]))
+        return tokens[: behind or len(tokens)]
+
+    def _holds_next(self, tokens: Tokens) -> bool:
+        return NEXT in str(self.tokenizer.decode(tokens.tolist()))
 
     def _probe(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> str:
         is_text = renders_text(self.tokenizer)

@@ -13,13 +13,12 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from fastapi.sse import format_sse_event
-
 from mlx_hybridcache.store.conversations import Place
 from mlx_hybridcache.tokens import Namespace
 
 from ..errors import ApiError
 from ..generation.serving import Serving
+from ..http.keepalive import COMMENT
 from ..http.wire import event
 from ..schema.requests import WatchBody
 from .figures import figures, running
@@ -28,9 +27,6 @@ from .rows import Fork, Row, Rows
 
 INTERVAL_SECONDS = 1.0
 """Between two events at least."""
-
-KEEP_ALIVE_SECONDS = 15.0
-"""A stream with nothing to tell says so, which also notices a client that went away."""
 
 MOST_WATCHING = 16
 """Pages at once."""
@@ -51,7 +47,7 @@ OWN = "own"
 
 
 async def watch(serving: Serving, body: WatchBody) -> AsyncGenerator[bytes]:
-    """Server-sent events for one page, until it goes away or the server stops."""
+    """Server-sent events for one page, until it goes away or the server stops; with nothing to tell, that."""
     watcher = Watcher(serving, body)
     quiet_since = time.monotonic()
     while not serving.closing.is_set():
@@ -59,9 +55,9 @@ async def watch(serving: Serving, body: WatchBody) -> AsyncGenerator[bytes]:
         if update:
             quiet_since = time.monotonic()
             yield event({"time": time.time(), **update})
-        elif time.monotonic() - quiet_since >= KEEP_ALIVE_SECONDS:
+        elif time.monotonic() - quiet_since >= serving.settings.keepalive_seconds:
             quiet_since = time.monotonic()
-            yield format_sse_event(comment="keepalive")
+            yield COMMENT
         with suppress(TimeoutError):
             await asyncio.wait_for(serving.closing.wait(), INTERVAL_SECONDS)
 

@@ -32,7 +32,7 @@ def new_cache(name, **settings):
         oracle.word_tokenizer(),
         memory_budget="300MB",
         prefill_step_size=STEP,
-        checkpoint_every=STEP,
+        checkpoint_every=settings.pop("checkpoint_every", STEP),
         checkpoint_min_step=QUARTER,
         **settings,
     )
@@ -179,17 +179,27 @@ def test_eight_agents_with_one_system_prompt_read_it_once(name):
 
 @pytest.mark.parametrize("length", [10, 500])
 def test_equal_prompts_at_once_are_read_once(cache, length):
-    """Four times the same tokens: one reading, three restores of all but the last, however few."""
+    """Four times the same tokens: one reading, three restores of all but the last, however few.
+
+    While there is more than a slice of them, three are counted as waiting, and not as reading.
+    """
     prompt = oracle.prompt(length, seed=4)
-    started = []
+    started, loads = [], []
     with events(cache) as log:
 
         def begin():
             started.extend(ask(cache, prompt, log, "other") for _ in range(3))
 
-        replies = [list(ask(cache, prompt, log, "x", prompt_progress_callback=at(0, begin)))]
+        begins = at(0, begin)
+
+        def progress(read, total):
+            begins(read, total)
+            loads.append((cache.load.reading, cache.load.waiting))
+
+        replies = [list(ask(cache, prompt, log, "x", prompt_progress_callback=progress))]
         replies += [list(other) for other in started]
     assert sum(n for n in log if isinstance(n, int) and n > 1) == length - 1
+    assert length < STEP or (1, 3) in loads
     expected = alone("qwen3_next", prompt)
     for reply in replies:
         same(reply, expected)
@@ -224,6 +234,22 @@ def test_a_follower_takes_over_from_a_leader_that_goes_away(cache):
     read = sum(n for n in log if isinstance(n, int) and n > 1)
     assert read <= 660 + STEP  # at most the slice that was under way
     same(followers, alone("qwen3_next", other))
+
+
+def test_a_cancelled_request_leaves_what_was_read_to_its_last_token():
+    """Cancelled at 128 of 900 tokens, where checkpoints are 640 apart: the next one resumes at 128."""
+    prompt, running = oracle.prompt(900, seed=8), []
+    begun = threading.Event()
+
+    def leave():
+        begun.wait()
+        running[0].cancel()
+
+    with new_cache("qwen3_next", checkpoint_every=640) as cache:
+        running.append(ask(cache, prompt, [], "x", prompt_progress_callback=at(128, leave)))
+        begun.set()
+        assert list(running[0]) == []
+        assert cache.lookup(prompt).restored_tokens == 128
 
 
 def test_a_cancelled_request_reads_at_most_one_more_slice(cache):

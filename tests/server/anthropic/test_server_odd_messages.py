@@ -10,7 +10,9 @@ from unittest import mock
 import pytest
 from in_process import Client, served, until
 from mlx_hybridcache_server.anthropic import conversation, routes
+from mlx_hybridcache_server.anthropic.content import Content
 from mlx_hybridcache_server.anthropic.conversation import as_chat, breakpoints
+from mlx_hybridcache_server.calls.incoming import Arguments, Begin
 from mlx_hybridcache_server.errors import ApiError, shutting_down
 from mlx_hybridcache_server.replies import chat
 from mlx_hybridcache_server.replies.chat import Breakpoint
@@ -183,3 +185,10 @@ def test_a_server_that_stops_says_so_while_marks_are_read():
     serving.rendering.steps = mock.AsyncMock(side_effect=shutting_down())
     with pytest.raises(ApiError):
         asyncio.run(chat._end(mock.Mock(), [1], None, mock.Mock(), serving, 1))
+
+
+def test_a_part_without_letters_is_no_event():
+    """A call's arguments come in parts, of which one between a brace and a name may be empty."""
+    content = Content()
+    list(content.add(Begin("find_person", "1")))
+    assert [len(list(content.add(Arguments(said)))) for said in ("{", "", "}")] == [1, 0, 1]

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 from bundled import load
 from long import forms
+from mlx_hybridcache_server.explaining.asked import recognised
 from mlx_hybridcache_server.explaining.local import explained, renderer
+from servers import CHAT, MESSAGES, user
 from texts.changed_requests import PLANTED, Pair, as_messages, as_response, pair
 
 from mlx_hybridcache.demo import BUNDLED_MODEL
@@ -121,3 +123,91 @@ def test_requests_of_other_endpoints_are_explained_alike(say, count):
 def test_it_is_said_where_it_stands(kind, where):
     """As the request's own fields are named."""
     assert where in told(pair([*PLANTED].index(kind)))["where"]
+
+
+def test_what_else_differs_is_told_behind_what_parts_them():
+    """The day in the system prompt, and what the user asked first."""
+
+    def chat(day: str, asked: str) -> dict[str, Any]:
+        system = {"role": "system", "content": f"Today is 2026-11-{day}."}
+        return {
+            "messages": [system, *user(asked), {"role": "assistant", "content": "b"}, *user("c")]
+        }
+
+    found = explained([chat("25", "a"), chat("26", "x")], None, MODEL)
+    assert found["change"] == "date"
+    assert found["also"] == [{"change": "message_edited", "where": "messages[1] (user).content"}]
+
+
+def test_what_is_appended_is_new_from_its_first_letter_on():
+    """Also where it begins with what another turn is tried with in its place."""
+
+    def new(asked: str) -> Any:
+        before = [*user("a"), {"role": "assistant", "content": "b"}]
+        requests: list[dict[str, Any]] = [
+            {"messages": user("a")},
+            {"messages": [*before, *user(asked)]},
+        ]
+        return explained(requests, None, MODEL)["new_tokens"]
+
+    assert new("0") == new("1") > 0
+
+
+def test_a_reply_to_go_on_with_that_is_undone_is_gone_on_with_no_more():
+    """The second one's last turn is the reply's beginning, and the first one's is the user's."""
+    goes_on = [*user("x"), {"role": "assistant", "content": "He"}]
+    requests: list[dict[str, Any]] = [
+        {"messages": [*user("a"), *user("b")]},
+        {"messages": goes_on, "continue_final_message": True},
+    ]
+    assert explained(requests, None, MODEL)["change"] == "message_edited"
+
+
+@pytest.mark.parametrize(
+    ("fields", "endpoint"),
+    [
+        ({}, CHAT),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, CHAT),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]}, CHAT),
+        ({"system": "x"}, MESSAGES),
+        ({"tools": [{"name": "f", "input_schema": {}}]}, MESSAGES),
+        ({"messages": [{"role": "user", "content": [{"type": "tool_result"}]}]}, MESSAGES),
+    ],
+)
+def test_each_of_its_own_fields_says_that_a_request_is_for_messages(fields, endpoint):
+    """Which OpenAI's chats lack: a system prompt beside the messages, schemas of inputs, blocks of results."""
+    assert recognised({"messages": user("a"), **fields}) == endpoint
+
+
+def tool(name: str, *, said: str = "a") -> dict[str, Any]:
+    """One with a schema of two levels."""
+    value = {"type": "object", "properties": {"deep": {"type": "string", "description": said}}}
+    parameters = {"type": "object", "properties": {"x": value}}
+    return {"type": "function", "function": {"name": name, "parameters": parameters}}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "change", "where"),
+    [
+        (["f"], ["g"], "tool_edited", "tools[0] (g).name"),
+        (["f", "h"], ["g", "h"], "tool_edited", "tools[0] (g).name"),
+        (["f", "h"], ["g", "f", "h"], "tool_added", "tools[0] (g)"),
+        (["f", "h"], ["h"], "tool_removed", "tools[0] (f)"),
+    ],
+)
+def test_a_tool_is_renamed_where_another_stands_in_its_place(first, second, change, where):
+    """Else one was added, or left out."""
+    requests: list[dict[str, Any]] = [
+        {"messages": user("a"), "tools": [*map(tool, names)]} for names in (first, second)
+    ]
+    found = explained(requests, None, MODEL)
+    assert (found["change"], found["where"]) == (change, where)
+
+
+def test_the_place_in_a_schema_is_named_level_by_level():
+    """A description within two objects."""
+    requests: list[dict[str, Any]] = [
+        {"messages": user("a"), "tools": [tool("f", said=said)]} for said in ("a", "b")
+    ]
+    path = "parameters.properties.x.properties.deep.description"
+    assert explained(requests, None, MODEL)["where"] == f"tools[0] (f).{path}"

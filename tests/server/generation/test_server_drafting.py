@@ -1,6 +1,7 @@
 """`--draft-from-cache`: a reply that is written again takes fewer forwards, says so, and is the same."""
 
 from in_process import CHAT, Client, served
+from mlx_hybridcache_server.grammar.constrain import Guide
 
 MESSAGES = [{"role": "user", "content": "Name the colours of a rainbow, please."}]
 INSTANT = {
@@ -68,3 +69,24 @@ def test_a_request_bounds_its_drafts():
     assert 2 * two["timings"]["forwards_n"] >= two["timings"]["draft_n"] > 0
     assert "draft_n" not in none["timings"]
     assert said(two) == said(none)
+
+
+def test_quantized_rows_are_drafted_on_too():
+    """`--kv-bits 8`: the reply is the one that such rows give without drafts."""
+    body, bits = {"logprobs": True}, ("--kv-bits", "8", "--quantized-kv-start", "20")
+    (plain,), _ = asked(body, flags=bits)
+    (_, again), _ = asked(body, body, flags=("--draft-from-cache", *bits))
+    assert said(plain) == said(again)
+    assert again["timings"]["draft_n_accepted"] > 0
+
+
+def test_what_a_schema_refuses_is_not_drafted(monkeypatch):
+    """The same prompt's stored text is no such JSON: less of it is read, and the reply is the same."""
+    bodies = ({}, {"response_format": SCHEMA})
+    (_, filtered), _ = asked(*bodies)
+    monkeypatch.setattr(Guide, "may_follow", lambda guide, tokens: len(tokens))
+    (_, plain), _ = asked(*bodies)
+    assert said(filtered) == said(plain)
+    one, other = filtered["timings"], plain["timings"]
+    assert one["draft_n"] < other["draft_n"]
+    assert one["draft_n_accepted"] >= other["draft_n_accepted"] > 0

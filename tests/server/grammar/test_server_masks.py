@@ -68,6 +68,22 @@ def test_tokens_that_are_taken_back_are_forgotten():
     assert allowed(guide, prompt + one[:-1]) == allowed(straight, prompt + one[:-1])
 
 
+def test_drafted_tokens_are_counted_up_to_the_first_that_is_not_allowed():
+    """As often as asked, and nothing is taken; behind the end nobody looks."""
+    _, tokenizer = load()
+    guide = made(chat(response_format=by_schema({"const": {"a": 1}}))).start()
+    right, wrong = tokens_of('{"a": 1}'), tokens_of("a")
+    end = [min(tokenizer.eos_token_ids)]
+    allowed(guide, [5])
+    for _ in range(2):
+        assert guide.may_follow(right) == len(right)
+        assert guide.may_follow([*right[:2], *wrong]) == 2
+        assert guide.may_follow(wrong) == 0
+    assert right[0] in allowed(guide, [5])
+    allowed(guide, [5, *right, *end])
+    assert guide.may_follow(wrong) == len(wrong)
+
+
 def test_a_drafted_reply_is_held_to_its_schema():
     """Two Llamas of random weights, the one drafting for the other, with 128 rows of padding."""
     _, tokenizer = load()

@@ -220,3 +220,35 @@ def test_a_prefix_is_what_all_its_continuations_share():
     for question in ("Why?", "0 is a number", "about"):
         whole = renderer().chat(body(("system", "Be brief."), ("user", question), tools=TOOLS))
         assert whole.tokens[: len(prefix) - 1] == prefix[:-1]
+
+
+def test_a_prefix_is_rendered_once_by_the_step_that_weighs_all_of_it(monkeypatch):
+    """Several are asked for beside a prompt; behind the first step others weigh what a piece of text does."""
+    _, tokenizer = load()
+    rendered, whole = [], Renderer.chat
+
+    def counted(*args, **kwargs):
+        rendered.append(args)
+        return whole(*args, **kwargs)
+
+    monkeypatch.setattr(Renderer, "chat", counted)
+    made = Renderer(tokenizer, learn_turn_marks(tokenizer), 2**31 - 1, {})
+    steps = made.prefix(body(("system", "The lamp of Ada is red.\n" * 2000)))
+    next(steps)
+    assert len(rendered) == 1
+    done(steps)
+    assert len(rendered) == 1
+
+
+def test_what_is_moved_is_no_part_of_a_prefix():
+    """It stands behind what is said next: tomorrow's prefix is today's."""
+    one, other = (
+        renderer().prefix(
+            Conversation(
+                messages=[{"role": "system", "content": f"Be brief.\nToday is 2026-11-{day}."}],
+                stable_prefix="move",
+            )
+        )
+        for day in (28, 29)
+    )
+    assert one == other == renderer().prefix(body(("system", "Be brief.\n")))

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 from in_process import Client, busy, served, until
+from mlx_hybridcache_server.calls.incoming import Arguments, Begin
 from mlx_hybridcache_server.replies.notices import WARNING_HEADER
 from mlx_hybridcache_server.responses import routes
 from mlx_hybridcache_server.responses.conversation import turns
+from mlx_hybridcache_server.responses.output import Output
 from replies import ENDLESS, FUNCTION
 from servers import COMPLETIONS, events_of
 from serving.sdk_types import RESPONSE, RESPONSE_ITEMS, check_response
@@ -240,3 +242,10 @@ def test_a_response_that_is_cancelled_while_it_is_written_says_so():
         assert response["output"][0]["status"] == "incomplete"
 
     served(work)
+
+
+def test_a_part_without_letters_is_no_event():
+    """A call's arguments come in parts, of which one between a brace and a name may be empty."""
+    output = Output()
+    list(output.add(Begin("find_person", "1")))
+    assert [len(list(output.add(Arguments(said)))) for said in ("{", "", "}")] == [1, 0, 1]

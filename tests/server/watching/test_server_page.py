@@ -25,7 +25,8 @@ FILES = ("index.html", "app.js", "tree.js", "style.css", "icon.svg", "server.js"
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    with running(OURS, "--cache-dir", str(tmp_path_factory.mktemp("cache"))) as server:
+    folder = str(tmp_path_factory.mktemp("cache"))
+    with running(OURS, "--cache-dir", folder, "--keepalive-seconds", "1") as server:
         yield server
 
 
@@ -181,7 +182,7 @@ def test_at_most_one_event_a_second_and_none_when_nothing_happens(server):
         lines = (line for line in response.iter_lines() if line)
         assert next(lines).startswith("data: ")
         assert next(lines) == ": keepalive"
-    assert time.monotonic() - began > 10
+    assert time.monotonic() - began < 10  # the flag's second, on a busy machine too
 
 
 def test_a_page_that_comes_back_is_told_what_it_missed(server):
@@ -203,7 +204,7 @@ def test_what_runs_is_told_while_it_runs(server):
     asking.start()
     try:
         until = time.monotonic() + 20
-        while not (found := look(server)["running"]):
+        while not (found := look(server)["running"]) or found[0]["state"] == "queued":
             assert time.monotonic() < until
         (run,) = found
         assert run["state"] in ("reading", "writing")

@@ -1,6 +1,7 @@
 """The page in a real browser, against a live server that is at work."""
 
 import json
+import re
 import threading
 
 import pytest
@@ -27,7 +28,8 @@ def chromium(tmp_path_factory):
 def server(tmp_path_factory):
     """A server that has served some conversations, with text."""
     folder = str(tmp_path_factory.mktemp("cache"))
-    with running(OURS, "--cache-dir", folder, "--cache-ram", "64", "--show-prompts") as server:
+    flags = ("--cache-dir", folder, "--cache-ram", "64", "--show-prompts", "--draft-from-cache")
+    with running(OURS, *flags) as server:
         yield busy(server)
 
 
@@ -151,9 +153,9 @@ def test_the_tree_unfolds_with_the_mouse_and_with_the_keyboard(chromium, server)
 
 
 def test_pin_unpin_and_drop_do_what_they_say(chromium, server):
-    """The newest conversation is pinned, unpinned, and dropped after a second thought."""
-    prompt = "Ephemeral words " + text(80, 17_000)
-    server.answer(COMPLETIONS, prompt=prompt, max_tokens=1)
+    """The newest conversation, kept for a day, is pinned, unpinned, and dropped after a second thought."""
+    asked = {"messages": user("Ephemeral words " + text(80, 17_000)), "max_tokens": 1, **INSTANT}
+    server.answer(CHAT, **asked, prompt_cache_retention="24h")
 
     def told(name):
         return server.client.get("/v1/cache").json()[name]
@@ -161,6 +163,7 @@ def test_pin_unpin_and_drop_do_what_they_say(chromium, server):
     with chromium.visit(server.url) as visit:
         is_live(visit)
         row = visit.page.locator("#tree .top > li").filter(has_text="Ephemeral").first
+        is_kept_for_a_time(visit, row, told("soft_pinned"))
         row.get_by_role("button", name="pin", exact=True).click()
         row.get_by_role("button", name="unpin", exact=True).wait_for()
         assert told("pinned") == 1
@@ -175,8 +178,23 @@ def test_pin_unpin_and_drop_do_what_they_say(chromium, server):
         row.wait_for(state="detached")
         assert told("tokens") < held
         assert visit.page.locator("#notice").text_content().startswith("Dropped")
-    report = server.answer(COMPLETIONS, prompt=prompt, max_tokens=1)
+    report = server.answer(CHAT, **asked)
     assert report["usage"]["prompt_tokens_details"]["cached_tokens"] < 20
+
+
+def is_kept_for_a_time(visit, row, count):
+    """Above the tree, beside the row's own checkpoint, and with the request that asked for it."""
+    assert count == 1
+    assert "1 kept for a time" in visit.page.locator("#tree-note").text_content()
+    row.locator("> .row .fold").click()
+    kept = row.locator("> .more table tbody .pin").filter(
+        has_text=re.compile(r"^kept until \d\d:\d\d")
+    )
+    kept.wait_for()  # the only one, or this fails
+    newest = visit.page.locator("#recent > li").first
+    newest.locator("summary").click()
+    assert "Kept for a time1 checkpoint" in newest.locator(".why dl").text_content()
+    row.locator("> .row .fold").click()
 
 
 def test_a_prompt_is_warmed_and_pinned_from_the_page(chromium, server):
@@ -235,6 +253,22 @@ def test_a_request_says_where_it_parted_ways_and_why(chromium, server):
         asked, stored = entry.locator("mark").all_text_contents()
         assert asked == changed["text"]["asked"]
         assert stored == changed["text"]["stored"]
+
+
+def test_a_request_says_how_much_of_its_reply_was_drafted(chromium, server):
+    """Of a reply that was written before, and what it took: a forward for several tokens."""
+    for _ in range(2):
+        reply = server.answer(COMPLETIONS, prompt=text(60, 21_000), max_tokens=24)
+    timings = reply["timings"]
+    assert timings["draft_n_accepted"] > 0
+    with chromium.visit(server.url) as visit:
+        is_live(visit)
+        visit.page.locator("#recent summary").first.click()
+        drafted = visit.page.locator("#recent dl > div").filter(has_text="Drafted").first
+        assert drafted.locator("dd").text_content() == (
+            f"{timings['draft_n_accepted']} of {timings['draft_n']} tokens right; "
+            f"{timings['forwards_n']} forwards"
+        )
 
 
 def test_text_from_prompts_stays_text(chromium, server):

@@ -82,6 +82,11 @@ class Case:
         return self.colds[tokens]
 
     @property
+    def drafts(self) -> bool:
+        """Whether its replies can be drafted."""
+        return not self.settings.get("exact")
+
+    @property
     def quantized(self) -> Quantized | None:
         """What its rows are quantized to."""
         bits = self.settings.get("kv_bits")

@@ -13,9 +13,10 @@ import tiny
 from hypothesis import strategies as st
 from hypothesis.stateful import rule
 
+from mlx_hybridcache.decode.sampling import LogitsProcessor
 from mlx_hybridcache.errors import NotStoredError, PinnedError
 from state_machine import bounds, cases
-from state_machine.under_test import BUDGET, UNREPORTED, CacheUnderTest
+from state_machine.under_test import BUDGET, UNREPORTED, WRITTEN, CacheUnderTest
 
 SMALL_FILES = 1500
 """Bytes that a file may have while the disk fails: enough for a few tokens' rows."""
@@ -31,7 +32,13 @@ prompts = st.builds(
     forks,
 )
 salts = st.sampled_from(SALTS)
+turns = st.none() | st.integers(1, WRITTEN - 1)
 places = st.integers(0, 1000)
+
+
+def turned(at: int) -> LogitsProcessor:
+    """Behind so many tokens, prompt and reply, the unlikeliest ones are the likeliest."""
+    return lambda tokens, logits: -logits if tokens.size == at else logits
 
 
 class CacheMachine(CacheUnderTest):
@@ -52,6 +59,19 @@ class CacheMachine(CacheUnderTest):
             self.count(stream.report.tier)
 
         self.attempt(answer)
+
+    @rule(tokens=prompts, salt=salts, turn=turns)
+    def generate_with_drafts(self, tokens: tuple[int, ...], salt: str, turn: int | None) -> None:
+        """A reply is written again, behind itself or behind one that is the same up to a `turn`."""
+
+        def answer() -> None:
+            expected = self.written(tokens, salt)
+            if turn is not None:
+                self.written(tokens, salt, logits_processors=[turned(len(tokens) + turn)])
+            assert self.written(tokens, salt, draft_from_cache=True) == expected
+
+        if self.case.drafts:
+            self.attempt(answer)
 
     @rule(tokens=prompts, salt=salts)
     def answer(self, tokens: tuple[int, ...], salt: str) -> None:

@@ -118,6 +118,7 @@ function explained(one) {
     ["Written", many(one.completion_tokens, "token")],
     ["Request", `${one.endpoint} ${one.id}`],
   ];
+  if (one.drafted_tokens) facts.push(["Drafted", drafts(one)]);
   if (one.soft_pins) facts.push(["Kept for a time", many(one.soft_pins, "checkpoint")]);
   if (one.stable_prefix) facts.push(["Stable prefix", arranged(one.stable_prefix)]);
   const list = element("dl");
@@ -127,6 +128,11 @@ function explained(one) {
   parts.push(list);
   if (one.text && one.diverged_at > 0) parts.push(...texts(one.text));
   return parts;
+}
+
+function drafts(one) {
+  const right = `${count(one.accepted_tokens)} of ${many(one.drafted_tokens, "token")} right`;
+  return `${right}; ${many(one.reply_forwards, "forward")}`;
 }
 
 function arranged({ mode, tokens, boundaries, moved, canonical_tools }) {

@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from ..asking import KEY
+
 MODEL = "default_model"
 """The server's name for whatever it serves."""
-
-KEY = "MLX_HYBRIDCACHE_API_KEY"
 
 REPLY_TOKENS = 8192
 """What an agent is told that a reply may have; it asks for so many."""

@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
-from ..demo.process import running
-from ..errors import HybridCacheError, SettingError
-from .agents import AGENTS, KEY, Agent, Place
+from ...demo.process import running
+from ...errors import HybridCacheError, SettingError
+from ..asking import NobodyError, key, served_model
+from .agents import AGENTS, Agent, Place
 
 URL = "http://127.0.0.1:8080"
-ANSWER_SECONDS = 10
 
 
 def main(argv: Sequence[str], prog: str) -> int:
@@ -95,38 +92,15 @@ def _served(options: argparse.Namespace) -> Iterator[Place]:
 
 def _look(url: str) -> Place | None:
     """The server of ours at `url`; None where nobody listens. Raises `HybridCacheError` for another's."""
-    url, key = url.rstrip("/"), _key()
-    request = urllib.request.Request(f"{url}/v1/models", headers={"Authorization": f"Bearer {key}"})
+    url = url.rstrip("/")
     try:
-        with urllib.request.urlopen(request, timeout=ANSWER_SECONDS) as answer:
-            said = answer.read()
-    except urllib.error.HTTPError as error:
-        error.close()
-        needs = f"it wants a key: set {KEY}" if error.code == 401 else f"it answers {error.code}"
-        raise HybridCacheError(f"{url} cannot be used: {needs}.") from error
-    except OSError:
+        return Place(url, key(), served_model(url).get("context_length"))
+    except NobodyError:
         return None
-    served = _ours(said)
-    if served is None:
-        raise HybridCacheError(f"What listens at {url} is no mlx_hybridcache.server.")
-    return Place(url, key, served.get("context_length"))
-
-
-def _ours(said: bytes) -> dict[str, Any] | None:
-    """The model that is served, by what a server of ours says of it."""
-    try:
-        served: dict[str, Any] = json.loads(said)["data"][0]
-        return served if served["owned_by"] == "local" else None
-    except (ValueError, KeyError, IndexError, TypeError):
-        return None
-
-
-def _key() -> str:
-    return os.environ.get(KEY) or "none"
 
 
 def _unknown(url: str) -> Place:
-    return Place(url.rstrip("/"), _key(), None)
+    return Place(url.rstrip("/"), key(), None)
 
 
 # The agent

@@ -1,0 +1,1 @@
+"""The command `mlx-hybridcache launch`."""
