@@ -252,6 +252,16 @@ def test_a_drafted_end_is_restored_after_a_restart(name, tmp_path, monkeypatch):
         assert not next_turn_off(name, cache, PROMPT, tokens)
 
 
+def test_who_is_always_wrong_is_asked_seldom():
+    """Of 40 tokens at most ten have drafts behind them."""
+    with new_cache("qwen3_next") as cache:
+        expected = plain(cache)
+        knowing = Knowing(len(PROMPT), [each.token for each in expected], 0, 8)
+        found, _ = drafted(cache, knowing)
+        assert not off("qwen3_next", found, expected)
+        assert 0 < len(knowing.told) <= 10
+
+
 def test_drafts_take_only_what_is_free(monkeypatch):
     """In a budget that one request fills there is nothing to draft with, and the reply is the same."""
     never_resting(monkeypatch)

@@ -86,7 +86,7 @@ class Speculation:
         self._history.extend(read[len(self._history) - self._start :])
         if len(self._history) == self._start + len(read):
             self._history.append(coming)
-        return self._drafter.propose(self._history, most)[:most]
+        return self._drafter.propose(self._history, most)
 
     def _read(self, live: LiveCaches, tokens: list[int]) -> bool:
         """A forward over the coming token and drafted ones; False where what is stored would have to go."""
