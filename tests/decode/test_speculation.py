@@ -274,9 +274,10 @@ def test_drafts_take_only_what_is_free(monkeypatch):
         assert (report.drafted_tokens, report.reply_forwards) == (0, 1 + COUNT)
 
 
-def test_what_a_block_holds_is_claimed_and_given_back():
-    """While it runs a reply claims the states it may go back to; nothing is left of them."""
-    with new_cache("qwen3_next") as cache:
+@pytest.mark.parametrize("name", ["qwen3_next", "gemma3_text"])
+def test_what_a_block_holds_is_claimed_and_given_back(name):
+    """While it runs a reply claims the states and windows it may go back to; nothing is left of them."""
+    with new_cache(name) as cache:
         tokens = [each.token for each in plain(cache)]
         with_drafter(cache, Knowing(len(PROMPT), tokens, 8))
         reply = cache.stream_generate(PROMPT, COUNT, draft_from_cache=True, **GREEDY)
