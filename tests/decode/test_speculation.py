@@ -284,6 +284,16 @@ def test_a_drafted_end_is_restored_after_a_restart(name, tmp_path, monkeypatch):
         assert not next_turn_off(name, cache, PROMPT, tokens)
 
 
+def test_who_is_always_wrong_is_asked_seldom():
+    """Of 40 tokens at most ten have drafts behind them."""
+    with new_cache("qwen3_next") as cache:
+        expected = plain(cache)
+        knowing = Knowing(len(PROMPT), [each.token for each in expected], 0, 8)
+        found, _ = drafted(cache, knowing)
+        assert not off("qwen3_next", found, expected)
+        assert 0 < len(knowing.told) <= 10
+
+
 def test_drafts_take_only_what_is_free(monkeypatch):
     """In a budget that one request fills there is nothing to draft with, and the reply is the same."""
     never_resting(monkeypatch)
@@ -296,9 +306,10 @@ def test_drafts_take_only_what_is_free(monkeypatch):
         assert (report.drafted_tokens, report.reply_forwards) == (0, 1 + COUNT)
 
 
-def test_what_a_block_holds_is_claimed_and_given_back():
-    """While it runs a reply claims the states it may go back to; nothing is left of them."""
-    with new_cache("qwen3_next") as cache:
+@pytest.mark.parametrize("name", ["qwen3_next", "gemma3_text"])
+def test_what_a_block_holds_is_claimed_and_given_back(name):
+    """While it runs a reply claims the states and windows it may go back to; nothing is left of them."""
+    with new_cache(name) as cache:
         tokens = [each.token for each in plain(cache)]
         with_drafter(cache, Knowing(len(PROMPT), tokens, 8))
         reply = cache.stream_generate(PROMPT, COUNT, draft_from_cache=True, **GREEDY)

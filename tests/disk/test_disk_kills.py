@@ -4,13 +4,14 @@
 """
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import httpx2
 import pytest
 from long import forms
 from mlx_hybridcache_bench import cli
-from mlx_hybridcache_bench.kills import power, server_kills
+from mlx_hybridcache_bench.kills import power, server_kills, writer_kills
 from mlx_hybridcache_bench.kills.command import figures
 from mlx_hybridcache_bench.kills.killed_writer import BUDGET_BYTES, Order
 from mlx_hybridcache_bench.kills.server_kills import (
@@ -29,6 +30,7 @@ from mlx_hybridcache_bench.kills.writer_kills import (
 from mlx_hybridcache_bench.serving.servers import OURS, Launch
 
 from mlx_hybridcache.demo import BUNDLED_MODEL
+from mlx_hybridcache.disk.catalogue import Catalogue
 from mlx_hybridcache.disk.segment import SEGMENTS, check_file, write
 
 MODEL = str(BUNDLED_MODEL)
@@ -101,6 +103,26 @@ def test_the_account_tells_what_is_lost_damaged_left_over_and_too_much(writers, 
     assert not [fault for fault in account.faults if lost.name in fault]  # said once
     account.hear([f"-{damaged.name}"])
     assert damaged.name not in account.promised
+
+
+def test_the_account_tells_what_the_index_does_not_find_or_says_otherwise(
+    writers, tmp_path, monkeypatch
+):
+    """A catalogue that forgets a segment, and files that say they were written for another model."""
+    account = Account()
+    account.hear(writers.run(Order(str(tmp_path), 2, seconds=60, most_checkpoints=1)))
+    segments = Catalogue.segments
+    with monkeypatch.context() as patch:
+        patch.setattr(Catalogue, "segments", lambda known: list(segments(known))[1:])
+        account.check(tmp_path)
+    assert sum("cannot be found" in fault for fault in account.faults) == 1
+    account.faults.clear()
+    monkeypatch.setattr(
+        writer_kills, "check_file", lambda path: replace(check_file(path), model="other")
+    )
+    account.check(tmp_path)
+    assert account.faults
+    assert all("not what the index says" in fault for fault in account.faults)
 
 
 @pytest.mark.parametrize("kills", forms(2, 15))

@@ -88,7 +88,7 @@ class Speculation:
         self._history.extend(read[len(self._history) - self._start :])
         if len(self._history) == self._start + len(read):
             self._history.append(coming)
-        drafted = self._drafter.propose(self._history, most)[:most]
+        drafted = self._drafter.propose(self._history, most)
         if drafted:
             for each in self._foreseeing:  # what cannot come need not be read
                 drafted = drafted[: max(0, each.may_follow([coming, *drafted]) - 1)]

@@ -18,6 +18,8 @@ from directories.restarts import (
     write,
 )
 
+from mlx_hybridcache.disk.write_behind import WriteBehind
+
 
 def test_pins_survive_a_restart_on_disk(tmp_path: Path) -> None:
     """One of 12 prompts is pinned; a disk budget for four of them keeps it over restarts, until it
@@ -67,6 +69,21 @@ def test_a_pin_set_or_lifted_while_its_files_are_written_is_kept(
     with opened(tmp_path) as cache:
         nodes = cache.engine.tiers.disk.catalogue.store.nodes()
         assert [node.end for node in nodes if node.pinned] == [LENGTH - 1] * is_pinned
+
+
+def test_a_file_is_pinned_as_it_is_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Who is killed before it hears that the file is there finds it pinned all the same."""
+    tokens = oracle.prompt(LENGTH, seed=59)
+    monkeypatch.setattr(WriteBehind, "_keep", lambda *heard: None)
+    with opened(tmp_path) as cache:
+        with monkeypatch.context() as later:
+            later.setattr(WriteBehind, "write", lambda behind: None)
+            oracle.read(cache, tokens)
+            cache.pin(tokens)
+        assert cache.flush(30)
+    with opened(tmp_path) as cache:
+        nodes = cache.engine.tiers.disk.catalogue.store.nodes()
+        assert [node.end for node in nodes if node.pinned] == [LENGTH - 1]
 
 
 def test_a_smaller_disk_budget_lets_go_what_is_over_it_even_pins(tmp_path: Path) -> None:

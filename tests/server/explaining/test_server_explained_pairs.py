@@ -10,6 +10,7 @@ import pytest
 from bundled import load
 from long import forms
 from mlx_hybridcache_server.explaining.asked import recognised
+from mlx_hybridcache_server.explaining.explanation import Cost
 from mlx_hybridcache_server.explaining.local import explained, renderer
 from servers import CHAT, MESSAGES, user
 from texts.changed_requests import PLANTED, Pair, as_messages, as_response, pair
@@ -143,10 +144,9 @@ def test_what_is_appended_is_new_from_its_first_letter_on():
     """Also where it begins with what another turn is tried with in its place."""
 
     def new(asked: str) -> Any:
-        before = [*user("a"), {"role": "assistant", "content": "b"}]
         requests: list[dict[str, Any]] = [
             {"messages": user("a")},
-            {"messages": [*before, *user(asked)]},
+            {"messages": [*user("a"), *user(asked)]},
         ]
         return explained(requests, None, MODEL)["new_tokens"]
 
@@ -211,3 +211,15 @@ def test_the_place_in_a_schema_is_named_level_by_level():
     ]
     path = "parameters.properties.x.properties.deep.description"
     assert explained(requests, None, MODEL)["where"] == f"tools[0] (f).{path}"
+
+
+def test_what_is_restored_is_read_neither_again_nor_anew():
+    """Of 10 tokens 8, though the first prompt had 5 of them: a reply is stored behind it."""
+    cost = Cost.of(10, common=5, restored=8, known=5)
+    assert (cost.read_tokens, cost.again_tokens, cost.new_tokens) == (2, 0, 2)
+
+
+def test_who_goes_back_reads_nothing_again():
+    """Two tokens of three: the last one alone is read."""
+    found = explained([{"prompt": [5, 6, 7]}, {"prompt": [5, 6]}], None, MODEL)
+    assert (found["change"], found["is_hot"], found["read_tokens"]) == ("rewound", True, 1)

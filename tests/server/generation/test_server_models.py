@@ -243,7 +243,10 @@ def test_a_switch_waits_for_the_whole_of_a_reply(serving: Serving, other: str) -
     within(work())
 
 
-def test_a_client_that_leaves_stops_waiting_for_its_model(serving: Serving, other: str) -> None:
+@pytest.mark.parametrize("streams", [False, True])
+def test_a_client_that_leaves_stops_waiting_for_its_model(
+    serving: Serving, other: str, streams: bool
+) -> None:
     """It waited behind a stream; the next request for the model that is there is answered beside that."""
 
     async def work() -> None:
@@ -251,11 +254,12 @@ def test_a_client_that_leaves_stops_waiting_for_its_model(serving: Serving, othe
         stream = asyncio.create_task(streaming.ask(COMPLETIONS, **ENDLESS))
         await until(lambda: len(streaming.sent) > 5)
         gone = asyncio.create_task(
-            leaving.ask(COMPLETIONS, prompt="The", max_tokens=2, model=other)
+            leaving.ask(COMPLETIONS, prompt="The", max_tokens=2, model=other, stream=streams)
         )
         await until(lambda: serving.slot._leases._waiting)
         leaving.leave()
         assert (await gone)[0] == 499
+        assert not serving.slot._leases._waiting
         status, reply = await Client(serving).ask(COMPLETIONS, prompt="The", max_tokens=2)
         assert status == 200
         assert reply["model"] != other
