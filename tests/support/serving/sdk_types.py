@@ -8,14 +8,31 @@ from __future__ import annotations
 from typing import Any
 
 import anthropic.types
+import openai.types.chat
 import openai.types.responses
+import openai.types.shared
 from pydantic import TypeAdapter
 
 RESPONSE = TypeAdapter(openai.types.responses.Response)
 RESPONSE_EVENT = TypeAdapter(openai.types.responses.ResponseStreamEvent)
 RESPONSE_ITEMS = TypeAdapter(openai.types.responses.ResponseItemList)
+CHAT_REPLY = TypeAdapter(openai.types.chat.ChatCompletion)
+CHAT_EVENT = TypeAdapter(openai.types.chat.ChatCompletionChunk)
+OPENAI_ERROR = TypeAdapter(openai.types.shared.ErrorObject)
+ANTHROPIC_ERROR = TypeAdapter(anthropic.types.ErrorResponse)
 MESSAGE = TypeAdapter(anthropic.types.Message)
 MESSAGE_EVENT = TypeAdapter(anthropic.types.RawMessageStreamEvent)
+
+
+def check_chat(events: list[dict[str, Any]]) -> None:
+    """Each event by its type and of one reply; one says why it ended, and none that follows says more."""
+    for event in events:
+        CHAT_EVENT.validate_python(event)
+    assert len({each["id"] for each in events}) == 1
+    choices = [choice for each in events for choice in each["choices"]]
+    assert [choice["finish_reason"] is None for choice in choices] == [True] * (
+        len(choices) - 1
+    ) + [False]
 
 
 def check_response(events: list[dict[str, Any]]) -> None:
