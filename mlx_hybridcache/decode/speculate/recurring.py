@@ -109,16 +109,21 @@ class RecurringText:
         return hashes >> np.uint64(self._shift)
 
     def find(self) -> tuple[int, int]:
-        """A place where the text's last tokens were before, and how many of them agree; (0, 0) for none."""
+        """A place where the text's last tokens were before, and how many of them agree; (0, 0) for none.
+
+        Once for each end of the text, as it is put into the index with that.
+        """
         best = (0, 0)
         here = self._text[max(0, self.length - SHOWN) : self.length].tolist()
         for run, ends in self._ends.items():
-            if self.length <= run:
+            if self.length < run:
                 continue
-            place = int(ends[self._hash(here[-run:])])
+            at = self._hash(here[-run:])
+            place, ends[at] = int(ends[at]), self.length
             agreed = self._agreed(place, here)
             if agreed >= run and agreed > best[1]:
                 best = place, agreed
+        self._indexed = self.length
         return best
 
     def _agreed(self, place: int, here: list[int]) -> int:

@@ -54,6 +54,7 @@ class Speculation:
         self.counts = Drafted(forwards=1)  # the prompt's last token gave the reply's first one
         self._model = model
         self._layout = layout
+        self._longest = layout.longest_block
         self._store = store
         self._drafter = drafter
         self._pace = pace
@@ -78,8 +79,8 @@ class Speculation:
     def _width(self, reply: Reply) -> int:
         """How many tokens may be drafted behind the coming one."""
         live = reply.live
-        longest = self._layout.longest_block(live.position)
-        most = min(longest, live.capacity - live.position)
+        ahead = self._layout.tokens_ahead(live.position)
+        most = min(self._longest, ahead, live.capacity - live.position)
         most = most if reply.left < 0 else min(most, reply.left)
         return min(most - 1, self._pace.width()) if most > 1 else 0
 
