@@ -120,7 +120,7 @@ class RecurringText:
                 continue
             at = self._hash(here[-run:])
             place, ends[at] = int(ends[at]), self.length
-            agreed = self._agreed(place, here)
+            agreed = self._agreed(place, here) if place else 0
             if agreed >= run and agreed > best[1]:
                 best = place, agreed
         self._indexed = self.length
@@ -129,8 +129,12 @@ class RecurringText:
     def _agreed(self, place: int, here: list[int]) -> int:
         """How many tokens before `place` are the last ones of `here`, where the text ends."""
         there = self._text[max(0, place - len(here)) : place].tolist()
-        pairs = enumerate(zip(reversed(there), reversed(here), strict=False))
-        return next((count for count, (one, other) in pairs if one != other), len(there))
+        count = 0
+        for one, other in zip(reversed(there), reversed(here), strict=False):
+            if one != other:
+                break
+            count += 1
+        return count
 
     def follows(self, place: int, most: int) -> list[int]:
         """How the text goes on at `place`; where it ends there it is taken to repeat itself."""
