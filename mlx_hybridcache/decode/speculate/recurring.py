@@ -98,7 +98,8 @@ class RecurringText:
         self._indexed = max(self._indexed, end)
 
     def _hash(self, tokens: list[int]) -> int:
-        return (sum(map(mul, tokens, FACTORS)) & WORD) >> self._shift
+        mixed: int = sum(map(mul, tokens, FACTORS))
+        return (mixed & WORD) >> self._shift
 
     def _hashes(self, run: int, first: int, last: int) -> np.ndarray:
         """Of the runs that end at `first` to `last`."""

@@ -19,7 +19,6 @@ from ...caches.memory import MemoryStore
 from ...store.budget import Claim
 from ...tokens import Tokens
 from ..batch import Made
-from ..sampling import LogitsProcessor
 from .drafter import Drafter, Foreseeing
 from .pace import Pace
 
@@ -49,7 +48,7 @@ class Speculation:
         prompt: Tokens,
         drafter: Drafter,
         pace: Pace,
-        processors: Sequence[LogitsProcessor] = (),
+        processors: Sequence[object] = (),
     ):
         self.counts = Drafted(forwards=1)  # the prompt's last token gave the reply's first one
         self._model = model
