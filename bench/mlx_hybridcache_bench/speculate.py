@@ -10,7 +10,7 @@ import argparse
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,7 +18,10 @@ import mlx.core as mx
 from rich.console import Console
 
 from mlx_hybridcache import HybridPromptCache, models
+from mlx_hybridcache.caches.live import LiveCaches
 from mlx_hybridcache.cli.flags import tokens
+from mlx_hybridcache.decode.speculate.drafter import Drafter
+from mlx_hybridcache.request.request import Request
 
 from .kit.machine import machine, one_line
 from .kit.tables import Figure, show, show_figures, write_json
@@ -33,6 +36,9 @@ REPEATING = 1 / 2.5
 SECONDS, SECONDS_IN_VAIN = 1 / 1.8, 1.03
 """Of the CPU seconds without drafts, where the reply repeats something and where it does not."""
 
+LOOKUP_MICROSECONDS = 20
+"""What looking for a draft may take for each token of a reply."""
+
 
 @dataclass(frozen=True, slots=True)
 class Workload:
@@ -46,7 +52,10 @@ class Workload:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What one workload took: `seconds` of the CPU for all of a request, a pair for each round."""
+    """What one workload took: `seconds` of the CPU for all of a request, a pair for each round.
+
+    Of those with drafts `lookup_seconds` went into looking for them.
+    """
 
     name: str
     reply_tokens: int
@@ -56,6 +65,12 @@ class Outcome:
     same_tokens: bool
     plain_seconds: list[float]
     seconds: list[float]
+    lookup_seconds: list[float]
+
+    @property
+    def lookup_microseconds(self) -> float:
+        """For each token of the reply."""
+        return statistics.median(self.lookup_seconds) / self.reply_tokens * 1e6
 
     @property
     def ratio(self) -> float:
@@ -69,7 +84,31 @@ class Outcome:
 
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
-        return {**asdict(self), "ratio": self.ratio, "forwards_per_token": self.forwards_per_token}
+        return {
+            **asdict(self),
+            "ratio": self.ratio,
+            "forwards_per_token": self.forwards_per_token,
+            "lookup_microseconds": self.lookup_microseconds,
+        }
+
+
+@dataclass
+class _Timed:
+    """A drafter, and the seconds of the CPU that it takes on its thread."""
+
+    drafter: Drafter
+    seconds: float = 0.0
+
+    def propose(self, history: Sequence[int], most: int) -> list[int]:
+        """As `Drafter.propose`."""
+        began = time.thread_time()
+        found = self.drafter.propose(history, most)
+        self.seconds += time.thread_time() - began
+        return found
+
+    def accepted(self, drafted: int, accepted: int) -> None:
+        """As `Drafter.accepted`."""
+        self.drafter.accepted(drafted, accepted)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -137,7 +176,9 @@ def _measured(model: Any, tokenizer: Any, workload: Workload, rounds: int) -> Ou
     """Both arms in turns, each request in a salt of its own; the first pair is the warm-up."""
     plain: list[float] = []
     drafted: list[float] = []
+    lookups: list[float] = []
     with HybridPromptCache(model, tokenizer, memory_budget="4GiB") as cache:
+        timed = _timing_drafters(cache)
 
         def once(salt: str, **options: Any) -> tuple[float, list[int], Any]:
             began = time.process_time()
@@ -162,6 +203,7 @@ def _measured(model: Any, tokenizer: Any, workload: Workload, rounds: int) -> Ou
                     list(cache.warm(workload.prompt, cache_salt=salt))
                 spent, written, report = once(salt, **options)
                 seconds.append(spent)
+            lookups.append(timed[-1].seconds)
     return Outcome(
         workload.name,
         len(workload.reply),
@@ -171,7 +213,21 @@ def _measured(model: Any, tokenizer: Any, workload: Workload, rounds: int) -> Ou
         written == workload.reply,
         plain[1:],
         drafted[1:],
+        lookups[1:],
     )
+
+
+def _timing_drafters(cache: HybridPromptCache) -> list[_Timed]:
+    """The drafters that the cache's replies have from now on, the last one at the end."""
+    timed: list[_Timed] = []
+    make = cache.engine.drafter_for
+
+    def make_timed(request: Request, live: LiveCaches) -> Drafter:
+        timed.append(_Timed(make(request, live)))
+        return timed[-1]
+
+    cache.engine.drafter_for = make_timed  # type: ignore[method-assign]
+    return timed
 
 
 def _figures(seen: list[Outcome]) -> Iterator[Figure]:
@@ -183,6 +239,13 @@ def _figures(seen: list[Outcome]) -> Iterator[Figure]:
             )
         most = SECONDS if repeats else SECONDS_IN_VAIN
         yield Figure(f"CPU seconds, of those without: {one.name}", one.ratio, "", most, False)
+        yield Figure(
+            f"looking for a draft, a token: {one.name}",
+            one.lookup_microseconds,
+            "us",
+            LOOKUP_MICROSECONDS,
+            False,
+        )
     yield Figure("replies that are others", sum(not one.same_tokens for one in seen), "", 0, True)
 
 
@@ -190,7 +253,16 @@ def _show(console: Console, seen: list[Outcome]) -> None:
     show(
         console,
         "Replies with drafts from what is stored",
-        ("workload", "tokens", "forwards", "drafted", "right", "x the tokens/s", "same"),
+        (
+            "workload",
+            "tokens",
+            "forwards",
+            "drafted",
+            "right",
+            "looking, us",
+            "x the tokens/s",
+            "same",
+        ),
         [
             (
                 one.name,
@@ -198,6 +270,7 @@ def _show(console: Console, seen: list[Outcome]) -> None:
                 f"{one.forwards:,}",
                 f"{one.drafted:,}",
                 f"{one.accepted:,}",
+                f"{one.lookup_microseconds:.1f}",
                 f"{1 / one.ratio:.2f}",
                 "yes" if one.same_tokens else "NO",
             )

@@ -295,19 +295,22 @@ class Layout:
         """
         return not self.unsupported and all(kind.goes_back for kind in self.kinds)
 
-    def longest_block(self, position: int) -> int:
-        """The most tokens behind `position` of which caches can go back to any.
-
-        No more than a window keeps, and none beyond a position that no forward may reach across: where
-        rows are quantized from there on, or where slices begin to matter.
-        """
+    @property
+    def longest_block(self) -> int:
+        """The most tokens of which caches can go back to any: no more than a window keeps."""
         windows = [kind for kind in self.kinds if isinstance(kind, WindowKind | FullWindowKind)]
-        limits = [MOST_BLOCK, *(kind.size for kind in windows)]
-        if self.slicing_limit is not None:
-            limits.append(self.slicing_limit - position)
+        return min([MOST_BLOCK, *(kind.size for kind in windows)])
+
+    def tokens_ahead(self, position: int) -> int:
+        """How many tokens behind `position` may be read together.
+
+        None beyond a position that no forward may reach across: where rows are quantized from there on, or
+        where slices begin to matter.
+        """
+        ahead = MOST_BLOCK if self.slicing_limit is None else self.slicing_limit - position
         if position < self.quantized_start:
-            limits.append(self.quantized_start - position)
-        return min(limits)
+            ahead = min(ahead, self.quantized_start - position)
+        return ahead
 
     @property
     def must_replay(self) -> bool:

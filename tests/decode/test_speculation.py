@@ -1,12 +1,12 @@
 """Speculation: whatever is drafted, a reply and what is stored of it are what they are without drafts."""
 
-import families
 import mlx.core as mx
 import oracle
 import pytest
 import tiny
 from long import mostly_long
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
+from odd_models import families
 from odd_models.drafters import Knowing, new_cache, with_drafter
 
 from mlx_hybridcache import SettingError

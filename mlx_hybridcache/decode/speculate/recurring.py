@@ -9,6 +9,7 @@ does, so nothing outlives what was dropped, and weighs at most 16 bytes a token.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import mul
 
 import numpy as np
 
@@ -29,6 +30,9 @@ ROOM = 512
 
 PIECE = 1 << 16
 """Tokens that are put into the index at once: what it takes meanwhile is bounded."""
+
+FEW = 16
+"""So many, as a reply grows by, are put in one by one: numpy's calls would take longer."""
 
 FACTORS = tuple(pow(0x9E3779B97F4A7C15, i + 1, 1 << 64) for i in range(max(RUNS)))
 WORD = (1 << 64) - 1
@@ -74,6 +78,8 @@ class RecurringText:
 
     def _index(self, end: int) -> None:
         """Put in what ends at most there. The run at the very end of the text is what is looked for."""
+        if end - self._indexed <= FEW:
+            self._index_singly(end)
         while self._indexed < end:
             first, self._indexed = self._indexed, min(end, self._indexed + PIECE)
             for run, ends in self._ends.items():
@@ -82,6 +88,18 @@ class RecurringText:
                     ends[self._hashes(run, start, self._indexed)] = np.arange(
                         start, self._indexed + 1, dtype=np.int32
                     )
+
+    def _index_singly(self, end: int) -> None:
+        first = max(0, self._indexed + 1 - max(RUNS))
+        text = self._text[first:end].tolist()
+        for run, ends in self._ends.items():
+            for place in range(max(self._indexed + 1, run), end + 1):
+                ends[self._hash(text[place - run - first : place - first])] = place
+        self._indexed = max(self._indexed, end)
+
+    def _hash(self, tokens: list[int]) -> int:
+        mixed: int = sum(map(mul, tokens, FACTORS))
+        return (mixed & WORD) >> self._shift
 
     def _hashes(self, run: int, first: int, last: int) -> np.ndarray:
         """Of the runs that end at `first` to `last`."""
@@ -92,28 +110,32 @@ class RecurringText:
         return hashes >> np.uint64(self._shift)
 
     def find(self) -> tuple[int, int]:
-        """A place where the text's last tokens were before, and how many of them agree; (0, 0) for none."""
+        """A place where the text's last tokens were before, and how many of them agree; (0, 0) for none.
+
+        Once for each end of the text, as it is put into the index with that.
+        """
         best = (0, 0)
+        here = self._text[max(0, self.length - SHOWN) : self.length].tolist()
         for run, ends in self._ends.items():
-            if self.length <= run:
+            if self.length < run:
                 continue
-            last = self._text[self.length - run : self.length].tolist()
-            mixed = sum(token * factor for token, factor in zip(last, FACTORS, strict=False))
-            place = int(ends[(mixed & WORD) >> self._shift])
-            agreed = self._agreed(place)
+            at = self._hash(here[-run:])
+            place, ends[at] = int(ends[at]), self.length
+            agreed = self._agreed(place, here) if place else 0
             if agreed >= run and agreed > best[1]:
                 best = place, agreed
+        self._indexed = self.length
         return best
 
-    def _agreed(self, place: int) -> int:
-        """How many tokens before `place` are the text's last ones, up to `SHOWN`."""
-        most = min(place, SHOWN)
-        there = self._text[place - most : place].tolist()
-        here = self._text[self.length - most : self.length].tolist()
-        for count in range(most):
-            if there[-1 - count] != here[-1 - count]:
-                return count
-        return most
+    def _agreed(self, place: int, here: list[int]) -> int:
+        """How many tokens before `place` are the last ones of `here`, where the text ends."""
+        there = self._text[max(0, place - len(here)) : place].tolist()
+        count = 0
+        for one, other in zip(reversed(there), reversed(here), strict=False):
+            if one != other:
+                break
+            count += 1
+        return count
 
     def follows(self, place: int, most: int) -> list[int]:
         """How the text goes on at `place`; where it ends there it is taken to repeat itself."""

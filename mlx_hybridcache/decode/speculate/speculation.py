@@ -19,7 +19,6 @@ from ...caches.memory import MemoryStore
 from ...store.budget import Claim
 from ...tokens import Tokens
 from ..batch import Made
-from ..sampling import LogitsProcessor
 from .drafter import Drafter, Foreseeing
 from .pace import Pace
 
@@ -49,11 +48,12 @@ class Speculation:
         prompt: Tokens,
         drafter: Drafter,
         pace: Pace,
-        processors: Sequence[LogitsProcessor] = (),
+        processors: Sequence[object] = (),
     ):
         self.counts = Drafted(forwards=1)  # the prompt's last token gave the reply's first one
         self._model = model
         self._layout = layout
+        self._longest = layout.longest_block
         self._store = store
         self._drafter = drafter
         self._pace = pace
@@ -78,8 +78,8 @@ class Speculation:
     def _width(self, reply: Reply) -> int:
         """How many tokens may be drafted behind the coming one."""
         live = reply.live
-        longest = self._layout.longest_block(live.position)
-        most = min(longest, live.capacity - live.position)
+        ahead = self._layout.tokens_ahead(live.position)
+        most = min(self._longest, ahead, live.capacity - live.position)
         most = most if reply.left < 0 else min(most, reply.left)
         return min(most - 1, self._pace.width()) if most > 1 else 0
 

@@ -16,7 +16,7 @@ from hypothesis.stateful import rule
 from mlx_hybridcache.decode.sampling import LogitsProcessor
 from mlx_hybridcache.errors import NotStoredError, PinnedError
 from state_machine import bounds, cases
-from state_machine.under_test import BUDGET, UNREPORTED, WRITTEN, CacheUnderTest
+from state_machine.under_test import BUDGET, UNREPORTED, WRITTEN, CacheUnderTest, release
 
 SMALL_FILES = 1500
 """Bytes that a file may have while the disk fails: enough for a few tokens' rows."""
@@ -46,7 +46,7 @@ class CacheMachine(CacheUnderTest):
 
     @rule(tokens=prompts, salt=salts)
     def read(self, tokens: tuple[int, ...], salt: str) -> None:
-        self.attempt(lambda: self.prefill(tokens, salt).release())
+        self.attempt(lambda: release(self.prefill(tokens, salt)))
 
     @rule(tokens=prompts, salt=salts, count=st.integers(1, 6))
     def generate(self, tokens: tuple[int, ...], salt: str, count: int) -> None:
@@ -84,9 +84,7 @@ class CacheMachine(CacheUnderTest):
         mx.clear_cache()
         self.memory.highest = before = self.memory.used_bytes
         with bounds.peak_of_mlx() as peak:
-            self.attempt(
-                lambda: self.cache.restore(tokens, max_tokens=8, cache_salt=salt).release()
-            )
+            self.attempt(lambda: release(self.cache.restore(tokens, max_tokens=8, cache_salt=salt)))
         most = self.memory.highest - before
         assert peak[0] <= most + UNREPORTED, f"MLX held {peak[0]:,} bytes more, not {most:,}"
 
@@ -196,7 +194,7 @@ class CacheMachine(CacheUnderTest):
         tokens = oracle.prompt(20, seed=length)
         need = self.engine.layout.running_bytes(length + 256)
         self.attempt(
-            lambda: self.cache.restore(tokens, max_tokens=length).release(), may=need > BUDGET
+            lambda: release(self.cache.restore(tokens, max_tokens=length)), may=need > BUDGET
         )
 
     @rule(part=st.sampled_from([2, 1]))
