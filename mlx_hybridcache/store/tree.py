@@ -357,7 +357,7 @@ class PrefixTree(Generic[R, S]):
             if child is None:
                 return Match(position, tuple(path), None, contradicted=bool(node.children))
             # A conversation's path has hundreds of runs: bytes compare in a third of the time, where they lie.
-            if not content.startswith(child.tokens, width * (position - start)):
+            if not content.startswith(child.tokens.data, width * (position - start)):
                 position += common_length(child.tokens, tokens[position:])
                 return Match(position, tuple(path), child, contradicted=position < len(tokens))
             path.append(child)
