@@ -182,7 +182,7 @@ class Tiers:
     def resume(self, request: Request, live: LiveCaches) -> Generator[Pause, None, AnyFound]:
         """Fill `live` as far into the prompt as either tier reaches; returns what was found for it."""
         found = yield from self._resume(request, live)
-        self.hold(request, live, found.position)
+        self.hold(request, found.position)
         return found
 
     def _resume(self, request: Request, live: LiveCaches) -> Generator[Pause, None, AnyFound]:
@@ -362,13 +362,12 @@ class Tiers:
 
     # Keeping and forgetting
 
-    def hold(self, request: Request, live: LiveCaches, end: int) -> None:
+    def hold(self, request: Request, end: int) -> None:
         """Soft pins for what restores the request's lifetimes up to `end`, in both tiers."""
         lifetimes = {at: each for at, each in request.lifetimes.items() if at <= end}
         if lifetimes:
             namespace, tokens = request.namespace, request.tokens[:end]
-            held = self.memory.hold(namespace, tokens, lifetimes, live.known)
-            request.account.soft_pins |= held
+            request.account.soft_pins |= self.memory.hold(namespace, tokens, lifetimes)
             self.disk.hold(namespace, tokens, lifetimes)
 
     def pin(self, salt: str, tokens: Tokens, *, is_pinned: bool) -> int:

@@ -75,7 +75,7 @@ class Prefill:
                 self.tiers.save(
                     request, live, left.pop(0), is_end=is_end, is_branch_point=is_branch_point
                 )
-            self.tiers.hold(request, live, live.position)
+            self.tiers.hold(request, live.position)
             live.materialize()
             request.advance(live.position)
             request.on_progress(live.position, len(tokens))

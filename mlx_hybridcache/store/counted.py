@@ -52,6 +52,11 @@ class CountedTrees(Generic[R, S]):
         tree = self._trees.get(namespace)
         return tree.match(tokens, known) if tree else Match(0, (), None, contradicted=False)
 
+    def known_elsewhere(self, namespace: Namespace, tokens: Tokens) -> int:
+        """The longest match under other settings. Other salts are none of this request's business."""
+        others = self._trees.others(namespace)
+        return max((tree.match(tokens).matched for tree in others), default=0)
+
     def shared(self, namespace: Namespace, tokens: Tokens) -> tuple[int, int]:
         """Of `tokens`, how many are stored, and how many of those something else needs too.
 
@@ -127,6 +132,13 @@ class CountedTrees(Generic[R, S]):
         if rows is not None:
             self.budget.keep(rows=rows.nbytes)
         return node
+
+    def cut(self, namespace: Namespace, tokens: Tokens, match: Match[R, S]) -> Node[R, S]:
+        """The node that ends where `tokens` and the tree part ways."""
+        if match.inside is None:
+            return match.path[-1]
+        self.budget.make_room(self.split_nbytes(match, [match.matched]), match.nodes())
+        return self.extend(namespace, match, tokens[: match.matched], None)
 
     # Going
 

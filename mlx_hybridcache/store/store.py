@@ -72,11 +72,6 @@ class Store(CountedTrees[R, S]):
         node = match.deepest_checkpoint(limit)
         return Found(match, node.end if node else 0, node)
 
-    def known_elsewhere(self, namespace: Namespace, tokens: Tokens) -> int:
-        """The longest match under other settings. Other salts are none of this request's business."""
-        others = self._trees.others(namespace)
-        return max((tree.match(tokens).matched for tree in others), default=0)
-
     def was_evicted(self, namespace: Namespace, tokens: Tokens) -> bool:
         """Whether a beginning of `tokens` had a checkpoint that was let go."""
         return self._evicted.has_beginning_of(namespace, tokens)
@@ -168,8 +163,8 @@ class Store(CountedTrees[R, S]):
     ) -> list[int]:
         """Of the cuts in the slice that ends with `tokens`, ascending, those that are worth their room.
 
-        Room is made for them, for the slice's rows and for cutting what is stored. A cut is left out, unless
-        it is `lasting` and will have a soft pin, rather than that something more useful goes for it.
+        Room is made for them, for the slice's rows and for cutting what is stored. Unless it is `lasting` and will
+        have a soft pin, a cut is left out rather than that something more useful goes for it.
         """
         budget, match, wanted = self.budget, self.match(namespace, tokens, known), [*cuts]
         rows = (len(tokens) - match.matched) * row_bytes
@@ -213,8 +208,9 @@ class Store(CountedTrees[R, S]):
     def use(self, found: Found[R, S]) -> None:
         """Refresh the recency of what was restored, and of nothing else."""
         self.branch_rate.saw(is_inside=found.is_inside)
-        path = [node for node in found.match.path if node.soft_pin is not None]
-        renew((node for node in path if node.end <= found.position), self.seconds())
+        renew(
+            (n for n in found.match.path if n.soft_pin and n.end <= found.position), self.seconds()
+        )
         nodes = found.match.path[-1:] if found.node is None else (found.node,)
         for node in nodes:
             node.use(self.clock)
@@ -250,7 +246,6 @@ class Store(CountedTrees[R, S]):
         need = (len(tokens) - match.matched) * row_bytes
         need += self.split_nbytes(match, [match.matched])
         need += checkpoint.nbytes if checkpoint is not None else 0
-        rows = None
         if self._has_room_for(need, match, len(tokens)):
             rows = rows_of(match.matched) if match.matched < len(tokens) else None
             if rows is not None or match.matched == len(tokens):
@@ -290,7 +285,7 @@ class Store(CountedTrees[R, S]):
         """
         match = self.match(namespace, tokens)
         position = self._restorable(match, tokens)
-        node = match.deepest_checkpoint(position) or self._cut(namespace, tokens, match)
+        node = match.deepest_checkpoint(position) or self.cut(namespace, tokens, match)
         self._values.settle()
         path = {*self._values.pins.nodes, *node.path()}
         weight = sum(full_nbytes(x) for x in path) + sum(
@@ -305,17 +300,13 @@ class Store(CountedTrees[R, S]):
         return node.end
 
     def hold(
-        self,
-        namespace: Namespace,
-        tokens: Tokens,
-        lifetimes: Mapping[int, float],
-        known: Node[R, S] | None = None,
+        self, namespace: Namespace, tokens: Tokens, lifetimes: Mapping[int, float]
     ) -> set[int]:
         """Keep what restores each of these positions for its seconds, as long as anything else may go.
 
         Each use begins its time anew. Returns the positions that are kept.
         """
-        match, most = self.match(namespace, tokens, known), self.budget.limit_bytes // 2
+        match, most = self.match(namespace, tokens), self.budget.limit_bytes // 2
         return self._values.hold(match, lifetimes, self.seconds(), most)
 
     def unpin(self, namespace: Namespace, tokens: Tokens) -> int:
@@ -363,13 +354,6 @@ class Store(CountedTrees[R, S]):
         if not position:
             raise NotStoredError("Nothing of this prompt is stored; prefill it first.")
         return position
-
-    def _cut(self, namespace: Namespace, tokens: Tokens, match: Match[R, S]) -> Node[R, S]:
-        """The node that ends where `tokens` and the tree part ways."""
-        if match.inside is None:
-            return match.path[-1]
-        self.budget.make_room(self.split_nbytes(match, [match.matched]), match.nodes())
-        return self.extend(namespace, match, tokens[: match.matched], None)
 
     def _eviction(self, keep: Iterable[AnyNode] = (), spare: AnyNode | None = None) -> Eviction:
         self._values.lift(self.seconds(), self.budget.limit_bytes // 2)

@@ -17,7 +17,6 @@ from directories.restarts import (
     until_idle,
     write,
 )
-
 from mlx_hybridcache.disk.write_behind import WriteBehind
 
 
