@@ -454,7 +454,7 @@ class HybridPromptCache:
         """
         with suppress(ClosedError):  # closing twice is no mistake
             self.flush(flush_seconds)
-            self.worker.call(self.engine.tiers.memory.clear)
+            self.worker.call(self.engine.tiers.close)
         self.worker.close()
         self._let_go()
         self._disk_end()
