@@ -32,13 +32,13 @@ from .kinds.rows import (
 from .layout import Layout, leaves
 from .memory import MemoryFound, MemoryMaterializer, MemoryRows
 from .retaining.buffers import Reading, Retained
-from .room import ROW_STEP
+from .room import FIRST_ROOM, ROW_STEP
 
 AMPLE = 4
 """Headroom for later turns is taken where so many times of it are free."""
 
 SURPLUS = 8
-"""Buffers that are larger than a request needs are taken over where that is at most such a part of them."""
+"""Buffers that are larger than a request needs are taken over where that is at most such a part, or a first room."""
 
 RowsFrom = Callable[[int], MemoryRows | None]
 """The rows from a start on; None where they are gone."""
@@ -165,7 +165,7 @@ class LiveCaches(LazySource[RowBlock]):
         more, surplus = need - claim.nbytes, retained.capacity - rows
         if surplus > 0:
             self._materializer.free(more)
-            may = budget.has_room(more) and surplus <= rows // SURPLUS
+            may = budget.has_room(more) and surplus <= max(FIRST_ROOM, rows // SURPLUS)
         else:  # should the reply need all of its room, the buffers grow to it
             passing = self._passing_bytes(retained.capacity) if surplus else 0
             may = budget.running_bytes + more + passing <= budget.limit_bytes
@@ -262,10 +262,11 @@ class LiveCaches(LazySource[RowBlock]):
         del every
         if nbytes > self.claim.nbytes:
             return None
+        tokens = self.tokens[:alike].copy()
+        made = Retained(self.namespace, tokens, capacity, nbytes, self._reading, buffers)
         self.claim.shrink(nbytes)
         self.claim.retain()
-        tokens = self.tokens[:alike].copy()
-        return Retained(self.namespace, tokens, capacity, nbytes, self._reading, buffers)
+        return made
 
     def release(self) -> None:
         """They go. Rows that only they hold move to the store, and the claim is given back."""
