@@ -233,10 +233,7 @@ class Tiers:
     def _restore(self, request: Request, live: LiveCaches, found: MemoryFound) -> MemoryFound:
         """From memory; where the restored path itself is in the way of the request, without it."""
         layout, capacity = self._layout, request.rows
-        retained = self.shelf.take(request.namespace, request.tokens, found)
-        if retained is not None and live.take_over(self._model, retained, found, capacity):
-            self.memory.taken_over += 1
-            self.memory.use(found)
+        if live.retains and self._taken_over(request, live, found):
             return found
         if found.position:
             capacity += live.headroom(capacity)
@@ -277,6 +274,15 @@ class Tiers:
             log.warning("The buffers of a request could not be retained: %s", error)
         finally:
             live.release()
+
+    def _taken_over(self, request: Request, live: LiveCaches, found: MemoryFound) -> bool:
+        """In the buffers of the turn before, if they are still there."""
+        retained = self.shelf.take(request.namespace, request.tokens, found)
+        if retained is None or not live.take_over(self._model, retained, found, request.rows):
+            return False
+        self.memory.taken_over += 1
+        self.memory.use(found)
+        return True
 
     # Saving
 

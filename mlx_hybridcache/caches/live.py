@@ -31,7 +31,7 @@ from .kinds.rows import (
 )
 from .layout import Layout, leaves
 from .memory import MemoryFound, MemoryMaterializer, MemoryRows
-from .retaining.buffers import Reading, Retained
+from .retaining.buffers import Lineage, Retained
 from .room import FIRST_ROOM, ROW_STEP
 
 AMPLE = 4
@@ -107,7 +107,7 @@ class LiveCaches(LazySource[RowBlock]):
         self._shares = shares and layout.shares_rows
         self._is_known = False
         self._paid_rows = 0  # at least `capacity`: buffers that were taken over may be shorter
-        self._reading = Reading()
+        self._lineage = Lineage()
         self._columns: list[BufferColumn] = []
 
     # Their life
@@ -132,14 +132,14 @@ class LiveCaches(LazySource[RowBlock]):
         """These are the caches now. Their rows are not known to be the store's."""
         self.caches, self.position = caches, position
         self.capacity = self._paid_rows = capacity
-        self._reading = Reading()
+        self._lineage = Lineage()
 
     def restored(
         self, caches: list[Any], position: int, capacity: int, origins: Sequence[Origin]
     ) -> None:
         """The same for caches whose first rows are copies of what the store has, which `origins` tell."""
         self.stand(caches, position, capacity)
-        self._reading = Reading(tuple(origins))
+        self._lineage = Lineage(tuple(origins))
         self.attach()
 
     def take_over(self, model: Any, retained: Retained, found: MemoryFound, rows: int) -> bool:
@@ -219,7 +219,7 @@ class LiveCaches(LazySource[RowBlock]):
 
         There are some only where a few times as many bytes are free.
         """
-        if not self._shares or not self._layout.retains_rows:
+        if not self.retains:
             return 0
         more = rows // SURPLUS // ROW_STEP * ROW_STEP
         budget, layout = self._materializer.store.budget, self._layout
@@ -238,16 +238,21 @@ class LiveCaches(LazySource[RowBlock]):
         if self._shares:
             self._materializer.materialize(self)
 
+    @property
+    def retains(self) -> bool:
+        """Whether its buffers can be those of one request after another."""
+        return self._shares and self._layout.retains_rows
+
     def retain(self) -> Retained | None:
         """Let their buffers be held on for another request, once the store has all rows itself.
 
         None where that is not possible, or not of use; then they are still to be released.
         """
-        may = self.ended_well and self._is_known and self.is_standing and self._layout.retains_rows
+        may = self.retains and self.ended_well and self._is_known and self.is_standing
         if not may or not self.detach():
             return None
         match = self._materializer.store.match(self.namespace, self.tokens)
-        alike = self._reading.alike(match.nodes(), min(match.matched, self.position))
+        alike = self._lineage.alike(match.nodes(), min(match.matched, self.position))
         if not alike:
             return None
         buffers = [
@@ -263,7 +268,7 @@ class LiveCaches(LazySource[RowBlock]):
         if nbytes > self.claim.nbytes:
             return None
         tokens = self.tokens[:alike].copy()
-        made = Retained(self.namespace, tokens, capacity, nbytes, self._reading, buffers)
+        made = Retained(self.namespace, tokens, capacity, nbytes, self._lineage, buffers)
         self.claim.shrink(nbytes)
         self.claim.retain()
         return made
@@ -310,7 +315,7 @@ class LiveCaches(LazySource[RowBlock]):
     # As the store sees them
 
     def has(self, rows: RowBlock) -> bool:
-        return self._reading.has(rows, rows.end)
+        return self._lineage.has(rows, rows.end)
 
     @property
     def is_standing(self) -> bool:
@@ -322,7 +327,7 @@ class LiveCaches(LazySource[RowBlock]):
     def view(self, start: int, end: int) -> RowBlock:
         block = checkpoints.view_rows(self._layout, self.caches, start, end)
         assert block is not None, "rows have left the caches that hold them for the store"
-        return replace(block, reading=self._reading.of(start, end))
+        return replace(block, lineage=self._lineage.of(start, end))
 
     def passing_bytes(self, tokens: int) -> int:
         states = max(kind.snapshot_bytes for kind in self._layout.kinds)
@@ -335,7 +340,7 @@ class LiveCaches(LazySource[RowBlock]):
         for a, b in ranges:
             block = checkpoints.take_rows(self._layout, self.caches, a, b)
             assert block is not None, "rows have left the caches that hold them for the store"
-            made.append(replace(block, reading=self._reading.of(a, b)))
+            made.append(replace(block, lineage=self._lineage.of(a, b)))
         return made
 
     def columns(self) -> list[Column]:
@@ -371,5 +376,5 @@ class LiveCaches(LazySource[RowBlock]):
             for column in columns:
                 layers[column.leaf].extend(column.copies[index])
             whole, spans = tuple(map(tuple, layers)), self._layout.spans
-            made.append(RowBlock(a, b, whole, spans, self._reading.of(a, b)))
+            made.append(RowBlock(a, b, whole, spans, self._lineage.of(a, b)))
         return made

@@ -96,6 +96,7 @@ class CacheMachine(RuleBasedStateMachine):
         shared = Path("/dev/shm")  # writing is flushed to the medium, so let it be a quick one
         self.root = Path(tempfile.mkdtemp(dir=shared if shared.is_dir() else None)) / "cache"
         self.asked: list[tuple[tuple[int, ...], str]] = []
+        self.said: tuple[tuple[int, ...], str] | None = None
         self.damaged: set[str] = set()
         self.obstacles: dict[str, int] = {}
         self.open()
@@ -142,6 +143,7 @@ class CacheMachine(RuleBasedStateMachine):
     def end(self, seconds: int | None) -> None:
         self.go_on.set()
         self.count("evicted", self.cache.stats().evictions)
+        self.count("taken over", self.cache.stats().taken_over)
         self.count("files evicted", self.disk.catalogue.store.stats().evictions)
         self.count("rejected", self.cache.disk_stats().rejected)
         self.count("failed", self.cache.disk_stats().failures)
@@ -163,11 +165,22 @@ class CacheMachine(RuleBasedStateMachine):
 
         def answer() -> None:
             stream = self.cache.stream_generate(tokens, count, cache_salt=salt)
-            for _ in stream:
-                pass
+            reply = [each.token for each in stream]
             self.count(stream.report.tier)
+            self.said = (*tokens, *reply), salt
 
         self.attempt(answer)
+
+    @rule(more=st.integers(0, 12), count=st.integers(1, 6))
+    def talk_on(self, more: int, count: int) -> None:
+        """The next turn of the conversation that was answered last; sometimes it comes again."""
+        if self.said is not None and len(self.said[0]) < 700:
+            history, salt = self.said
+            tokens = (*history, *oracle.prompt(more, seed=count)) if more else history
+            for _ in range(1 + more % 2):
+                self.generate(tokens, salt, count)
+            if more > 9:
+                self.attempt(lambda: self.compare(tokens, salt))
 
     @rule(tokens=prompts, salt=salts)
     def answer(self, tokens: tuple[int, ...], salt: str) -> None:
@@ -559,6 +572,7 @@ FLOORS = Counter(
         "cancelled": 30,
         "compared": 30,
         "restarted": 20,
+        "taken over": 20,
         "pinned": 3,
     }
 )
@@ -598,6 +612,8 @@ def operate(name: str, operations: int) -> None:
     floors = Counter(FLOORS)
     if operations < 10_000:
         floors = Counter({what: least // 10 for what, least in FLOORS.items()})
+    if cases.CASES[name].quantized:
+        del floors["taken over"]
     body = {"case": cases.CASES[name], "operations": 0, "seen": seen}
     machine = type(f"{name.title()}Machine", (CacheMachine,), body)
     share = operations // len(cases.CASES)

@@ -24,14 +24,14 @@ def rows_in(span: Span, start: int, end: int) -> tuple[int, int]:
 
 
 Origin = tuple[int, int, int]
-"""The rows of positions `[a, b)`, and the reading that they come from."""
+"""The rows of positions `[a, b)`, and their lineage."""
 
-_readings = count(1)
+_lineages = count(1)
 
 
-def new_reading() -> int:
-    """The number of an act of reading tokens: whatever was copied from its rows has the same bits."""
-    return next(_readings)
+def new_lineage() -> int:
+    """A number for rows that are computed once: whatever is copied from them has it too, and the same bits."""
+    return next(_lineages)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,15 +41,15 @@ class RowBlock:
     `layers[i]` holds that layer's keys `(1, heads, end - start, key_dim)` and values, compact and
     evaluated: a view would keep the running cache's whole buffer alive. Where `spans` are given, for each
     layer one an array, an array has rows of the positions in its span only. In a smaller store each is
-    integers and then scales, with the same tokens along the same axis (`smaller`). `reading` says where
-    they come from: blocks of one reading have the same bits at the same positions.
+    integers and then scales, with the same tokens along the same axis (`smaller`). Blocks of
+    one `lineage` were copied from each other, and have the same bits at the same positions.
     """
 
     start: int
     end: int
     layers: tuple[Arrays, ...]
     spans: tuple[tuple[Span, ...], ...] = ()
-    reading: int = field(default_factory=new_reading)
+    lineage: int = field(default_factory=new_lineage)
 
     @property
     def nbytes(self) -> int:
@@ -58,8 +58,8 @@ class RowBlock:
     def split(self, position: int) -> tuple[RowBlock, RowBlock]:
         """Two blocks that own their bytes, `[start, position)` and `[position, end)`."""
         above, below = self.piece(self.start, position), self.piece(position, self.end)
-        upper = RowBlock(self.start, position, above, self.spans, self.reading)
-        lower = RowBlock(position, self.end, below, self.spans, self.reading)
+        upper = RowBlock(self.start, position, above, self.spans, self.lineage)
+        lower = RowBlock(position, self.end, below, self.spans, self.lineage)
         evaluate_to_keep(upper.layers, lower.layers)
         return upper, lower
 
@@ -92,12 +92,12 @@ def origins_of(blocks: Iterable[RowBlock], end: int) -> list[Origin]:
     """Where the rows of adjoining blocks before `end` come from."""
     found: list[Origin] = []
     for block in blocks:
-        a, b, reading = block.start, min(block.end, end), block.reading
+        a, b, lineage = block.start, min(block.end, end), block.lineage
         if a >= b:
             break
-        if found and found[-1][1:] == (a, reading):
+        if found and found[-1][1:] == (a, lineage):
             a = found.pop()[0]
-        found.append((a, b, reading))
+        found.append((a, b, lineage))
     return found
 
 

@@ -1,7 +1,7 @@
 """Retained buffers: the rows of a request that has ended, which the next turn of its conversation takes over.
 
 The store owns all of these rows too, so that the buffers may go at any moment. Whether they hold the
-store's very bits is told by where its rows come from (`Reading`), never by their tokens: the same tokens
+store's very bits is told by where its rows come from (`Lineage`), never by their tokens: the same tokens
 may have been let go of and read anew since, or read from a file.
 """
 
@@ -17,17 +17,17 @@ import numpy as np
 from ...store.lazy_rows import rows_before
 from ...tokens import Namespace, Tokens
 from ..kinds.kind import Arrays
-from ..kinds.rows import Origin, RowBlock, new_reading, origins_of
+from ..kinds.rows import Origin, RowBlock, new_lineage, origins_of
 from ..layout import Layout, leaves
 from ..memory import MemoryFound, MemoryNode
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
+class Lineage:
     """Where the rows of one set of caches come from: copies of the store's, as `origins` say, then their own."""
 
     origins: tuple[Origin, ...] = ()
-    number: int = field(default_factory=new_reading)
+    number: int = field(default_factory=new_lineage)
 
     def of(self, start: int, end: int) -> int:
         """The number that rows of `[start, end)` are stored with."""
@@ -35,8 +35,8 @@ class Reading:
 
     def has(self, rows: RowBlock, end: int) -> bool:
         """Whether the caches hold the very bits of these stored rows up to `end`."""
-        return rows.reading == self.number or any(
-            each == rows.reading and a <= rows.start and end <= b for a, b, each in self.origins
+        return rows.lineage == self.number or any(
+            each == rows.lineage and a <= rows.start and end <= b for a, b, each in self.origins
         )
 
     def alike(self, nodes: Iterable[MemoryNode], end: int) -> int:
@@ -62,7 +62,7 @@ class Retained:
     tokens: Tokens
     capacity: int
     nbytes: int
-    reading: Reading
+    lineage: Lineage
     buffers: list[Arrays]
 
     def alike(self, namespace: Namespace, tokens: Tokens, found: MemoryFound) -> int:
@@ -73,7 +73,7 @@ class Retained:
             return 0
         if not np.array_equal(self.tokens[:end], tokens[:end]):
             return 0
-        alike = self.reading.alike(found.nodes(), end)
+        alike = self.lineage.alike(found.nodes(), end)
         return alike if 2 * alike > max(position, held) else 0
 
     def caches(
@@ -87,7 +87,7 @@ class Retained:
         position, state = found.position, found.checkpoint
         blocks = rows_before(found.nodes(), position)
         origins = origins_of(blocks, position)
-        here = self.reading.alike(found.nodes(), position)
+        here = self.lineage.alike(found.nodes(), position)
         missing = [block for block in blocks if block.end > here]
         del blocks
         caches = layout.fresh_caches(model)
