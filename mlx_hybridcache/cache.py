@@ -427,8 +427,9 @@ class HybridPromptCache:
         """
         with suppress(ClosedError):  # closing twice is no mistake
             self.flush(flush_seconds)
-            self.worker.call(self.engine.tiers.memory.clear)
+            self.worker.call(self.engine.tiers.close)
         self.worker.close()
+        self.engine.tiers.memory.clear()  # what the requests that this ended have left
         self._let_go()
         self._disk_end()
         self._close_files()  # another thread that closes it may have come first

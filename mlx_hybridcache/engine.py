@@ -176,11 +176,17 @@ class Engine:
 
         That is where its caches stand: behind tokens too that were made ahead and that nobody took.
         """
+        live, is_left = reply.live, True
         try:
             yield
+        except GeneratorExit:  # whoever takes the reply has enough of it
+            raise
+        except BaseException:
+            is_left = False
+            raise
         finally:
             self.decoder.take_back(reply)
-            read, live = reply.read, reply.live
+            read = reply.read
             is_exact = self.sharing.is_exact(reply.position)
             keep = bool(read) and not is_exact and not self.prefill.marks.strips(read)
             self.decoder.end(reply, keep=keep)
@@ -188,15 +194,19 @@ class Engine:
                 history = np.concatenate([request.tokens, np.array(read, dtype=np.int32)])
                 mx.eval([cache.state for cache in live.caches])
                 self.tiers.save_end(request, live, history)
+            live.ended_well = is_left and reply.guard.error is None
 
     @contextmanager
     def _keeping(self, request: Request, live: LiveCaches) -> Iterator[None]:
-        """Rows that only a request's caches hold move to the store when it ends, and its claim is given back."""
+        """Rows that only a request's caches hold move to the store when it ends, and its claim is given back.
+
+        The next turn may go on in its buffers.
+        """
         try:
             yield
         finally:
             try:
-                live.release()
+                self.tiers.end(live)
             finally:
                 self._close(request)
                 mx.clear_cache()

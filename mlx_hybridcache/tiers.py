@@ -6,20 +6,24 @@ to the disk in time.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Container, Generator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from .caches import checkpoint as checkpoints
 from .caches.checkpoint import Checkpoint
+from .caches.kinds.rows import origins_of
 from .caches.layout import Layout
 from .caches.live import LiveCaches, RowsFrom
 from .caches.memory import MemoryFound, MemoryNode, MemoryStore
+from .caches.retaining.shelf import Shelf
 from .errors import BudgetError, NotStoredError, PinnedError
 from .report import CacheReport, Reason
 from .request.request import Request
 from .request.sharing import Sharing
 from .store.budget import Claim, StoreStats
+from .store.lazy_rows import rows_before
 from .store.match import AnyFound, Found
 from .store.materialize import Materializer
 from .store.outline import Outline, wall_clock
@@ -31,6 +35,8 @@ if TYPE_CHECKING:
     from .disk.parts import FileFound
     from .disk.tier.arrays import RestoreBuffers
     from .disk.tier.tier import DiskStats, DiskTier
+
+log = logging.getLogger("mlx_hybridcache")
 
 TRIES = 64
 """Files that one request passes over before it is content with memory: each try reads what leads to one."""
@@ -97,6 +103,9 @@ class Tiers:
         self._sharing = sharing
         self._materializer = Materializer(memory)
         self._materializer.on_materialized = self._materialized
+        self.shelf = Shelf(memory.budget)
+        """Buffers of requests that have ended, for the next turns."""
+        self._materializer.let_retained_go = self.shelf.make_room
         self.publish()
 
     def publish(self) -> None:
@@ -218,13 +227,15 @@ class Tiers:
             need += layout.rows_nbytes(0, position)
         need += layout.restoring_bytes(position)
         live.claim = self.memory.claim(need, found)
+        covered = min(found.match.matched, position)
+        origins = origins_of(rows_before(found.nodes(), covered), covered)
         try:
             buffers = yield from self.disk.promote(found, deeper, capacity, live.claim, request.job)
             if buffers is None:
                 live.release()
                 return None
             caches, checkpoint = buffers.caches(self._model)
-            live.restored(caches, position, capacity)
+            live.restored(caches, position, capacity, origins)
             rows = live.rows_to(position, copied=buffers.block)
             self._save(request.namespace, request.tokens[:position], checkpoint, live, rows)
             del caches, buffers, checkpoint, rows  # a buffer held twice is copied when written to
@@ -238,6 +249,10 @@ class Tiers:
     def _restore(self, request: Request, live: LiveCaches, found: MemoryFound) -> MemoryFound:
         """From memory; where the restored path itself is in the way of the request, without it."""
         layout, capacity = self._layout, request.rows
+        if live.retains and self._taken_over(request, live, found):
+            return found
+        if found.position:
+            capacity += live.headroom(capacity)
         need = layout.running_bytes(capacity)
         state = found.checkpoint
         snapshots = list(state.snapshots) if state is not None else []
@@ -251,6 +266,7 @@ class Tiers:
             snapshots.clear()
         if found.position:
             self.memory.use(found)
+        origins = origins_of(blocks, found.position)
         caches = checkpoints.restore(
             layout,
             self._model,
@@ -261,8 +277,28 @@ class Tiers:
             is_spent=live.claim.nbytes > need,  # what moves is held once
         )
         live.claim.shrink(need)
-        live.restored(caches, found.position, capacity)
+        live.restored(caches, found.position, capacity, origins)
         return found
+
+    def end(self, live: LiveCaches) -> None:
+        """A request is over: its buffers are retained for the next turn where that costs nobody anything."""
+        try:
+            retained = live.retain() if self.shelf.most else None
+            if retained is not None:
+                self.shelf.put(retained)
+        except Exception as error:  # it would have been a gain only
+            log.warning("The buffers of a request could not be retained: %s", error)
+        finally:
+            live.release()
+
+    def _taken_over(self, request: Request, live: LiveCaches, found: MemoryFound) -> bool:
+        """In the buffers of the turn before, if they are still there."""
+        retained = self.shelf.take(request.namespace, request.tokens, found)
+        if retained is None or not live.take_over(self._model, retained, found, request.rows):
+            return False
+        self.memory.taken_over += 1
+        self.memory.use(found)
+        return True
 
     # Saving
 
@@ -407,6 +443,7 @@ class Tiers:
         )
         if pins:
             raise PinnedError(f"{pins} of what would go is pinned. Unpin it first.")
+        self.shelf.clear()
         for each, end, begin in going:
             for tier in both:
                 tier.drop(each, tokens[:end], begin)
@@ -415,9 +452,15 @@ class Tiers:
 
     def clear(self) -> None:
         """Forget everything, in memory and in files."""
+        self.shelf.clear()
         self.memory.clear()
         self.disk.clear()
         self.publish()
+
+    def close(self) -> None:
+        """Hold nothing in memory any more, whatever ends from now on."""
+        self.shelf.close()
+        self.memory.clear()
 
     def _in_use(self, namespace: Namespace, tokens: Tokens) -> tuple[int, int]:
         """How many of `tokens` are stored there, and how many of those something else needs too."""

@@ -331,6 +331,15 @@ class Layout:
         return self.row_bytes > 0 and not self.stores_every_slice
 
     @property
+    def retains_rows(self) -> bool:
+        """Whether another request can go on in the buffers of one that has ended: full rows with headroom,
+        stored as they are.
+        """
+        is_full = self.shares_rows and not self.storing and self.precision is None
+        rows = [kind for kind in self.kinds if kind.row_bytes]
+        return is_full and all(isinstance(kind, RowsKind) and kind.headroom for kind in rows)
+
+    @property
     def must_pause(self) -> bool:
         """Whether a checkpoint inside a slice costs a forward of its own."""
         return self.hook is None and any(not kind.sees_interior for kind in self.kinds)

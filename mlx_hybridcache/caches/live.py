@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import mlx.core as mx
@@ -21,6 +21,8 @@ from . import checkpoint as checkpoints
 from .checkpoint import Checkpoint
 from .kinds.kind import Arrays
 from .kinds.rows import (
+    AXIS,
+    Origin,
     RowBlock,
     Span,
     evaluate_to_keep,
@@ -28,6 +30,14 @@ from .kinds.rows import (
 )
 from .layout import Layout, leaves
 from .memory import MemoryFound, MemoryMaterializer, MemoryRows
+from .retaining.buffers import Lineage, Retained
+from .room import FIRST_ROOM, ROW_STEP
+
+AMPLE = 4
+"""Headroom for later turns is taken where so many times of it are free."""
+
+SURPLUS = 8
+"""Buffers that are larger than a request needs are taken over where that is at most such a part, or a first room."""
 
 RowsFrom = Callable[[int], MemoryRows | None]
 """The rows from a start on; None where they are gone."""
@@ -73,6 +83,7 @@ class LiveCaches(LazySource[RowBlock]):
 
     Where the caches keep all their rows, the store leaves its own in them (`store/lazy_rows`), unless
     `shares` is False, for caches that are changed elsewhere. Whether they do is asked nowhere else.
+    `ended_well` says that nothing failed, so that another request may go on in their buffers.
     """
 
     def __init__(
@@ -88,11 +99,14 @@ class LiveCaches(LazySource[RowBlock]):
         self.caches: list[Any] = []
         self.position = 0
         self.capacity = 0
+        self.ended_well = False
         self.claim = materializer.store.budget.claim(0)
         self._layout = layout
         self._materializer = materializer
         self._shares = shares and layout.shares_rows
         self._is_known = False
+        self._paid_rows = 0  # at least `capacity`: buffers that were taken over may be shorter
+        self._lineage = Lineage()
         self._columns: list[BufferColumn] = []
 
     # Their life
@@ -115,14 +129,54 @@ class LiveCaches(LazySource[RowBlock]):
 
     def stand(self, caches: list[Any], position: int, capacity: int) -> None:
         """These are the caches now. Their rows are not known to be the store's."""
-        self.caches, self.position, self.capacity = caches, position, capacity
-        self.alike = []
+        self.caches, self.position = caches, position
+        self.capacity = self._paid_rows = capacity
+        self._lineage = Lineage()
 
-    def restored(self, caches: list[Any], position: int, capacity: int) -> None:
-        """The same for caches whose first `position` rows are as the store has them."""
+    def restored(
+        self, caches: list[Any], position: int, capacity: int, origins: Sequence[Origin]
+    ) -> None:
+        """The same for caches whose first rows are copies of what the store has, which `origins` tell."""
         self.stand(caches, position, capacity)
-        self.alike = [(0, position)]
+        self._lineage = Lineage(tuple(origins))
         self.attach()
+
+    def take_over(self, model: Any, retained: Retained, found: MemoryFound, rows: int) -> bool:
+        """Stand at `found` in the buffers of a request that has ended, without copying a row.
+
+        `rows` is what another request would have room for, and no more is claimed where something would
+        have to go for it. False where that cannot be: then the buffers are let go of.
+        """
+        claim = self._claim_for_buffers(retained, found, rows)
+        if claim is None:
+            return False
+        self.claim = claim
+        caches, origins = retained.caches(self._layout, model, found)
+        self.restored(caches, found.position, retained.capacity, origins)
+        self._paid_rows = max(rows, retained.capacity)
+        return True
+
+    def _claim_for_buffers(self, retained: Retained, found: MemoryFound, rows: int) -> Claim | None:
+        """A claim on retained buffers that grew to what a request with so many rows needs beside them."""
+        layout, budget = self._layout, self._materializer.store.budget
+        claim = budget.resume(retained.nbytes)
+        need = layout.running_bytes(max(rows, retained.capacity))
+        more, surplus = need - claim.nbytes, retained.capacity - rows
+        if surplus > 0:
+            self._materializer.free(more)
+            may = budget.has_room(more) and surplus <= max(FIRST_ROOM, rows // SURPLUS)
+        else:  # should the reply need all of its room, the buffers grow to it
+            passing = self._passing_bytes(retained.capacity) if surplus else 0
+            may = budget.running_bytes + more + passing <= budget.limit_bytes
+        try:
+            if may:
+                claim.grow(more, keep=found.nodes(), spare=found.node)
+                return claim
+        except BudgetError:
+            pass
+        retained.let_go()
+        claim.release()
+        return None
 
     def attach(self) -> None:
         """From now on the store may leave its rows here."""
@@ -145,10 +199,32 @@ class LiveCaches(LazySource[RowBlock]):
 
     def grow(self, rows: int) -> None:
         """Room for so many tokens more, while old buffers and new ones are both held for a moment."""
-        passing = max(kind.buffer_nbytes(self.capacity) for kind in self._layout.kinds)
-        self.claim.grow(self._layout.growth_bytes(self.capacity, rows), passing=passing)
-        self.capacity += rows
+        self.claim.grow(self.growth_bytes(rows), passing=self._passing_bytes(self.capacity))
+        self.capacity = self._paid_rows = max(self.capacity + rows, self._paid_rows)
         checkpoints.grow(self._layout, self.caches, self.capacity)
+
+    def growth_bytes(self, rows: int) -> int:
+        """What is claimed for that, beside what was."""
+        return self._layout.growth_bytes(
+            self._paid_rows, max(0, self.capacity + rows - self._paid_rows)
+        )
+
+    def _passing_bytes(self, capacity: int) -> int:
+        """The largest layer's buffers."""
+        return max(kind.buffer_nbytes(capacity) for kind in self._layout.kinds)
+
+    def headroom(self, rows: int) -> int:
+        """Rows beside so many of a conversation that goes on, so that its next turns find room in its buffers.
+
+        There are some only where a few times as many bytes are free.
+        """
+        if not self.retains:
+            return 0
+        more = rows // SURPLUS // ROW_STEP * ROW_STEP
+        budget, layout = self._materializer.store.budget, self._layout
+        free = budget.limit_bytes - budget.used_bytes + budget.retained_bytes
+        need = layout.running_bytes(rows) + AMPLE * layout.growth_bytes(rows, more)
+        return more if need <= free else 0
 
     def hand_over(self) -> tuple[list[Any], Claim]:
         """The caches and their claim, for who holds them from now on."""
@@ -161,9 +237,44 @@ class LiveCaches(LazySource[RowBlock]):
         if self._shares:
             self._materializer.materialize(self)
 
+    @property
+    def retains(self) -> bool:
+        """Whether its buffers can be those of one request after another."""
+        return self._shares and self._layout.retains_rows
+
+    def retain(self) -> Retained | None:
+        """Let their buffers be held on for another request, once the store has all rows itself.
+
+        None where that is not possible, or not of use; then they are still to be released.
+        """
+        may = self.retains and self.ended_well and self._is_known and self.is_standing
+        if not may or not self.detach():
+            return None
+        match = self._materializer.store.match(self.namespace, self.tokens)
+        alike = self._lineage.alike(match.nodes(), min(match.matched, self.position))
+        if not alike:
+            return None
+        buffers = [
+            kind.take_arrays(cache)
+            for kind, cache in zip(self._layout.kinds, leaves(self.caches), strict=True)
+        ]
+        self.let_go()
+        every = [array for arrays in buffers for array in arrays]
+        mx.eval(every)
+        capacity = min(array.shape[AXIS] for array in every)
+        nbytes = sum(array.nbytes for array in every)
+        del every
+        if nbytes > self.claim.nbytes:
+            return None
+        tokens = self.tokens[:alike].copy()
+        made = Retained(self.namespace, tokens, capacity, nbytes, self._lineage, buffers)
+        self.claim.shrink(nbytes)
+        self.claim.retain()
+        return made
+
     def release(self) -> None:
         """They go. Rows that only they hold move to the store, and the claim is given back."""
-        self._is_known = False
+        self._is_known = self.ended_well = False
         try:
             if self._shares:
                 self._materializer.materialize_and_release(self, self.claim)
@@ -202,6 +313,9 @@ class LiveCaches(LazySource[RowBlock]):
 
     # As the store sees them
 
+    def has(self, rows: RowBlock) -> bool:
+        return self._lineage.has(rows, rows.end)
+
     @property
     def is_standing(self) -> bool:
         return bool(self.caches)
@@ -212,7 +326,7 @@ class LiveCaches(LazySource[RowBlock]):
     def view(self, start: int, end: int) -> RowBlock:
         block = checkpoints.view_rows(self._layout, self.caches, start, end)
         assert block is not None, "rows have left the caches that hold them for the store"
-        return block
+        return replace(block, lineage=self._lineage.of(start, end))
 
     def passing_bytes(self, tokens: int) -> int:
         states = max(kind.snapshot_bytes for kind in self._layout.kinds)
@@ -225,7 +339,7 @@ class LiveCaches(LazySource[RowBlock]):
         for a, b in ranges:
             block = checkpoints.take_rows(self._layout, self.caches, a, b)
             assert block is not None, "rows have left the caches that hold them for the store"
-            made.append(block)
+            made.append(replace(block, lineage=self._lineage.of(a, b)))
         return made
 
     def columns(self) -> list[Column]:
@@ -260,5 +374,6 @@ class LiveCaches(LazySource[RowBlock]):
             layers: list[list[mx.array]] = [[] for _ in range(count)]
             for column in columns:
                 layers[column.leaf].extend(column.copies[index])
-            made.append(RowBlock(a, b, tuple(map(tuple, layers)), self._layout.spans))
+            whole, spans = tuple(map(tuple, layers)), self._layout.spans
+            made.append(RowBlock(a, b, whole, spans, self._lineage.of(a, b)))
         return made

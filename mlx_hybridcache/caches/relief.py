@@ -11,6 +11,7 @@ import mlx.core as mx
 from ..machine import Pressure, give_back
 from ..worker.turns import Pause
 from .memory import MemoryStore
+from .retaining.shelf import Shelf
 
 log = logging.getLogger("mlx_hybridcache")
 
@@ -23,17 +24,27 @@ GIVEN_BACK = 32
 class Relief:
     """Lets go of what the system lacks. `on_shrunk` is called when something went."""
 
-    def __init__(self, store: MemoryStore, pressure: Pressure, on_shrunk: Callable[[], None]):
+    def __init__(
+        self,
+        store: MemoryStore,
+        shelf: Shelf,
+        pressure: Pressure,
+        on_shrunk: Callable[[], None],
+    ):
         self.pressure = pressure
         self._store = store
+        self._shelf = shelf
         self._on_shrunk = on_shrunk
 
     def relieve(self, coming_bytes: int = 0) -> None:
         """Between turns: let go what the system lacks, and give back what was let go by then."""
         store = self._store
-        missing = self.pressure.excess(store.budget.stored_bytes, coming_bytes)
+        may_go = store.budget.retained_bytes + store.budget.stored_bytes
+        missing = self.pressure.excess(may_go, coming_bytes)
         if missing:
-            store.shrink(missing)
+            left = missing - self._shelf.free(missing)
+            if left > 0:
+                store.shrink(left)
             self._on_shrunk()
         if store.budget.freed_bytes > (0 if missing else store.budget.limit_bytes // GIVEN_BACK):
             self.give_back()

@@ -109,12 +109,10 @@ class Decoder:
         if reply.made or not reply.has_caches or steps.has_room:
             return True
         store, count = self._store, len(steps.replies)
-        need = count * self._layout.growth_bytes(steps.capacity, steps.more_rows)
+        need = steps.more_bytes
         is_only = store.budget.running_bytes == steps.claim.nbytes and count == 1
-        if (
-            not is_only
-            and store.budget.running_bytes + need > LEAVES_TO_OTHERS * store.budget.limit_bytes
-        ):
+        most = LEAVES_TO_OTHERS * store.budget.limit_bytes
+        if need and not is_only and store.budget.running_bytes + need > most:
             return False
         try:
             steps.grow()

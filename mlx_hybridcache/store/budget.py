@@ -20,6 +20,7 @@ class StoreStats:
     snapshot_bytes: int
     running_bytes: int
     lingering_bytes: int
+    retained_bytes: int
     checkpoints: int
     conversations: int
     nodes: int
@@ -29,18 +30,20 @@ class StoreStats:
     tokens: int
     evictions: int
     refusals: int
+    taken_over: int
 
     @property
     def held_bytes(self) -> int:
         """Everything that counts against the budget."""
         stored = self.rows_bytes + self.snapshot_bytes
-        return stored + self.running_bytes + self.lingering_bytes
+        return stored + self.running_bytes + self.lingering_bytes + self.retained_bytes
 
 
 class Budget:
     """Bytes by what they are for. Nothing is added that does not fit into `limit_bytes` beside the rest.
 
-    `in_flight_bytes` were let go of, but others hold them for a moment longer; `freed_bytes` were let
+    `in_flight_bytes` were let go of, but others hold them for a moment longer; `retained_bytes` are held for a
+    request that may come, and go before anything else; `freed_bytes` were let
     go of since memory was last given back to the system. `evict` makes room where there is none, and
     raises `BudgetError` when it cannot.
     """
@@ -52,6 +55,7 @@ class Budget:
         self._snapshot_bytes = 0
         self._running_bytes = 0
         self._in_flight_bytes = 0
+        self._retained_bytes = 0
         self._freed_bytes = 0
         self._used_bytes = 0
 
@@ -84,6 +88,11 @@ class Budget:
     def in_flight_bytes(self) -> int:
         """What others hold for a moment longer."""
         return self._in_flight_bytes
+
+    @property
+    def retained_bytes(self) -> int:
+        """Buffers without a request, whose rows are stored too."""
+        return self._retained_bytes
 
     @property
     def freed_bytes(self) -> int:
@@ -128,6 +137,16 @@ class Budget:
         """So many bytes more, for which there is room, are held by others until `settle`."""
         self._change(in_flight=nbytes)
 
+    def resume(self, nbytes: int) -> Claim:
+        """So many bytes that were retained are a running request's again."""
+        self._change(retained=-nbytes, running=nbytes)
+        return Claim(self, nbytes)
+
+    def let_retained_go(self, nbytes: int) -> None:
+        """So many bytes are retained no longer, and free."""
+        self._change(retained=-nbytes)
+        self._freed_bytes += nbytes
+
     def settle(self, nbytes: int) -> None:
         """So many bytes are in flight no longer."""
         self._change(in_flight=-nbytes)
@@ -140,19 +159,26 @@ class Budget:
         """The system has what was freed."""
         self._freed_bytes = 0
 
-    def change_claim(self, nbytes: int, in_flight: int = 0) -> None:
+    def change_claim(self, nbytes: int, in_flight: int = 0, retained: int = 0) -> None:
         """A claim has grown by so much, or shrunk if less than 0; for `Claim` alone."""
-        self._change(running=nbytes, in_flight=in_flight)
-        self._freed_bytes += max(0, -nbytes - in_flight)
+        self._change(running=nbytes, in_flight=in_flight, retained=retained)
+        self._freed_bytes += max(0, -nbytes - in_flight - retained)
 
     def _change(
-        self, *, rows: int = 0, snapshots: int = 0, running: int = 0, in_flight: int = 0
+        self,
+        *,
+        rows: int = 0,
+        snapshots: int = 0,
+        running: int = 0,
+        in_flight: int = 0,
+        retained: int = 0,
     ) -> None:
         self._rows_bytes += rows
         self._snapshot_bytes += snapshots
         self._running_bytes += running
         self._in_flight_bytes += in_flight
-        more = rows + snapshots + running + in_flight
+        self._retained_bytes += retained
+        more = rows + snapshots + running + in_flight + retained
         self._used_bytes += more
         self._check(more)
 
@@ -163,6 +189,7 @@ class Budget:
             self._snapshot_bytes,
             self._running_bytes,
             self._in_flight_bytes,
+            self._retained_bytes,
         )
         assert min(counters) >= 0, f"less than nothing is held: {counters}"
         assert sum(counters) == self._used_bytes, f"{counters} are not {self._used_bytes}"
@@ -178,12 +205,18 @@ class Claim:
         self._budget = budget
         self.nbytes = nbytes
 
-    def grow(self, nbytes: int, passing: int = 0) -> None:
+    def grow(
+        self,
+        nbytes: int,
+        passing: int = 0,
+        keep: Iterable[AnyNode] = (),
+        spare: AnyNode | None = None,
+    ) -> None:
         """Claim `nbytes` more, with room for `passing` bytes that are held for a moment only.
 
-        Raises `BudgetError` when nothing is left to let go for them.
+        `keep` and `spare` are as for `make_room`. Raises `BudgetError` when nothing is left to let go for them.
         """
-        self._budget.make_room(nbytes + passing)
+        self._budget.make_room(nbytes + passing, keep, spare)
         self._budget.change_claim(nbytes)
         self.nbytes += nbytes
 
@@ -202,6 +235,12 @@ class Claim:
         nbytes = min(nbytes, self.nbytes)
         self._budget.change_claim(-nbytes, in_flight=nbytes)
         self.nbytes -= nbytes
+        return nbytes
+
+    def retain(self) -> int:
+        """All of it is held on without a request, until room is needed. Returns how many bytes."""
+        nbytes, self.nbytes = self.nbytes, 0
+        self._budget.change_claim(-nbytes, retained=nbytes)
         return nbytes
 
     def release(self) -> None:

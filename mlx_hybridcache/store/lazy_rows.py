@@ -17,7 +17,7 @@ from itertools import pairwise
 from typing import Generic, Protocol
 
 from ..tokens import Namespace, Tokens
-from .tree import AnyMatch, AnyNode, Node, R, Rows, S
+from .tree import AnyMatch, AnyNode, Node, R, S
 
 Ranges = Sequence[tuple[int, int]]
 """Half-open intervals of positions, ascending."""
@@ -77,16 +77,14 @@ class Column(Protocol):
 class LazySource(ABC, Generic[R]):
     """A running request's live caches, seen from the store.
 
-    `tokens` lead to all that they hold; `row_bytes` is what one token weighs. `alike` are the ranges
-    in which they hold the very bits that the store has: what was copied from it, or to it. `known` is the node
-    of the tree to which `tokens` were last seen to lead, from where they are looked for again. Without
-    `is_used` the store has left no rows here.
+    `tokens` lead to all that they hold; `row_bytes` is what one token weighs. `known` is the node of the
+    tree to which `tokens` were last seen to lead, from where they are looked for again. Without `is_used`
+    the store has left no rows here.
     """
 
     namespace: Namespace
     tokens: Tokens
     row_bytes: int
-    alike: list[tuple[int, int]] = field(default_factory=list, init=False)
     known: AnyNode | None = field(default=None, init=False)
     is_used: bool = field(default=False, init=False)
 
@@ -103,9 +101,12 @@ class LazySource(ABC, Generic[R]):
         """Bytes of the rows of `[start, end)` once the store owns them."""
         return (end - start) * self.row_bytes
 
-    def has(self, rows: Rows) -> bool:
-        """Whether the caches hold the same rows, so that the store need not."""
-        return any(a <= rows.start and rows.end <= b for a, b in self.alike)
+    @abstractmethod
+    def has(self, rows: R) -> bool:
+        """Whether the caches hold the very bits of these stored rows, so that the store need not.
+
+        They do where one was copied from the other; the same tokens may have been read anew since.
+        """
 
     @property
     @abstractmethod

@@ -25,8 +25,10 @@ class Materializer(Generic[R, S]):
     def __init__(self, store: Store[R | LazyRows[R], S]):
         self.store = store
         self.on_materialized: Callable[[], None] = lambda: None
+        self.let_retained_go: Callable[[int], object] = lambda nbytes: None
+        """Retained buffers go, as far as so many bytes need it: they cost nobody more than time."""
         self._sources: list[LazySource[R]] = []
-        store.before_evicting = self.alias
+        store.before_evicting = self.free
 
     def claim_for(
         self,
@@ -44,8 +46,7 @@ class Materializer(Generic[R, S]):
         checkpoint goes as well, to whoever holds it already: better than to read all of it again.
         """
         budget = self.store.budget
-        if not budget.has_room(nbytes):
-            self.alias()
+        self.free(nbytes)
         if budget.has_room(nbytes):
             return self.store.claim(nbytes, found), rows_before(found.nodes(), found.position)
         moving = [
@@ -92,11 +93,11 @@ class Materializer(Generic[R, S]):
         lazy = self._lazy_in(source)
         if not lazy:
             return True
-        if not self.store.budget.has_room(_nbytes_of(lazy, source)):
+        nbytes = _nbytes_of(lazy, source)
+        self.let_retained_go(nbytes)
+        if not self.store.budget.has_room(nbytes):
             return False
-        ranges = _pieces(lazy)
-        self._put(lazy, source.copies(ranges))
-        source.alike += ranges
+        self._put(lazy, source.copies(_pieces(lazy)))
         source.is_used = False
         self.on_materialized()
         return True
@@ -180,6 +181,12 @@ class Materializer(Generic[R, S]):
             stretch.materialize(left[-count:])
             del left[-count:]
 
+    def free(self, nbytes: int) -> None:
+        """Let go of what costs nobody anything, as far as `nbytes` need it."""
+        self.let_retained_go(nbytes)
+        if not self.store.budget.has_room(nbytes):
+            self.alias()
+
     def alias(self) -> None:
         """Let go of rows that a running request's caches hold as well.
 
@@ -189,8 +196,9 @@ class Materializer(Generic[R, S]):
             match = self.store.match(source.namespace, source.tokens, source.known)
             for node in match.nodes():
                 for rows in node.rows:
-                    is_own = not isinstance(rows, LazyRows) and rows.end <= match.matched
-                    if is_own and source.has(rows):
+                    if isinstance(rows, LazyRows) or rows.end > match.matched:
+                        continue
+                    if source.has(rows):
                         self._let_go_for(node, rows, source)
 
     def _may_move(self, rows: R | LazyRows[R], position: int) -> bool:

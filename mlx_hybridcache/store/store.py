@@ -51,11 +51,13 @@ class Store(CountedTrees[R, S]):
         self._values = NodeValues(needs_checkpoints, weigh)
         self.limits = Limits(self._values, max_conversations, max_checkpoints)
         super().__init__(budget_bytes, references, self._values.noted)
-        self.before_evicting: Callable[[], None] = lambda: None  # what costs nobody anything
+        # What costs nobody anything, as far as so many bytes need it.
+        self.before_evicting: Callable[[int], None] = lambda nbytes: None
         self.clock = 0
         self.seconds: Callable[[], float] = time.monotonic  # by which soft pins end
         self.branch_rate = BranchRate()
         self.evictions = 0
+        self.taken_over = 0  # requests that went on in retained buffers
         self._refusals = 0
         self._evicted = Evicted()
 
@@ -86,6 +88,7 @@ class Store(CountedTrees[R, S]):
             snapshot_bytes=budget.snapshot_bytes,
             running_bytes=budget.running_bytes,
             lingering_bytes=budget.in_flight_bytes,
+            retained_bytes=budget.retained_bytes,
             checkpoints=values.checkpoints,
             conversations=values.conversations_stored(),
             nodes=values.nodes,
@@ -95,6 +98,7 @@ class Store(CountedTrees[R, S]):
             tokens=values.tokens,
             evictions=self.evictions,
             refusals=self._refusals,
+            taken_over=self.taken_over,
         )
 
     def restoring(self) -> Iterator[tuple[Node[R, S], Namespace]]:
@@ -118,13 +122,13 @@ class Store(CountedTrees[R, S]):
     def claim_free(self, nbytes: int) -> Claim | None:
         """The same out of what is free: None where something stored would have to go for it."""
         if not self.budget.has_room(nbytes):
-            self.before_evicting()
+            self.before_evicting(nbytes)
         return self.budget.claim(nbytes) if self.budget.has_room(nbytes) else None
 
     def _evict(self, nbytes: int, keep: Iterable[AnyNode], spare: AnyNode | None) -> None:
         """Let go what running requests have too, then what is least useful, until `nbytes` more fit."""
         budget = self.budget
-        self.before_evicting()
+        self.before_evicting(nbytes)
         if budget.has_room(nbytes):
             return
         eviction = self._eviction(keep, spare)
@@ -170,8 +174,8 @@ class Store(CountedTrees[R, S]):
         rows = (len(tokens) - match.matched) * row_bytes
         # The states are there before the first is counted, so there must be room for this too.
         rows += self.split_nbytes(match, [*cuts, match.matched])
-        if not budget.has_room(rows + len(cuts) * snapshot_bytes):
-            self.before_evicting()
+        if not budget.has_room(wish := rows + len(cuts) * snapshot_bytes):
+            self.before_evicting(wish)
         eviction = self._eviction(match.nodes())
         least = budget.running_bytes + eviction.fixed_bytes() + rows + snapshot_bytes
         if not cuts or least > budget.limit_bytes:
@@ -194,7 +198,7 @@ class Store(CountedTrees[R, S]):
     def shrink(self, nbytes: int) -> None:
         """Let `nbytes` of what is stored go, pins and running requests excepted, as far as that goes."""
         left = self.budget.stored_bytes - nbytes
-        self.before_evicting()
+        self.before_evicting(self.budget.limit_bytes)  # all of it
         eviction = self._eviction()
         while self.budget.stored_bytes > left and (node := eviction.first()):
             self._drop(node, eviction)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from hostile import rounds as hostile
 from hostile.families import FAMILIES
+from hostile.retained import WITH_ROWS, RetainedRound
 from long import forms, mostly_long
 
 from mlx_hybridcache.caches.layout import Layout
@@ -40,6 +41,17 @@ def test_whatever_is_stored_in_any_order_of_events_equals_cold(name: str, rounds
     assert ALONE is not None or rounds < 18 or not rare, f"{rare} in {rounds} rounds"
     assert seen["compared"]
     assert FAMILIES[name].batches or not seen["batched"], "this model is not exact in batches"
+
+
+@pytest.mark.parametrize("rounds", ROUNDS)
+@pytest.mark.parametrize("name", WITH_ROWS)
+def test_whatever_goes_on_in_retained_buffers_equals_cold(name: str, rounds: int) -> None:
+    """The same for conversations whose turns mostly come one after another: at least every tenth request is resumed
+    in the buffers of one before.
+    """
+    seen = hostile.run(RetainedRound, name, seeds(rounds))
+    assert seen["compared"]
+    assert ALONE is not None or rounds < 18 or seen["taken over"] >= seen["asked"] / 10, seen
 
 
 @pytest.mark.parametrize("name", mostly_long(FAMILIES, ["mamba", "gemma3_text", "qwen3_next"]))

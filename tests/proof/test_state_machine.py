@@ -62,6 +62,7 @@ FLOORS = Counter(
         "cancelled": 30,
         "compared": 30,
         "restarted": 20,
+        "taken over": 20,
         "pinned": 3,
     }
 )
@@ -104,6 +105,8 @@ def operate(name: str, operations: int) -> None:
     floors = FLOORS + DRAFTS if cases.CASES[name].drafts else FLOORS
     if operations < 10_000:
         floors = Counter({what: least // 10 for what, least in floors.items()})
+    if cases.CASES[name].quantized:
+        del floors["taken over"]
     body = {"case": cases.CASES[name], "operations": 0, "seen": seen}
     machine = type(f"{name.title()}Machine", (CacheMachine,), body)
     share = operations // len(cases.CASES)

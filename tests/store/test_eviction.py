@@ -261,7 +261,7 @@ def test_rows_that_running_caches_hold_weigh_nothing_until_they_are_the_stores_a
     full_scan.check_values(store)
     materializer = Materializer(store)
     live = SizedCaches(materializer, layout, N, tokens)
-    live.restored([SizedCache(40)], 40, 64)
+    live.restored([SizedCache(40)], 40, 64, [(0, 40, 0)])
     materializer.alias()
     assert store.budget.rows_bytes == 0
     full_scan.check_values(store)
@@ -278,6 +278,7 @@ def test_rows_of_other_tokens_stay_the_stores():
     save(store, [*range(30), *range(100, 110)])
     materializer = Materializer(store)
     source = SizedCaches(materializer, layout, N, as_tokens(range(40)))
-    source.restored([SizedCache(40)], 40, 64)
+    lineages = [rows.lineage for node in store.nodes() for rows in node.rows]
+    source.restored([SizedCache(40)], 40, 64, [(0, 40, each) for each in lineages])
     materializer.alias()
     assert store.budget.rows_bytes == 20 * ROW  # the run of `[20, 40)` parts ways inside

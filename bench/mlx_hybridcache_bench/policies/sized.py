@@ -84,6 +84,7 @@ class SizedRows:
     start: int
     end: int
     row_bytes: int
+    lineage: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -92,8 +93,8 @@ class SizedRows:
     def split(self, position: int) -> tuple[SizedRows, SizedRows]:
         """Two stretches, `[start, position)` and `[position, end)`."""
         return (
-            SizedRows(self.start, position, self.row_bytes),
-            SizedRows(position, self.end, self.row_bytes),
+            SizedRows(self.start, position, self.row_bytes, self.lineage),
+            SizedRows(position, self.end, self.row_bytes, self.lineage),
         )
 
     def piece(self, start: int, end: int) -> tuple[tuple[()], ...]:
@@ -236,7 +237,8 @@ class SizedCaches(LiveCaches):
     """A running request's caches, whose rows the store may leave in them, without their contents."""
 
     def view(self, start: int, end: int) -> RowBlock:
-        return cast("RowBlock", SizedRows(start, end, self.row_bytes))
+        lineage = self._lineage.of(start, end)
+        return cast("RowBlock", SizedRows(start, end, self.row_bytes, lineage))
 
     def copies(self, ranges: Ranges) -> list[RowBlock]:
         return [self.view(start, end) for start, end in ranges]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
 
 import mlx.core as mx
@@ -22,6 +23,17 @@ def rows_in(span: Span, start: int, end: int) -> tuple[int, int]:
     return min(max(start, low), high), min(max(end, low), high)
 
 
+Origin = tuple[int, int, int]
+"""The rows of positions `[a, b)`, and their lineage."""
+
+_lineages = count(1)
+
+
+def new_lineage() -> int:
+    """A number for rows that are computed once: whatever is copied from them has it too, and the same bits."""
+    return next(_lineages)
+
+
 @dataclass(frozen=True, slots=True)
 class RowBlock:
     """Rows of positions `[start, end)` for every layer that keeps rows.
@@ -29,13 +41,15 @@ class RowBlock:
     `layers[i]` holds that layer's keys `(1, heads, end - start, key_dim)` and values, compact and
     evaluated: a view would keep the running cache's whole buffer alive. Where `spans` are given, for each
     layer one an array, an array has rows of the positions in its span only. In a smaller store each is
-    integers and then scales, with the same tokens along the same axis (`smaller`).
+    integers and then scales, with the same tokens along the same axis (`smaller`). Blocks of
+    one `lineage` were copied from each other, and have the same bits at the same positions.
     """
 
     start: int
     end: int
     layers: tuple[Arrays, ...]
     spans: tuple[tuple[Span, ...], ...] = ()
+    lineage: int = field(default_factory=new_lineage)
 
     @property
     def nbytes(self) -> int:
@@ -43,8 +57,9 @@ class RowBlock:
 
     def split(self, position: int) -> tuple[RowBlock, RowBlock]:
         """Two blocks that own their bytes, `[start, position)` and `[position, end)`."""
-        upper = RowBlock(self.start, position, self.piece(self.start, position), self.spans)
-        lower = RowBlock(position, self.end, self.piece(position, self.end), self.spans)
+        above, below = self.piece(self.start, position), self.piece(position, self.end)
+        upper = RowBlock(self.start, position, above, self.spans, self.lineage)
+        lower = RowBlock(position, self.end, below, self.spans, self.lineage)
         evaluate_to_keep(upper.layers, lower.layers)
         return upper, lower
 
@@ -71,6 +86,19 @@ class RowBlock:
         held = [self.positions(leaf, which) for which in range(len(self.layers[leaf]))]
         wanted = [rows_in(each, start, end) for each in held]
         return [(a - low, b - low) for (a, b), (low, _) in zip(wanted, held, strict=True)]
+
+
+def origins_of(blocks: Iterable[RowBlock], end: int) -> list[Origin]:
+    """Where the rows of adjoining blocks before `end` come from."""
+    found: list[Origin] = []
+    for block in blocks:
+        a, b, lineage = block.start, min(block.end, end), block.lineage
+        if a >= b:
+            break
+        if found and found[-1][1:] == (a, lineage):
+            a = found.pop()[0]
+        found.append((a, b, lineage))
+    return found
 
 
 def compact(view: mx.array) -> mx.array:
@@ -174,12 +202,7 @@ class RowsKind(LayerKind):
     def grow(self, cache: Any, capacity: int) -> None:
         room = capacity - cache.keys.shape[AXIS]
         if self.headroom and room > 0:
-            cache.keys, cache.values = (
-                mx.concatenate([x, blank(shape, dtype, room)], axis=AXIS)
-                for x, shape, dtype in zip(
-                    (cache.keys, cache.values), self.shapes, self.dtypes, strict=True
-                )
-            )
+            cache.keys, cache.values = (with_room(x, room) for x in (cache.keys, cache.values))
 
 
 def joined(

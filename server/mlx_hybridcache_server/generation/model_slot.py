@@ -235,7 +235,7 @@ def _resting(loaded: Loaded) -> Loaded:
     cache = loaded.cache
     cache.close()
     held = {"rows_bytes", "snapshot_bytes", "running_bytes", "lingering_bytes", "checkpoints"}
-    held |= {"conversations", "nodes", "pinned", "tokens"}
+    held |= {"retained_bytes", "conversations", "nodes", "pinned", "tokens"}
     rest = Rest(
         info=replace(cache.info, model=None),
         encoder=cache.encoder,

@@ -96,11 +96,11 @@ def test_prompts_are_not_logged(server):
 
 
 def test_statistics_and_clearing(server):
-    """Held bytes are what is stored and running; after DELETE nothing is stored."""
+    """Held bytes are what is stored, running and retained; after DELETE nothing is stored."""
     server.answer(COMPLETIONS, prompt=text(100, 2100), max_tokens=2)
     told = server.client.get("/v1/cache").json()
     assert told["held_bytes"] == sum(
-        told[name] for name in ("rows_bytes", "snapshot_bytes", "running_bytes")
+        told[name] for name in ("rows_bytes", "snapshot_bytes", "running_bytes", "retained_bytes")
     )
     assert 0 < told["held_bytes"] <= told["budget_bytes"]
     assert told["checkpoints"] > 0

@@ -80,6 +80,7 @@ class Round:
             self.leaving.clear()
             stats = cache.stats()
             self.seen["evicted"] += stats.evictions
+            self.seen["taken over"] += stats.taken_over
             assert stats.running_bytes == 0, "all claims are given back"
             assert stats.held_bytes <= stats.budget_bytes
             self.compare_stored()
@@ -169,7 +170,7 @@ class Round:
             self.seen["cleared"] += 1
 
     def start(self) -> None:
-        tokens, salt = self.prompt(), self.chance.choice((*SALTS, ""))
+        tokens, salt = self.question()
         count, log = self.chance.choice((1, 4, 8, 14, 20)), Log()
         draws, is_broken = self.sampler(count)
         stream = self.cache.stream_generate(
@@ -186,6 +187,10 @@ class Round:
     def start_several(self) -> None:
         for _ in range(min(self.to_come, self.chance.randint(2, 4))):
             self.start()
+
+    def question(self) -> tuple[list[int], str]:
+        """What the next request asks, and under which salt."""
+        return self.prompt(), self.chance.choice((*SALTS, ""))
 
     def prompt(self) -> list[int]:
         """A new text, one from before, how one from before goes on, or where it parts ways."""

@@ -54,11 +54,22 @@ class CacheMachine(CacheUnderTest):
 
         def answer() -> None:
             stream = self.cache.stream_generate(tokens, count, cache_salt=salt)
-            for _ in stream:
-                pass
+            reply = [each.token for each in stream]
             self.count(stream.report.tier)
+            self.said = (*tokens, *reply), salt
 
         self.attempt(answer)
+
+    @rule(more=st.integers(0, 12), count=st.integers(1, 6))
+    def talk_on(self, more: int, count: int) -> None:
+        """The next turn of the conversation that was answered last; sometimes it comes again."""
+        if self.said is not None and len(self.said[0]) < 700:
+            history, salt = self.said
+            tokens = (*history, *oracle.prompt(more, seed=count)) if more else history
+            for _ in range(1 + more % 2):
+                self.generate(tokens, salt, count)
+            if more > 9:
+                self.attempt(lambda: self.compare(tokens, salt))
 
     @rule(tokens=prompts, salt=salts, turn=turns)
     def generate_with_drafts(self, tokens: tuple[int, ...], salt: str, turn: int | None) -> None:

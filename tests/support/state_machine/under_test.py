@@ -73,6 +73,7 @@ class CacheUnderTest(RuleBasedStateMachine):
         shared = Path("/dev/shm")  # writing is flushed to the medium, so let it be a quick one
         self.root = Path(tempfile.mkdtemp(dir=shared if shared.is_dir() else None)) / "cache"
         self.asked: list[tuple[tuple[int, ...], str]] = []
+        self.said: tuple[tuple[int, ...], str] | None = None
         self.damaged: set[str] = set()
         self.obstacles: dict[str, int] = {}
         self.open()
@@ -119,6 +120,7 @@ class CacheUnderTest(RuleBasedStateMachine):
     def end(self, seconds: int | None) -> None:
         self.go_on.set()
         self.count("evicted", self.cache.stats().evictions)
+        self.count("taken over", self.cache.stats().taken_over)
         self.count("files evicted", self.disk.catalogue.store.stats().evictions)
         self.count("rejected", self.cache.disk_stats().rejected)
         self.count("failed", self.cache.disk_stats().failures)

@@ -21,6 +21,7 @@ export function showFigures(cache, server) {
     ["snapshots", cache.snapshot_bytes, "checkpoints"],
     ["running", cache.running_bytes, "running requests"],
     ["lingering", cache.lingering_bytes, "being written to disk"],
+    ["retained", cache.retained_bytes, "ready for next turns, goes first"],
   ]);
   const notes = [
     `keys and values ${bytes(cache.rows_bytes)}, checkpoints ${bytes(cache.snapshot_bytes)}`,

@@ -1,0 +1,515 @@
+"""A request's buffers stay for the next turn, which goes on in them without copying a row."""
+
+import gc
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import bounds
+import mlx.core as mx
+import oracle
+import pytest
+import quantizing
+import tiny
+from long import mostly_long
+from wide import wide_model
+
+from mlx_hybridcache import BudgetError, HybridPromptCache
+from mlx_hybridcache.caches import checkpoint as checkpoints
+from mlx_hybridcache.caches.live import LiveCaches
+
+REPLY = 8
+PROMPT = oracle.prompt(700, seed=1)
+
+
+def new_cache(name: str = "qwen3_next", **settings: Any) -> HybridPromptCache:
+    return oracle.new_cache(tiny.build(name), tokenizer=oracle.word_tokenizer(), **settings)
+
+
+def without_retaining(cache: HybridPromptCache) -> HybridPromptCache:
+    cache.engine.tiers.shelf.most = 0
+    return cache
+
+
+def answer(
+    cache: HybridPromptCache, tokens: list[int], count: int = REPLY, **how: Any
+) -> list[Any]:
+    return list(cache.stream_generate(tokens, count, sampler=oracle.never_ending, **how))
+
+
+def tokens_of(reply: list[Any]) -> list[int]:
+    return [each.token for each in reply]
+
+
+def plainly(tokens: list[int], count: int = REPLY, name: str = "qwen3_next") -> list[Any]:
+    """Plain mlx-lm's reply."""
+    with new_cache(name) as other:
+        return answer(other, tokens, count, use_cache=False)
+
+
+def assert_same(reply: list[Any], expected: list[Any]) -> None:
+    """Tokens and log-probabilities, bit for bit."""
+    assert tokens_of(reply) == tokens_of(expected)
+    for ours, theirs in zip(reply, expected, strict=True):
+        assert oracle.agree(ours.logprobs, theirs.logprobs)
+
+
+def taken_over(cache: HybridPromptCache) -> int:
+    return cache.stats().taken_over
+
+
+@contextmanager
+def copied_rows() -> Iterator[list[int]]:
+    """Rows that are copied out of the store into caches, one number for each restore."""
+    restore, copied = checkpoints.restore, []
+
+    def counted(
+        layout: Any, model: Any, blocks: Any, snapshots: Any, position: int, *more: Any, **how: Any
+    ) -> Any:
+        copied.append(position)
+        return restore(layout, model, blocks, snapshots, position, *more, **how)
+
+    checkpoints.restore = counted
+    try:
+        yield copied
+    finally:
+        checkpoints.restore = restore
+
+
+@pytest.mark.parametrize(
+    "name", mostly_long(["qwen3_next", "qwen3", "jamba"], ["qwen3_next", "qwen3"])
+)
+def test_a_repeat_and_the_next_turns_copy_no_row(name):
+    """800 tokens, the same again, then three turns of 48 more: after the first, nothing is copied to be resumed."""
+    tokens = oracle.prompt(800, seed=1)
+    with new_cache(name) as cache, copied_rows() as copied:
+        for turn in range(5):
+            reply = answer(cache, tokens)
+            assert cache.last_report.restored_tokens >= (len(tokens) - 70 if turn else 0)
+            assert_same(reply, plainly(tokens, name=name))
+            if turn:
+                tokens = [*tokens, *tokens_of(reply), *oracle.prompt(40, seed=turn)]
+        assert copied == [0]
+        assert taken_over(cache) == 4
+
+
+def test_rows_that_another_reply_left_are_copied_alone(monkeypatch):
+    """The reply to a repeat is stored by the first one: the turn behind it copies those 8 rows into the buffers."""
+    with new_cache() as cache:
+        for _ in range(2):
+            reply = answer(cache, PROMPT)
+        longer = [*PROMPT, *tokens_of(reply), *oracle.prompt(20, seed=2)]
+        with copied_rows() as copied:
+            assert_same(answer(cache, longer), plainly(longer))
+        assert copied == []
+        assert taken_over(cache) == 2
+
+
+def test_bytes_are_bounded_at_every_moment_and_buffers_are_written_where_they_lie():
+    """A conversation of 3,900 tokens under a budget for three times its rows: what MLX holds is what is counted, and
+    a turn in retained buffers holds no second copy of them.
+    """
+    tokens = oracle.prompt(3900, seed=3)
+    with oracle.new_cache(wide_model(6), tokenizer=oracle.word_tokenizer()) as probe:
+        rows = probe.engine.layout.row_bytes * 4096
+        budget = 3 * rows + 12 * probe.engine.layout.snapshot_bytes
+    with oracle.new_cache(
+        wide_model(6),
+        tokenizer=oracle.word_tokenizer(),
+        memory_budget=budget,
+        prefill_step_size=512,
+        checkpoint_every=2048,
+    ) as cache:
+        gc.collect()
+        mx.clear_cache()
+        baseline = mx.get_active_memory()
+        store = cache.engine.tiers.memory
+        watched = bounds.WatchedBudget.of(store.budget)
+        for turn in range(5):
+            with bounds.peak_of_mlx() as peak:
+                reply = answer(cache, tokens)
+            if turn:
+                assert taken_over(cache) == turn
+                assert peak[0] < rows, "a buffer that is held twice is copied when it is written"
+            tokens = [*tokens, *tokens_of(reply), *oracle.prompt(20, seed=turn)]
+            assert store.budget.retained_bytes >= rows
+            off = cache.worker.call(mx.get_active_memory) - baseline - store.budget.used_bytes
+            assert abs(off) <= budget / 100
+        assert watched.over == []
+        assert cache.stats().running_bytes == 0
+
+
+@pytest.mark.parametrize("share", [1.3, 2.0, 3.0, 5.0])
+def test_nothing_that_is_stored_goes_for_retained_buffers(share):
+    """Turns of three conversations under budgets for so many of them: the same is stored, evicted and refused as
+    without retaining, and the replies are the same.
+    """
+    seen = []
+    for retains in (True, False):
+        with new_cache() as probe:
+            budget = int(share * probe.engine.layout.running_bytes(1024))
+        with new_cache(memory_budget=budget) as cache:
+            watched = bounds.WatchedBudget.of(cache.engine.tiers.memory.budget)
+            if not retains:
+                without_retaining(cache)
+            chats = [oracle.prompt(520, seed=seed) for seed in range(3)]
+            said: list[Any] = []
+            for turn, which in enumerate([0, 0, 1, 0, 0, 2, 2, 1, 1, 0]):
+                reply = answer(cache, chats[which])
+                said.append((tokens_of(reply), cache.last_report.restored_tokens))
+                chats[which] += [*tokens_of(reply), *oracle.prompt(25, seed=turn)]
+            assert watched.over == []
+            stats = cache.stats()
+            seen.append((said, sorted(cache.checkpoints()), stats.evictions, stats.refusals))
+            assert retains or not stats.taken_over
+            assert share < 2 or not retains or stats.taken_over
+    assert seen[0] == seen[1]
+
+
+def test_nothing_is_retained_behind_an_error():
+    """A sampler raises at the third token: what was read is stored, no buffer stays."""
+    left = [3]
+
+    def failing(logprobs: mx.array) -> mx.array:
+        left[0] -= 1
+        if left[0] == 0:
+            raise ZeroDivisionError
+        return oracle.never_ending(logprobs)
+
+    with new_cache() as cache:
+        with pytest.raises(ZeroDivisionError):
+            list(cache.stream_generate(PROMPT, REPLY, sampler=failing))
+        stats = cache.stats()
+        assert (stats.retained_bytes, stats.running_bytes, len(cache.engine.tiers.shelf)) == (
+            0,
+            0,
+            0,
+        )
+        assert_same(answer(cache, PROMPT), plainly(PROMPT))
+        assert cache.last_report.restored_tokens == 699
+        assert taken_over(cache) == 0
+
+
+@pytest.mark.parametrize("where", ["copies", "arrays", "evaluation"])
+def test_a_failure_while_retaining_lets_go(where, monkeypatch):
+    """MLX has no memory for it: the request was answered, all of its rows are stored, and no bytes are lost."""
+    with new_cache() as cache:
+        kind = type(next(k for k in cache.engine.layout.kinds if k.row_bytes))
+
+        def fail(*_: Any, **__: Any) -> Any:
+            raise RuntimeError("[malloc] Unable to allocate 1 bytes.")
+
+        if where == "copies":
+            calls = itertools.count()
+            copies = LiveCaches.copies
+            stream = cache.stream_generate(PROMPT, REPLY, sampler=oracle.never_ending)
+            next(stream), next(stream)  # all of the prompt is the store's
+            cache.stats()
+            monkeypatch.setattr(
+                LiveCaches, "copies", lambda self, r: fail() if not next(calls) else copies(self, r)
+            )
+            reply = tokens_of(list(stream))
+        else:
+            if where == "arrays":
+                monkeypatch.setattr(kind, "take_arrays", fail)
+            else:
+                monkeypatch.setattr("mlx_hybridcache.caches.live.Retained", fail)
+            reply = tokens_of(answer(cache, PROMPT))[2:]
+        monkeypatch.undo()
+        stats = cache.stats()
+        assert (stats.retained_bytes, stats.running_bytes) == (0, 0)
+        assert tokens_of(plainly(PROMPT))[2:] == reply
+        longer = [*PROMPT, *tokens_of(plainly(PROMPT)), 5, 6]
+        assert_same(answer(cache, longer), plainly(longer))
+        assert cache.last_report.restored_tokens >= 700
+
+
+@pytest.mark.parametrize("name", ["qwen3_next", "qwen3"])
+def test_rows_that_were_read_anew_are_not_those_in_the_buffers(name):
+    """All that was stored is let go of, and read again in other slices: the buffers of before are of no use."""
+    with oracle.new_cache(
+        tiny.NoisyChunks(tiny.build(name)), tokenizer=oracle.word_tokenizer(), prefill_step_size=512
+    ) as cache:
+        answer(cache, PROMPT)
+        tiers = cache.engine.tiers
+        kept = tiers.shelf._retained[0]
+        cache.worker.call(tiers.memory.clear)
+        assert tiers.shelf._retained == [kept], "they are still there"
+        list(cache.warm([*PROMPT[:300], 1]))
+        list(cache.warm(PROMPT))  # in slices of 300 and 399
+        first = answer(cache, PROMPT)
+        assert taken_over(cache) == 0
+        with oracle.new_cache(
+            tiny.NoisyChunks(tiny.build(name)),
+            tokenizer=oracle.word_tokenizer(),
+            prefill_step_size=512,
+        ) as other:
+            list(other.warm([*PROMPT[:300], 1]))
+            list(other.warm(PROMPT))
+            assert_same(first, answer(without_retaining(other), PROMPT))
+
+
+def test_rows_that_came_from_a_file_are_not_those_in_the_buffers(tmp_path):
+    """Memory forgets, files do not: what is restored from them is copied, and its own buffers serve the turn behind."""
+    with new_cache(cache_dir=tmp_path) as cache:
+        reply = answer(cache, PROMPT)
+        assert cache.flush(30)
+        tiers = cache.engine.tiers
+        cache.worker.call(tiers.memory.clear)
+        assert len(tiers.shelf) == 1
+        assert_same(answer(cache, PROMPT), reply)
+        assert cache.last_report.tier == "disk"
+        assert taken_over(cache) == 0
+        longer = [*PROMPT, *tokens_of(reply), 5, 6]
+        assert_same(answer(cache, longer), plainly(longer))
+        assert taken_over(cache) == 1
+        assert cache.flush(30)
+
+
+def test_nothing_is_held_behind_close_with_a_request_under_way():
+    """Closed while a reply is written, and another's buffers are retained: MLX holds what it held before."""
+    model = wide_model(6)
+    gc.collect()
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    cache = oracle.new_cache(model, tokenizer=oracle.word_tokenizer())
+    answer(cache, PROMPT)
+    stream = cache.stream_generate(oracle.prompt(300, seed=5), 500, sampler=oracle.never_ending)
+    next(stream), next(stream)
+    tiers = cache.engine.tiers
+    cache.close()
+    assert (len(tiers.shelf), tiers.memory.budget.used_bytes) == (0, 0)
+    del stream, cache, tiers
+    gc.collect()
+    mx.clear_cache()
+    assert mx.get_active_memory() - before <= 100_000
+
+
+def test_of_two_requests_at_once_one_takes_the_buffers():
+    """Two turns of one conversation, both under way: one goes on in its buffers, the other copies."""
+    with new_cache() as cache:
+        reply = tokens_of(answer(cache, PROMPT))
+        turns = [[*PROMPT, *reply, *oracle.prompt(20, seed=seed)] for seed in (6, 7)]
+        with copied_rows() as copied:
+            streams = [cache.stream_generate(t, 40, sampler=oracle.never_ending) for t in turns]
+            begun = [[next(stream), next(stream)] for stream in streams]
+            replies = [[*some, *stream] for some, stream in zip(begun, streams, strict=True)]
+        for tokens, each in zip(turns, replies, strict=True):
+            assert_same(each, plainly(tokens, 40))
+        assert taken_over(cache) == 1
+        assert len(copied) == 1
+        assert cache.stats().running_bytes == 0
+
+
+@pytest.mark.parametrize("at", [704, 900])
+def test_a_request_that_leaves_midway_harms_nothing_of_what_it_took_over(at):
+    """Cancelled when 704 of 1,100 tokens are read, or later: the conversation and its other branch go on rightly."""
+    with new_cache() as cache:
+        reply = answer(cache, PROMPT, 300)  # so that there is room
+        history = [*PROMPT, *tokens_of(reply)]
+        stream: Any = None
+
+        def stop(read: int, total: int) -> None:
+            if read >= at:
+                stream.cancel()
+
+        branch = [*history[:720], *oracle.prompt(200, seed=8)]
+        stream = cache.stream_generate(branch, REPLY, prompt_progress_callback=stop)
+        list(stream)
+        stats = cache.stats()
+        assert stats.running_bytes == 0
+        for tokens in (branch, [*history, 5, 6], PROMPT):
+            assert_same(answer(cache, tokens), plainly(tokens))
+            assert cache.last_report.restored_tokens >= len(tokens) - 250
+
+
+def test_a_reply_that_its_client_leaves_is_a_turn_like_any_other():
+    """Closed after two of 300 tokens, as a server does at a stop word: the next turn takes its buffers over."""
+    with new_cache() as cache:
+        stream = cache.stream_generate(PROMPT, 300, sampler=oracle.never_ending)
+        said = [next(stream).token, next(stream).token]
+        stream.close()
+        longer = [*PROMPT, *said, *oracle.prompt(20, seed=9)]
+        assert_same(answer(cache, longer), plainly(longer))
+        assert taken_over(cache) == 1
+
+
+def test_another_salt_takes_nothing_over():
+    """The same prompt under another salt is read from its first token on."""
+    with new_cache() as cache:
+        answer(cache, PROMPT, cache_salt="one")
+        answer(cache, PROMPT, cache_salt="two")
+        assert cache.last_report.restored_tokens == 0
+        assert taken_over(cache) == 0
+        assert_same(answer(cache, PROMPT, cache_salt="one"), plainly(PROMPT))
+        assert taken_over(cache) == 1
+
+
+def test_replies_of_a_batch_leave_no_buffers_and_go_on_rightly():
+    """Two replies that were decoded together, then the next turn of each."""
+    with new_cache() as cache:
+        prompts = [PROMPT, oracle.prompt(690, seed=10)]
+        with oracle.batch_sizes(cache.engine.model) as sizes:
+            streams = [cache.stream_generate(p, 30, sampler=oracle.never_ending) for p in prompts]
+            replies = [list(stream) for stream in streams]
+        assert max(sizes) == 2
+        for prompt, reply in zip(prompts, replies, strict=True):
+            longer = [*prompt, *tokens_of(reply), *oracle.prompt(20, seed=11)]
+            assert_same(answer(cache, longer), plainly(longer))
+
+
+def test_another_request_reads_from_taken_over_buffers_while_they_run():
+    """A branch begins behind rows that only a request in taken-over buffers holds."""
+    with new_cache() as cache:
+        reply = answer(cache, PROMPT, 250)
+        longer = [*PROMPT, *tokens_of(reply), *oracle.prompt(50, seed=12)]
+        other = [*longer[:-20], *oracle.prompt(30, seed=13)]
+        started: list[Any] = []
+
+        def begin(read: int, total: int) -> None:
+            if read >= total - 1 and not started:
+                started.append(cache.stream_generate(other, REPLY, sampler=oracle.never_ending))
+
+        assert_same(answer(cache, longer, prompt_progress_callback=begin), plainly(longer))
+        assert_same(list(started[0]), plainly(other))
+        assert taken_over(cache) >= 1
+        assert_same(answer(cache, [*other, 5]), plainly([*other, 5]))
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("qwen3_next", {"store_kv": 8}),
+        ("qwen3", {"kv_bits": 8}),
+        ("gemma3_text", {"swa_full": True}),
+        ("mamba2", {}),
+    ],
+)
+def test_what_is_not_stored_as_it_runs_is_not_retained(name, settings):
+    """A smaller store, quantized rows, windows stored whole, states alone: as without."""
+    model = quantizing.wide(name) if "kv_bits" in settings else tiny.build(name)
+    with oracle.new_cache(model, tokenizer=oracle.word_tokenizer(), **settings) as cache:
+        for _ in range(2):
+            answer(cache, PROMPT)
+        stats = cache.stats()
+        assert (stats.retained_bytes, stats.taken_over) == (0, 0)
+
+
+def test_exact_mode_takes_over_what_it_would_restore():
+    """Noise by slices of 64: every turn of a conversation has the bits of a cold run."""
+    tokens = oracle.prompt(400, seed=14)
+    said = []
+    for retains in (True, False):
+        cache = oracle.new_cache(
+            tiny.NoisyChunks(tiny.build("qwen3")), tokenizer=oracle.word_tokenizer(), exact=True
+        )
+        with cache:
+            if not retains:
+                without_retaining(cache)
+            asked, seen = tokens, []
+            for turn in range(4):
+                reply = answer(cache, asked)
+                seen.append((reply, cache.last_report.restored_tokens))
+                asked = [*asked, *tokens_of(reply), *oracle.prompt(20, seed=turn)]
+            assert (taken_over(cache) > 0) is retains
+            said.append(seen)
+    for (ours, restored), (theirs, as_restored) in zip(*said, strict=True):
+        assert restored == as_restored
+        assert_same(ours, theirs)
+
+
+def test_drafts_that_are_taken_back_leave_right_buffers():
+    """A client leaves in the middle of drafted tokens: the next turn begins behind those that it took."""
+    with new_cache() as cache:
+        first = tokens_of(answer(cache, PROMPT, 60))
+        how = {"draft_from_cache": True, "num_draft_tokens": 6}
+        stream = cache.stream_generate(PROMPT, 60, sampler=oracle.never_ending, **how)
+        said = [next(stream).token for _ in range(9)]
+        stream.close()
+        assert said == first[:9]
+        longer = [*PROMPT, *said, *oracle.prompt(20, seed=15)]
+        assert_same(answer(cache, longer), plainly(longer))
+        assert taken_over(cache) == 2
+
+
+def test_a_reply_longer_than_the_buffers_that_were_taken_over_grows_in_what_is_paid():
+    """Buffers of 768 rows, and a reply of 300 tokens to 750: they grow once, to what any request would have had."""
+    with new_cache() as cache:
+        reply = answer(cache, PROMPT)
+        longer = [*PROMPT, *tokens_of(reply), *oracle.prompt(42, seed=16)]
+        stream = cache.stream_generate(longer, 300, sampler=oracle.never_ending)
+        begun = [next(stream), next(stream)]
+        assert cache.stats().running_bytes == cache.engine.layout.running_bytes(1280)
+        assert taken_over(cache) == 1
+        assert_same([*begun, *stream], plainly(longer, 300))
+        assert cache.stats().running_bytes == 0
+
+
+def test_retained_buffers_go_first_where_the_system_lacks_memory(monkeypatch):
+    """As many bytes are missing as are retained: nothing that is stored goes. Twice as many: some of it does."""
+    with new_cache() as cache:
+        answer(cache, PROMPT)
+        before = cache.stats()
+        relief = cache.engine.relief
+        for times, goes in ((1, False), (2, True)):
+            missing = times * before.retained_bytes
+            monkeypatch.setattr(
+                relief.pressure,
+                "excess",
+                lambda held, coming=0, missing=missing: min(held, missing),
+            )
+            cache.worker.call(relief.relieve)
+            monkeypatch.undo()
+            stats = cache.stats()
+            assert stats.retained_bytes == 0
+            assert (stats.held_bytes < before.held_bytes - before.retained_bytes) is goes
+            answer(cache, PROMPT)
+
+
+@pytest.mark.parametrize("how", ["clear", "drop", "shrink", "claim"])
+def test_retained_buffers_go_with_what_is_forgotten_and_for_whoever_needs_room(how):
+    """Clearing, dropping, shrinking and a claim on all that is free: none is left, and no checkpoint went for it."""
+    with new_cache() as cache:
+        answer(cache, PROMPT)
+        store, before = cache.engine.tiers.memory, cache.stats()
+        assert before.retained_bytes > 0
+        if how == "clear":
+            cache.clear()
+        elif how == "drop":
+            cache.drop(PROMPT)
+        elif how == "shrink":
+            cache.worker.call(lambda: store.shrink(0))
+        else:
+            free = before.budget_bytes - before.held_bytes + before.retained_bytes
+            cache.worker.call(lambda: store.claim(free).release())
+        stats = cache.stats()
+        assert (stats.retained_bytes, stats.evictions) == (0, 0)
+        assert len(cache.engine.tiers.shelf) == 0
+
+
+def test_no_more_than_four_conversations_are_retained_and_the_newest_stay():
+    """Five that end one after another: the first one's buffers went, the last one's serve."""
+    with new_cache() as cache:
+        prompts = [oracle.prompt(100, seed=20 + i) for i in range(5)]
+        for prompt in prompts:
+            answer(cache, prompt)
+        assert len(cache.engine.tiers.shelf) == 4
+        answer(cache, prompts[0])
+        assert taken_over(cache) == 0
+        answer(cache, prompts[4])
+        assert taken_over(cache) == 1
+
+
+def test_a_request_that_cannot_be_granted_beside_its_own_buffers_is_refused_as_ever():
+    """A reply whose room is more than the budget: refused before anything is taken, and the conversation goes on."""
+    with new_cache() as probe:
+        budget = 3 * probe.engine.layout.running_bytes(1024)
+    with new_cache(memory_budget=budget) as cache:
+        reply = tokens_of(answer(cache, PROMPT))
+        with pytest.raises(BudgetError):
+            answer(cache, [*PROMPT, *reply, 5], 8000)
+        assert cache.stats().running_bytes == 0
+        longer = [*PROMPT, *reply, 5, 6]
+        assert_same(answer(cache, longer), plainly(longer))
+        assert cache.last_report.restored_tokens >= 700
