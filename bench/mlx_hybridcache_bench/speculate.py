@@ -179,29 +179,16 @@ def _measured(model: Any, tokenizer: Any, workload: Workload, rounds: int) -> Ou
     lookups: list[float] = []
     with HybridPromptCache(model, tokenizer, memory_budget="4GiB") as cache:
         timed = _timing_drafters(cache)
-
-        def once(salt: str, **options: Any) -> tuple[float, list[int], Any]:
-            began = time.process_time()
-            reply = cache.stream_generate(
-                workload.prompt,
-                len(workload.reply),
-                cache_salt=salt,
-                logits_processors=[_dictating(workload)],
-                **options,
-            )
-            written = [response.token for response in reply]
-            return time.process_time() - began, written, reply.report
-
         for at in range(rounds + 1):
             for salt, options, seconds in (
                 (f"plain {at}", {}, plain),
                 (f"drafted {at}", {"draft_from_cache": True}, drafted),
             ):
                 if workload.again:
-                    once(salt)
+                    _asked(cache, workload, salt)
                 else:  # what is measured is writing
                     list(cache.warm(workload.prompt, cache_salt=salt))
-                spent, written, report = once(salt, **options)
+                spent, written, report = _asked(cache, workload, salt, **options)
                 seconds.append(spent)
             lookups.append(timed[-1].seconds)
     return Outcome(
@@ -215,6 +202,22 @@ def _measured(model: Any, tokenizer: Any, workload: Workload, rounds: int) -> Ou
         drafted[1:],
         lookups[1:],
     )
+
+
+def _asked(
+    cache: HybridPromptCache, workload: Workload, salt: str, **options: Any
+) -> tuple[float, list[int], Any]:
+    """The seconds of one request, its reply and its report."""
+    began = time.process_time()
+    reply = cache.stream_generate(
+        workload.prompt,
+        len(workload.reply),
+        cache_salt=salt,
+        logits_processors=[_dictating(workload)],
+        **options,
+    )
+    written = [response.token for response in reply]
+    return time.process_time() - began, written, reply.report
 
 
 def _timing_drafters(cache: HybridPromptCache) -> list[_Timed]:

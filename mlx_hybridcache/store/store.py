@@ -183,9 +183,8 @@ class Store(CountedTrees[R, S]):
         above = max((n.end for n in match.path if n.checkpoint and n.end < cuts[0]), default=0)
         while not budget.has_room(rows + len(wanted) * snapshot_bytes):
             found = eviction.worths(above, wanted, len(tokens), branch_points, snapshot_bytes)
-            worths = [inf if cut in lasting else found[at] for at, cut in enumerate(wanted)]
-            worst = min(range(len(wanted)), key=worths.__getitem__)
-            if len(wanted) > 1 and worths[worst] <= eviction.least():
+            worth, worst = min((inf if c in lasting else found[i], i) for i, c in enumerate(wanted))
+            if len(wanted) > 1 and worth <= eviction.least():
                 del wanted[worst]
             elif (node := eviction.first()) is not None:
                 self._drop(node, eviction)

@@ -30,3 +30,12 @@ def test_configurations_can_be_read_and_fit_together():
     chosen = settings("toml", "model_providers", settings("toml", "model_provider"))
     assert chosen["wire_api"] == "responses"
     assert chosen["base_url"] == provider["options"]["baseURL"]
+
+
+def test_every_librarys_lines_are_whole_and_ask_this_server():
+    """Eight in Python, each with its imports, of which `pytest -m clients` installs what is not the SDKs'."""
+    blocks = pages.of_language(CLIENTS, "python")
+    assert len(blocks) == 8
+    for block in blocks:
+        compile(block.text, str(block), "exec")
+        assert "http://localhost:8080" in block.text
