@@ -94,15 +94,23 @@ def test_a_repeat_and_the_next_turns_copy_no_row(name):
         assert taken_over(cache) == 4
 
 
-def test_rows_that_another_reply_left_are_copied_alone(monkeypatch):
-    """The reply to a repeat is stored by the first one: the turn behind it copies those 8 rows into the buffers."""
+def test_rows_that_another_reply_left_are_copied_alone():
+    """Two replies to one prompt: the turn behind the first copies that one's rows over the second's, which are in
+    the buffers, and no others.
+    """
     with new_cache() as cache:
-        for _ in range(2):
-            reply = answer(cache, PROMPT)
+        reply = answer(cache, PROMPT)
+        other = list(
+            cache.stream_generate(
+                PROMPT, REPLY, sampler=lambda logprobs: (logprobs.argmax(-1) + 1) % 100
+            )
+        )
+        assert tokens_of(other)[0] != tokens_of(reply)[0]
         longer = [*PROMPT, *tokens_of(reply), *oracle.prompt(20, seed=2)]
         with copied_rows() as copied:
             assert_same(answer(cache, longer), plainly(longer))
         assert copied == []
+        assert cache.last_report.restored_tokens >= 707
         assert taken_over(cache) == 2
 
 
