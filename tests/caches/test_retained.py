@@ -6,14 +6,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import bounds
 import mlx.core as mx
 import oracle
 import pytest
-import quantizing
 import tiny
 from long import mostly_long
-from wide import wide_model
+from odd_models import quantizing
+from odd_models.wide import wide_model
+from state_machine import bounds
 
 from mlx_hybridcache import BudgetError, HybridPromptCache
 from mlx_hybridcache.caches import checkpoint as checkpoints
