@@ -179,10 +179,8 @@ class Engine:
         live, is_left = reply.live, True
         try:
             yield
-        except GeneratorExit:  # whoever takes the reply has enough of it
-            raise
-        except BaseException:
-            is_left = False
+        except BaseException as error:
+            is_left = isinstance(error, GeneratorExit)  # whoever takes the reply has enough of it
             raise
         finally:
             self.decoder.take_back(reply)

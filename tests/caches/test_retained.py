@@ -2,79 +2,29 @@
 
 import gc
 import itertools
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
 import oracle
 import pytest
 import tiny
+from conversations import (
+    PROMPT,
+    REPLY,
+    answer,
+    assert_same,
+    copied_rows,
+    new_cache,
+    plainly,
+    taken_over,
+    tokens_of,
+    without_retaining,
+)
 from long import mostly_long
-from odd_models import quantizing
 from odd_models.wide import wide_model
 from state_machine import bounds
 
-from mlx_hybridcache import BudgetError, HybridPromptCache
-from mlx_hybridcache.caches import checkpoint as checkpoints
 from mlx_hybridcache.caches.live import LiveCaches
-
-REPLY = 8
-PROMPT = oracle.prompt(700, seed=1)
-
-
-def new_cache(name: str = "qwen3_next", **settings: Any) -> HybridPromptCache:
-    return oracle.new_cache(tiny.build(name), tokenizer=oracle.word_tokenizer(), **settings)
-
-
-def without_retaining(cache: HybridPromptCache) -> HybridPromptCache:
-    cache.engine.tiers.shelf.most = 0
-    return cache
-
-
-def answer(
-    cache: HybridPromptCache, tokens: list[int], count: int = REPLY, **how: Any
-) -> list[Any]:
-    return list(cache.stream_generate(tokens, count, sampler=oracle.never_ending, **how))
-
-
-def tokens_of(reply: list[Any]) -> list[int]:
-    return [each.token for each in reply]
-
-
-def plainly(tokens: list[int], count: int = REPLY, name: str = "qwen3_next") -> list[Any]:
-    """Plain mlx-lm's reply."""
-    with new_cache(name) as other:
-        return answer(other, tokens, count, use_cache=False)
-
-
-def assert_same(reply: list[Any], expected: list[Any]) -> None:
-    """Tokens and log-probabilities, bit for bit."""
-    assert tokens_of(reply) == tokens_of(expected)
-    for ours, theirs in zip(reply, expected, strict=True):
-        assert oracle.agree(ours.logprobs, theirs.logprobs)
-
-
-def taken_over(cache: HybridPromptCache) -> int:
-    return cache.stats().taken_over
-
-
-@contextmanager
-def copied_rows() -> Iterator[list[int]]:
-    """Rows that are copied out of the store into caches, one number for each restore."""
-    restore, copied = checkpoints.restore, []
-
-    def counted(
-        layout: Any, model: Any, blocks: Any, snapshots: Any, position: int, *more: Any, **how: Any
-    ) -> Any:
-        copied.append(position)
-        return restore(layout, model, blocks, snapshots, position, *more, **how)
-
-    checkpoints.restore = counted
-    try:
-        yield copied
-    finally:
-        checkpoints.restore = restore
 
 
 @pytest.mark.parametrize(
@@ -383,141 +333,3 @@ def test_another_request_reads_from_taken_over_buffers_while_they_run():
         assert_same(list(started[0]), plainly(other))
         assert taken_over(cache) >= 1
         assert_same(answer(cache, [*other, 5]), plainly([*other, 5]))
-
-
-@pytest.mark.parametrize(
-    ("name", "settings"),
-    [
-        ("qwen3_next", {"store_kv": 8}),
-        ("qwen3", {"kv_bits": 8}),
-        ("gemma3_text", {"swa_full": True}),
-        ("mamba2", {}),
-    ],
-)
-def test_what_is_not_stored_as_it_runs_is_not_retained(name, settings):
-    """A smaller store, quantized rows, windows stored whole, states alone: as without."""
-    model = quantizing.wide(name) if "kv_bits" in settings else tiny.build(name)
-    with oracle.new_cache(model, tokenizer=oracle.word_tokenizer(), **settings) as cache:
-        for _ in range(2):
-            answer(cache, PROMPT)
-        stats = cache.stats()
-        assert (stats.retained_bytes, stats.taken_over) == (0, 0)
-
-
-def test_exact_mode_takes_over_what_it_would_restore():
-    """Noise by slices of 64: every turn of a conversation has the bits of a cold run."""
-    tokens = oracle.prompt(400, seed=14)
-    said = []
-    for retains in (True, False):
-        cache = oracle.new_cache(
-            tiny.NoisyChunks(tiny.build("qwen3")), tokenizer=oracle.word_tokenizer(), exact=True
-        )
-        with cache:
-            if not retains:
-                without_retaining(cache)
-            asked, seen = tokens, []
-            for turn in range(4):
-                reply = answer(cache, asked)
-                seen.append((reply, cache.last_report.restored_tokens))
-                asked = [*asked, *tokens_of(reply), *oracle.prompt(20, seed=turn)]
-            assert (taken_over(cache) > 0) is retains
-            said.append(seen)
-    for (ours, restored), (theirs, as_restored) in zip(*said, strict=True):
-        assert restored == as_restored
-        assert_same(ours, theirs)
-
-
-def test_drafts_that_are_taken_back_leave_right_buffers():
-    """A client leaves in the middle of drafted tokens: the next turn begins behind those that it took."""
-    with new_cache() as cache:
-        first = tokens_of(answer(cache, PROMPT, 60))
-        how = {"draft_from_cache": True, "num_draft_tokens": 6}
-        stream = cache.stream_generate(PROMPT, 60, sampler=oracle.never_ending, **how)
-        said = [next(stream).token for _ in range(9)]
-        stream.close()
-        assert said == first[:9]
-        longer = [*PROMPT, *said, *oracle.prompt(20, seed=15)]
-        assert_same(answer(cache, longer), plainly(longer))
-        assert taken_over(cache) == 2
-
-
-def test_a_reply_longer_than_the_buffers_that_were_taken_over_grows_in_what_is_paid():
-    """Buffers of 768 rows, and a reply of 300 tokens to 750: they grow once, to what any request would have had."""
-    with new_cache() as cache:
-        reply = answer(cache, PROMPT)
-        longer = [*PROMPT, *tokens_of(reply), *oracle.prompt(42, seed=16)]
-        stream = cache.stream_generate(longer, 300, sampler=oracle.never_ending)
-        begun = [next(stream), next(stream)]
-        assert cache.stats().running_bytes == cache.engine.layout.running_bytes(1280)
-        assert taken_over(cache) == 1
-        assert_same([*begun, *stream], plainly(longer, 300))
-        assert cache.stats().running_bytes == 0
-
-
-def test_retained_buffers_go_first_where_the_system_lacks_memory(monkeypatch):
-    """As many bytes are missing as are retained: nothing that is stored goes. Twice as many: some of it does."""
-    with new_cache() as cache:
-        answer(cache, PROMPT)
-        before = cache.stats()
-        relief = cache.engine.relief
-        for times, goes in ((1, False), (2, True)):
-            missing = times * before.retained_bytes
-            monkeypatch.setattr(
-                relief.pressure,
-                "excess",
-                lambda held, coming=0, missing=missing: min(held, missing),
-            )
-            cache.worker.call(relief.relieve)
-            monkeypatch.undo()
-            stats = cache.stats()
-            assert stats.retained_bytes == 0
-            assert (stats.held_bytes < before.held_bytes - before.retained_bytes) is goes
-            answer(cache, PROMPT)
-
-
-@pytest.mark.parametrize("how", ["clear", "drop", "shrink", "claim"])
-def test_retained_buffers_go_with_what_is_forgotten_and_for_whoever_needs_room(how):
-    """Clearing, dropping, shrinking and a claim on all that is free: none is left, and no checkpoint went for it."""
-    with new_cache() as cache:
-        answer(cache, PROMPT)
-        store, before = cache.engine.tiers.memory, cache.stats()
-        assert before.retained_bytes > 0
-        if how == "clear":
-            cache.clear()
-        elif how == "drop":
-            cache.drop(PROMPT)
-        elif how == "shrink":
-            cache.worker.call(lambda: store.shrink(0))
-        else:
-            free = before.budget_bytes - before.held_bytes + before.retained_bytes
-            cache.worker.call(lambda: store.claim(free).release())
-        stats = cache.stats()
-        assert (stats.retained_bytes, stats.evictions) == (0, 0)
-        assert len(cache.engine.tiers.shelf) == 0
-
-
-def test_no_more_than_four_conversations_are_retained_and_the_newest_stay():
-    """Five that end one after another: the first one's buffers went, the last one's serve."""
-    with new_cache() as cache:
-        prompts = [oracle.prompt(100, seed=20 + i) for i in range(5)]
-        for prompt in prompts:
-            answer(cache, prompt)
-        assert len(cache.engine.tiers.shelf) == 4
-        answer(cache, prompts[0])
-        assert taken_over(cache) == 0
-        answer(cache, prompts[4])
-        assert taken_over(cache) == 1
-
-
-def test_a_request_that_cannot_be_granted_beside_its_own_buffers_is_refused_as_ever():
-    """A reply whose room is more than the budget: refused before anything is taken, and the conversation goes on."""
-    with new_cache() as probe:
-        budget = 3 * probe.engine.layout.running_bytes(1024)
-    with new_cache(memory_budget=budget) as cache:
-        reply = tokens_of(answer(cache, PROMPT))
-        with pytest.raises(BudgetError):
-            answer(cache, [*PROMPT, *reply, 5], 8000)
-        assert cache.stats().running_bytes == 0
-        longer = [*PROMPT, *reply, 5, 6]
-        assert_same(answer(cache, longer), plainly(longer))
-        assert cache.last_report.restored_tokens >= 700
