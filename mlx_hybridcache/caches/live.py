@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -106,6 +107,7 @@ class LiveCaches(LazySource[RowBlock]):
         self._shares = shares and layout.shares_rows
         self._is_known = False
         self._paid_rows = 0  # at least `capacity`: buffers that were taken over may be shorter
+        self._growing_bytes = 0  # of the claim, what is held for a moment while those grow
         self._lineage = Lineage()
         self._columns: list[BufferColumn] = []
 
@@ -131,6 +133,7 @@ class LiveCaches(LazySource[RowBlock]):
         """These are the caches now. Their rows are not known to be the store's."""
         self.caches, self.position = caches, position
         self.capacity = self._paid_rows = capacity
+        self._growing_bytes = 0
         self._lineage = Lineage()
 
     def restored(
@@ -150,14 +153,18 @@ class LiveCaches(LazySource[RowBlock]):
         claim = self._claim_for_buffers(retained, found, rows)
         if claim is None:
             return False
-        self.claim = claim
+        self.claim, claimed = claim, claim.nbytes
         caches, origins = retained.caches(self._layout, model, found)
         self.restored(caches, found.position, retained.capacity, origins)
         self._paid_rows = max(rows, retained.capacity)
+        self._growing_bytes = claimed - self._layout.running_bytes(self._paid_rows)
         return True
 
     def _claim_for_buffers(self, retained: Retained, found: MemoryFound, rows: int) -> Claim | None:
-        """A claim on retained buffers that grew to what a request with so many rows needs beside them."""
+        """A claim on retained buffers that grew to what a request with so many rows needs beside them.
+
+        Should a reply need all of its room, shorter buffers grow to it, whatever others hold by then.
+        """
         layout, budget = self._layout, self._materializer.store.budget
         claim = budget.resume(retained.nbytes)
         need = layout.running_bytes(max(rows, retained.capacity))
@@ -165,15 +172,16 @@ class LiveCaches(LazySource[RowBlock]):
         if surplus > 0:
             self._materializer.free(more)
             may = budget.has_room(more) and surplus <= max(FIRST_ROOM, rows // SURPLUS)
-        else:  # should the reply need all of its room, the buffers grow to it
-            passing = self._passing_bytes(retained.capacity) if surplus else 0
-            may = budget.running_bytes + more + passing <= budget.limit_bytes
-        try:
+        else:
+            may = budget.running_bytes + more <= budget.limit_bytes
+        growing = self._passing_bytes(retained.capacity) if surplus < 0 else 0
+        with suppress(BudgetError):
             if may:
                 claim.grow(more, keep=found.nodes(), spare=found.node)
-                return claim
-        except BudgetError:
-            pass
+                self._materializer.free(growing)
+                if budget.has_room(growing):
+                    claim.grow(growing)
+                    return claim
         retained.let_go()
         claim.release()
         return None
@@ -199,9 +207,12 @@ class LiveCaches(LazySource[RowBlock]):
 
     def grow(self, rows: int) -> None:
         """Room for so many tokens more, while old buffers and new ones are both held for a moment."""
-        self.claim.grow(self.growth_bytes(rows), passing=self._passing_bytes(self.capacity))
+        passing = max(0, self._passing_bytes(self.capacity) - self._growing_bytes)
+        self.claim.grow(self.growth_bytes(rows), passing=passing)
         self.capacity = self._paid_rows = max(self.capacity + rows, self._paid_rows)
         checkpoints.grow(self._layout, self.caches, self.capacity)
+        self.claim.shrink(self.claim.nbytes - self._growing_bytes)
+        self._growing_bytes = 0
 
     def growth_bytes(self, rows: int) -> int:
         """What is claimed for that, beside what was."""

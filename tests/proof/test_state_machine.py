@@ -102,7 +102,7 @@ def operate(name: str, operations: int) -> None:
     happened often enough in a case's share may still do so in five times as many operations again.
     """
     seen: Counter[str] = Counter()
-    floors = FLOORS + DRAFTS if cases.CASES[name].drafts else FLOORS
+    floors = FLOORS + DRAFTS if cases.CASES[name].drafts else Counter(FLOORS)
     if operations < 10_000:
         floors = Counter({what: least // 10 for what, least in floors.items()})
     if cases.CASES[name].quantized:
