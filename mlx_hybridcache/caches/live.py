@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -150,7 +149,7 @@ class LiveCaches(LazySource[RowBlock]):
         `rows` is what another request would have room for, and no more is claimed where something would
         have to go for it. False where that cannot be: then the buffers are let go of.
         """
-        claim = self._claim_for_buffers(retained, found, rows)
+        claim = self._claim_for_buffers(retained, rows)
         if claim is None:
             return False
         self.claim, claimed = claim, claim.nbytes
@@ -160,28 +159,22 @@ class LiveCaches(LazySource[RowBlock]):
         self._growing_bytes = claimed - self._layout.running_bytes(self._paid_rows)
         return True
 
-    def _claim_for_buffers(self, retained: Retained, found: MemoryFound, rows: int) -> Claim | None:
+    def _claim_for_buffers(self, retained: Retained, rows: int) -> Claim | None:
         """A claim on retained buffers that grew to what a request with so many rows needs beside them.
 
-        Should a reply need all of its room, shorter buffers grow to it, whatever others hold by then.
+        Should a reply need all of its room, shorter buffers grow to it, whatever others hold by then. Nothing
+        stored goes for it: where room is short, stored rows move into fresh buffers and are held once.
         """
         layout, budget = self._layout, self._materializer.store.budget
-        claim = budget.resume(retained.nbytes)
-        need = layout.running_bytes(max(rows, retained.capacity))
-        more, surplus = need - claim.nbytes, retained.capacity - rows
-        if surplus > 0:
+        claim, surplus = budget.resume(retained.nbytes), retained.capacity - rows
+        if surplus <= max(FIRST_ROOM, rows // SURPLUS):
+            more = layout.running_bytes(max(rows, retained.capacity)) - claim.nbytes
+            if surplus < 0:
+                more += self._passing_bytes(retained.capacity)
             self._materializer.free(more)
-            may = budget.has_room(more) and surplus <= max(FIRST_ROOM, rows // SURPLUS)
-        else:
-            may = budget.running_bytes + more <= budget.limit_bytes
-        growing = self._passing_bytes(retained.capacity) if surplus < 0 else 0
-        with suppress(BudgetError):
-            if may:
-                claim.grow(more, keep=found.nodes(), spare=found.node)
-                self._materializer.free(growing)
-                if budget.has_room(growing):
-                    claim.grow(growing)
-                    return claim
+            if budget.has_room(more):
+                claim.grow(more)
+                return claim
         retained.let_go()
         claim.release()
         return None

@@ -173,3 +173,20 @@ def test_a_request_that_cannot_be_granted_beside_its_own_buffers_is_refused_as_e
         longer = [*PROMPT, *reply, 5, 6]
         assert_same(answer(cache, longer), plainly(longer))
         assert cache.last_report.restored_tokens >= 700
+
+
+@pytest.mark.parametrize(("share", "most"), [(1.9, 300), (2.1, 300), (2.3, 700), (2.6, 700)])
+def test_room_for_a_longer_reply_costs_nothing_that_is_stored(share, most):
+    """A turn with room for 300 tokens beside two conversations, under 1.9 times 1,024 rows: its rows move into fresh
+    buffers, which fit, and nothing goes so that it can take over those of the turn before.
+    """
+    with new_cache("qwen3") as probe:
+        budget = int(share * probe.engine.layout.running_bytes(1024))
+    with new_cache("qwen3", memory_budget=budget) as cache:
+        answer(cache, oracle.prompt(450, seed=2), 4)
+        longer = [*PROMPT, *tokens_of(answer(cache, PROMPT, 4)), 5]
+        stream = cache.stream_generate(longer, most, sampler=oracle.never_ending)
+        next(stream)
+        assert cache.stats().evictions == 0
+        stream.close()
+        assert cache.last_report.restored_tokens >= 700
