@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
+from itertools import takewhile
 from typing import Any, TypeVar
 
 import llguidance.hf
@@ -93,7 +94,10 @@ class Guide:
         """As `Foreseeing.may_follow`: how many of them the grammar lets through."""
         if self._failure is not None or self._taken < len(self._tokens):
             return len(tokens)
-        return min(matcher.validate_tokens([*tokens]) for matcher in self._matchers)
+        size = self._vocabulary.vocab_size
+        # A matcher that is asked of another one allows nothing from then on.
+        known = [*takewhile(lambda token: token < size, tokens)]
+        return min(matcher.validate_tokens(known) for matcher in self._matchers)
 
     def watching(self, through: Through[T]) -> Through[T]:
         """`through`, shown responses up to where the reply could not go on, and `ApiError` there."""

@@ -84,6 +84,16 @@ def test_drafted_tokens_are_counted_up_to_the_first_that_is_not_allowed():
     assert guide.may_follow(wrong) == len(wrong)
 
 
+def test_a_draft_of_what_is_no_token_of_the_tokenizer_costs_nothing():
+    """A model's 3,100 rows are more than its 3,072 tokens: a prompt of ids may hold the others, and so may a draft."""
+    guide = made(chat(response_format=by_schema({"const": {"a": 1}}))).start()
+    right = tokens_of('{"a": 1}')
+    before = allowed(guide, [5])
+    assert guide.may_follow([*right[:2], 3090, *right[2:]]) == 2
+    assert guide.may_follow([3090]) == 0
+    assert allowed(guide, [5]) == before
+
+
 def test_a_drafted_reply_is_held_to_its_schema():
     """Two Llamas of random weights, the one drafting for the other, with 128 rows of padding."""
     _, tokenizer = load()
