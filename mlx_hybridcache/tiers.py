@@ -287,7 +287,8 @@ class Tiers:
             if retained is not None:
                 self.shelf.put(retained)
         except Exception as error:  # it would have been a gain only
-            log.warning("The buffers of a request could not be retained: %s", error)
+            # As text: a record that keeps the error keeps the buffers.
+            log.warning("The buffers of a request could not be retained: %s", str(error))
         finally:
             live.release()
 

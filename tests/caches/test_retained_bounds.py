@@ -1,5 +1,9 @@
 """Whose buffers are retained, and when they go."""
 
+import gc
+from typing import Any
+
+import mlx.core as mx
 import oracle
 import pytest
 import tiny
@@ -14,6 +18,7 @@ from conversations import (
     without_retaining,
 )
 from odd_models import quantizing
+from odd_models.wide import wide_model
 
 from mlx_hybridcache import BudgetError
 
@@ -190,3 +195,22 @@ def test_room_for_a_longer_reply_costs_nothing_that_is_stored(share, most):
         assert cache.stats().evictions == 0
         stream.close()
         assert cache.last_report.restored_tokens >= 700
+
+
+def test_a_record_of_a_failure_to_retain_holds_no_buffer(monkeypatch, caplog):
+    """MLX has no memory for it, and a handler keeps the warning: MLX holds what is counted, 2 MB of buffers less."""
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("[malloc] Unable to allocate 1 bytes.")
+
+    with oracle.new_cache(wide_model(6), tokenizer=oracle.word_tokenizer()) as cache:
+        gc.collect()
+        mx.clear_cache()
+        baseline = mx.get_active_memory()
+        monkeypatch.setattr("mlx_hybridcache.caches.live.Retained", fail)
+        answer(cache, PROMPT)
+        assert "could not be retained: [malloc]" in caplog.text
+        gc.collect()
+        used = cache.engine.tiers.memory.budget.used_bytes
+        off = cache.worker.call(mx.get_active_memory) - baseline - used
+        assert abs(off) < cache.engine.layout.row_bytes * 70
