@@ -105,8 +105,6 @@ class LiveCaches(LazySource[RowBlock]):
         self._materializer = materializer
         self._shares = shares and layout.shares_rows
         self._is_known = False
-        self._paid_rows = 0  # at least `capacity`: buffers that were taken over may be shorter
-        self._growing_bytes = 0  # of the claim, what is held for a moment while those grow
         self._lineage = Lineage()
         self._columns: list[BufferColumn] = []
 
@@ -130,9 +128,7 @@ class LiveCaches(LazySource[RowBlock]):
 
     def stand(self, caches: list[Any], position: int, capacity: int) -> None:
         """These are the caches now. Their rows are not known to be the store's."""
-        self.caches, self.position = caches, position
-        self.capacity = self._paid_rows = capacity
-        self._growing_bytes = 0
+        self.caches, self.position, self.capacity = caches, position, capacity
         self._lineage = Lineage()
 
     def restored(
@@ -146,38 +142,25 @@ class LiveCaches(LazySource[RowBlock]):
     def take_over(self, model: Any, retained: Retained, found: MemoryFound, rows: int) -> bool:
         """Stand at `found` in the buffers of a request that has ended, without copying a row.
 
-        `rows` is what another request would have room for, and no more is claimed where something would
-        have to go for it. False where that cannot be: then the buffers are let go of.
-        """
-        claim = self._claim_for_buffers(retained, rows)
-        if claim is None:
-            return False
-        self.claim, claimed = claim, claim.nbytes
-        caches, origins = retained.caches(self._layout, model, found)
-        self.restored(caches, found.position, retained.capacity, origins)
-        self._paid_rows = max(rows, retained.capacity)
-        self._growing_bytes = claimed - self._layout.running_bytes(self._paid_rows)
-        return True
-
-    def _claim_for_buffers(self, retained: Retained, rows: int) -> Claim | None:
-        """A claim on retained buffers that grew to what a request with so many rows needs beside them.
-
-        Should a reply need all of its room, shorter buffers grow to it, whatever others hold by then. Nothing
-        stored goes for it: where room is short, stored rows move into fresh buffers and are held once.
+        `rows` is what another request would have room for. False where these have less, or so much more that
+        others would miss it, or where something would have to go for them: then they are let go of.
         """
         layout, budget = self._layout, self._materializer.store.budget
         claim, surplus = budget.resume(retained.nbytes), retained.capacity - rows
-        if surplus <= max(FIRST_ROOM, rows // SURPLUS):
-            more = layout.running_bytes(max(rows, retained.capacity)) - claim.nbytes
-            if surplus < 0:
-                more += self._passing_bytes(retained.capacity)
+        more = layout.running_bytes(retained.capacity) - claim.nbytes
+        fit = 0 <= surplus <= max(FIRST_ROOM, rows // SURPLUS)
+        if fit:
             self._materializer.free(more)
-            if budget.has_room(more):
-                claim.grow(more)
-                return claim
-        retained.let_go()
-        claim.release()
-        return None
+        # Where room is short, stored rows move into fresh buffers and are held once.
+        if not fit or not budget.has_room(more):
+            retained.let_go()
+            claim.release()
+            return False
+        claim.grow(more)
+        self.claim = claim
+        caches, origins = retained.caches(layout, model, found)
+        self.restored(caches, found.position, retained.capacity, origins)
+        return True
 
     def attach(self) -> None:
         """From now on the store may leave its rows here."""
@@ -200,22 +183,10 @@ class LiveCaches(LazySource[RowBlock]):
 
     def grow(self, rows: int) -> None:
         """Room for so many tokens more, while old buffers and new ones are both held for a moment."""
-        passing = max(0, self._passing_bytes(self.capacity) - self._growing_bytes)
-        self.claim.grow(self.growth_bytes(rows), passing=passing)
-        self.capacity = self._paid_rows = max(self.capacity + rows, self._paid_rows)
+        passing = max(kind.buffer_nbytes(self.capacity) for kind in self._layout.kinds)
+        self.claim.grow(self._layout.growth_bytes(self.capacity, rows), passing=passing)
+        self.capacity += rows
         checkpoints.grow(self._layout, self.caches, self.capacity)
-        self.claim.shrink(self.claim.nbytes - self._growing_bytes)
-        self._growing_bytes = 0
-
-    def growth_bytes(self, rows: int) -> int:
-        """What is claimed for that, beside what was."""
-        return self._layout.growth_bytes(
-            self._paid_rows, max(0, self.capacity + rows - self._paid_rows)
-        )
-
-    def _passing_bytes(self, capacity: int) -> int:
-        """The largest layer's buffers."""
-        return max(kind.buffer_nbytes(capacity) for kind in self._layout.kinds)
 
     def headroom(self, rows: int) -> int:
         """Rows beside so many of a conversation that goes on, so that its next turns find room in its buffers.
@@ -254,7 +225,7 @@ class LiveCaches(LazySource[RowBlock]):
         may = self.retains and self.ended_well and self._is_known and self.is_standing
         if not may or not self.detach():
             return None
-        match = self._materializer.store.match(self.namespace, self.tokens)
+        match = self._materializer.store.match(self.namespace, self.tokens, self.known)
         alike = self._lineage.alike(match.nodes(), min(match.matched, self.position))
         if not alike:
             return None

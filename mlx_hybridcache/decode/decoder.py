@@ -109,10 +109,10 @@ class Decoder:
         if reply.made or not reply.has_caches or steps.has_room:
             return True
         store, count = self._store, len(steps.replies)
-        need = steps.more_bytes
+        need = count * self._layout.growth_bytes(steps.capacity, steps.more_rows)
         is_only = store.budget.running_bytes == steps.claim.nbytes and count == 1
         most = LEAVES_TO_OTHERS * store.budget.limit_bytes
-        if need and not is_only and store.budget.running_bytes + need > most:
+        if not is_only and store.budget.running_bytes + need > most:
             return False
         try:
             steps.grow()

@@ -89,11 +89,6 @@ class Steps(ABC):
     def more_rows(self) -> int:
         """How many rows each gets when there is none left."""
 
-    @property
-    @abstractmethod
-    def more_bytes(self) -> int:
-        """What is claimed for them."""
-
     @abstractmethod
     def grow(self) -> None:
         """Get them. Raises `BudgetError`."""
@@ -128,10 +123,6 @@ class Alone(Steps):
         more = min(REPLY_ROOM, max(ROW_STEP, rounded(len(reply.read))))
         return more if reply.left < 0 else min(more, rounded(reply.left))
 
-    @property
-    def more_bytes(self) -> int:
-        return self._live.growth_bytes(self.more_rows)
-
     def grow(self) -> None:
         self._live.grow(self.more_rows)
 
@@ -157,10 +148,6 @@ class Together(Steps):
     @property
     def claim(self) -> Claim:
         return self._claim
-
-    @property
-    def more_bytes(self) -> int:
-        return len(self.replies) * self._layout.growth_bytes(self._capacity, self.more_rows)
 
     def grow(self) -> None:
         """While the old buffers and the new ones are both held for a moment; mlx-lm makes them."""

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 import pytest
 from bundled import text
-from changed_requests import as_messages, as_response
 from long import forms
 from replies import tools
-from sdk_types import (
+from servers import CHAT, MESSAGES, Server, events_of, user
+from serving.sdk_types import (
     ANTHROPIC_ERROR,
     CHAT_REPLY,
     MESSAGE,
@@ -22,7 +22,7 @@ from sdk_types import (
     check_message,
     check_response,
 )
-from servers import CHAT, MESSAGES, Server, events_of, user
+from texts.changed_requests import as_messages, as_response
 
 RESPONSES = "/v1/responses"
 NAMES = ("find_person", "get_time", "get_price")

@@ -47,14 +47,16 @@ def reply(cache, prompt):
 
 
 def test_an_exact_repeat_is_compared_once_and_outlined_once(cache, looks):
-    """700 tokens in ten runs and more: three looks, of which the later ones compare nothing but the reply."""
+    """700 tokens in ten runs and more: three looks, and one when its buffers are retained; the later ones compare
+    nothing but the reply.
+    """
     expected = plain(PROMPT, 2)
     for _ in range(2):
         reply(cache, PROMPT)
     looks.clear()
     same(reply(cache, PROMPT), expected)
     assert looks.compared[0] >= len(PROMPT) - 1
-    assert len(looks.compared) <= 3
+    assert len(looks.compared) <= 4
     assert sum(looks.compared[1:]) <= 4
     assert cache.stats().nodes > 10
     assert looks.outlines <= cache.stats().nodes + 1  # the root

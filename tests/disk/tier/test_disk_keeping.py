@@ -17,7 +17,8 @@ from directories.restarts import (
     until_idle,
     write,
 )
-from mlx_hybridcache.disk.write_behind import WriteBehind
+
+from mlx_hybridcache.disk.tier.write_behind import WriteBehind
 
 
 def test_pins_survive_a_restart_on_disk(tmp_path: Path) -> None:
