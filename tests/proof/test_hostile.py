@@ -46,12 +46,12 @@ def test_whatever_is_stored_in_any_order_of_events_equals_cold(name: str, rounds
 @pytest.mark.parametrize("rounds", ROUNDS)
 @pytest.mark.parametrize("name", WITH_ROWS)
 def test_whatever_goes_on_in_retained_buffers_equals_cold(name: str, rounds: int) -> None:
-    """The same for conversations whose turns mostly come one after another: at least every tenth request is resumed
-    in the buffers of one before.
+    """The same for conversations whose turns mostly come one after another: at least every twentieth request is
+    resumed in the buffers of one before, though budgets are small.
     """
     seen = hostile.run(RetainedRound, name, seeds(rounds))
     assert seen["compared"]
-    assert ALONE is not None or rounds < 18 or seen["taken over"] >= seen["asked"] / 10, seen
+    assert ALONE is not None or rounds < 18 or seen["taken over"] >= seen["asked"] / 20, seen
 
 
 @pytest.mark.parametrize("name", mostly_long(FAMILIES, ["mamba", "gemma3_text", "qwen3_next"]))
