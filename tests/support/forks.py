@@ -15,7 +15,8 @@ import runpy
 import signal
 import subprocess
 import sys
-from multiprocessing import forkserver
+import threading
+from multiprocessing import connection, forkserver
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Protocol
@@ -36,6 +37,11 @@ IMPORTED = (
 )
 
 
+_one_at_a_time = threading.Lock()
+"""`multiprocessing` asks every process for its status at each start. It can be read once: who comes second, on another
+thread, is told 255."""
+
+
 class Running(Protocol):
     """What tests do with a process."""
 
@@ -53,16 +59,18 @@ class Forked:
     def __init__(self, command: list[str], out: str, err: str, environment: dict[str, str]):
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(list(IMPORTED))
-        with mock.patch.dict(os.environ, environment):  # some modules read it as they are imported
-            forkserver.ensure_running()
         given = (command, out, err, environment)
         self._process = context.Process(target=_serve, args=given, daemon=True)
-        self._process.start()
+        with _one_at_a_time:
+            with mock.patch.dict(os.environ, environment):  # some modules read it on import
+                forkserver.ensure_running()
+            self._process.start()
         self.pid = int(self._process.pid or 0)
 
     def poll(self) -> int | None:
         """The exit status, negative for a signal; None while it runs."""
-        return self._process.exitcode
+        with _one_at_a_time:
+            return self._process.exitcode
 
     @property
     def returncode(self) -> int | None:
@@ -71,8 +79,8 @@ class Forked:
 
     def wait(self, timeout: float | None = None) -> int:
         """The exit status, once it has ended."""
-        self._process.join(timeout)
-        status = self._process.exitcode
+        connection.wait([self._process.sentinel], timeout)
+        status = self.poll()
         if status is None:
             raise subprocess.TimeoutExpired(str(self.pid), timeout or 0.0)
         return status
