@@ -142,7 +142,7 @@ class CacheSettings:
             layout=layout,
             sharing=sharing,
             tiers=tiers,
-            relief=Relief(store, tiers.shelf, pressure, tiers.publish),
+            relief=Relief(store, tiers.pool, pressure, tiers.publish),
             followers=Followers(layout, grid, tiers.reach),
             prefill=Prefill(model, layout, grid, learn_turn_marks(tokenizer), tiers, load),
             decoder=Decoder(model, layout, store, batches=batches),

@@ -17,7 +17,7 @@ from .caches.kinds.rows import origins_of
 from .caches.layout import Layout
 from .caches.live import LiveCaches, RowsFrom
 from .caches.memory import MemoryFound, MemoryNode, MemoryStore
-from .caches.retaining.shelf import Shelf
+from .caches.retaining.pool import BufferPool
 from .errors import BudgetError, NotStoredError, PinnedError
 from .report import CacheReport, Reason
 from .request.request import Request
@@ -103,9 +103,9 @@ class Tiers:
         self._sharing = sharing
         self._materializer = Materializer(memory)
         self._materializer.on_materialized = self._materialized
-        self.shelf = Shelf(memory.budget)
+        self.pool = BufferPool(memory.budget)
         """Buffers of requests that have ended, for the next turns."""
-        self._materializer.let_retained_go = self.shelf.make_room
+        self._materializer.let_retained_go = self.pool.make_room
         self.publish()
 
     def publish(self) -> None:
@@ -283,9 +283,9 @@ class Tiers:
     def end(self, live: LiveCaches) -> None:
         """A request is over: its buffers are retained for the next turn where that costs nobody anything."""
         try:
-            retained = live.retain() if self.shelf.most else None
+            retained = live.retain() if self.pool.most else None
             if retained is not None:
-                self.shelf.put(retained)
+                self.pool.put(retained)
         except Exception as error:  # it would have been a gain only
             # As text: a record that keeps the error keeps the buffers.
             log.warning("The buffers of a request could not be retained: %s", str(error))
@@ -294,7 +294,7 @@ class Tiers:
 
     def _taken_over(self, request: Request, live: LiveCaches, found: MemoryFound) -> bool:
         """In the buffers of the turn before, if they are still there."""
-        retained = self.shelf.take(request.namespace, request.tokens, found)
+        retained = self.pool.take(request.namespace, request.tokens, found)
         if retained is None or not live.take_over(self._model, retained, found, request.rows):
             return False
         self.memory.taken_over += 1
@@ -444,7 +444,7 @@ class Tiers:
         )
         if pins:
             raise PinnedError(f"{pins} of what would go is pinned. Unpin it first.")
-        self.shelf.clear()
+        self.pool.clear()
         for each, end, begin in going:
             for tier in both:
                 tier.drop(each, tokens[:end], begin)
@@ -453,14 +453,14 @@ class Tiers:
 
     def clear(self) -> None:
         """Forget everything, in memory and in files."""
-        self.shelf.clear()
+        self.pool.clear()
         self.memory.clear()
         self.disk.clear()
         self.publish()
 
     def close(self) -> None:
         """Hold nothing in memory any more, whatever ends from now on."""
-        self.shelf.close()
+        self.pool.close()
         self.memory.clear()
 
     def _in_use(self, namespace: Namespace, tokens: Tokens) -> tuple[int, int]:

@@ -11,7 +11,7 @@ import mlx.core as mx
 from ..machine import Pressure, give_back
 from ..worker.turns import Pause
 from .memory import MemoryStore
-from .retaining.shelf import Shelf
+from .retaining.pool import BufferPool
 
 log = logging.getLogger("mlx_hybridcache")
 
@@ -27,13 +27,13 @@ class Relief:
     def __init__(
         self,
         store: MemoryStore,
-        shelf: Shelf,
+        pool: BufferPool,
         pressure: Pressure,
         on_shrunk: Callable[[], None],
     ):
         self.pressure = pressure
         self._store = store
-        self._shelf = shelf
+        self._pool = pool
         self._on_shrunk = on_shrunk
 
     def relieve(self, coming_bytes: int = 0) -> None:
@@ -42,7 +42,7 @@ class Relief:
         may_go = store.budget.retained_bytes + store.budget.stored_bytes
         missing = self.pressure.excess(may_go, coming_bytes)
         if missing:
-            left = missing - self._shelf.free(missing)
+            left = missing - self._pool.free(missing)
             if left > 0:
                 store.shrink(left)
             self._on_shrunk()

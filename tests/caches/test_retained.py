@@ -139,7 +139,7 @@ def test_nothing_is_retained_behind_an_error():
         with pytest.raises(ZeroDivisionError):
             list(cache.stream_generate(PROMPT, REPLY, sampler=failing))
         stats = cache.stats()
-        assert (stats.retained_bytes, stats.running_bytes, len(cache.engine.tiers.shelf)) == (
+        assert (stats.retained_bytes, stats.running_bytes, len(cache.engine.tiers.pool)) == (
             0,
             0,
             0,
@@ -191,9 +191,9 @@ def test_rows_that_were_read_anew_are_not_those_in_the_buffers(name):
     ) as cache:
         answer(cache, PROMPT)
         tiers = cache.engine.tiers
-        kept = tiers.shelf._retained[0]
+        kept = tiers.pool._retained[0]
         cache.worker.call(tiers.memory.clear)
-        assert tiers.shelf._retained == [kept], "they are still there"
+        assert tiers.pool._retained == [kept], "they are still there"
         list(cache.warm([*PROMPT[:300], 1]))
         list(cache.warm(PROMPT))  # in slices of 300 and 399
         first = answer(cache, PROMPT)
@@ -215,7 +215,7 @@ def test_rows_that_came_from_a_file_are_not_those_in_the_buffers(tmp_path):
         assert cache.flush(30)
         tiers = cache.engine.tiers
         cache.worker.call(tiers.memory.clear)
-        assert len(tiers.shelf) == 1
+        assert len(tiers.pool) == 1
         assert_same(answer(cache, PROMPT), reply)
         assert cache.last_report.tier == "disk"
         assert taken_over(cache) == 0
@@ -237,7 +237,7 @@ def test_nothing_is_held_behind_close_with_a_request_under_way():
     next(stream), next(stream)
     tiers = cache.engine.tiers
     cache.close()
-    assert (len(tiers.shelf), tiers.memory.budget.used_bytes) == (0, 0)
+    assert (len(tiers.pool), tiers.memory.budget.used_bytes) == (0, 0)
     del stream, cache, tiers
     gc.collect()
     mx.clear_cache()

@@ -131,7 +131,7 @@ def test_retained_buffers_go_with_what_is_forgotten_and_for_whoever_needs_room(h
             cache.worker.call(lambda: store.claim(free).release())
         stats = cache.stats()
         assert (stats.retained_bytes, stats.evictions) == (0, 0)
-        assert len(cache.engine.tiers.shelf) == 0
+        assert len(cache.engine.tiers.pool) == 0
 
 
 def test_no_more_than_four_conversations_are_retained_and_the_newest_stay():
@@ -140,7 +140,7 @@ def test_no_more_than_four_conversations_are_retained_and_the_newest_stay():
         prompts = [oracle.prompt(100, seed=20 + i) for i in range(5)]
         for prompt in prompts:
             answer(cache, prompt)
-        assert len(cache.engine.tiers.shelf) == 4
+        assert len(cache.engine.tiers.pool) == 4
         answer(cache, prompts[0])
         assert taken_over(cache) == 0
         answer(cache, prompts[4])

@@ -21,7 +21,7 @@ def new_cache(name: str = "qwen3_next", **settings: Any) -> HybridPromptCache:
 
 
 def without_retaining(cache: HybridPromptCache) -> HybridPromptCache:
-    cache.engine.tiers.shelf.most = 0
+    cache.engine.tiers.pool.most = 0
     return cache
 
 

@@ -13,7 +13,7 @@ MOST = 4
 """Conversations that end one after another, of each of which the next turn may come."""
 
 
-class Shelf:
+class BufferPool:
     """Retained buffers, the oldest first. Their bytes are counted as retained in `budget`."""
 
     def __init__(self, budget: Budget):
