@@ -9,6 +9,7 @@ from .errors import (
     BudgetError,
     CacheMismatchError,
     ClosedError,
+    GroupError,
     HybridCacheError,
     ModelError,
     NotStoredError,
@@ -22,6 +23,7 @@ from .report import CacheReport, Reason
 if TYPE_CHECKING:
     from .cache import HybridPromptCache
     from .disk.tier.tier import DiskStats
+    from .group.group import Group
     from .request.generation import Generation, Ready
     from .store.budget import StoreStats
 
@@ -36,6 +38,8 @@ __all__ = [
     "ClosedError",
     "DiskStats",
     "Generation",
+    "Group",
+    "GroupError",
     "HybridCacheError",
     "HybridPromptCache",
     "ModelError",
@@ -53,6 +57,7 @@ __all__ = [
 _LOADED_WHEN_ASKED_FOR = {
     "DiskStats": "disk.tier.tier",
     "Generation": "request.generation",
+    "Group": "group.group",
     "HybridPromptCache": "cache",
     "Ready": "request.generation",
     "StoreStats": "store.budget",

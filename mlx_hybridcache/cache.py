@@ -5,22 +5,21 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
 
 import mlx.core as mx
-from mlx_lm.generate import GenerationResponse, wired_limit
+from mlx_lm.generate import GenerationResponse
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from .caches.room import REPLY_ROOM
 from .decode.sampling import take_random_state
 from .decode.speculate.pace import MOST
 from .engine import Engine
-from .errors import (
-    ClosedError,
-)
+from .errors import ClosedError, GroupError, SettingError
+from .group.joined import begin
 from .prefill.schedule import MIN_STEP, STEP
 from .report import CacheReport
 from .request.arguments import check_keywords, check_model, check_text, known_keywords
@@ -43,13 +42,14 @@ from .store.outline import Outline
 from .store.references import CountedReferences
 from .tokenizing.encoder import Encoder
 from .tokens import Namespace, prompt_tokens
-from .worker.mlx_thread import mlx_thread
+from .worker.mlx_thread import wired_mlx_thread
 from .worker.stream import Stream
 from .worker.turns import Load, Pause
 from .worker.worker import Worker
 
 if TYPE_CHECKING:
     from .disk.tier.tier import DiskStats
+    from .group.group import Group
 
 T = TypeVar("T")
 
@@ -84,6 +84,8 @@ class HybridPromptCache:
     is a patch, the path of one, or "auto": experts that compute the same get one router row in `model` itself, and
     it selects by groups from then on. With `kv_bits` keys and values are quantized in groups of `kv_group_size`,
     those of all tokens as soon as one behind `quantized_kv_start` is read, in each layer whose attention can look at such.
+    `model` is one rank's part of it where there is a `group`; then each rank makes a cache with the same settings, all
+    but rank 0 call `follow`, and rank 0 is asked for everything.
 
     Raises `BudgetError` for a budget smaller than one checkpoint with its rows, `RouterError` for another model's patch.
     """
@@ -112,18 +114,26 @@ class HybridPromptCache:
         kv_group_size: int = 64,
         quantized_kv_start: int = 0,
         cache_salt: str = "",
+        group: Group | None = None,
     ):
         given = locals()
         tokenizer = _checked(model, tokenizer, cache_salt)
         settings = CacheSettings(**{each.name: given[each.name] for each in fields(CacheSettings)})
+        self.group = group
+        if group is not None:
+            settings.check_for(group)
         self._open(model, tokenizer, settings, cache_salt)
+        if group is not None:
+            begin(group, self.engine, self.worker)
 
     def _open(self, model: Any, tokenizer: Any, settings: CacheSettings, cache_salt: str) -> None:
-        layout = settings.layout(model)
+        layout = settings.layout(model, self.group)
         # Also when this one fails, or is dropped rather than closed.
         self._let_go = weakref.finalize(self, layout.release)
         load, references = Load(), CountedReferences()
-        self.engine = engine = settings.engine(model, tokenizer, layout, load, references)
+        self.engine = engine = settings.engine(
+            model, tokenizer, layout, load, references, self.group
+        )
         self.info: CacheInfo = info(engine)
         """What this cache is for all of its life."""
         self.load: Load = load
@@ -134,7 +144,7 @@ class HybridPromptCache:
         self._close_files: Callable[[], object] = lambda: None
         self._disk_end: Callable[[], object] = lambda: None
         self.worker = Worker(
-            lambda: _mlx_thread(model), "mlx-hybridcache", load, between=engine.relief.relieve
+            lambda: wired_mlx_thread(model), "mlx-hybridcache", load, between=engine.between_turns
         )
         if settings.cache_dir is not None and not layout.unsupported:
             engine.tiers.disk = disk = settings.disk(engine, references, self.worker.post)
@@ -333,7 +343,7 @@ class HybridPromptCache:
 
     def stats(self) -> StoreStats:
         """What is held, in bytes and counts. `summary` says the same from then on."""
-        self.worker.call(self.engine.tiers.publish)
+        self.worker.call(self.engine.publish)
         return self.summary
 
     @property
@@ -380,13 +390,13 @@ class HybridPromptCache:
         Raises `BudgetError` when pins would take more than half the budget.
         """
         tokens, salt = self._prompts.read(prompt, cache_salt)
-        return self.worker.call(self.engine.tiers.pin, salt, tokens, is_pinned=True)
+        return self.worker.call(self.engine.pin, salt, tokens, is_pinned=True)
 
     @known_keywords
     def unpin(self, prompt: str | Iterable[int], *, cache_salt: str | None = None) -> int:
         """Treat what restores `prompt` like everything else again; returns its position."""
         tokens, salt = self._prompts.read(prompt, cache_salt)
-        return self.worker.call(self.engine.tiers.pin, salt, tokens, is_pinned=False)
+        return self.worker.call(self.engine.pin, salt, tokens, is_pinned=False)
 
     @known_keywords
     def drop(self, prompt: str | Iterable[int], *, cache_salt: str | None = None) -> int:
@@ -418,6 +428,18 @@ class HybridPromptCache:
             time.sleep(FLUSH_INTERVAL_SECONDS)
         return self.worker.call(lambda: disk.is_written)
 
+    def follow(self) -> None:
+        """On any rank of a group but 0: do what rank 0 does, until its cache is closed.
+
+        Raises `GroupError` where a rank is lost before that; the worker may then never come back, and the
+        process should end.
+        """
+        if self.group is None or not self.group.rank:
+            raise SettingError(
+                "Only ranks behind rank 0 of a group follow; ask this cache instead."
+            )
+        self.group.wait()
+
     @known_keywords
     def close(self, flush_seconds: float = 20.0) -> None:
         """End running requests and the worker thread, and let go of everything in memory.
@@ -425,9 +447,11 @@ class HybridPromptCache:
         What the cache directory lacks is written first, the most useful first, within
         `flush_seconds`. The model is then as it was before, but for a `router` that was asked for.
         """
-        with suppress(ClosedError):  # closing twice is no mistake
+        with suppress(ClosedError, GroupError):  # closing twice is no mistake
             self.flush(flush_seconds)
             self.worker.call(self.engine.tiers.close)
+        if self.group is not None:
+            self.group.close()
         self.worker.close()
         self.engine.tiers.memory.clear()  # what the requests that this ended have left
         self._let_go()
@@ -470,10 +494,3 @@ def _through(
 ) -> Iterator[T | Pause]:
     with closing(steps):  # type: ignore[type-var]  # both ways of answering are generators
         yield from through(steps)
-
-
-@contextmanager
-def _mlx_thread(model: Any) -> Iterator[None]:
-    """What the worker thread holds for its life: the wired limit, and a stream of MLX."""
-    with mlx_thread(), wired_limit(model):
-        yield

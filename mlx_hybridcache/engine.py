@@ -36,19 +36,49 @@ from .request.request import Request
 from .request.sharing import Sharing
 from .store.match import AnyFound
 from .tiers import Tiers
+from .tokens import Tokens
 from .worker.turns import Pause
 
 
 @dataclass(eq=False)
-class Engine:
+class Keeping:
+    """What is done with what both tiers hold, at once, between two turns."""
+
+    tiers: Tiers
+    relief: Relief
+
+    def between_turns(self) -> None:
+        """What the system lacks is let go of."""
+        self.relief.relieve()
+
+    def publish(self) -> None:
+        """Leave figures and outlines where any thread may read them."""
+        self.tiers.publish()
+
+    def pin(self, salt: str, tokens: Tokens, *, is_pinned: bool) -> int:
+        """Keep what restores `tokens`, or no longer; returns its position."""
+        return self.tiers.pin(salt, tokens, is_pinned=is_pinned)
+
+    def clear(self) -> None:
+        """Forget everything, in memory and in files."""
+        self.tiers.clear()
+        self.relief.give_back()
+
+    def drop(self, salt: str, tokens: Tokens) -> int:
+        """Forget what only `tokens` and what goes on behind them need; where that begins."""
+        start = self.tiers.drop(salt, tokens)
+        self.relief.give_back()
+        return start
+
+
+@dataclass(eq=False)
+class Engine(Keeping):
     """One model with its tiers: what a request goes through, in turns."""
 
     model: Any
     tokenizer: Any
     layout: Layout
     sharing: Sharing
-    tiers: Tiers
-    relief: Relief
     followers: Followers
     prefill: Prefill
     decoder: Decoder
@@ -275,16 +305,3 @@ class Engine:
                 step=self.sharing.step,
                 growth=self.layout.growth_bytes,
             )
-
-    # What is stored
-
-    def clear(self) -> None:
-        """Forget everything, in memory and in files."""
-        self.tiers.clear()
-        self.relief.give_back()
-
-    def drop(self, salt: str, tokens: Any) -> int:
-        """Forget what only `tokens` and what goes on behind them need; where that begins."""
-        start = self.tiers.drop(salt, tokens)
-        self.relief.give_back()
-        return start

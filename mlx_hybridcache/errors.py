@@ -49,6 +49,10 @@ class ClosedError(HybridCacheError, RuntimeError):
     """The cache was closed before the call."""
 
 
+class GroupError(HybridCacheError, RuntimeError):
+    """A group of ranks cannot be formed, or has lost one: which, and why. It serves nothing any more."""
+
+
 def refusal(error: OSError) -> str:
     """What the system would not do, as a sentence: which file, and why."""
     if error.filename is None or error.strerror is None:

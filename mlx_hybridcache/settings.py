@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,8 @@ from .decode.decoder import Decoder
 from .decode.store_check import measure
 from .engine import Engine
 from .errors import BudgetError, SettingError
+from .group.joined import ranked
+from .group.layout import shared
 from .machine import Pressure, default_reserve
 from .prefill.followers import Followers
 from .prefill.prefill import Prefill
@@ -42,8 +44,13 @@ from .worker.turns import Load
 
 if TYPE_CHECKING:
     from .disk.tier.tier import DiskTier
+    from .group.group import Group
 
 log = logging.getLogger("mlx_hybridcache")
+
+
+OF_EACH_MACHINE = ("memory_budget", "memory_reserve", "disk_budget")
+"""Settings in which the ranks of a group may differ: the tightest counts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +93,20 @@ class CacheSettings:
                 "store_state. Leave one of them out."
             )
 
+    def check_for(self, group: Group) -> None:
+        """Raises for what several ranks cannot do yet, and where they were started with other settings."""
+        given = {each.name: getattr(self, each.name) for each in fields(self)}
+        alone = ("cache_dir", "router", "kv_bits", "store_kv", "store_state", "swa_full")
+        found = [name for name in alone if given[name] not in (None, False)]
+        if found:
+            raise SettingError(
+                f"{', '.join(found)} cannot be used with several ranks yet. Leave it out, or start the model "
+                "on one machine."
+            )
+        own = {name: given[name] for name in given if name not in (*alone, *OF_EACH_MACHINE)}
+        versions = {name: version(name) for name in ("mlx", "mlx-lm", "mlx-hybridcache")}
+        group.agree_or_say({**own, **versions}, "settings or versions")
+
     @property
     def storing(self) -> StorePrecision:
         """What the store keeps of numbers."""
@@ -101,42 +122,44 @@ class CacheSettings:
         """What rows are quantized to, and from where on; None where they stay as they are."""
         return Precision.of(self.kv_bits, self.kv_group_size, self.quantized_kv_start)
 
-    def layout(self, model: Any) -> Layout:
+    def layout(self, model: Any, group: Group | None = None) -> Layout:
         """How the model's caches come apart. To be released, whatever comes."""
         models.evaluate(model)
-        return Layout.of(
+        layout = Layout.of(
             model,
             self.prefill_step_size,
             swa_full=self.swa_full,
             precision=self.precision,
             storing=self.storing,
         )
+        return layout if group is None else shared(group, layout)
 
     def engine(
-        self, model: Any, tokenizer: Any, layout: Layout, load: Load, references: CountedReferences
+        self,
+        model: Any,
+        tokenizer: Any,
+        layout: Layout,
+        load: Load,
+        references: CountedReferences,
+        group: Group | None = None,
     ) -> Engine:
         """All that works for one model, but for the disk. A router's patch is applied to it."""
-        if layout.unsupported:
-            log.warning(
-                "%s cannot be stored by this version: requests are served without the cache.",
-                ", ".join(layout.unsupported),
-            )
-        elif self.precision is not None:
-            _say_what_is_quantized(layout)
+        _say_what_differs(layout, self.precision)
         store = self._store(model, layout, references)
         if self.router is not None:
             from .router.choose import choose_patch  # with the search for one, which few ask for
 
             apply(model, choose_patch(model, tokenizer, self.router))
         step = self.prefill_step_size
-        sharing = Sharing(self._digest(model, layout), layout, step, self.every, self.exact)
+        digest = self._digest(model, layout, group)
+        sharing = Sharing(digest, layout, step, self.every, self.exact)
         grid = Grid(step, self.every, self.checkpoint_min_step, layout.alignment)
         tiers = Tiers(model, layout, sharing, store)
         reserve = self.memory_reserve
         pressure = Pressure(default_reserve() if reserve is None else parse_bytes(reserve))
         # Which bits a batch gives depends on the device, so exact mode decodes one by one.
         batches = not self.exact and not layout.unsupported and batching.shown(model, layout)
-        return Engine(
+        engine = Engine(
             model=model,
             tokenizer=tokenizer,
             layout=layout,
@@ -147,6 +170,7 @@ class CacheSettings:
             prefill=Prefill(model, layout, grid, learn_turn_marks(tokenizer), tiers, load),
             decoder=Decoder(model, layout, store, batches=batches),
         )
+        return engine if group is None else ranked(group, engine)
 
     def disk(
         self,
@@ -191,7 +215,7 @@ class CacheSettings:
             )
         return store
 
-    def _digest(self, model: Any, layout: Layout) -> str:
+    def _digest(self, model: Any, layout: Layout, group: Group | None) -> str:
         device: tuple[object, ...] = (
             str(mx.default_device()),
             version("mlx"),
@@ -199,8 +223,9 @@ class CacheSettings:
         )
         if models.has_cuda():  # whose name is that of Metal's
             device += ("cuda",)
+        own = models.fingerprint(model)
         return settings_digest(
-            model=models.fingerprint(model),
+            model=own if group is None else group.agree(own),
             swa_full=self.swa_full,
             exact=device if self.exact else False,
             **({} if layout.precision is None else {"kv": layout.precision}),
@@ -224,8 +249,18 @@ def _store_error(engine: Engine) -> StoreError | None:
     return error
 
 
-def _say_what_is_quantized(layout: Layout) -> None:
+def _say_what_differs(layout: Layout, asked: Precision | None) -> None:
     """Nothing that was asked for is passed over in silence."""
+    if layout.unsupported:
+        log.warning(
+            "%s cannot be stored by this version: requests are served without the cache.",
+            ", ".join(layout.unsupported),
+        )
+    elif asked is not None:
+        _say_what_is_quantized(layout)
+
+
+def _say_what_is_quantized(layout: Layout) -> None:
     if layout.precision is None:
         log.warning(
             "kv_bits has no effect: no layer of this model has attention that looks at quantized rows, "
@@ -265,5 +300,6 @@ def info(engine: Engine) -> CacheInfo:
         exact=engine.sharing.exact,
         batches=engine.decoder.batches,
         merges=layout.merges,
+        ranks=layout.parts,
         model=engine.model,
     )

@@ -349,7 +349,7 @@ class Tiers:
             return
         live.tokens, live.position = history, len(history)
         try:
-            self.memory.budget.make_room(max(kind.snapshot_bytes for kind in self._layout.kinds))
+            self.memory.budget.make_room(self._layout.largest_snapshot_bytes)
         except BudgetError:
             return
         self._save(request.namespace, history, live.move_state(), live, is_end=True)

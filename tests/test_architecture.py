@@ -24,6 +24,7 @@ ORDER = [
     {"__init__", "verify"},
     {"cache"},
     {"settings"},
+    {"group"},
     {"engine"},
     {"decode", "prefill"},
     {"tiers"},

@@ -18,16 +18,18 @@ from .layout import Layout, leaves
 class Checkpoint:
     """One snapshot per leaf of the model's caches, None for those that rows alone restore.
 
-    `nbytes` are all of its arrays': asked of every checkpoint on a path with each request, added up once.
+    `nbytes` are all of its arrays', or `least_bytes` where another rank of a group holds more: asked of every
+    checkpoint on a path with each request, added up once.
     """
 
     position: int
     snapshots: tuple[Snapshot | None, ...]
+    least_bytes: int = field(default=0, repr=False, compare=False)
     nbytes: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        known = sum(snapshot.nbytes for snapshot in self.snapshots if snapshot is not None)
-        object.__setattr__(self, "nbytes", known)
+        held = sum(snapshot.nbytes for snapshot in self.snapshots if snapshot is not None)
+        object.__setattr__(self, "nbytes", max(held, self.least_bytes))
 
 
 def take(
@@ -49,7 +51,7 @@ def take(
         for index, (kind, cache) in enumerate(zip(layout.kinds, leaves(caches), strict=True))
     )
     evaluate_to_keep([s.arrays for s in snapshots if s is not None])
-    return Checkpoint(position, snapshots)
+    return Checkpoint(position, snapshots, layout.least_snapshot_bytes)
 
 
 def move_state(layout: Layout, caches: Sequence[Any], position: int) -> Checkpoint:
@@ -64,7 +66,7 @@ def move_state(layout: Layout, caches: Sequence[Any], position: int) -> Checkpoi
             evaluate_to_keep(snapshot.arrays)
             kind.let_state_go(cache)
         snapshots.append(snapshot)
-    return Checkpoint(position, tuple(snapshots))
+    return Checkpoint(position, tuple(snapshots), layout.least_snapshot_bytes)
 
 
 def _kept(snapshot: Snapshot | None) -> Snapshot | None:
@@ -86,7 +88,7 @@ def take_rows(layout: Layout, caches: Sequence[Any], start: int, end: int) -> Ro
     taken = stored_rows(layout, view.layers)
     del view
     evaluate_to_keep(taken)
-    return RowBlock(start, end, taken, layout.spans)
+    return RowBlock(start, end, taken, layout.spans, least_row_bytes=layout.least_row_bytes)
 
 
 def stored_rows(layout: Layout, rows: Sequence[Arrays]) -> tuple[Arrays, ...]:

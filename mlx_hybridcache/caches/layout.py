@@ -122,7 +122,8 @@ class Layout:
     `quantized` keep rows of `precision`, and `split` is the model where its forwards stop at the start. Beyond
     `slicing_limit` tokens, if not None, what the model computes depends on the slices in which a
     prompt is read. In a smaller store, as `storing` says, a token weighs `small_row_bytes` and a checkpoint
-    `small_snapshot_bytes`. Until `release` the model's own classes may be replaced.
+    `small_snapshot_bytes`; it counts for at least `least_row_bytes` and `least_snapshot_bytes`, which it weighs on
+    another rank of a group. Until `release` the model's own classes may be replaced.
     """
 
     kinds: tuple[LayerKind, ...]
@@ -140,6 +141,8 @@ class Layout:
     storing: StorePrecision = FULL
     small_row_bytes: int = 0
     small_snapshot_bytes: int = 0
+    least_row_bytes: int = 0
+    least_snapshot_bytes: int = 0
 
     @classmethod
     def of(
@@ -276,6 +279,11 @@ class Layout:
     def depends_on_slices(self, tokens: int) -> bool:
         """Whether reading so many tokens gives one thing or another, as they are cut into slices."""
         return self.slicing_limit is not None and tokens > self.slicing_limit
+
+    @property
+    def parts(self) -> int:
+        """Over how many ranks the model is spread."""
+        return 1
 
     @property
     def needs_snapshots(self) -> bool:
@@ -420,6 +428,21 @@ class Layout:
     def growth_bytes(self, capacity: int, rows: int) -> int:
         """What it holds more with room for so many tokens more."""
         return self.running_bytes(capacity + rows) - self.running_bytes(capacity)
+
+    def largest_buffer_bytes(self, capacity: int) -> int:
+        """Bytes of the one layer's rows that weigh most, with room for `capacity` tokens."""
+        return max((kind.buffer_nbytes(capacity) for kind in self.kinds), default=0)
+
+    @property
+    def largest_snapshot_bytes(self) -> int:
+        """Bytes of the one layer's snapshot that weighs most."""
+        return max((kind.snapshot_bytes for kind in self.kinds), default=0)
+
+    def largest_layer_bytes(self, capacity: int) -> int:
+        """Bytes of the one layer in a batch that weighs most, for each reply, with room for `capacity` tokens."""
+        return max(
+            (kind.running_bytes + capacity * kind.row_bytes for kind in self.kinds), default=0
+        )
 
     @property
     def quantized_start(self) -> int:

@@ -183,7 +183,7 @@ class LiveCaches(LazySource[RowBlock]):
 
     def grow(self, rows: int) -> None:
         """Room for so many tokens more, while old buffers and new ones are both held for a moment."""
-        passing = max(kind.buffer_nbytes(self.capacity) for kind in self._layout.kinds)
+        passing = self._layout.largest_buffer_bytes(self.capacity)
         self.claim.grow(self._layout.growth_bytes(self.capacity, rows), passing=passing)
         self.capacity += rows
         checkpoints.grow(self._layout, self.caches, self.capacity)
@@ -304,7 +304,7 @@ class LiveCaches(LazySource[RowBlock]):
         return replace(block, lineage=self._lineage.of(start, end))
 
     def passing_bytes(self, tokens: int) -> int:
-        states = max(kind.snapshot_bytes for kind in self._layout.kinds)
+        states = self._layout.largest_snapshot_bytes
         # What is small was granted room to become full with the rest (`restoring_bytes`).
         moving = 0 if self._layout.storing else tokens * self._layout.array_bytes
         return max(moving, states)

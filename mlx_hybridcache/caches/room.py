@@ -52,7 +52,5 @@ def batch_bytes(layout: Layout, members: int, capacity: int, held_bytes: int) ->
     lengths differ mlx-lm holds it padded beside the joined one.
     """
     need = members * layout.running_bytes(capacity)
-    layer = max(
-        kind.running_bytes + (capacity + ROW_STEP) * kind.row_bytes for kind in layout.kinds
-    )
+    layer = layout.largest_layer_bytes(capacity + ROW_STEP)
     return need, max(0, need - held_bytes) + 2 * members * layer

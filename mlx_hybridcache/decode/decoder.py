@@ -7,7 +7,7 @@ when a second one is ready.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from ..caches.layout import Layout
@@ -36,8 +36,12 @@ LEAVES_TO_OTHERS = 0.75
 class Decoder:
     """All replies under way on one model. With `batches=False` each keeps to itself.
 
-    Whether a reply is the same in a batch as alone is for `batch_check` to say.
+    Whether a reply is the same in a batch as alone is for `batch_check` to say. `agreed` makes of a sampler one
+    that gives every rank of a group the same token; then a batch that fails is not survived, as others may have
+    done what failed here.
     """
+
+    agreed: Callable[[Sampler | None], Sampler] | None = None
 
     def __init__(self, model: Any, layout: Layout, store: MemoryStore, *, batches: bool):
         self._model = model
@@ -75,7 +79,7 @@ class Decoder:
             self._model,
             tokens,
             live.caches,
-            None if chosen is None else guard.sampler(chosen),
+            self._sampler(None if chosen is None else guard.sampler(chosen)),
             [guard.processor(each) for each in logits_processors or ()],
         )
         reply = Reply(len(tokens), ends, max_tokens, live, guard, draws, speculation)
@@ -84,6 +88,9 @@ class Decoder:
         if self.batches:
             self._merge()
         return reply
+
+    def _sampler(self, sampler: Sampler | None) -> Sampler | None:
+        return sampler if self.agreed is None else self.agreed(sampler)
 
     def take(self, reply: Reply) -> Made | None:
         """The reply's next token. The others of its batch get their next one, too.
@@ -165,8 +172,9 @@ class Decoder:
         try:
             every = steps.batch.next()
         except Exception as error:  # the step is half done: these caches are of no use any more
-            if not steps.is_merged:
-                steps.replies[0].guard.error = error
+            if not steps.is_merged or self.agreed is not None:
+                for reply in steps.replies:
+                    reply.guard.error = error
                 raise
             for reply, state in zip(steps.replies, drawn, strict=True):
                 if reply.draws is not None and state is not None:

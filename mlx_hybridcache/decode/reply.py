@@ -152,7 +152,7 @@ class Together(Steps):
     def grow(self) -> None:
         """While the old buffers and the new ones are both held for a moment; mlx-lm makes them."""
         count, more = len(self.replies), self.more_rows
-        passing = count * self._capacity * max(kind.row_bytes for kind in self._layout.kinds)
+        passing = count * self._layout.largest_buffer_bytes(self._capacity)
         self._claim.grow(count * more * self._layout.row_bytes, passing=passing)
         self._capacity += more
 

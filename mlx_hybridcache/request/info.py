@@ -19,7 +19,7 @@ class CacheInfo:
     only what was read in the same slices is shared. `longest_prompt` is the most that a prompt
     may have for its caches to fit `budget_bytes`, None without a limit; `reserve_bytes` of the
     system's memory stay free. Replies share forwards where it `batches`, which they never do where
-    no batch of such caches `merges` exactly. In a smaller store a token weighs `stored_row_bytes` and a
+    no batch of such caches `merges` exactly. The model is spread over `ranks`. In a smaller store a token weighs `stored_row_bytes` and a
     checkpoint `stored_checkpoint_bytes`; `store_error` is what that costs, a `StoreError`, else None.
     """
 
@@ -42,4 +42,5 @@ class CacheInfo:
     exact: bool
     batches: bool
     merges: bool
+    ranks: int
     model: Any = field(repr=False)

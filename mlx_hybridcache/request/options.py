@@ -53,11 +53,13 @@ def check_generating(
             "the reply would be another one. Leave it out."
         )
     if options.get("draft_from_cache"):
-        _check_drafting(options, exact=info.exact)
+        _check_drafting(options, info)
 
 
-def _check_drafting(options: Mapping[str, Any], *, exact: bool) -> None:
-    if exact:
+def _check_drafting(options: Mapping[str, Any], info: CacheInfo) -> None:
+    if info.ranks > 1:
+        raise SettingError("draft_from_cache cannot be used with several ranks yet. Leave it out.")
+    if info.exact:
         raise SettingError(
             "draft_from_cache cannot be used with exact: tokens that are verified together may have "
             "other last bits than single ones on this device. Leave one of them out."

@@ -9,8 +9,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import mlx.core as mx
+from mlx_lm.generate import wired_limit
 
 _lock = threading.Lock()
 _free: list[tuple[mx.Device, mx.Stream]] = []
@@ -35,6 +37,13 @@ def mlx_thread() -> Iterator[None]:
         finally:
             # Those of other devices: a thread that leaves its streams behind ends the process at exit (MLX 0.32).
             mx.clear_streams()
+
+
+@contextmanager
+def wired_mlx_thread(model: Any) -> Iterator[None]:
+    """The same for a thread that generates with `model`: its weights are kept from being swapped."""
+    with mlx_thread(), wired_limit(model):
+        yield
 
 
 def _take(device: mx.Device) -> mx.Stream:

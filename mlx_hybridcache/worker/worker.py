@@ -13,8 +13,8 @@ import queue
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
-from contextlib import AbstractContextManager, nullcontext
+from concurrent.futures import Future, InvalidStateError
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any, TypeVar
 
 from ..errors import ClosedError
@@ -123,7 +123,10 @@ class Worker:
         between: Callable[[], None] = lambda: None,
     ):
         self._inbox = _Inbox()
-        turns = _Turns(load or Load(), between)
+        self._refusal: Exception | None = None
+        self._is_abandoned = False
+        self._asked: set[Future[Any]] = set()
+        self._turns = turns = _Turns(load or Load(), between)
         # The thread must not keep this object alive, so it gets the inbox only.
         self._thread = threading.Thread(
             target=turns.run, args=(self._inbox, held), name=name, daemon=True
@@ -133,8 +136,8 @@ class Worker:
 
     @property
     def is_alive(self) -> bool:
-        """Whether the thread still runs."""
-        return self._thread.is_alive()
+        """Whether the thread still runs, and does what it is asked."""
+        return self._refusal is None and self._thread.is_alive()
 
     def call(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         """Run `function` between two turns and wait for what it returns or raises.
@@ -143,18 +146,24 @@ class Worker:
         """
         if self._inbox.is_read_here:
             return function(*args, **kwargs)
+        self._check_serves()
         future: Future[T] = Future()
 
         def run(turns: _Turns) -> None:
-            try:
-                future.set_result(function(*args, **kwargs))
-            except BaseException as error:
-                future.set_exception(error)
+            with suppress(InvalidStateError):  # it was abandoned meanwhile
+                try:
+                    future.set_result(function(*args, **kwargs))
+                except BaseException as error:
+                    future.set_exception(error)
 
-        came = self._inbox.put(Asked(run, lambda: future.set_exception(closed())))
-        if not came and not future.done():
-            raise closed()
-        return future.result()
+        self._asked.add(future)
+        try:
+            came = self._inbox.put(Asked(run, lambda: _refused(future, self._closed())))
+            if not came and not future.done():
+                raise self._closed()
+            return future.result()
+        finally:
+            self._asked.discard(future)
 
     def post(self, function: Callable[[], None]) -> None:
         """Run `function` between two turns, without waiting. After the end it is never run."""
@@ -165,14 +174,39 @@ class Worker:
 
         `ClosedError` is raised here, or by the stream, when it came too late to have a turn.
         """
+        self._check_serves()
         task = Task(steps, job or Job())
         stream: Stream[T] = Stream(task, self._inbox)  # first, as it cancels what nobody reads
         start: Asked[_Turns] = Asked(
-            lambda turns: turns.tasks.append(task), lambda: task.fail(closed())
+            lambda turns: turns.tasks.append(task), lambda: task.fail(self._closed())
         )
         if not self._inbox.put(start) and not task.finished:
-            raise closed()
+            raise self._closed()
         return stream
+
+    def refuse(self, error: Exception) -> None:
+        """From now on whoever asks for something hears `error`; what is posted is done."""
+        self._refusal = self._refusal or error
+
+    def abandon(self, error: Exception) -> None:
+        """The thread may wait in a call that never returns: all who wait for it hear `error`, on whatever thread
+        this is called, and nobody waits for its end.
+        """
+        self._refusal, self._is_abandoned = error, True
+        self._stop.detach()
+        self._inbox.close()
+        for future in [*self._asked]:
+            _refused(future, error)
+        for task in [*self._turns.tasks]:
+            if not task.finished:
+                task.put("error", error)
+
+    def _check_serves(self) -> None:
+        if self._refusal is not None:
+            raise self._refusal
+
+    def _closed(self) -> Exception:
+        return self._refusal or closed()
 
     def check_may_wait(self) -> None:
         """Raises `HybridCacheError` on the worker thread itself, where nothing would come of it."""
@@ -181,13 +215,18 @@ class Worker:
     def close(self) -> None:
         """End the requests under way, then the thread. Returns when it has ended, whoever closes."""
         self._stop()
-        if not self._inbox.is_read_here:
+        if not self._inbox.is_read_here and not self._is_abandoned:
             self._thread.join()
 
 
 def closed() -> ClosedError:
     """What everyone hears who asks for something too late."""
     return ClosedError("This cache was closed; make a new HybridPromptCache.")
+
+
+def _refused(future: Future[Any], error: Exception) -> None:
+    with suppress(InvalidStateError):  # it was done in the same moment
+        future.set_exception(error)
 
 
 def _stop(inbox: _Inbox, thread: threading.Thread) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any
 
@@ -42,7 +42,8 @@ class RowBlock:
     evaluated: a view would keep the running cache's whole buffer alive. Where `spans` are given, for each
     layer one an array, an array has rows of the positions in its span only. In a smaller store each is
     integers and then scales, with the same tokens along the same axis (`smaller`). Blocks of
-    one `lineage` were copied from each other, and have the same bits at the same positions.
+    one `lineage` were copied from each other, and have the same bits at the same positions. A token counts for
+    `least_row_bytes` at least: what it weighs where another rank of a group holds more of it.
     """
 
     start: int
@@ -50,16 +51,18 @@ class RowBlock:
     layers: tuple[Arrays, ...]
     spans: tuple[tuple[Span, ...], ...] = ()
     lineage: int = field(default_factory=new_lineage)
+    least_row_bytes: int = 0
 
     @property
     def nbytes(self) -> int:
-        return sum(array.nbytes for arrays in self.layers for array in arrays)
+        held = sum(array.nbytes for arrays in self.layers for array in arrays)
+        return max(held, (self.end - self.start) * self.least_row_bytes)
 
     def split(self, position: int) -> tuple[RowBlock, RowBlock]:
         """Two blocks that own their bytes, `[start, position)` and `[position, end)`."""
         above, below = self.piece(self.start, position), self.piece(position, self.end)
-        upper = RowBlock(self.start, position, above, self.spans, self.lineage)
-        lower = RowBlock(position, self.end, below, self.spans, self.lineage)
+        upper = replace(self, end=position, layers=above)
+        lower = replace(self, start=position, layers=below)
         evaluate_to_keep(upper.layers, lower.layers)
         return upper, lower
 

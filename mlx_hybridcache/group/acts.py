@@ -1,0 +1,133 @@
+"""What rank 0 tells the others, one message for each turn of a request: they do the same, and come to the same.
+
+A decision of the engine follows from the requests, from their order and from a few facts that only rank 0 knows: the
+time, how busy the worker is, and how much memory the tightest machine has left. So these are what is told. Whether all
+came to the same is not believed but compared: with each message goes what rank 0's cache counts, and with each
+restore its position, before anything is computed from there.
+"""
+
+from __future__ import annotations
+
+import queue
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..caches.memory import MemoryStore
+from ..errors import GroupError
+from ..machine import MemoryLeft, memory_left
+from ..worker.turns import Load
+from .connection import Message
+from .group import BEAT_SECONDS, Group
+
+AGREEING_SECONDS = 60.0
+"""How long a rank that restores waits to hear where rank 0 does."""
+
+
+@dataclass(eq=False)
+class Acts:
+    """The facts that both sides go by: as of the last message `now`, in seconds of rank 0's clock, and what memory
+    is `left` on the tightest machine, beside whose `own_reserve_bytes` all count with rank 0's `reserve_bytes`.
+    """
+
+    group: Group
+    memory: MemoryStore
+    load: Load
+    now: float = field(default=0.0, init=False)
+    left: MemoryLeft = field(default=MemoryLeft(2**62), init=False)
+    reserve_bytes: int = field(default=0, init=False)
+    own_reserve_bytes: int = field(default=0, init=False)
+
+    def counted(self) -> list[int]:
+        """What this rank's cache comes to: the same on every rank, or they have parted ways."""
+        budget = self.memory.budget
+        return [
+            budget.rows_bytes,
+            budget.snapshot_bytes,
+            budget.running_bytes,
+            self.memory.evictions,
+            self.memory.clock,
+        ]
+
+    def agree(self, position: int) -> None:
+        """A request was restored at `position`: so it was on every rank, before anything is read there."""
+        raise NotImplementedError
+
+
+@dataclass(eq=False)
+class Telling(Acts):
+    """Rank 0's side. Used on the worker thread only, but for `hear`."""
+
+    _spare: dict[int, int] = field(default_factory=dict, init=False)
+    _read_at: float = field(default=0.0, init=False)
+
+    def hear(self, message: Message) -> None:
+        """A rank is there, with so many bytes to spare beside its own reserve."""
+        self._spare[message["rank"]] = message["spare"]
+
+    def tell(self, do: str, **what: Any) -> None:
+        """Before it is done here. Raises `GroupError` where a rank is lost."""
+        if self.group.failure is not None:
+            raise self.group.failure
+        self._look()
+        load = self.load
+        facts = {
+            "do": do,
+            "now": self.now,
+            "left": [self.left.left_bytes, self.left.level],
+            "load": [load.reading, load.waiting, load.writing],
+            "counted": self.counted(),
+        }
+        self._send({**facts, **what})
+
+    def agree(self, position: int) -> None:
+        self._send({"do": "agree", "position": position})
+
+    def _send(self, message: Message) -> None:
+        for peer in self.group.peers:
+            try:
+                peer.send(message)
+            except OSError as error:
+                raise self.group.fail(f"Rank {peer.rank} is lost: {error.strerror}.") from error
+
+    def _look(self) -> None:
+        self.now = time.monotonic()
+        if self.now >= self._read_at:
+            self._read_at = self.now + BEAT_SECONDS
+            own = memory_left()
+            self.left = MemoryLeft(min([own.left_bytes, *self._spare.values()]), own.level)
+
+
+@dataclass(eq=False)
+class Hearing(Acts):
+    """Another rank's side."""
+
+    _positions: queue.SimpleQueue[int] = field(default_factory=queue.SimpleQueue, init=False)
+
+    def heard(self, message: Message) -> None:
+        """Before it is done here. Raises `GroupError` where this rank has come to something else than rank 0."""
+        own = self.counted()
+        if own != message["counted"]:
+            raise GroupError(
+                f"It has parted ways with rank 0: its cache counts {own}, rank 0's {message['counted']} "
+                f"(bytes of rows, states and requests, evictions, time), before {message['do']!r}."
+            )
+        self.now = message["now"]
+        self.left = MemoryLeft(*message["left"])
+        load: Sequence[int] = message["load"]
+        self.load.reading, self.load.waiting, self.load.writing = load
+
+    def restores_at(self, position: int) -> None:
+        """Where rank 0 restores the request whose turn it is. On the thread that listens."""
+        self._positions.put(position)
+
+    def agree(self, position: int) -> None:
+        try:
+            told = self._positions.get(timeout=AGREEING_SECONDS)
+        except queue.Empty as error:
+            raise GroupError(f"Rank 0 said nothing for {AGREEING_SECONDS:.0f} s.") from error
+        if told != position:
+            raise GroupError(
+                f"It has parted ways with rank 0: it would restore {position:,} tokens, rank 0 {told:,}."
+            )
