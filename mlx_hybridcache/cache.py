@@ -161,6 +161,11 @@ class HybridPromptCache:
         """Whether the worker thread can still serve requests."""
         return self.worker.is_alive
 
+    @property
+    def failure(self) -> GroupError | None:
+        """Why a group of ranks serves nothing any more."""
+        return None if self.group is None else self.group.failure
+
     # Generating
 
     @overload
@@ -431,8 +436,7 @@ class HybridPromptCache:
     def follow(self) -> None:
         """On any rank of a group but 0: do what rank 0 does, until its cache is closed.
 
-        Raises `GroupError` where a rank is lost before that; the worker may then never come back, and the
-        process should end.
+        Raises `GroupError` where a rank is lost before; then the process should end, as its worker may never.
         """
         if self.group is None or not self.group.rank:
             raise SettingError(

@@ -9,6 +9,7 @@ from starlette.exceptions import HTTPException
 from mlx_hybridcache.errors import (
     BudgetError,
     ClosedError,
+    GroupError,
     HybridCacheError,
     ModelError,
     NotStoredError,
@@ -98,6 +99,8 @@ def as_api_error(error: Exception) -> ApiError:
         return ApiError(503, str(error), code="out_of_memory_budget")
     if isinstance(error, ClosedError):
         return shutting_down()
+    if isinstance(error, GroupError):
+        return ApiError(503, str(error), code="rank_lost")
     if isinstance(error, NotStoredError):
         return ApiError(404, str(error), code="not_stored")
     if isinstance(error, PinnedError):

@@ -161,7 +161,11 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
         _flag("--kv-bits", _number(int, 1), "quantize keys and values to so many bits"),
         _flag("--kv-group-size", _number(int, 1), "elements with one scale (%(default)s)"),
         _flag("--quantized-kv-start", tokens(0), "prompts up to here are not (%(default)s)"),
-        _flag("--pipeline", bool, "for several machines, which are not supported yet"),
+        _flag(
+            "--pipeline",
+            bool,
+            "on several machines each has some of the layers, else a part of each",
+        ),
     ),
     "our own": (
         _flag(

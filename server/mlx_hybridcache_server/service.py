@@ -13,10 +13,10 @@ from functools import partial
 from types import FrameType
 from typing import cast
 
-import mlx.core as mx
 import uvicorn
 
 from mlx_hybridcache.errors import SettingError
+from mlx_hybridcache.group.group import is_launched
 
 from .app import build_app
 from .banner import banner
@@ -24,6 +24,7 @@ from .generation.models import load
 from .generation.serving import Serving
 from .generation.trace import Recorder
 from .http.connections import Connection, Crowd, room
+from .loading.ranks import LOST, follow, group_of, leave
 from .settings import Settings
 
 log = logging.getLogger("mlx_hybridcache.server")
@@ -48,10 +49,14 @@ def serve(settings: Settings, argv: list[str]) -> None:
     Raises `HybridCacheError` or `OSError` for what keeps it from starting.
     """
     _say_what_differs(settings, argv)
+    group = group_of(settings)
+    if group is not None and group.rank:
+        follow(load(settings, settings.model, group=group).cache)
+        return
     # Both before minutes of loading, not after.
     with _bound(settings) as listening, _recording(settings) as recorder:
         # No name of its own: a model that is let go of must have no other holder.
-        serving = Serving(settings, load(settings, settings.model), recorder)
+        serving = Serving(settings, load(settings, settings.model, group=group), recorder)
         where = f"http://{_for_url(settings.host)}:{listening.getsockname()[1]}"
         try:
             for line in banner(settings, serving.loaded, where):
@@ -59,6 +64,8 @@ def serve(settings: Settings, argv: list[str]) -> None:
             _Server(serving, settings).run(sockets=[listening])
         finally:
             serving.close()
+            if group is not None and group.failure is not None:
+                leave(serving.loaded.cache, LOST)
 
 
 class _Server(uvicorn.Server):
@@ -155,16 +162,12 @@ def _for_url(host: str) -> str:
 def _say_what_differs(settings: Settings, argv: list[str]) -> None:
     """Nothing that a start script asks for is passed over in silence."""
     named = {word.split("=")[0] for word in argv}
-    if mx.distributed.init().size() > 1:
-        raise SettingError(
-            "Several machines (mlx.launch) are not supported yet; start this server on one."
-        )
     if settings.draft_from_cache and settings.exact:
         raise SettingError(
             "--draft-from-cache cannot be used with --exact: tokens that are verified together may have "
             "other last bits than single ones. Leave one of them out."
         )
-    if "--pipeline" in named:
+    if "--pipeline" in named and not is_launched():
         log.warning("--pipeline has no effect on one machine.")
     if "--slot-prompt-similarity" in named:
         log.info("--slot-prompt-similarity is not needed: a prefix tree has no slots to choose.")

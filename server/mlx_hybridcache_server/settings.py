@@ -35,6 +35,7 @@ class Settings:
     draft_model: str | None = None
     num_draft_tokens: int = 3
     trust_remote_code: bool = False
+    pipeline: bool = False
     log_level: str = "INFO"
     chat_template: str = ""
     use_default_chat_template: bool = False

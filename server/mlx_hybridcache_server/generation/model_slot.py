@@ -181,9 +181,11 @@ class ModelSlot:
     # The end
 
     def check_open(self) -> None:
-        """Raises `ApiError` 503 when the server is stopping."""
+        """Raises `ApiError` 503 when the server is stopping, and `GroupError` when another rank is lost."""
         if self._closing.is_set():
             raise shutting_down()
+        if (lost := self.loaded.cache.failure) is not None:
+            raise lost
 
     def stop(self) -> None:
         """Let nobody wait for it any more."""
@@ -207,6 +209,7 @@ class Rest:
     disk_summary: DiskStats | None
     disk: Mapping[Namespace, Outline]
     is_alive = False
+    failure = None
 
     @property
     def load(self) -> Load:

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from huggingface_hub import CacheNotFound, scan_cache_dir
 
-from mlx_hybridcache import HybridPromptCache, models
+from mlx_hybridcache import Group, HybridPromptCache, models
 from mlx_hybridcache.caches.layout import Layout
 from mlx_hybridcache.demo import BUNDLED_MODEL
 from mlx_hybridcache.errors import SettingError
+from mlx_hybridcache.group.load import split
 from mlx_hybridcache.router.defaults import AUTO
 from mlx_hybridcache.router.patch import Patch
 from mlx_hybridcache.worker.mlx_thread import mlx_thread
@@ -127,12 +128,17 @@ MakeRoom = Callable[[], None]
 
 
 def load(
-    settings: Settings, name: str, adapter: str | None = None, *, make_room: MakeRoom | None = None
+    settings: Settings,
+    name: str,
+    adapter: str | None = None,
+    *,
+    make_room: MakeRoom | None = None,
+    group: Group | None = None,
 ) -> Loaded:
     """Load the model that `name` means, a directory or a repository, and make its cache.
 
     `adapter` replaces the adapter of the settings. `make_room` is called when the model is known to be
-    there, before its weights take memory.
+    there, before its weights take memory. Of a `group` each rank loads its own part.
 
     Raises `ModelError` for what cannot be loaded, `SettingError` and `BudgetError` for settings
     that do not suit it. The arrays are evaluated: any thread may have loaded them.
@@ -143,15 +149,17 @@ def load(
         adapter_path=settings.adapter_path if is_default else adapter,
         chat_template=settings.chat_template,
         trust_remote_code=settings.trust_remote_code,
-        lazy=make_room is not None,
+        lazy=make_room is not None or group is not None,
     )
+    if group is not None:
+        split(group, model, pipeline=settings.pipeline)
     if make_room is not None:
         make_room()
     _suit(tokenizer, settings, name)
     drafts = is_default and settings.draft_model is not None
     draft = _load_draft(settings, model, tokenizer) if drafts else None
     router = _router(settings, model, tokenizer, name, is_default=is_default)
-    cache = _cache(settings, model, tokenizer, router)
+    cache = _cache(settings, model, tokenizer, router, group)
     own = own_names(settings) if is_default else (_other_name(name, settings),)
     return Loaded(
         id=own[0],
@@ -168,7 +176,7 @@ def load(
 
 
 def _cache(
-    settings: Settings, model: Any, tokenizer: Any, router: Patch | None
+    settings: Settings, model: Any, tokenizer: Any, router: Patch | None, group: Group | None
 ) -> HybridPromptCache:
     return HybridPromptCache(
         model,
@@ -191,6 +199,7 @@ def _cache(
         memory_reserve=settings.memory_reserve,
         cache_dir=settings.cache_dir if settings.uses_cache else None,
         disk_budget=settings.disk_budget if settings.uses_cache else None,
+        group=group,
     )
 
 

@@ -101,7 +101,10 @@ async def health(request: Request) -> Response:
     if serving.slot.is_alive:
         resting = {} if serving.slot.state == "loaded" else {"model": serving.slot.state}
         return JsonResponse({"status": "ok", **resting})
-    return JsonResponse({"status": "unavailable"}, 503)  # said in the log by the worker's end
+    lost = serving.loaded.cache.failure  # any other end of the worker is in the log
+    return JsonResponse(
+        {"status": "unavailable", **({} if lost is None else {"reason": str(lost)})}, 503
+    )
 
 
 @router.get("/v1/models", response_model=None)

@@ -1,0 +1,107 @@
+"""Several ranks, each with a part of the model, say what one process says: hot, cold, in company, after evictions."""
+
+import json
+
+import pytest
+import tiny
+from long import forms, mostly_long
+from oracle import word_tokenizer
+from ranks import scenarios
+from ranks.started import group_of
+
+from mlx_hybridcache import HybridPromptCache
+
+
+def as_lists(value):
+    return [as_lists(each) for each in value] if isinstance(value, list | tuple) else value
+
+
+def in_one_process(family, seed, acts, *, at_once):
+    with HybridPromptCache(tiny.fresh(family), word_tokenizer(), **scenarios.SETTINGS) as cache:
+        return as_lists([*scenarios.journey_of(cache, seed, acts, at_once=at_once)])
+
+
+def in_a_group(tmp_path, family, how, size, seed, acts, **options):
+    asked = json.dumps({"seed": seed, "acts": acts, **options})
+    with group_of(size, tmp_path, "journey", family, how, asked) as ranks:
+        evictions = ranks[0].hears("evictions")[0]
+        for rank in ranks:
+            assert rank.ends() == 0, rank.printed
+        return [each["one"] for each in ranks[0].said if "one" in each], evictions
+
+
+def replies_only(found):
+    """Without the counts of tokens restored, which follow from what fits and from who comes first."""
+    return [each[:2] if isinstance(each[1], str) else each for each in found]
+
+
+@pytest.mark.parametrize(
+    ("family", "size", "acts"),
+    mostly_long(
+        [
+            ("qwen3_next", 2, 25),
+            ("qwen3_next", 2, 200),
+            ("qwen3_next", 4, 200),
+            ("qwen3_5", 2, 200),
+            ("qwen3_5_moe", 2, 200),
+            ("qwen3_5_moe", 4, 60),
+        ],
+        always=[("qwen3_next", 2, 25)],
+    ),
+)
+def test_layers_on_ranks_give_the_bits_and_the_counts_of_one_process(tmp_path, family, size, acts):
+    found, _ = in_a_group(tmp_path, family, "pipeline", size, 1, acts, at_once=False)
+    assert found == in_one_process(family, 1, acts, at_once=False)
+    assert sum(one[2] for one in found) > 10 * acts
+
+
+@pytest.mark.parametrize(
+    ("family", "size", "acts"),
+    mostly_long(
+        [
+            ("qwen3_5", 2, 25),
+            ("qwen3_next", 2, 200),
+            ("qwen3_next", 4, 60),
+            ("qwen3_5", 2, 200),
+            ("qwen3_5_moe", 2, 200),
+        ],
+        always=[("qwen3_5", 2, 25)],
+    ),
+)
+def test_in_company_and_after_evictions_the_bits_are_the_same(tmp_path, family, size, acts):
+    small = {"memory_budget": "700KB"}
+    found, evictions = in_a_group(
+        tmp_path, family, "pipeline", size, 2, acts, at_once=True, settings=small
+    )
+    assert evictions
+    assert replies_only(found) == replies_only(in_one_process(family, 2, acts, at_once=True))
+
+
+@pytest.mark.parametrize("acts", forms(15, 200))
+def test_tensors_on_ranks_give_the_tokens_of_one_process_and_hot_what_is_cold(tmp_path, acts):
+    found, _ = in_a_group(tmp_path, "qwen3_5", "tensor", 2, 3, acts, at_once=False)
+    expected = in_one_process("qwen3_5", 3, acts, at_once=False)
+    assert [(tokens, restored) for tokens, _, restored in found] == [
+        (tokens, restored) for tokens, _, restored in expected
+    ]
+
+
+def test_tensors_on_ranks_give_hot_the_bits_of_cold(tmp_path):
+    with group_of(2, tmp_path, "hot_and_cold", "qwen3_5", "tensor", "{}") as ranks:
+        hot, cold = ranks[0].hears("hot")[0], ranks[0].hears("cold")[0]
+        assert [rank.ends() for rank in ranks] == [0, 0]
+    assert hot[:2] == cold[:2]
+    assert (hot[2], cold[2]) == (299, 0)
+
+
+@pytest.mark.parametrize("how", ["evicts alone", "restores elsewhere", "fails"])
+def test_a_rank_that_parts_ways_is_noticed_before_anything_is_said(tmp_path, how):
+    broken = json.dumps({"seed": 4, "acts": 20, "at_once": False, "broken": how})
+    with group_of(2, tmp_path, "journey", "qwen3_next", "pipeline", broken) as ranks:
+        for rank in ranks:
+            assert rank.ends() == 3, rank.printed
+        said = [each["one"] for each in ranks[0].said if "one" in each]
+        failed = ranks[0].hears("failed")[0]
+    assert "Rank 1" in failed
+    assert ("layer cannot be computed" if how == "fails" else "parted ways") in failed
+    assert said == in_one_process("qwen3_next", 4, 20, at_once=False)[: len(said)]

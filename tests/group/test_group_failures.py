@@ -1,0 +1,61 @@
+"""A rank that is lost: who waits hears of it soon, nothing wrong is served, and nothing is left running."""
+
+import random
+import signal
+import time
+
+import pytest
+from long import mostly_long
+from ranks.started import group_of
+
+WITHIN_SECONDS = 10
+"""What is stated. The clock of a machine that does other things is no proof: so long a request may wait."""
+
+
+def lost(tmp_path, size, victim, asked, how):
+    """Ask on and on; when so many replies are there, a rank is lost."""
+    with group_of(size, tmp_path, "for_ever", "qwen3_next", "pipeline", "{}") as ranks:
+        ranks[0].hears("asked", asked)
+        at = time.time()
+        ranks[victim].kill(how)
+        others = [rank for rank in ranks if rank.number != victim]
+        if victim:
+            said = ranks[0].hears("lost")[0]
+            assert f"Rank {victim}" in said or "Rank 0 failed" in said, said
+            assert ranks[0].hears("at")[0] - at < WITHIN_SECONDS + 5
+            assert ranks[0].hears("refused") == [said]
+        if how == signal.SIGSTOP:
+            ranks[victim].kill(signal.SIGCONT)
+            others = ranks
+        assert [rank.ends() for rank in others] == [3] * len(others), [r.printed for r in others]
+        for rank in others:
+            assert not any(each["alive"] for each in rank.said if "alive" in each)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_rank_ends_the_group_with_a_sentence(tmp_path, victim):
+    lost(tmp_path, 2, victim, 3, signal.SIGKILL)
+
+
+def test_a_rank_that_stands_still_is_lost(tmp_path):
+    lost(tmp_path, 2, 1, 3, signal.SIGSTOP)
+
+
+@pytest.mark.parametrize("seed", mostly_long(range(20), always=[0]))
+def test_kills_at_any_moment(tmp_path, seed):
+    chance = random.Random(seed)
+    size = chance.choice([2, 2, 3])
+    with group_of(size, tmp_path, "for_ever", "qwen3_next", "pipeline", "{}") as ranks:
+        ranks[0].hears("ready")
+        time.sleep(chance.uniform(0, 1.5))
+        victim = chance.randrange(1, size)
+        ranks[victim].kill()
+        assert [rank.ends() for rank in ranks if rank.number != victim] == [3] * (size - 1)
+        assert ranks[0].hears("lost")
+
+
+def test_who_does_not_come_is_named(tmp_path):
+    """Ranks that were started with other settings, or whose model cannot be spread."""
+    with group_of(2, tmp_path, "journey", "llama", "pipeline", "{}") as ranks:
+        assert [rank.ends() for rank in ranks] == [1, 1]
+        assert "llama cannot be split by layers" in ranks[0].printed

@@ -1,0 +1,1 @@
+"""Groups of ranks on this machine: processes that meet over MLX's ring backend."""

@@ -1,0 +1,42 @@
+"""One rank's process: `process.py SCENARIO FAMILY SPLIT JSON`. It prints what it saw as lines of JSON."""
+
+import faulthandler
+import json
+import os
+import sys
+
+import oracle
+import tiny
+
+from mlx_hybridcache import Group, GroupError, HybridPromptCache
+from mlx_hybridcache.group.load import split
+from ranks import scenarios
+
+
+def say(**what):
+    print(json.dumps(what), flush=True)
+
+
+def main(scenario, family, how, options):
+    faulthandler.dump_traceback_later(200, exit=True)
+    group = Group.form("ring")
+    model = tiny.build(family)
+    split(group, model, pipeline=how == "pipeline")
+    settings = scenarios.SETTINGS | options.pop("settings", {})
+    cache = HybridPromptCache(model, oracle.word_tokenizer(), group=group, **settings)
+    scenarios.break_rank(options.pop("broken", None), group.rank, cache)
+    say(ready=os.getpid())
+    try:
+        if group.rank:
+            cache.follow()
+        else:
+            getattr(scenarios, scenario)(cache, say, **options)
+        cache.close()
+    except GroupError as error:
+        say(failed=str(error), alive=cache.is_alive)
+        cache.close()
+        os._exit(3)  # the worker may be in a call that never returns
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:4], json.loads(sys.argv[4]))

@@ -1,0 +1,146 @@
+"""What rank 0 of a group is asked for, the same as a cache in one process."""
+
+import hashlib
+import random
+import threading
+import time
+from contextlib import suppress
+
+import numpy as np
+import tiny
+
+from mlx_hybridcache import GroupError, HybridCacheError
+
+SETTINGS = {
+    "memory_budget": "300MB",
+    "memory_reserve": 0,
+    "prefill_step_size": 64,
+    "checkpoint_every": 64,
+    "checkpoint_min_step": 16,
+}
+
+
+def reply(cache, prompt, count, **options):
+    """Its tokens, a digest of all log-probabilities, and the tokens restored."""
+    digest, tokens = hashlib.sha256(), []
+    generation = cache.stream_generate(prompt, count, **options)
+    for response in generation:
+        tokens.append(response.token)
+        digest.update(np.array(response.logprobs, np.float32).tobytes())
+    return tokens, digest.hexdigest(), generation.report.restored_tokens
+
+
+def journey(cache, say, *, seed, acts, at_once=True):
+    """Seeded acts: prompts that go on, part ways and change their endings, alone and together, cancels, pins."""
+    for one in journey_of(cache, seed, acts, at_once=at_once):
+        say(one=one)
+    say(evictions=cache.stats().evictions)
+
+
+def journey_of(cache, seed, acts, *, at_once=True):
+    """What each act came to."""
+    chance = random.Random(seed)
+    prompts = [tiny.random_tokens(100, seed)]
+    for _ in range(acts):
+        kind = chance.choices(
+            ["ask", "together", "cancel", "pin", "drop", "clear"], [12, 3 * at_once, 2, 2, 1, 0.2]
+        )[0]
+        asked = [_next_prompt(chance, prompts) for _ in range(3)]
+        counts = [chance.randrange(1, 12) for _ in asked]
+        salt = chance.choice(["", "", "other"])
+        if kind == "ask":
+            yield reply(cache, asked[0], counts[0], cache_salt=salt)
+        elif kind == "together":
+            yield [each[:2] for each in _together(cache, asked, counts)]
+        elif kind == "cancel":
+            with cache.stream_generate(asked[0], 12, cache_salt=salt) as generation:
+                for _ in range(chance.randrange(3)):
+                    next(generation)
+        else:
+            with suppress(HybridCacheError):
+                _keep(cache, kind, chance.choice(prompts), salt)
+
+
+def _keep(cache, kind, prompt, salt):
+    if kind == "clear":
+        cache.clear()
+    else:
+        getattr(cache, kind)(prompt, cache_salt=salt)
+        if kind == "pin":
+            cache.unpin(prompt, cache_salt=salt)
+
+
+def _next_prompt(chance, prompts):
+    """One that goes on from an earlier one, or parts ways with it, or is new."""
+    before = chance.choice(prompts)
+    cut = chance.choice([len(before), chance.randrange(len(before)), 0])
+    more = tiny.random_tokens(chance.randrange(1, 150), chance.randrange(10**6))
+    prompts.append((before[:cut] + more)[:600])
+    return prompts[-1]
+
+
+def _together(cache, prompts, counts):
+    found = [None] * len(prompts)
+
+    def ask(index):
+        found[index] = reply(cache, prompts[index], counts[index])
+
+    threads = [threading.Thread(target=ask, args=(index,)) for index in range(len(prompts))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+def hot_and_cold(cache, say):
+    """One prompt twice, and once where nothing of it is stored."""
+    prompt = tiny.random_tokens(300, 1)
+    reply(cache, prompt, 1)
+    say(hot=reply(cache, prompt, 8))
+    say(cold=reply(cache, prompt, 8, cache_salt="other"))
+
+
+def for_ever(cache, say, *, seed=0):
+    """Ask on and on, until a rank is lost; then what is asked next fails too, at once."""
+    chance, prompts = random.Random(seed), [tiny.random_tokens(300, seed)]
+    try:
+        while True:
+            reply(cache, _next_prompt(chance, prompts), 8)
+            say(asked=len(prompts))
+    except GroupError as error:
+        say(lost=str(error), at=time.time())
+    try:
+        cache.stream_generate([1, 2, 3], 1)
+    except GroupError as error:
+        say(refused=str(error))
+    raise GroupError("as was said")
+
+
+def break_rank(how, rank, cache):
+    """A fault that only rank 1 has: it must be noticed, and nothing wrong be served."""
+    if how is None or rank != 1:
+        return
+    engine = cache.engine
+    if how == "evicts alone":
+        begin = engine.answer
+
+        def answer(request, options):
+            engine.tiers.memory.shrink(1)
+            return begin(request, options)
+
+        engine.answer = answer
+    elif how == "restores elsewhere":
+        find = engine.tiers.memory.find
+
+        def elsewhere(namespace, tokens, known=None):
+            return find(namespace, tokens[: max(1, len(tokens) // 2)], None)
+
+        engine.tiers.memory.find = elsewhere
+    elif how == "fails":
+
+        def failing(request, live):
+            raise RuntimeError("a layer cannot be computed here")
+            yield
+
+        engine._resume = failing

@@ -1,0 +1,109 @@
+"""Start the ranks of a group as processes, hear what each prints, and leave none behind."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+SUPPORT = str(Path(__file__).parents[1])
+MOST_SECONDS = 240
+"""More than any group takes here: then it is killed, and its test fails."""
+
+
+def free_ports(count):
+    with ExitStack() as held:
+        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+class Rank:
+    """One process: its lines of JSON, as they come, and the rest of what it printed."""
+
+    def __init__(self, number, process):
+        self.number = number
+        self.process = process
+        self.said = []
+        self.other = []
+        self._came = threading.Condition()
+        self._reading = threading.Thread(target=self._read, daemon=True)
+        self._reading.start()
+
+    def _read(self):
+        for line in self.process.stdout:
+            with self._came:
+                if line.startswith("{"):
+                    self.said.append(json.loads(line))
+                else:
+                    self.other.append(line)
+                self._came.notify_all()
+        with self._came:
+            self._came.notify_all()
+
+    def hears(self, key, count=1):
+        """What it has said under `key`, once that were `count` things."""
+        until = time.monotonic() + MOST_SECONDS
+        with self._came:
+            while len(found := [each[key] for each in self.said if key in each]) < count:
+                is_over = self.process.poll() is not None and not self._reading.is_alive()
+                assert not is_over, f"{self} ended without {key}\n{self.printed}"
+                assert time.monotonic() < until, f"{self}: no {key}\n{self.printed}"
+                self._came.wait(1)
+        return found
+
+    def ends(self):
+        """Its exit status, once it has ended."""
+        status = self.process.wait(MOST_SECONDS)
+        self._reading.join(5)
+        return status
+
+    def kill(self, how=signal.SIGKILL):
+        self.process.send_signal(how)
+
+    @property
+    def printed(self):
+        return "".join(self.other[-60:])
+
+    def __str__(self):
+        return f"rank {self.number}"
+
+
+@contextmanager
+def group_of(size, tmp_path, *command, env=None):
+    """So many ranks that run `command`, by default the scenario of `process.py` that it names."""
+    if not (command and command[0] == sys.executable):
+        command = (sys.executable, "-m", "ranks.process", *map(str, command))
+    hosts = tmp_path / "hosts.json"
+    hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(size)]))
+    ranks = []
+    try:
+        for number in range(size):
+            own = {
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join([SUPPORT, os.environ.get("PYTHONPATH", "")]),
+                "MLX_RANK": str(number),
+                "MLX_HOSTFILE": str(hosts),
+                **(env or {}),
+            }
+            process = subprocess.Popen(
+                command,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                env=own,
+            )
+            ranks.append(Rank(number, process))
+        yield ranks
+    finally:
+        for rank in ranks:
+            rank.process.kill()
+        for rank in ranks:
+            rank.ends()
+            rank.process.stdout.close()
