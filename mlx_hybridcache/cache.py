@@ -453,10 +453,10 @@ class HybridPromptCache:
         """
         with suppress(ClosedError, GroupError):  # closing twice is no mistake
             self.flush(flush_seconds)
-            self.worker.call(self.engine.tiers.close)
+            self.worker.call(self.engine.close)
+        self.worker.close()
         if self.group is not None:
             self.group.close()
-        self.worker.close()
         self.engine.tiers.memory.clear()  # what the requests that this ended have left
         self._let_go()
         self._disk_end()

@@ -59,6 +59,10 @@ class Keeping:
         """Keep what restores `tokens`, or no longer; returns its position."""
         return self.tiers.pin(salt, tokens, is_pinned=is_pinned)
 
+    def close(self) -> None:
+        """Hold nothing in memory any more, whatever ends from now on."""
+        self.tiers.close()
+
     def clear(self) -> None:
         """Forget everything, in memory and in files."""
         self.tiers.clear()

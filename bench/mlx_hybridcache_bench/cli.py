@@ -23,6 +23,7 @@ COMMANDS = {
     "ttft": ("ttft.command", "time to first token of any server, with a report to show"),
     "hotpath": ("hotpath.command", "what a hot request costs a server, beside others"),
     "start": ("start", "what it takes to start servers and commands, beside others"),
+    "ranks": ("ranks", "what ranks that agree cost, beside mlx_lm.server's"),
     "against": ("against", "a bench or the demo of this checkout beside an older one"),
     "disk": ("disk.command", "a restart with a cache directory, and what the directory costs"),
     "kills": ("kills.command", "what a cache directory loses by kill -9 and power cuts: nothing"),

@@ -100,6 +100,10 @@ class LeadingEngine(RankEngine):
 
     # At once
 
+    def close(self) -> None:
+        self.acts.tell("stop")
+        super().close()
+
     def clear(self) -> None:
         self.acts.tell("clear")
         super().clear()

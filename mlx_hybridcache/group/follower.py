@@ -83,6 +83,9 @@ class Follower:
 
     # What is done at once
 
+    def _stop(self, message: Message) -> None:
+        self._engine.close()
+
     def _clear(self, message: Message) -> None:
         self._engine.clear()
 

@@ -26,6 +26,9 @@ log = logging.getLogger("mlx_hybridcache")
 
 T = TypeVar("T")
 
+ABANDONED_SECONDS = 1.0
+"""Whoever waits for the thread's end looks so often whether anybody still should."""
+
 IDLE_SECONDS = 5.0
 """A worker without work looks after itself so often."""
 
@@ -38,6 +41,7 @@ class _Turns:
         self.tasks: list[Task] = []
         self.load = load
         self.stopped = False
+        self.abandoned = False
 
     def ready(self) -> list[Task]:
         """Requests that can go on, oldest first. A prompt is read whether its client listens or not."""
@@ -124,7 +128,6 @@ class Worker:
     ):
         self._inbox = _Inbox()
         self._refusal: Exception | None = None
-        self._is_abandoned = False
         self._asked: set[Future[Any]] = set()
         self._turns = turns = _Turns(load or Load(), between)
         # The thread must not keep this object alive, so it gets the inbox only.
@@ -132,7 +135,7 @@ class Worker:
             target=turns.run, args=(self._inbox, held), name=name, daemon=True
         )
         self._thread.start()
-        self._stop = weakref.finalize(self, _stop, self._inbox, self._thread)
+        self._stop = weakref.finalize(self, _stop, self._inbox, self._thread, turns)
 
     @property
     def is_alive(self) -> bool:
@@ -192,7 +195,8 @@ class Worker:
         """The thread may wait in a call that never returns: all who wait for it hear `error`, on whatever thread
         this is called, and nobody waits for its end.
         """
-        self._refusal, self._is_abandoned = error, True
+        self._refusal = error
+        self._turns.abandoned = self._turns.stopped = True
         self._stop.detach()
         self._inbox.close()
         for future in [*self._asked]:
@@ -215,8 +219,8 @@ class Worker:
     def close(self) -> None:
         """End the requests under way, then the thread. Returns when it has ended, whoever closes."""
         self._stop()
-        if not self._inbox.is_read_here and not self._is_abandoned:
-            self._thread.join()
+        if not self._inbox.is_read_here:
+            _join(self._thread, self._turns)
 
 
 def closed() -> ClosedError:
@@ -229,10 +233,16 @@ def _refused(future: Future[Any], error: Exception) -> None:
         future.set_exception(error)
 
 
-def _stop(inbox: _Inbox, thread: threading.Thread) -> None:
+def _stop(inbox: _Inbox, thread: threading.Thread, turns: _Turns) -> None:
     def stop(turns: _Turns) -> None:
         turns.stopped = True
 
     inbox.put(Asked(stop))
     if threading.current_thread() is not thread:
-        thread.join()
+        _join(thread, turns)
+
+
+def _join(thread: threading.Thread, turns: _Turns) -> None:
+    """Wait for the thread's end, unless it is abandoned, now or later."""
+    while thread.is_alive() and not turns.abandoned:
+        thread.join(ABANDONED_SECONDS)

@@ -14,7 +14,7 @@ PACKAGE = "bench.mlx_hybridcache_bench"  # as `module_name` writes it, which beg
 ORDER = [
     {"cli"},
     {"afternoon", "against", "decode", "hotpath", "kills", "page", "quantized", "speculate"},
-    {"router", "start", "ttft"},
+    {"router", "ranks", "start", "ttft"},
     {"report"},
     {"disk"},
     {"serving"},

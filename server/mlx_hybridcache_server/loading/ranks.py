@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 
 from mlx_hybridcache import Group, GroupError, HybridPromptCache
@@ -55,6 +56,8 @@ def follow(cache: HybridPromptCache) -> None:
     group = cache.group
     assert group is not None
     log.info("Rank %d of %d follows rank 0, which listens.", group.rank, group.size)
+    # A terminal interrupts all ranks that it started. Rank 0 ends its requests, and then says so.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         cache.follow()
     except GroupError:  # it was said
