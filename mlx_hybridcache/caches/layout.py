@@ -286,6 +286,11 @@ class Layout:
         return 1
 
     @property
+    def every_kind(self) -> tuple[LayerKind, ...]:
+        """Those of all ranks."""
+        return self.kinds
+
+    @property
     def needs_snapshots(self) -> bool:
         """Whether some layer restores at checkpoints only."""
         return any(kind.needs_snapshot for kind in self.kinds)

@@ -42,10 +42,10 @@ def main(argv: Sequence[str], prog: str) -> int:
 
     from ..planning.advice import as_json
     from ..planning.plan import make, room_here, room_on_a_mac
-    from ..planning.unloaded_model import describe
+    from ..planning.unloaded_model import describe, heaviest_part
     from .console import wide_console
 
-    model = describe(options.model)
+    model = heaviest_part(describe(options.model), options.ranks)
     room = (
         room_here(model.weights_bytes)
         if memory is None
@@ -60,6 +60,7 @@ def main(argv: Sequence[str], prog: str) -> int:
         every=options.checkpoint_every_n_tokens,
         precision=_precision(options),
         storing=_storing(options),
+        ranks=options.ranks,
     )
     show(wide_console(WIDTH), plan, options.memory)
     if options.json is not None:
@@ -90,6 +91,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         "--memory",
         help="of the Mac to plan for, as sold: 128GB are 128 GiB (default: this machine)",
     )
+    add("--ranks", type=tokens(), default=1, help="such machines, each with some of the layers (1)")
     add("--working-set", help="what macOS recommends for its GPU (default: an assumption, printed)")
     add("--prefill-step-size", type=tokens(), default=2048, help="as the server's (2048)")
     add("--checkpoint-every-n-tokens", type=tokens(), default=2048, help="as the server's (2048)")
@@ -138,7 +140,14 @@ def show(console: Console, plan: Plan, memory: str | None) -> None:
         said = " ".join(
             word if word.startswith("~/") else shlex.quote(word) for word in server_flags(plan)
         )
-        console.print(f"\nmlx_hybridcache.server {said}", highlight=False, soft_wrap=True)
+        console.print(f"\n{_starts(plan)} {said}", highlight=False, soft_wrap=True)
+
+
+def _starts(plan: Plan) -> str:
+    """What the flags are for."""
+    if plan.layout.parts == 1:
+        return "mlx_hybridcache.server"
+    return "mlx.launch --hostfile HOSTS -- python -m mlx_hybridcache.server --pipeline"
 
 
 def _table(plan: Plan, where: str) -> Table:

@@ -6,8 +6,9 @@ of four ranks three may hold no attention, and would store rows of nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import accumulate, pairwise
 from typing import Any
 
 import mlx.core as mx
@@ -44,6 +45,10 @@ class GroupLayout(Layout):
     @property
     def parts(self) -> int:
         return len(self.ranks)
+
+    @property
+    def every_kind(self) -> tuple[LayerKind, ...]:
+        return tuple(kind for each in reversed(self.ranks) for kind in each.kinds)
 
     @property
     def needs_snapshots(self) -> bool:
@@ -98,6 +103,31 @@ class GroupLayout(Layout):
         return self._most(lambda each: each.largest_layer_bytes(capacity))
 
 
+def spread(layout: Layout, leaves_of: Sequence[int], size: int) -> GroupLayout:
+    """What the ranks of a group would count by, each with some of the layers, from the layout of the whole model.
+
+    `leaves_of` says how many leaves each layer has. As mlx-lm spreads them: rank 0 has the last layers, and low ranks
+    one more where they do not come out even. Raises `GroupError` where it cannot be done.
+    """
+    strange = _strange(layout)
+    if strange:
+        raise GroupError(_CANNOT.format(", ".join(strange)))
+    if not 1 <= size <= len(leaves_of):
+        raise GroupError(f"{len(leaves_of)} layers cannot be spread over {size} ranks.")
+    first = [0, *accumulate(leaves_of)]
+    parts = [layout.kinds[first[a] : first[b]] for a, b in layers_of(len(leaves_of), size)]
+    ranks = tuple(Layout(kinds, (), (), None, 1, layout.vocabulary) for kinds in parts)
+    plain = {each.name: getattr(layout, each.name) for each in fields(Layout)}
+    return GroupLayout(**plain, ranks=ranks, all_pause=layout.must_pause, all_merge=layout.merges)
+
+
+def layers_of(layers: int, size: int) -> list[tuple[int, int]]:
+    """The layers `[a, b)` of each rank, by rank."""
+    base, more = divmod(layers, size)
+    ends = [layers, *(layers - done for done in accumulate(base + (r < more) for r in range(size)))]
+    return [(a, b) for b, a in pairwise(ends)]
+
+
 def shared(group: Group, own: Layout) -> GroupLayout:
     """The layout that all ranks count by.
 
@@ -106,10 +136,7 @@ def shared(group: Group, own: Layout) -> GroupLayout:
     told = group.agree(_described(own))
     strange = sorted({name for each in told for name in each["strange"]})
     if strange:
-        raise GroupError(
-            f"Several ranks cannot serve this model yet: {', '.join(strange)} of it. Start it on one "
-            "machine, or on several without this cache."
-        )
+        raise GroupError(_CANNOT.format(", ".join(strange)))
     limits = [each["slicing_limit"] for each in told if each["slicing_limit"] is not None]
     ranks = tuple(Layout(_kinds(each["kinds"]), (), (), None, 1, own.vocabulary) for each in told)
     plain = {each.name: getattr(own, each.name) for each in fields(Layout)}
@@ -128,12 +155,20 @@ def shared(group: Group, own: Layout) -> GroupLayout:
     )
 
 
-def _described(layout: Layout) -> dict[str, Any]:
+_CANNOT = "Several ranks cannot serve this model yet: {} of it. Start it on one machine."
+
+
+def _strange(layout: Layout) -> list[str]:
+    """What of it a group cannot store."""
     strange = {type(kind).__name__ for kind in layout.kinds if type(kind) not in KINDS.values()}
+    return sorted({*layout.unsupported, *strange})
+
+
+def _described(layout: Layout) -> dict[str, Any]:
     known = [kind for kind in layout.kinds if type(kind) in KINDS.values()]
     return {
         "kinds": [[type(kind).__name__, _fields(kind)] for kind in known],
-        "strange": sorted({*layout.unsupported, *strange}),
+        "strange": _strange(layout),
         "must_pause": layout.must_pause,
         "merges": layout.merges,
         "alignment": layout.alignment,

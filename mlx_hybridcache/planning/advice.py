@@ -40,6 +40,8 @@ def server_flags(plan: Plan) -> list[str]:
     if (kv := plan.layout.precision) is not None:
         found += ["--kv-bits", str(kv.bits), "--kv-group-size", str(kv.group_size)]
         found += ["--quantized-kv-start", str(kv.start)]
+    if plan.layout.parts > 1:
+        return found
     return [*found, "--cache-dir", "~/.cache/mlx-hybridcache"]
 
 
@@ -129,6 +131,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "context_tokens": plan.context,
         "weights_bytes": plan.model.weights_bytes,
         "weights_from": plan.model.weights_from,
+        "ranks": plan.layout.parts,
         "token_bytes": plan.layout.row_bytes,
         "checkpoint_bytes": plan.layout.snapshot_bytes,
         "stored_token_bytes": plan.layout.stored_row_bytes,

@@ -10,10 +10,11 @@ from dataclasses import dataclass, replace
 
 from .. import models
 from ..caches.kinds.smaller import FULL, StorePrecision
-from ..caches.layout import Layout
+from ..caches.layout import Layout, fresh_caches, leaves
 from ..caches.quantizing.precision import Precision
 from ..caches.room import ROW_STEP, batch_bytes, request_rows
 from ..errors import ModelError
+from ..group.layout import spread
 from ..prefill import replay as replays
 from ..prefill.schedule import Grid, Reading
 from .unloaded_model import UnloadedModel
@@ -155,11 +156,13 @@ def make(
     every: int,
     precision: Precision | None = None,
     storing: StorePrecision = FULL,
+    ranks: int = 1,
 ) -> Plan:
     """The plan for prompts of `context` tokens and replies of up to `max_tokens`, 0 for no limit.
 
     `precision` is what keys and values are quantized to, in layers whose shapes allow it; `storing` what a
-    smaller store keeps. `step` and `every` are the server's prefill step and its distance of regular checkpoints. Raises
+    smaller store keeps. Of several `ranks`, each with some of the layers, the plan is for one machine, and `room` for what
+    it holds of the weights. `step` and `every` are the server's prefill step and its distance of regular checkpoints. Raises
     `ModelError` for a model whose caches cannot be stored, or whose shapes cannot be told.
     """
     try:
@@ -175,6 +178,8 @@ def make(
             f"{model.name} ({model.family}) keeps {', '.join(layout.unsupported)}, which this version "
             "cannot store: it is served without the cache, so there is nothing to plan."
         )
+    if ranks > 1:
+        layout = spread(layout, [len(leaves([each])) for each in fresh_caches(model.model)], ranks)
     grid = Grid(step, -(-every // step) * step, alignment=layout.alignment)
     reading = Reading(start=0, end=context - 1)
     cuts = replays.route_of(layout, grid, reading, exact=False).cuts

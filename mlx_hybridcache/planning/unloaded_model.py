@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from mlx_lm.utils import _get_classes, load_config, load_model
 
 from .. import models
 from ..errors import ModelError
+from ..group.layout import layers_of
 
 INDEX = "model.safetensors.index.json"
 DESCRIBING = ["config.json", INDEX]
@@ -43,6 +44,26 @@ class UnloadedModel:
     weights_bytes: int
     weights_from: str
     notes: tuple[str, ...]
+
+
+def heaviest_part(model: UnloadedModel, ranks: int) -> UnloadedModel:
+    """What the rank holds that has most of the weights, where each has some of the layers and all the rest.
+
+    Raises `ModelError` for a family that cannot be split by layers.
+    """
+    if ranks == 1:
+        return model
+    stack = getattr(model.model, "model", None)
+    if not hasattr(stack, "pipeline"):
+        raise ModelError(f"{model.family} cannot be split by layers over several machines.")
+    each = [models.parameter_bytes(layer) for layer in model.model.layers]
+    scale = model.weights_bytes / models.parameter_bytes(model.model)
+    rest = models.parameter_bytes(model.model) - sum(each)
+    most = max(sum(each[a:b]) for a, b in layers_of(len(each), ranks))
+    nbytes = int(scale * (most + rest))
+    return replace(
+        model, weights_bytes=nbytes, weights_from=f"{model.weights_from}, of one of {ranks} ranks"
+    )
 
 
 def describe(path_or_repo: str) -> UnloadedModel:

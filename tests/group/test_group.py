@@ -10,6 +10,8 @@ from ranks import scenarios
 from ranks.started import group_of
 
 from mlx_hybridcache import HybridPromptCache
+from mlx_hybridcache.caches.layout import Layout, fresh_caches, leaves
+from mlx_hybridcache.group.layout import spread
 
 
 def as_lists(value):
@@ -21,10 +23,22 @@ def in_one_process(family, seed, acts, *, at_once):
         return as_lists([*scenarios.journey_of(cache, seed, acts, at_once=at_once)])
 
 
+def planned(family, size):
+    """How many layers the model has, and what a token and a checkpoint weigh by the plan."""
+    layout = Layout.of(model := tiny.fresh(family))
+    layout.release()
+    of_each = [len(leaves([each])) for each in fresh_caches(model)]
+    spread_out = spread(layout, of_each, size)
+    return len(layout.kinds), [spread_out.row_bytes, spread_out.snapshot_bytes]
+
+
 def in_a_group(tmp_path, family, how, size, seed, acts, **options):
     asked = json.dumps({"seed": seed, "acts": acts, **options})
     with group_of(size, tmp_path, "journey", family, how, asked) as ranks:
         evictions = ranks[0].hears("evictions")[0]
+        whole, row_bytes = planned(family, size)
+        for rank in ranks if how == "pipeline" else []:
+            assert (rank.hears("weights"), rank.hears("layers")) == ([row_bytes], [whole])
         for rank in ranks:
             assert rank.ends() == 0, rank.printed
         return [each["one"] for each in ranks[0].said if "one" in each], evictions
@@ -92,6 +106,29 @@ def test_tensors_on_ranks_give_hot_the_bits_of_cold(tmp_path):
         assert [rank.ends() for rank in ranks] == [0, 0]
     assert hot[:2] == cold[:2]
     assert (hot[2], cold[2]) == (299, 0)
+
+
+def test_a_turn_takes_one_message_and_a_restore_one_more(tmp_path):
+    with group_of(2, tmp_path, "messages", "qwen3_next", "pipeline", "{}") as ranks:
+        sent, turns = ranks[0].hears("messages", 2), ranks[0].hears("turns", 2)
+        assert [rank.ends() for rank in ranks] == [0, 0]
+    for told, count in zip(sent, turns, strict=True):
+        assert told.count("agree") == 1
+        assert (
+            len(told) <= count + 2
+        )  # who reads the same beginning is asked for first, and the end is told
+
+
+def test_a_requests_own_functions_fail_on_rank_0_and_end_that_request_on_all(tmp_path):
+    with group_of(2, tmp_path, "failing", "qwen3_next", "pipeline", "{}") as ranks:
+        hot = ranks[0].hears("hot", 2)
+        assert [rank.ends() for rank in ranks] == [0, 0], ranks[0].printed
+        assert ranks[0].hears("failed_with") == ["a caller's own"] * 9
+    assert [each[2] for each in hot] == [0, 299]
+    with HybridPromptCache(
+        tiny.fresh("qwen3_next"), word_tokenizer(), **scenarios.SETTINGS
+    ) as cache:
+        assert hot[0] == as_lists(scenarios.reply(cache, tiny.random_tokens(300, 1), 8))
 
 
 @pytest.mark.parametrize("how", ["evicts alone", "restores elsewhere", "fails"])

@@ -107,9 +107,12 @@ def launched(*flags):
         group.client.close()
         try:
             process.wait(30)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            raise
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+            group.ends()
+            process.stdin.close()
+            process.stdout.close()
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,8 @@ def main(scenario, family, how, options):
     settings = scenarios.SETTINGS | options.pop("settings", {})
     cache = HybridPromptCache(model, oracle.word_tokenizer(), group=group, **settings)
     scenarios.break_rank(options.pop("broken", None), group.rank, cache)
-    say(ready=os.getpid())
+    weights = cache.info.row_bytes, cache.info.checkpoint_bytes
+    say(ready=os.getpid(), weights=weights, layers=cache.info.layers)
     try:
         if group.rank:
             cache.follow()

@@ -101,6 +101,52 @@ def hot_and_cold(cache, say):
     say(cold=reply(cache, prompt, 8, cache_salt="other"))
 
 
+def messages(cache, say):
+    """How many messages a prompt and its reply took, beside the forwards."""
+    sent, send = [], cache.engine.acts._send
+    cache.engine.acts._send = lambda message: (sent.append(message["do"]), send(message))
+    for prompt in (tiny.random_tokens(300, 1), tiny.random_tokens(320, 1)):
+        sent.clear()
+        tokens, _, _ = reply(cache, prompt, 8)
+        told = [do for do in sent if do != "relieve"]
+        say(messages=told, turns=cache.last_report.forwards + len(tokens))
+
+
+def failing(cache, say):
+    """Functions of a request that raise there, at once or later: the ranks stay together."""
+
+    def after(count, function):
+        calls = []
+
+        def raising(*args):
+            calls.append(1)
+            if len(calls) > count:
+                raise ValueError("a caller's own")
+            return function(*args)
+
+        return raising
+
+    prompt = tiny.random_tokens(300, 1)
+    for count in (0, 1, 3):
+        for options in (
+            {"sampler": after(count, lambda logprobs: logprobs.argmax(-1))},
+            {"logits_processors": [after(count, lambda tokens, logits: logits)]},
+            {"prompt_progress_callback": after(count, lambda read, total: None)},
+        ):
+            try:
+                reply(
+                    cache,
+                    tiny.random_tokens(300, 10 + count),
+                    8,
+                    cache_salt=str(options),
+                    **options,
+                )
+            except ValueError as error:
+                say(failed_with=str(error))
+    say(hot=reply(cache, prompt, 8))
+    say(hot=reply(cache, prompt, 8))
+
+
 def for_ever(cache, say, *, seed=0):
     """Ask on and on, until a rank is lost; then what is asked next fails too, at once."""
     chance, prompts = random.Random(seed), [tiny.random_tokens(300, seed)]
