@@ -24,8 +24,8 @@ log = logging.getLogger("mlx_hybridcache")
 BEAT_SECONDS = 1.0
 """How often a rank says that it is there."""
 
-LOST_SECONDS = 8.0
-"""Of whom nothing is heard for so long, that one is lost."""
+LOST_SECONDS = 20.0
+"""Of whom nothing is heard for so long, that one is lost. One that computes is heard; who ends is lost at once."""
 
 KEY_BYTES = 16
 
