@@ -72,6 +72,15 @@ def test_a_cache_directory_is_looked_into_without_mlx(what, tmp_path):
     assert not (HEAVY | {"filelock"}) & set(imported)
 
 
+@pytest.mark.parametrize("words", [["ls"], ["ls", "--json"], ["stats", "--json"]], ids=" ".join)
+def test_nothing_that_draws_is_imported_where_there_is_nothing_to_draw(words, tmp_path):
+    """Of an empty directory there is a line to say, and programs read JSON."""
+    (tmp_path / "segments").mkdir()
+    status, imported, said = run(COMMAND, "cache", *words, "--cache-dir", tmp_path)
+    assert (status, str(tmp_path) in said) == (0, True)
+    assert "rich" not in imported
+
+
 IMPORT = """
 import json, sys
 import mlx_hybridcache
