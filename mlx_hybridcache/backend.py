@@ -1,10 +1,12 @@
 """How MLX is loaded: when it is needed, and on Linux with `mlx-cpu`, `mlx-cuda-12` or `mlx-cuda-13`.
 
-Exactly one of them, with which the package `mlx` is the same. On macOS it brings its own.
+Exactly one of them, with which the package `mlx` is the same. On macOS it brings its own. And how
+transformers is, which mlx-lm needs.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -91,6 +93,33 @@ def say_if_several() -> None:
             " and ".join(found),
             _pip(found),
         )
+
+
+def import_transformers() -> None:
+    """Import transformers with one look into the files of its models instead of two.
+
+    To know which names its models define, the package `transformers` reads all of their files, some 1,700, and
+    `transformers.models` reads them again, as it names the folder by a file in it. By transformers' own words the
+    two mean the same, and what was found once is remembered. Where another version has no such function, or
+    transformers cannot be imported, nothing is done: mlx-lm's own import says what is missing.
+    """
+    os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # as mlx-lm does before its import
+    try:
+        from transformers.utils import import_utils
+
+        read = import_utils.define_import_structure
+    except (ImportError, AttributeError):
+        return
+
+    def read_once(path: str | Path, prefix: str | None = None) -> object:
+        named = Path(path)
+        return read(named.parent if named.name == "__init__.py" else named, prefix)
+
+    import_utils.define_import_structure = read_once  # type: ignore[assignment]  # it remembers behind this
+    try:
+        import_module("transformers.models")
+    finally:
+        import_utils.define_import_structure = read
 
 
 def loader(package: str, modules: Mapping[str, str]) -> Callable[[str], object]:

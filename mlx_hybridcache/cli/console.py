@@ -6,14 +6,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.progress import Progress
 
 
 def wide_console(width: int = 110) -> Console:
     """The terminal, or `width` columns for whoever reads it where there is none."""
+    from rich.console import Console  # a fifth of a short command's time, and programs read JSON
+
     console = Console()
     return console if console.is_terminal else Console(width=width)
 
@@ -50,6 +51,7 @@ class Bar:
 @contextmanager
 def bytes_bar(what: str) -> Iterator[Bar]:
     """A bar on the terminal; nothing where there is none."""
+    from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from mlx_hybridcache.backend import explaining
+from mlx_hybridcache.backend import explaining, import_transformers
 from mlx_hybridcache.errors import HybridCacheError, refusal
 
 from .log import say_once
@@ -27,6 +27,7 @@ def main(argv: list[str] | None, prog: str) -> int:
             logging.getLogger(chatty).setLevel(logging.WARNING)
         say_once()
         with _without_collecting(), explaining():
+            import_transformers()
             from .service import serve  # so `--help` and mistakes need neither MLX nor FastAPI
         serve(settings, argv or sys.argv[1:])
     except (HybridCacheError, OSError) as error:

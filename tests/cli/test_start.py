@@ -72,6 +72,15 @@ def test_a_cache_directory_is_looked_into_without_mlx(what, tmp_path):
     assert not (HEAVY | {"filelock"}) & set(imported)
 
 
+@pytest.mark.parametrize("words", [["ls"], ["ls", "--json"], ["stats", "--json"]], ids=" ".join)
+def test_nothing_that_draws_is_imported_where_there_is_nothing_to_draw(words, tmp_path):
+    """Of an empty directory there is a line to say, and programs read JSON."""
+    (tmp_path / "segments").mkdir()
+    status, imported, said = run(COMMAND, "cache", *words, "--cache-dir", tmp_path)
+    assert (status, str(tmp_path) in said) == (0, True)
+    assert "rich" not in imported
+
+
 IMPORT = """
 import json, sys
 import mlx_hybridcache
@@ -113,24 +122,87 @@ def test_type_checkers_are_told_of_the_names_that_load_when_asked_for():
     } == mlx_hybridcache._LOADED_WHEN_ASKED_FOR
 
 
-SERVER = """
-import json, sys
-import uvicorn
-from mlx_hybridcache.demo import BUNDLED_MODEL
-from mlx_hybridcache_server.main import main
+LOOKS = """
+import collections, json, statistics, sys
 
-def started(server, sockets):
-    print(json.dumps(sorted(sys.modules)))
+looks = collections.Counter()
 
-uvicorn.Server.run = started
-main(["--model", str(BUNDLED_MODEL), "--port", "0", "--log-level", "ERROR"], "server")
+def opened(event, arguments):
+    if event == "open" and "/transformers/models/" in str(arguments[0]) and arguments[0].endswith(".py"):
+        looks[arguments[0]] += 1
+
+sys.addaudithook(opened)
+from mlx_hybridcache.backend import import_transformers
+if sys.argv[1] == "once":
+    import_transformers()
+import mlx_lm, transformers
+from transformers import AutoTokenizer
+print(json.dumps([statistics.mode(looks.values()), dir(transformers), dir(transformers.models)]))
 """
 
 
-def test_a_server_starts_without_what_its_flags_and_requests_have_not_asked_for():
-    """No disk tier, no grammars, no formats of calls."""
-    imported = run(SERVER)
-    assert "mlx_hybridcache_server.replies.chat" in imported
-    late = {"sqlite3", "llguidance", "mlx_hybridcache.disk.tier.tier"}
-    late |= {"mlx_hybridcache_server.calls.formats", "mlx_hybridcache_server.grammar.constrain"}
-    assert not late & set(imported)
+def test_the_files_of_transformers_models_are_read_once_and_offer_the_same():
+    """Which are some 1,700, and a quarter of what a server's start takes. Of itself transformers reads them twice."""
+    plain, once = run(LOOKS, "of itself"), run(LOOKS, "once")
+    assert once[0] == 1
+    assert plain[1:] == once[1:]
+
+
+SERVER = """
+import http.client, json, os, sys, threading
+from mlx_hybridcache.demo import BUNDLED_MODEL
+from mlx_hybridcache_server import service
+from mlx_hybridcache_server.main import main
+
+path, body = sys.argv[1:]
+begin = service._Server.startup
+
+async def started(server, sockets=None):
+    await begin(server, sockets)
+    threading.Thread(target=ask, args=sockets[0].getsockname(), daemon=True).start()
+
+def ask(host, port):
+    before = sorted(sys.modules)
+    client = http.client.HTTPConnection(host, port)
+    client.request("POST" if body else "GET", path, body)
+    answer = client.getresponse()
+    answer.read()
+    print(json.dumps([answer.status, before, sorted(sys.modules)]), flush=True)
+    os._exit(0)
+
+service._Server.startup = started
+main(["--model", str(BUNDLED_MODEL), "--port", "0", "--log-level", "ERROR"], "server")
+"""
+
+OWN = "mlx_hybridcache_server"
+APIS = {f"{OWN}.{name}" for name in ("anthropic.routes", "openai.routes", "responses.routes")}
+ASKED = {
+    "/v1/completions": (json.dumps({"prompt": "The", "max_tokens": 1}), "openai.routes"),
+    "/v1/messages": (
+        json.dumps({"messages": [{"role": "user", "content": "a"}], "max_tokens": 1}),
+        "anthropic.routes",
+    ),
+    "/v1/responses": (json.dumps({"input": "a", "max_output_tokens": 1}), "responses.routes"),
+}
+"""Of each API a request, and what answers it."""
+
+
+@pytest.mark.parametrize("path", ASKED)
+def test_a_server_starts_without_what_its_flags_and_requests_have_not_asked_for(path):
+    """No disk tier, no grammars, no formats of calls; and of the APIs none before its first request."""
+    body, answers = ASKED[path]
+    status, before, after = run(SERVER, path, body)
+    assert status == 200
+    late = {"sqlite3", "llguidance", "mlx_hybridcache.disk.tier.tier", "fastapi"}
+    late |= {
+        f"{OWN}.{name}" for name in ("calls.formats", "grammar.constrain", "explaining.routes")
+    }
+    assert not (late | APIS | {f"{OWN}.replies.chat"}) & set(before)
+    assert not late & set(after)
+    assert APIS & set(after) == {f"{OWN}.{answers}"}
+
+
+def test_what_is_served_is_described_by_fastapi_once_somebody_asks():
+    """It answers no request, so that a start has not to wait for it."""
+    status, before, after = run(SERVER, "/openapi.json", "")
+    assert (status, "fastapi" in before, "fastapi" in after) == (200, False, True)

@@ -16,6 +16,7 @@ ORDER = [
     {"main"},
     {"service"},
     {"app", "banner"},
+    {"routing"},
     {"explaining"},
     {"anthropic", "openai", "probes", "responses", "watching"},
     {"replies"},

@@ -7,15 +7,15 @@ import json
 import time
 from collections.abc import Iterable
 from pathlib import Path
-
-from rich.table import Table
-from rich.text import Text
-from rich.tree import Tree
+from typing import TYPE_CHECKING
 
 from ...disk.contents import SHORT, Collection, is_being_written, look, written_at
 from ...sizes import format_bytes
 from ...store.conversations import Place, Run, Start
 from ..console import age, count, wide_console
+
+if TYPE_CHECKING:
+    from rich.tree import Tree
 
 WIDTH = 200
 """Columns where no terminal says how wide it is: a conversation is a line."""
@@ -37,15 +37,19 @@ def ls(options: argparse.Namespace) -> int:
             }
         )
         return 0
-    console = wide_console(WIDTH)
     if not found:
-        console.print(f"{root} holds nothing.", highlight=False)
+        print(f"{root} holds nothing.")
+        return 0
+    console = wide_console(WIDTH)
     for one in found:
         console.print(_tree(one, one.runs(times), is_long=options.all), highlight=False)
     return 0
 
 
 def _tree(one: Collection, runs: Iterable[tuple[Start, list[Run]]], *, is_long: bool) -> Tree:
+    from rich.text import Text
+    from rich.tree import Tree
+
     counted = one.catalogue.store.stats()
     about = f" {one.namespace[:8]}: {count(counted.conversations, 'conversation')}, "
     about += f"{count(one.catalogue.checkpoints, 'checkpoint')}, {format_bytes(one.nbytes())}"
@@ -124,6 +128,9 @@ def stats(options: argparse.Namespace) -> int:
             }
         )
         return 0
+    from rich.table import Table
+    from rich.text import Text
+
     table = Table(title=Text(str(root)))
     table.add_column("")
     for one in found:

@@ -8,8 +8,6 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
-from fastapi.sse import format_sse_event
-
 from ..errors import ApiError
 from ..generation.merge import merged
 from ..generation.pieces import Count, Piece, PromptProgress
@@ -32,7 +30,7 @@ def failure(error: ApiError) -> bytes:
 STREAM = StreamFormat(
     keepalive=COMMENT,
     failure=failure,
-    end=format_sse_event(data_str="[DONE]"),
+    end=b"data: [DONE]\n\n",
 )
 
 
