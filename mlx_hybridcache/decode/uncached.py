@@ -37,6 +37,7 @@ def respond_uncached(
         tokenizer,
         mx.array(request.tokens),
         max_tokens=request.max_tokens,
+        stream=mx.default_stream(mx.default_device()),  # its own would outlive this thread
         prefill_step_size=step,
         prompt_progress_callback=request.on_progress,
         **options,

@@ -341,7 +341,13 @@ LAUNCHED = {
     "opencode": "opencode",
     "aider": "aider",
 }
-TERSE = {"CLAUDE_CODE_MAX_OUTPUT_TOKENS": "40", "DISABLE_AUTOUPDATER": "1", **OPENCODE}
+TERSE = {
+    "CLAUDE_CODE_MAX_OUTPUT_TOKENS": "40",
+    "OPENCODE_EXPERIMENTAL_OUTPUT_TOKEN_MAX": "40",
+    "DISABLE_AUTOUPDATER": "1",
+    **OPENCODE,
+}
+"""These two set an end themselves: OpenCode that of its configuration, 8,192 tokens, which the small model fills."""
 
 ASKED = {
     "claude": (["-p"], ["-p", "-c"]),

@@ -1,5 +1,7 @@
 """Speculation: whatever is drafted, a reply and what is stored of it are what they are without drafts."""
 
+import functools
+
 import mlx.core as mx
 import oracle
 import pytest
@@ -79,9 +81,15 @@ def next_turn_off(name, cache, prompt, tokens, **settings):
     found = cache.lookup(history)
     assert found.restored_tokens == len(history) - 3, "prompt and reply, to the last token taken"
     hot = list(cache.stream_generate(history, 8, **GREEDY))
-    with new_cache(name, **settings) as other:  # never drafted, so decoded one by one
-        list(other.stream_generate(prompt, len(tokens), **GREEDY))
-        return off(name, hot, list(other.stream_generate(history, 8, **GREEDY)))
+    return off(name, hot, next_turn(name, *map(tuple, (prompt, history, settings.items()))))
+
+
+@functools.cache
+def next_turn(name, prompt, history, settings):
+    """The reply to a history, of which all behind the prompt was decoded one by one, never drafted."""
+    with new_cache(name, **dict(settings)) as other:
+        list(other.stream_generate(prompt, len(history) - 3 - len(prompt), **GREEDY))
+        return list(other.stream_generate(history, 8, **GREEDY))
 
 
 @each_family

@@ -27,8 +27,8 @@ from places import SUPPORT
 from mlx_hybridcache import HybridPromptCache
 
 BUDGETS = forms(500_000_000, 1_000_000_000)
-PROMPT = 64
-"""Tokens of each prompt."""
+PROMPT = 128
+"""Tokens of each prompt: half of what a request has room for, so that few pages are touched for nothing."""
 
 PAGES = 50_000_000
 """Bytes by which resident memory may be more however little is held: a tenth of the smaller budget."""
@@ -144,7 +144,7 @@ def test_the_store_fills_evicts_and_is_empty_in_the_end(samples: list[Sample], b
     *filling, cleared = samples
     assert len(filling) == SAMPLES
     assert filling[1].evictions == 0
-    assert filling[-1].evictions > budget / 10_000_000
+    assert filling[-1].evictions > budget / 20_000_000
     assert filling[-1].written >= 2 * budget
     assert all(0.9 * budget < each.reported <= budget for each in filling[SAMPLES // 2 - 1 :])
     assert cleared.reported == 0

@@ -118,18 +118,16 @@ def operate(name: str, operations: int) -> None:
         phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
     )
+    gc.collect()
     gc.freeze()  # what other tests have left would be looked through at every restart
-    try:
-        with counted_splits(seen):
-            for again in itertools.count():  # hypothesis gives up on some examples on the way
-                run_state_machine_as_test(seed(1000 * SEED + again)(machine), settings=how)
-                rare = floors - seen
-                if machine.operations >= (6 * share if rare else share):
-                    break
-                if machine.operations >= share:
-                    how = settings(how, max_examples=4)  # the first is always the simplest one
-    finally:
-        gc.unfreeze()
+    with counted_splits(seen):
+        for again in itertools.count():  # hypothesis gives up on some examples on the way
+            run_state_machine_as_test(seed(1000 * SEED + again)(machine), settings=how)
+            rare = floors - seen
+            if machine.operations >= (6 * share if rare else share):
+                break
+            if machine.operations >= share:
+                how = settings(how, max_examples=4)  # the first is always the simplest one
     assert not rare, f"{dict(rare)} too few in {machine.operations} operations"
 
 

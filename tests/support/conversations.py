@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -36,9 +37,14 @@ def tokens_of(reply: list[Any]) -> list[int]:
 
 
 def plainly(tokens: list[int], count: int = REPLY, name: str = "qwen3_next") -> list[Any]:
-    """Plain mlx-lm's reply."""
+    """Plain mlx-lm's reply, asked for once."""
+    return _plainly(tuple(tokens), count, name)
+
+
+@functools.cache
+def _plainly(tokens: tuple[int, ...], count: int, name: str) -> list[Any]:
     with new_cache(name) as other:
-        return answer(other, tokens, count, use_cache=False)
+        return answer(other, list(tokens), count, use_cache=False)
 
 
 def assert_same(reply: list[Any], expected: list[Any]) -> None:

@@ -91,12 +91,16 @@ def streams_made():
     return int(str(mx.new_thread_unsafe_stream(mx.cpu)).rpartition(" ")[2].rstrip(")"))
 
 
-def test_caches_that_were_closed_leave_no_stream_of_mlx():
-    """Each is a thread on the CPU, which wakes for every evaluation: one for each cache that ever was slows the rest."""
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_caches_that_were_closed_leave_no_stream_of_mlx(use_cache):
+    """Each is a thread on the CPU, which wakes for every evaluation: one for each cache that ever was slows the rest.
+    mlx-lm's own path makes one for each thread that it is called on, unless it is given another.
+    """
 
     def use():
         with HybridPromptCache(*load(), memory_budget="50MB") as cache:
-            assert len(list(cache.stream_generate(list(text_tokens(100)), 3))) == 3
+            reply = cache.stream_generate(list(text_tokens(100)), 3, use_cache=use_cache)
+            assert len(list(reply)) == 3
 
     use()
     before = streams_made()
