@@ -54,19 +54,20 @@ def replies_only(found):
     mostly_long(
         [
             ("qwen3_next", 2, 25),
+            ("qwen3_next", 4, 8),  # of four ranks one has attention alone, and three have none
             ("qwen3_next", 2, 200),
             ("qwen3_next", 4, 200),
             ("qwen3_5", 2, 200),
             ("qwen3_5_moe", 2, 200),
             ("qwen3_5_moe", 4, 60),
         ],
-        always=[("qwen3_next", 2, 25)],
+        always=[("qwen3_next", 2, 25), ("qwen3_next", 4, 8)],
     ),
 )
 def test_layers_on_ranks_give_the_bits_and_the_counts_of_one_process(tmp_path, family, size, acts):
     found, _ = in_a_group(tmp_path, family, "pipeline", size, 1, acts, at_once=False)
     assert found == in_one_process(family, 1, acts, at_once=False)
-    assert sum(one[2] for one in found) > 10 * acts
+    assert sum(one[2] for one in found) > 5 * acts
 
 
 @pytest.mark.parametrize(
@@ -131,8 +132,15 @@ def test_a_requests_own_functions_fail_on_rank_0_and_end_that_request_on_all(tmp
         assert hot[0] == as_lists(scenarios.reply(cache, tiny.random_tokens(300, 1), 8))
 
 
-@pytest.mark.parametrize("how", ["evicts alone", "restores elsewhere", "fails"])
-def test_a_rank_that_parts_ways_is_noticed_before_anything_is_said(tmp_path, how):
+@pytest.mark.parametrize(
+    ("how", "why"),
+    [
+        ("evicts alone", "its cache counts"),
+        ("restores elsewhere", "it would restore"),
+        ("fails", "layer cannot be computed"),
+    ],
+)
+def test_a_rank_that_parts_ways_is_noticed_before_anything_is_said(tmp_path, how, why):
     broken = json.dumps({"seed": 4, "acts": 20, "at_once": False, "broken": how})
     with group_of(2, tmp_path, "journey", "qwen3_next", "pipeline", broken) as ranks:
         for rank in ranks:
@@ -140,5 +148,5 @@ def test_a_rank_that_parts_ways_is_noticed_before_anything_is_said(tmp_path, how
         said = [each["one"] for each in ranks[0].said if "one" in each]
         failed = ranks[0].hears("failed")[0]
     assert "Rank 1" in failed
-    assert ("layer cannot be computed" if how == "fails" else "parted ways") in failed
+    assert why in failed
     assert said == in_one_process("qwen3_next", 4, 20, at_once=False)[: len(said)]
