@@ -11,6 +11,7 @@ import tiny
 from mlx_hybridcache import Group, GroupError, HybridPromptCache
 from mlx_hybridcache.group.load import split
 from ranks import scenarios
+from ranks.started import MOST_SECONDS
 
 
 def say(**what):
@@ -18,7 +19,7 @@ def say(**what):
 
 
 def main(scenario, family, how, options):
-    faulthandler.dump_traceback_later(200, exit=True)
+    faulthandler.dump_traceback_later(MOST_SECONDS, exit=True)
     group = Group.form("ring")
     model = tiny.build(family)
     split(group, model, pipeline=how == "pipeline")
