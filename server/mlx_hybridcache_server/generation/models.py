@@ -55,7 +55,9 @@ class Named(NamedTuple):
 
     def resolved(self, settings: Settings) -> Named:
         """The same by the name from which it can be loaded."""
-        is_default = self.name in own_names(settings)
+        # Most name none, or one that needs no look at the disk.
+        is_default = self.name in (DEFAULT_NAME, settings.model, *settings.aliases)
+        is_default = is_default or self.name in own_names(settings)
         return self._replace(name=settings.model) if is_default else self
 
 

@@ -32,6 +32,12 @@ class StreamFormat:
     end: bytes = b""
 
 
+class LastChunk(bytes):
+    """What nothing but the stream's end comes behind: both go out as one."""
+
+    __slots__ = ()
+
+
 async def events(
     chunks: AsyncGenerator[bytes], metrics: Metrics, stream: StreamFormat
 ) -> AsyncGenerator[bytes]:
@@ -39,10 +45,15 @@ async def events(
 
     What fails after the response began is told by an event, as the status is long sent.
     """
+    end = stream.end
     try:
         async with aclosing(chunks):
             async for chunk in chunks:
-                yield chunk
+                if isinstance(chunk, LastChunk):
+                    yield chunk + end
+                    end = b""
+                else:
+                    yield chunk
     except asyncio.CancelledError:
         metrics.cancelled.inc()
         raise
@@ -53,8 +64,8 @@ async def events(
         else:
             log.warning("A stream ended: %d %s", failure.status_code, failure.reason)
         yield stream.failure(failure)
-    if stream.end:
-        yield stream.end
+    if end:
+        yield end
 
 
 class EventStream(StreamingResponse):

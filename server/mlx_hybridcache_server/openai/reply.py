@@ -12,7 +12,7 @@ from ..errors import ApiError
 from ..generation.merge import merged
 from ..generation.pieces import Count, Piece, PromptProgress
 from ..generation.serving import RunningReply, Serving
-from ..http.event_stream import StreamFormat
+from ..http.event_stream import LastChunk, StreamFormat
 from ..http.keepalive import COMMENT, progress_comment
 from ..http.wire import event
 from ..log import CLIENTS
@@ -79,7 +79,8 @@ class Reply:
                 timings = {"timings": run.timings()} if is_last else {}
                 yield event(self.envelope.around([chunk], **more, **timings))
         if self.wants_usage:
-            yield event(self.envelope.around([], usage=self._usage(), timings=self._timings()))
+            told = self.envelope.around([], usage=self._usage(), timings=self._timings())
+            yield LastChunk(event(told))
 
     def _pieces(self) -> AsyncGenerator[tuple[RunningReply, Piece | PromptProgress]]:
         return merged([choice.run for group in self.groups for choice in group])

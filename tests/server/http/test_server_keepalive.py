@@ -94,6 +94,21 @@ def test_a_stream_that_is_queued_or_holds_its_text_back_says_so():
     served(work, *OFTEN, "--decode-concurrency", "1")
 
 
+def test_a_streams_usage_and_its_end_go_out_as_one():
+    """Each piece passes all that stands before the application, and is sent alone."""
+
+    async def work(serving, app):
+        body = {"prompt": "x", "max_tokens": 1, "stream": True}
+        body["stream_options"] = {"include_usage": True}
+        client = await Client(app, COMPLETIONS, body).answer()
+        return [message["body"] for message in client.sent[1:]]
+
+    *_, told, nothing = served(work)
+    assert (told.count(b"data: "), nothing) == (2, b"")
+    assert b'"usage":{' in told
+    assert told.endswith(b"data: [DONE]\n\n")
+
+
 def test_a_stream_that_waits_for_its_model_says_so_and_tells_what_came_of_it():
     """The one that is served is in use, so the other is not loaded yet: comments; then an error event,
     as there is no such model. One that leaves meanwhile leaves nothing behind.
