@@ -122,8 +122,8 @@ def test_type_checkers_are_told_of_the_names_that_load_when_asked_for():
     } == mlx_hybridcache._LOADED_WHEN_ASKED_FOR
 
 
-LOOKS = """
-import collections, json, statistics, sys
+COUNTED = """
+import collections, statistics, sys
 
 looks = collections.Counter()
 
@@ -132,6 +132,11 @@ def opened(event, arguments):
         looks[arguments[0]] += 1
 
 sys.addaudithook(opened)
+"""
+"""How often each file of transformers' models is read."""
+
+LOOKS = """
+import json
 from mlx_hybridcache.backend import import_transformers
 if sys.argv[1] == "once":
     import_transformers()
@@ -143,19 +148,19 @@ print(json.dumps([statistics.mode(looks.values()), dir(transformers), dir(transf
 
 def test_the_files_of_transformers_models_are_read_once_and_offer_the_same():
     """Which are some 1,700, and a quarter of what a server's start takes. Of itself transformers reads them twice."""
-    plain, once = run(LOOKS, "of itself"), run(LOOKS, "once")
+    plain, once = run(COUNTED + LOOKS, "of itself"), run(COUNTED + LOOKS, "once")
     assert once[0] == 1
     assert plain[1:] == once[1:]
 
 
 SERVER = """
 import http.client, json, os, sys, threading
+import uvicorn
 from mlx_hybridcache.demo import BUNDLED_MODEL
-from mlx_hybridcache_server import service
 from mlx_hybridcache_server.main import main
 
 path, body = sys.argv[1:]
-begin = service._Server.startup
+begin = uvicorn.Server.startup
 
 async def started(server, sockets=None):
     await begin(server, sockets)
@@ -167,10 +172,11 @@ def ask(host, port):
     client.request("POST" if body else "GET", path, body)
     answer = client.getresponse()
     answer.read()
-    print(json.dumps([answer.status, before, sorted(sys.modules)]), flush=True)
+    after = sorted(sys.modules)
+    print(json.dumps([answer.status, before, after, statistics.mode(looks.values())]), flush=True)
     os._exit(0)
 
-service._Server.startup = started
+uvicorn.Server.startup = started
 main(["--model", str(BUNDLED_MODEL), "--port", "0", "--log-level", "ERROR"], "server")
 """
 
@@ -191,8 +197,8 @@ ASKED = {
 def test_a_server_starts_without_what_its_flags_and_requests_have_not_asked_for(path):
     """No disk tier, no grammars, no formats of calls; and of the APIs none before its first request."""
     body, answers = ASKED[path]
-    status, before, after = run(SERVER, path, body)
-    assert status == 200
+    status, before, after, looks = run(COUNTED + SERVER, path, body)
+    assert (status, looks) == (200, 1)
     late = {"sqlite3", "llguidance", "mlx_hybridcache.disk.tier.tier", "fastapi"}
     late |= {
         f"{OWN}.{name}" for name in ("calls.formats", "grammar.constrain", "explaining.routes")
@@ -204,5 +210,5 @@ def test_a_server_starts_without_what_its_flags_and_requests_have_not_asked_for(
 
 def test_what_is_served_is_described_by_fastapi_once_somebody_asks():
     """It answers no request, so that a start has not to wait for it."""
-    status, before, after = run(SERVER, "/openapi.json", "")
+    status, before, after, _ = run(COUNTED + SERVER, "/openapi.json", "")
     assert (status, "fastapi" in before, "fastapi" in after) == (200, False, True)
