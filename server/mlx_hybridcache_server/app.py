@@ -1,24 +1,26 @@
-"""The application: what is served, error shapes, and what stands before them."""
+"""The FastAPI application: routes, error shapes, and what stands before them."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from typing import Any
+from typing import Any, Literal
 
-from starlette.applications import Starlette
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mlx_hybridcache import HybridCacheError
 
 from . import __doc__ as purpose
-from .errors import as_api_error
+from .anthropic import routes as anthropic_routes
+from .errors import as_api_error, refuse
+from .explaining import routes as explain_routes
 from .failures import log_failure, not_served
 from .generation.serving import Serving
 from .http.bodies import Bodies
@@ -27,10 +29,13 @@ from .http.head_requests import HeadRequests
 from .http.wire import ErrorResponse, JsonResponse
 from .log import CLIENTS
 from .metrics import Metrics
+from .openai import routes as openai_routes
+from .probes import routes as probe_routes
 from .replies.notices import WARNING_HEADER
+from .responses import routes as responses_routes
 from .responses.kept import KeptResponses
-from .routing.endpoint import Endpoint
-from .routing.table import SERVED_PATHS
+from .schema.fields import FIELDS
+from .watching import cache_routes, page_routes
 
 log = logging.getLogger(CLIENTS)
 
@@ -40,15 +45,81 @@ METHODS = "GET, HEAD, POST, DELETE, OPTIONS"
 
 PRIVATE_NETWORK = "Access-Control-Request-Private-Network"
 
+MOST_MISTAKES = 3
+"""Mistakes that one error message lists; a prompt of wrong token ids has thousands."""
 
-def build_app(serving: Serving) -> Starlette:
+
+class Error(BaseModel):
+    """What went wrong, for a person and for a program."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorReply(BaseModel):
+    """OpenAI's error object."""
+
+    error: Error
+
+
+class MessagesError(BaseModel):
+    """The same in Anthropic's words; where a field is at fault, the message begins with its name."""
+
+    type: str
+    message: str
+
+
+class MessagesErrorReply(BaseModel):
+    """Anthropic's error object."""
+
+    type: Literal["error"]
+    error: MessagesError
+
+
+def _errors(model: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
+    return {
+        "4XX": {"model": model, "description": "Refused, for the reason given"},
+        "5XX": {"model": model, "description": "Failed, too late, or shutting down"},
+    }
+
+
+ERRORS = _errors(ErrorReply)
+"""What every endpoint may answer, for `/openapi.json`."""
+
+MESSAGES_ERRORS = _errors(MessagesErrorReply)
+
+
+ROUTERS = (
+    cache_routes.router,
+    explain_routes.router,
+    openai_routes.router,
+    anthropic_routes.router,
+    responses_routes.router,
+    probe_routes.router,
+    page_routes.router,
+)
+
+
+def build_app(serving: Serving) -> FastAPI:
     """The application for one server."""
-    described = Route("/openapi.json", _description, include_in_schema=False)
-    app = Starlette(routes=[described, *map(Endpoint, SERVED_PATHS)])
+    app = FastAPI(
+        title="mlx_hybridcache.server",
+        description=purpose or "",
+        docs_url=None,  # its page would fetch scripts from elsewhere; /openapi.json is served
+        redoc_url=None,
+        default_response_class=JsonResponse,
+    )
     app.state.serving = serving
     app.state.kept_responses = KeptResponses()
+    for router in ROUTERS:
+        is_messages = router is anthropic_routes.router
+        app.include_router(router, responses=MESSAGES_ERRORS if is_messages else ERRORS)
+    app.state.routers = ROUTERS
     app.add_exception_handler(HTTPException, _failed)
     app.add_exception_handler(HybridCacheError, _failed)
+    app.add_exception_handler(RequestValidationError, _invalid)
     origins = serving.settings.allowed_origins
     # The last one added is the first one asked. An answer from within `_Cors` can be read by a page;
     # what fails outside of it is answered too.
@@ -79,16 +150,28 @@ async def _failed(request: Request, error: Exception) -> Response:
     return ErrorResponse(as_api_error(error), headers)
 
 
-async def _description(request: Request) -> Response:
-    """What is served and what it takes, for programs."""
-    return JsonResponse(await asyncio.to_thread(_described, request.app))
+async def _invalid(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    mistakes = [_mistake(one) for one in error.errors()]
+    shown = list(dict.fromkeys(f"{where}: {what}" if where else what for where, what in mistakes))
+    more = f"; and {len(shown) - MOST_MISTAKES} more" if len(shown) > MOST_MISTAKES else ""
+    failure = refuse("; ".join(shown[:MOST_MISTAKES]) + more + ".", mistakes[0][0] or None)
+    return ErrorResponse(failure)
 
 
-def _described(app: Starlette) -> dict[str, Any]:
-    from .routing.openapi import description  # with FastAPI, which describes and serves nothing
-
-    endpoints = [route for route in app.routes if isinstance(route, Endpoint)]
-    return description("mlx_hybridcache.server", purpose or "", endpoints)
+def _mistake(found: dict[str, object]) -> tuple[str, str]:
+    place = found.get("loc")
+    # Between the fields stand pydantic's names for the branches of a union.
+    parts = [
+        str(part)
+        for part in (place[1:] if isinstance(place, tuple) else ())
+        if isinstance(part, int) or part in FIELDS
+    ]
+    if not parts and found.get("type") in ("model_attributes_type", "dict_type"):
+        return "", "The body must be a JSON object"
+    if found.get("type") == "missing" and not parts:
+        return "", "The body is missing: send a JSON object"
+    return ".".join(parts), str(found.get("msg", "")).removeprefix("Value error, ")
 
 
 class _Options:

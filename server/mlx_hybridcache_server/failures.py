@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 
+from fastapi import Request
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
 from starlette.routing import Match, Route
 from starlette.types import Scope
 
@@ -47,8 +47,10 @@ def not_served(request: Request, error: HTTPException) -> tuple[HTTPException, d
 
 
 def _routes(request: Request) -> Iterator[Route]:
-    """All routes of the application."""
-    yield from (route for route in request.app.routes if isinstance(route, Route))
+    """All routes, those of each router that the application was made of."""
+    routers = (request.app, *request.app.state.routers)
+    for router in routers:
+        yield from (route for route in router.routes if isinstance(route, Route))
 
 
 def _at(request: Request) -> list[Route]:

@@ -16,7 +16,6 @@ ORDER = [
     {"main"},
     {"service"},
     {"app", "banner"},
-    {"routing"},
     {"explaining"},
     {"anthropic", "openai", "probes", "responses", "watching"},
     {"replies"},

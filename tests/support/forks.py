@@ -30,12 +30,6 @@ STARTED = {("-m", OURS): OURS, ("-m", "mlx_lm", "server"): THEIRS}
 
 IMPORTED = (
     "mlx_hybridcache_server.service",
-    "mlx_hybridcache_server.openai.listing",
-    "mlx_hybridcache_server.openai.routes",
-    "mlx_hybridcache_server.anthropic.routes",
-    "mlx_hybridcache_server.responses.routes",
-    "mlx_hybridcache_server.watching.cache_routes",
-    "mlx_hybridcache_server.watching.page_routes",
     "mlx_lm.models.qwen3_next",
     "mlx_lm.tool_parsers.json_tools",
     THEIRS,

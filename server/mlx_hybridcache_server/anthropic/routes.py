@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from functools import partial
+from typing import Any
 
-from starlette.requests import Request
+from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from ..generation.admission import Admitted
 from ..generation.models import Loaded
 from ..generation.serving import Serving
-from ..http.wire import JsonResponse
+from ..http.wire import JsonResponse, JsonRoute
 from ..replies import chat as chats
 from ..replies.answer import answered, worked
 from ..replies.message import ChatMessage
@@ -20,16 +21,22 @@ from ..schema.messages import CountBody, MessagesBody
 from .conversation import MessagesChat, as_chat, breakpoints
 from .reply import STREAM, MessagesReply, new_id
 
+router = APIRouter(route_class=JsonRoute)
+
+STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
+
 OTHERS = ("claude", "anthropic")
 """What names of Anthropic's own models begin with: clients write one whatever is served."""
 
 
+@router.post("/v1/messages", response_model=None, responses=STREAMED)
 async def messages(body: MessagesBody, request: Request) -> Response:
     """A reply to a conversation."""
     chat, beginnings = await asyncio.to_thread(_chat, body)
     return await answered(chat, request, 1, partial(_message, chat, beginnings), STREAM)
 
 
+@router.post("/v1/messages/count_tokens", response_model=None)
 async def count_tokens(body: CountBody, request: Request) -> Response:
     """How many tokens a conversation's prompt has. It is rendered, and no more."""
     chat = await asyncio.to_thread(as_chat, body)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from starlette.requests import Request
+from fastapi import APIRouter, Request
 
 from ..errors import refuse
 from ..generation.admission import Admitted
 from ..generation.models import Loaded
 from ..generation.serving import Serving
+from ..http.wire import JsonRoute
 from ..replies.answer import worked
 from ..responses.kept import Kept, kept_responses, weight_of
 from ..schema.explain import ExplainBody
@@ -21,7 +22,10 @@ from .kinds import Kind
 from .sharing import apart
 from .stored import parting
 
+router = APIRouter(route_class=JsonRoute)
 
+
+@router.post("/v1/cache/explain", response_model=None)
 async def explain(body: ExplainBody, request: Request) -> dict[str, Any]:
     """What of a request would be restored, or what parts it from another one and what that costs.
 

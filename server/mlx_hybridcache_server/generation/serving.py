@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from starlette.requests import Request
+from fastapi import Request
 
 from mlx_hybridcache import CacheReport, Generation
 from mlx_hybridcache.cache import Through

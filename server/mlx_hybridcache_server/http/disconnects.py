@@ -7,7 +7,7 @@ from collections.abc import Coroutine
 from contextlib import suppress
 from typing import Any, TypeVar
 
-from starlette.requests import Request
+from fastapi import Request
 
 from ..errors import ApiError
 from ..metrics import Metrics

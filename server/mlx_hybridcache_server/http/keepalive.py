@@ -6,21 +6,21 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
 
-from .wire import comment
+from fastapi.sse import format_sse_event
 
-COMMENT = comment("keepalive")
+COMMENT = format_sse_event(comment="keepalive")
 """Where nothing is known of the prompt yet."""
 
 
 def progress_comment(read: int, total: int) -> bytes:
     """How much of the prompt is read, in mlx_lm.server's form."""
-    return comment(f"keepalive {read}/{total}")
+    return format_sse_event(comment=f"keepalive {read}/{total}")
 
 
 async def kept_alive(
-    chunks: AsyncGenerator[bytes], seconds: float, filler: Callable[[], bytes] = lambda: COMMENT
+    chunks: AsyncGenerator[bytes], seconds: float, comment: Callable[[], bytes] = lambda: COMMENT
 ) -> AsyncGenerator[bytes]:
-    """The same chunks, and a `filler` whenever none came for so long, whatever the reason.
+    """The same chunks, and a `comment` whenever none came for so long, whatever the reason.
 
     Closing this iterator closes `chunks`, wherever that waits.
     """
@@ -31,7 +31,7 @@ async def kept_alive(
                 coming = asyncio.ensure_future(anext(chunks))
             done, _ = await asyncio.wait({coming}, timeout=seconds)
             if not done:
-                yield filler()
+                yield comment()
                 continue
             ready, coming = coming, None
             try:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
+from fastapi import Request, Response
+from fastapi.routing import APIRoute
+from fastapi.sse import format_sse_event
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
@@ -75,18 +78,13 @@ def _with_numbers(value: Any) -> Any:
 
 
 def event(body: dict[str, Any]) -> bytes:
-    """A server-sent event. JSON that is written here has no line breaks, which would begin another field."""
-    return b"data: %b\n\n" % written(body)
+    """A server-sent event."""
+    return format_sse_event(data_str=written(body).decode())
 
 
 def named_event(body: dict[str, Any]) -> bytes:
     """A server-sent event that is named as its type."""
-    return b"event: %b\n%b" % (body["type"].encode(), event(body))
-
-
-def comment(text: str) -> bytes:
-    """What readers of events pass over."""
-    return f": {text}\n\n".encode()
+    return format_sse_event(event=body["type"], data_str=written(body).decode())
 
 
 class JsonResponse(JSONResponse):
@@ -110,3 +108,22 @@ class ErrorResponse(JsonResponse):
             await JsonResponse(own, self.status_code, self._sent)(scope, receive, send)
             return
         await super().__call__(scope, receive, send)
+
+
+class JsonRoute(APIRoute):
+    """FastAPI's, with bodies read by `read`."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def handled(request: Request) -> Response:
+            return await handle(_JsonRequest(request.scope, request.receive))
+
+        return handled
+
+
+class _JsonRequest(Request):
+    async def json(self) -> Any:
+        if not hasattr(self, "_json"):
+            self._json = read(await self.body())
+        return self._json

@@ -8,6 +8,8 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
+from fastapi.sse import format_sse_event
+
 from ..errors import ApiError
 from ..generation.merge import merged
 from ..generation.pieces import Count, Piece, PromptProgress
@@ -30,7 +32,7 @@ def failure(error: ApiError) -> bytes:
 STREAM = StreamFormat(
     keepalive=COMMENT,
     failure=failure,
-    end=b"data: [DONE]\n\n",
+    end=format_sse_event(data_str="[DONE]"),
 )
 
 

@@ -5,16 +5,20 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from starlette.requests import Request
+from fastapi import APIRouter, Request
 
 from ..errors import ApiError, refuse
 from ..generation.admission import Admitted
 from ..generation.models import Loaded
 from ..generation.serving import RunningReply, Serving, serving_of
+from ..http.wire import JsonRoute
 from ..replies.answer import worked
 from ..schema.probes import DetokenizeBody, TemplateBody, TokenizeBody
 
+router = APIRouter(route_class=JsonRoute)
 
+
+@router.get("/props", response_model=None)
 async def props(request: Request) -> dict[str, Any]:
     """What is served, and within what."""
     serving = serving_of(request)
@@ -38,6 +42,7 @@ async def props(request: Request) -> dict[str, Any]:
     }
 
 
+@router.get("/slots", response_model=None)
 async def slots(request: Request) -> list[dict[str, Any]]:
     """The replies that run, one to a slot. Nothing of their prompts."""
     serving = serving_of(request)
@@ -55,21 +60,27 @@ def _slot(at: int, run: RunningReply, serving: Serving) -> dict[str, Any]:
     }
 
 
+@router.post("/tokenize", response_model=None)
 async def tokenize(body: TokenizeBody, request: Request) -> dict[str, Any]:
     """The tokens of a text, with what each stands for if `with_pieces`."""
     return {"tokens": await worked(request, partial(_tokenize, body))}
 
 
+@router.post("/detokenize", response_model=None)
 async def detokenize(body: DetokenizeBody, request: Request) -> dict[str, Any]:
     """The text of tokens."""
     return {"content": await worked(request, partial(_detokenize, body))}
 
 
+@router.post("/apply-template", response_model=None)
 async def apply_template(body: TemplateBody, request: Request) -> dict[str, Any]:
     """The prompt of a chat, as text."""
     return {"prompt": await worked(request, partial(_template, body))}
 
 
+@router.post("/v1/embeddings", response_model=None, include_in_schema=False)
+@router.post("/embeddings", response_model=None, include_in_schema=False)
+@router.post("/embedding", response_model=None, include_in_schema=False)
 async def embeddings() -> dict[str, Any]:
     """Refused: clients that ask here need another server for it."""
     raise ApiError(

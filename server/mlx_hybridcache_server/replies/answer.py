@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import ExitStack, aclosing
 from typing import Any, Protocol, TypeVar
 
-from starlette.requests import Request
+from fastapi import Request
 from starlette.responses import Response
 
 from ..errors import ApiError

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from starlette.requests import Request
+from fastapi import Request
 
 from ..errors import ApiError
 from ..http.wire import written

@@ -7,14 +7,13 @@ import json
 from functools import partial
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
-from starlette.requests import Request
+from fastapi import APIRouter, Query, Request
 from starlette.responses import Response
 
 from ..errors import ApiError
 from ..generation.admission import Admitted
 from ..generation.serving import Serving, serving_of
-from ..http.wire import written
+from ..http.wire import JsonRoute, written
 from ..replies import chat as chats
 from ..replies.answer import answered
 from ..replies.message import ChatMessage
@@ -23,6 +22,10 @@ from .conversation import ResponsesChat, as_chat, custom_tools, input_items
 from .kept import Kept, KeptResponses, kept_responses, weight_of
 from .output import Output, text_part
 from .reply import STREAM, ResponsesReply, new_id
+
+router = APIRouter(route_class=JsonRoute)
+
+STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
 
 JSON = "application/json"
 
@@ -34,6 +37,7 @@ NO_IDS = {"first_id": None, "last_id": None}
 SEALED_THOUGHTS = "reasoning.encrypted_content"
 
 
+@router.post("/v1/responses", response_model=None, responses=STREAMED)
 async def responses(body: ResponsesBody, request: Request) -> Response:
     """A response to a conversation, which may go on from one that is kept."""
     kept = kept_responses(request)
@@ -43,18 +47,20 @@ async def responses(body: ResponsesBody, request: Request) -> Response:
     return await answered(chat, request, 1, partial(_response, body, chat, kept, weight), STREAM)
 
 
+@router.get("/v1/responses/{name}", response_model=None)
 async def kept(name: str, request: Request, cache_salt: str | None = None) -> Response:
     """One that is kept, as it ended."""
     found = kept_responses(request).find(name, cache_salt)
     return Response(found.response, media_type=JSON)
 
 
+@router.get("/v1/responses/{name}/input_items", response_model=None)
 async def items(
     name: str,
     request: Request,
     cache_salt: str | None = None,
     order: Literal["asc", "desc"] = "desc",
-    limit: Annotated[int, Field(ge=1, le=MOST_LISTED)] = LISTED,
+    limit: Annotated[int, Query(ge=1, le=MOST_LISTED)] = LISTED,
     after: str | None = None,
 ) -> Response:
     """What its request added to the conversation, newest first; `after` is the last item of a list before."""
@@ -81,12 +87,14 @@ def _behind(items: list[dict[str, Any]], after: str | None) -> list[dict[str, An
     raise ApiError(404, f"No item {after!r} is in this list.", param="after", code="item_not_found")
 
 
+@router.delete("/v1/responses/{name}", response_model=None)
 async def forget(name: str, request: Request, cache_salt: str | None = None) -> dict[str, Any]:
     """Keep it no longer. Nothing can go on from it then."""
     kept_responses(request).drop(name, cache_salt)
     return {"id": name, "object": "response", "deleted": True}
 
 
+@router.post("/v1/responses/{name}/cancel", response_model=None)
 async def cancel(name: str, request: Request, cache_salt: str | None = None) -> dict[str, Any]:
     """End one that is being written. Its own request is told so, and what was read stays."""
     serving = serving_of(request)

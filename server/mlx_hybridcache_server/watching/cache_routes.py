@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from starlette.requests import Request
+from fastapi import APIRouter, Request
 
 from mlx_hybridcache import HybridPromptCache
 from mlx_hybridcache.tokens import Namespace, Tokens
@@ -21,17 +21,22 @@ from ..generation.serving import Serving, serving_of
 from ..generation.trace import Served
 from ..generation.warming import Warming
 from ..http.disconnects import unless_gone
+from ..http.wire import JsonRoute
 from ..replies.answer import worked
 from ..schema.requests import Conversation, PrefixBody
 from .figures import figures
 from .namespaces import named, namespace_trees
 
+router = APIRouter(route_class=JsonRoute)
 
+
+@router.get("/v1/cache", response_model=None)
 async def cache(request: Request) -> dict[str, Any]:
     """What the cache holds, as the last request left it."""
     return figures(serving_of(request))
 
 
+@router.delete("/v1/cache", response_model=None)
 async def clear(request: Request) -> dict[str, Any]:
     """Forget everything stored, pins included; running replies go on."""
     serving = serving_of(request)
@@ -45,26 +50,31 @@ async def clear(request: Request) -> dict[str, Any]:
     return figures(serving)
 
 
+@router.get("/v1/cache/recent", response_model=None)
 async def recent(request: Request) -> dict[str, Any]:
     """What the cache did for the last requests, newest first."""
     return {"object": "list", "data": [one.body() for one in serving_of(request).recent]}
 
 
+@router.post("/v1/cache/warm", response_model=None)
 async def warm(body: PrefixBody, request: Request) -> dict[str, Any]:
     """Read the beginning of prompts to come, and store it."""
     return await _admitted(body, request, _warm)
 
 
+@router.post("/v1/cache/pin", response_model=None)
 async def pin(body: PrefixBody, request: Request) -> dict[str, Any]:
     """The same, and keep it whatever comes."""
     return await _admitted(body, request, _pin)
 
 
+@router.delete("/v1/cache/pin", response_model=None)
 async def unpin(body: PrefixBody, request: Request) -> dict[str, Any]:
     """Treat it like everything else again."""
     return await _admitted(body, request, _unpin)
 
 
+@router.post("/v1/cache/drop", response_model=None)
 async def drop(body: PrefixBody, request: Request) -> dict[str, Any]:
     """Forget it with what goes on behind it. What something else begins with stays, and pins refuse."""
     return await _admitted(body, request, _drop)

@@ -1,1 +1,0 @@
-"""Which paths are served, what is imported when one is first asked, and their description."""
