@@ -220,7 +220,9 @@ class Engine(Keeping):
             self.decoder.take_back(reply)
             read = reply.read
             is_exact = self.sharing.is_exact(reply.position)
-            keep = bool(read) and not is_exact and not self.prefill.marks.strips(read)
+            keep = (
+                bool(read) and not is_exact and not self.prefill.marks.strips(read, request.tokens)
+            )
             self.decoder.end(reply, keep=keep)
             if keep and live.is_standing and reply.guard.error is None:
                 history = np.concatenate([request.tokens, np.array(read, dtype=np.int32)])

@@ -39,7 +39,8 @@ from .sizes import format_bytes, parse_bytes
 from .store.references import CountedReferences
 from .store.store import Store
 from .tiers import Tiers
-from .tokens import learn_turn_marks, settings_digest
+from .tokenizing.turn_marks import learn_turn_marks
+from .tokens import settings_digest
 from .worker.turns import Load
 
 if TYPE_CHECKING:
