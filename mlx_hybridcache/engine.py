@@ -230,6 +230,13 @@ class Engine(Keeping):
                 self.tiers.save_end(request, live, history)
             live.ended_well = is_left and reply.guard.error is None
 
+    def _is_of_use(self, request: Request, read: list[int]) -> bool:
+        """Whether the next turn's history can go on from the end of a reply. Of rows alone it takes any part."""
+        marks = self.prefill.marks
+        if self.layout.needs_snapshots and marks.ends_otherwise(read):
+            return False
+        return not marks.strips(read, request.tokens)
+
     @contextmanager
     def _keeping(self, request: Request, live: LiveCaches) -> Iterator[None]:
         """Rows that only a request's caches hold move to the store when it ends, and its claim is given back.

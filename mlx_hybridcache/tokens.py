@@ -75,18 +75,24 @@ class TurnMarks:
     `openers` are the added tokens that open a turn, `user_opener` all the tokens that open a
     user's, its role included: prompts that share a beginning part ways behind them, as tool results
     are mostly rendered in the user's name. `phrases` are openers that are written in ordinary tokens.
-    `reply_opener` is what a history has from the opener of a past reply to its text. `thinking_end`
-    closes reasoning, empty where the template knows none; `strips_thinking` says that it leaves reasoning
+    `reply_opener` is what a history has from the opener of a past reply to its text, and `written` the
+    end of it that the model writes itself, as harmony's channel. `melts` ends a prompt whose last token
+    a past reply does not have: a space, which is one with the word behind it. `thinking_end` closes reasoning, empty
+    where the template knows none; `strips_thinking` says that it leaves reasoning
     out of past turns; `tool_call` opens a tool call, after which the reasoning stays in the history.
+    Of the tokens by which a model ends its replies `other_ends` are those that no history has there.
     """
 
     openers: frozenset[int] = frozenset()
     user_opener: tuple[int, ...] = ()
     phrases: tuple[tuple[int, ...], ...] = ()
     reply_opener: tuple[int, ...] = ()
+    written: tuple[int, ...] = ()
+    melts: tuple[int, ...] = ()
     thinking_end: tuple[int, ...] = ()
     strips_thinking: bool = False
     tool_call: int | None = None
+    other_ends: frozenset[int] = frozenset()
 
     def starts(self, tokens: Tokens) -> list[int]:
         """Positions just behind an opener, ascending."""
@@ -112,23 +118,41 @@ class TurnMarks:
         A reply of several turns is rendered anew, as harmony's analysis before its answer. Reasoning that
         the prompt has closed, as an empty one, stays only if past replies open so.
         """
-        if not self.openers.isdisjoint(reply):
+        before = [] if prompt is None else self._last_turn(prompt)
+        if self.melts and tuple(before[-len(self.melts) :]) == self.melts:
             return True
-        turn = [] if prompt is None else self._last_turn(prompt)
-        if _holds(turn, self.thinking_end) and not self._opens_as_past(turn):
+        own = _overlap(before, reply, self.written)
+        goes_on = self.openers.isdisjoint(
+            reply[:-1]
+        )  # some models end replies with the next opener
+        if own is None or (self.written and not goes_on):
+            return True
+        is_closed = _holds(before, self.thinking_end)
+        if is_closed and _overlap(before, reply, self.reply_opener) is None:
             return True
         if self.tool_call is not None and self.tool_call in reply:
             return False
-        return self.strips_thinking and _holds(reply, self.thinking_end)
+        leaves_out = self.strips_thinking or _holds(self.reply_opener, self.thinking_end)
+        return leaves_out and not is_closed and _holds(reply[own:], self.thinking_end)
+
+    def ends_otherwise(self, reply: Sequence[int]) -> bool:
+        """Whether a state behind this reply is of no use: the history has another token where it ended."""
+        return len(reply) > 0 and reply[-1] in self.other_ends
 
     def _last_turn(self, prompt: Tokens) -> list[int]:
         at = self._opened(prompt)
-        return prompt[at[-1] :].tolist() if len(at) else []
+        last: list[int] = prompt[at[-1] if len(at) else len(prompt) :].tolist()
+        return last
 
-    def _opens_as_past(self, turn: list[int]) -> bool:
-        return tuple(turn[: len(self.reply_opener)]) == self.reply_opener and not _holds(
-            turn[len(self.reply_opener) :], self.thinking_end
-        )
+
+def _overlap(before: list[int], reply: Sequence[int], wanted: tuple[int, ...]) -> int | None:
+    """How many tokens of a reply are the end of `wanted`, whose beginning ends `before`; None if it is not there."""
+    for part in range(min(len(before), len(wanted)), -1, -1):
+        own = len(wanted) - part
+        is_begun = tuple(before[len(before) - part :]) == wanted[:part]
+        if is_begun and tuple(reply[:own]) == wanted[part:]:
+            return own
+    return None
 
 
 def _found(
