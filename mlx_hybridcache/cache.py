@@ -5,14 +5,13 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, suppress
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
 
 import mlx.core as mx
 from mlx_lm.generate import GenerationResponse
-from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from .caches.room import REPLY_ROOM
 from .decode.sampling import take_random_state
@@ -22,9 +21,9 @@ from .errors import ClosedError, GroupError, SettingError
 from .group.joined import begin
 from .prefill.schedule import MIN_STEP, STEP
 from .report import CacheReport
-from .request.arguments import check_keywords, check_model, check_text, known_keywords
+from .request.arguments import check_keywords, check_text, checked_tokenizer, known_keywords
 from .request.foreign import check_savable, not_saved
-from .request.generation import Generation, Ready, handed_over, only
+from .request.generation import Generation, Ready, handed_over, only, passed_through
 from .request.info import CacheInfo
 from .request.options import (
     KEYWORDS,
@@ -36,7 +35,7 @@ from .request.options import (
 from .request.prompts import NO_LIFETIMES, Prompts
 from .request.request import Progress, Request
 from .router.patch import Patch
-from .settings import CacheSettings, info
+from .settings import CacheSettings, adapted, info
 from .store.budget import StoreStats
 from .store.outline import Outline
 from .store.references import CountedReferences
@@ -117,7 +116,8 @@ class HybridPromptCache:
         group: Group | None = None,
     ):
         given = locals()
-        tokenizer = _checked(model, tokenizer, cache_salt)
+        check_text("cache_salt", cache_salt)
+        tokenizer = checked_tokenizer(model, tokenizer)
         settings = CacheSettings(**{each.name: given[each.name] for each in fields(CacheSettings)})
         self.group = group
         if group is not None:
@@ -135,7 +135,7 @@ class HybridPromptCache:
             model, tokenizer, layout, load, references, self.group
         )
         self.info: CacheInfo = info(engine)
-        """What this cache is for all of its life."""
+        """What this cache is for all of its life, or for as long as an adapter is used."""
         self.load: Load = load
         """How many requests read, wait for what others read, and write."""
         self.encoder = Encoder.learn(tokenizer)
@@ -239,7 +239,7 @@ class HybridPromptCache:
             options["seed"] = take_random_state() if seed is None else seed
         steps = _answering(engine, request, options, use_cache=use_cache)
         if through is not None:
-            steps = _through(steps, through)
+            steps = passed_through(steps, through)
         return Generation(request, self.worker.stream(steps, request.job))
 
     # For frameworks that run the model themselves
@@ -337,6 +337,15 @@ class HybridPromptCache:
         request = self.engine.sharing.request(history, self._prompts.salt_of(cache_salt), 1)
         if not self.worker.call(self.engine.tiers.save_foreign, request, prompt_cache):
             raise not_saved(layout)
+
+    @known_keywords
+    def use_adapter(self, path: str | Path | None) -> None:
+        """Answer with the LoRA adapter in a directory from now on, or with the model as it came, for None.
+
+        What is stored stays, and adapters share nothing of it. Raises `AdapterError` for what cannot be used
+        beside the model's weights, and while requests are under way.
+        """
+        self.info = self.worker.call(adapted, self.engine, self.load, path)
 
     # Looking and keeping
 
@@ -469,15 +478,6 @@ class HybridPromptCache:
         self.close()
 
 
-def _checked(model: Any, tokenizer: Any, cache_salt: str) -> TokenizerWrapper | None:
-    """The tokenizer as mlx-lm's own."""
-    check_model(model, tokenizer)
-    check_text("cache_salt", cache_salt)
-    return (
-        tokenizer if isinstance(tokenizer, TokenizerWrapper | None) else TokenizerWrapper(tokenizer)
-    )
-
-
 def _answering(
     engine: Engine, request: Request, options: dict[str, Any], *, use_cache: bool
 ) -> Iterator[GenerationResponse | Pause]:
@@ -491,10 +491,3 @@ def _answering(
         options.pop(name, None)
     options["draft_tokens"] = most
     return engine.answer(request, options)
-
-
-def _through(
-    steps: Iterator[GenerationResponse | Pause], through: Through[T]
-) -> Iterator[T | Pause]:
-    with closing(steps):  # type: ignore[type-var]  # both ways of answering are generators
-        yield from through(steps)

@@ -55,8 +55,6 @@ class _Learner:
         closes_user = _common(alone, before) if alone != asks else []
         self._closers = {*closes, *closes_user}
         reply, turn = asks[len(_common(asks, alone)) :], between[len(closes) :]
-        if not turn:  # the next turn is opened with the end of the reply
-            turn, self._closers = between, {*closes_user}
         openers = {first for each in (reply, turn) if (first := self._first_of(each)) is not None}
         written = before[len(asks) :] if asks and before[: len(asks)] == asks else []
         start, end = self._thinking

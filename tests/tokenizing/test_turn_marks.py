@@ -1,15 +1,31 @@
 """Turn starts and what a history keeps of a reply, learnt from chat templates of every build."""
 
+import copy
+from itertools import chain, repeat
+
+import mlx.core as mx
 import numpy as np
 import pytest
+from bundled import load
 from long import mostly_long
 from templates import learnt, page
 from templates.structures import STRUCTURES
 
+from mlx_hybridcache import HybridPromptCache
+from mlx_hybridcache.tokenizing.turn_marks import learn_turn_marks
 from mlx_hybridcache.tokens import TurnMarks
 
 KNOWN = {each.name: each for each in page.load() if not each.source}
-ALWAYS = ("Qwen3", "GPT-OSS (harmony)", "DeepSeek V3.1", "GLM 4.5", "Command A", "Alpaca", "Phi 3")
+ALWAYS = (
+    "Qwen3",
+    "Qwen3, reasoning by field",
+    "GPT-OSS (harmony)",
+    "DeepSeek V3.1",
+    "GLM 4.5",
+    "Command A",
+    "Alpaca",
+    "Phi 3",
+)
 
 
 @pytest.mark.parametrize("name", mostly_long(STRUCTURES, ALWAYS))
@@ -77,3 +93,30 @@ def test_a_reply_that_ends_otherwise_than_the_history_is_known():
     assert marks.ends_otherwise([1, 4])
     assert not marks.ends_otherwise([1, 3])
     assert not marks.ends_otherwise([])
+
+
+@pytest.mark.parametrize(("name", "is_kept"), [("ChatML", True), ("GPT-OSS (harmony)", False)])
+def test_no_checkpoint_is_spent_on_an_end_that_no_history_has(name, is_kept):
+    """Behind <|im_end|> there is one; none behind <|return|>, where a history has <|end|>."""
+    talk = learnt.Talk(STRUCTURES[name])
+    _, prompt, reply, _ = next(talk.ways())
+    end = talk.tokenizer.eos_token_id
+    with HybridPromptCache(
+        learnt.model(), talk.tokenizer, memory_budget="50MB", memory_reserve=0
+    ) as cache:
+        drawn = chain(reply, repeat(end))
+        for _ in cache.stream_generate(prompt, 99, sampler=lambda _: mx.array([next(drawn)])):
+            pass
+        found = cache.lookup([*prompt, *reply, end, 1])
+    assert (found.restored_tokens > len(prompt)) == is_kept
+
+
+def test_a_space_before_a_reply_melts_into_it():
+    """Jamba's prompts end with a space, which a vocabulary of words has in the reply's first token."""
+    tokenizer = copy.deepcopy(load()[1])
+    tokenizer.chat_template = STRUCTURES["Jamba"]
+    marks = learn_turn_marks(tokenizer)
+    assert marks.melts
+    marks = TurnMarks(frozenset({7}), melts=(7, 5))
+    assert marks.strips([2], np.array([1, 7, 5], dtype=np.int32))
+    assert not marks.strips([2], np.array([1, 7], dtype=np.int32))

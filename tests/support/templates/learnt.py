@@ -67,7 +67,9 @@ def tokenizer_of(template: str, end: str = "</s>") -> TokenizerWrapper:
     made = byte_level()
     markers = {*MARKER.findall(template), "<s>", "</s>"}
     markers |= {"<think>"} if "</think>" in markers else set()
-    markers |= {f"<|{role}|>" for role in ROLES} if re.search(r"<\|\{\{", template) else set()
+    for opens, closes in (("<|", "|>"), ("[|", "|]")):
+        if re.search(rf"{re.escape(opens)}(\{{\{{|')", template):  # the role between them
+            markers |= {f"{opens}{role}{closes}" for role in ROLES}
     made.add_tokens(
         [
             AddedToken(each, special=not NOT_SPECIAL.search(each), normalized=False)

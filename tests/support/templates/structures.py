@@ -43,6 +43,12 @@ STRUCTURES = {
     "ChatML": CHATML + reply(ASKED),
     "Qwen3": named("<|im_start|>{{ m.role }}\n", "<|im_end|>\n", AFTER_QUERY)
     + reply(ASKED + unless_thinking("<think>\n\n</think>\n\n")),
+    "Qwen3, reasoning by field": named(
+        "<|im_start|>{{ m.role }}\n",
+        "<|im_end|>\n",
+        of_replies("<think>\n\n</think>\n\n{{ m.content }}"),
+    )
+    + reply(ASKED + unless_thinking("<think>\n\n</think>\n\n", "<think>\n")),
     "Gemma": LOOP
     + f"<start_of_turn>{{% if m.role == 'assistant' %}}model{ELSE}{{{{ m.role }}}}{FI}{LINE}"
     + "{{ m.content | trim }}<end_of_turn>\n"
