@@ -12,6 +12,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
 
 from mlx_hybridcache import AdapterError, HybridPromptCache
+from mlx_hybridcache.tokens import prompt_tokens
 
 PROMPT = oracle.prompt(150, seed=3, openers=[40])
 REPLY = 8
@@ -207,7 +208,7 @@ def test_what_does_not_fit_leaves_the_model_as_it_was(adapters, alone, tmp_path,
 
 
 def test_nothing_is_changed_under_a_reply(adapters, alone):
-    """While one is under way another adapter is refused; a request that was made before the change ends with an error."""
+    """While one is under way another adapter is refused."""
     with opened(tiny.fresh("qwen3_next")) as cache:
         running = cache.stream_generate(PROMPT, REPLY, sampler=oracle.never_ending, seed=0)
         first = next(running)
@@ -215,6 +216,18 @@ def test_nothing_is_changed_under_a_reply(adapters, alone):
             cache.use_adapter(adapters["a"])
         made = [first, *running]
         assert [each.token for each in made] == [token for token, _ in alone[None]]
+
+
+def test_a_request_that_was_made_before_a_change_is_refused(adapters):
+    """It would be stored where the model without an adapter finds it."""
+    with opened(tiny.fresh("qwen3_next")) as cache:
+        engine = cache.engine
+        request = engine.sharing.request(prompt_tokens(PROMPT, tiny.VOCAB), "", 1)
+        cache.use_adapter(adapters["a"])
+        with pytest.raises(AdapterError, match="before this request"):
+            cache.worker.call(lambda: [*engine.prepare(request, read=True)])
+        cache.use_adapter(None)
+        cache.worker.call(lambda: [*engine.prepare(request, read=True)])
 
 
 def test_replies_of_an_adapter_share_batches_where_that_is_exact(adapters, alone):
