@@ -67,7 +67,39 @@ class Outlines:
     disk: Mapping[Namespace, Outline]
 
 
-class HybridPromptCache:
+class _Figures:
+    """What a cache tells of what it holds."""
+
+    engine: Engine
+    worker: Worker
+
+    def stats(self) -> StoreStats:
+        """What is held, in bytes and counts. `summary` says the same from then on."""
+        self.worker.call(self.engine.publish)
+        return self.summary
+
+    @property
+    def summary(self) -> StoreStats:
+        """The same as the last request left it, without waiting for the worker."""
+        return self.engine.tiers.summary
+
+    def disk_stats(self) -> DiskStats | None:
+        """What the cache directory holds; None without one."""
+        return self.worker.call(self.engine.tiers.disk.stats)
+
+    @property
+    def disk_summary(self) -> DiskStats | None:
+        """The same as the last request or write left it, without waiting for the worker."""
+        return self.engine.tiers.disk.summary
+
+    @property
+    def outlines(self) -> Outlines:
+        """The trees of both tiers as the last request left them, without waiting for the worker."""
+        tiers = self.engine.tiers
+        return Outlines(tiers.outlines, tiers.disk.outlines)
+
+
+class HybridPromptCache(_Figures):
     """A prompt cache for one model, hybrid or not. Every method may be called from any thread.
 
     `memory_budget` is bytes or text with a unit and bounds the store and the running requests together.
@@ -354,31 +386,6 @@ class HybridPromptCache:
         """What would be restored for `prompt`. Changes nothing."""
         request = self._prompts.request(prompt, REPLY_ROOM, cache_salt=cache_salt)
         return self.worker.call(self.engine.lookup, request)
-
-    def stats(self) -> StoreStats:
-        """What is held, in bytes and counts. `summary` says the same from then on."""
-        self.worker.call(self.engine.publish)
-        return self.summary
-
-    @property
-    def summary(self) -> StoreStats:
-        """The same as the last request left it, without waiting for the worker."""
-        return self.engine.tiers.summary
-
-    def disk_stats(self) -> DiskStats | None:
-        """What the cache directory holds; None without one."""
-        return self.worker.call(self.engine.tiers.disk.stats)
-
-    @property
-    def disk_summary(self) -> DiskStats | None:
-        """The same as the last request or write left it, without waiting for the worker."""
-        return self.engine.tiers.disk.summary
-
-    @property
-    def outlines(self) -> Outlines:
-        """The trees of both tiers as the last request left them, without waiting for the worker."""
-        tiers = self.engine.tiers
-        return Outlines(tiers.outlines, tiers.disk.outlines)
 
     @known_keywords
     def checkpoints(self, *, cache_salt: str | None = None) -> list[list[int]]:

@@ -10,18 +10,16 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from mlx_lm.generate import GenerationResponse
 
-from .adapters.lora import Adapters
 from .caches.layout import Layout
 from .caches.live import LiveCaches
 from .caches.relief import Relief
-from .decode import batch_check as batching
+from .decode.adapting import Adapting
 from .decode.decoder import Decoder
 from .decode.reply import Reply
 from .decode.responses import respond
@@ -39,7 +37,7 @@ from .request.request import Request
 from .request.sharing import Sharing
 from .store.match import AnyFound
 from .tiers import Tiers
-from .tokens import Tokens, settings_digest
+from .tokens import Tokens
 from .worker.turns import Pause
 
 
@@ -90,13 +88,10 @@ class Engine(Keeping):
     prefill: Prefill
     decoder: Decoder
     last_report: CacheReport | None = field(default=None, init=False)
-    _adapters: Adapters = field(init=False)
-    _own: str = field(init=False)
-    _batches: dict[str, bool] = field(default_factory=dict, init=False)
-    """Whether replies decode together, by what each adapter makes of the settings."""
+    adapting: Adapting = field(init=False)
 
     def __post_init__(self) -> None:
-        self._adapters, self._own = Adapters(self.model), self.sharing.settings
+        self.adapting = Adapting(self.model, self.layout, self.sharing, self.decoder)
 
     def answer(
         self, request: Request, options: dict[str, Any]
@@ -326,23 +321,3 @@ class Engine(Keeping):
                 step=self.sharing.step,
                 growth=self.layout.growth_bytes,
             )
-
-    # The model's adapter
-
-    def use_adapter(self, path: str | Path | None) -> None:
-        """Put in the adapter in a directory, None for the model as it came. No request may be under way.
-
-        What was stored stays where it is: each adapter has namespaces of its own. Raises `AdapterError`
-        for what cannot be used.
-        """
-        before = self.sharing.settings
-        self._adapters.use(path)
-        digest = self._adapters.digest
-        self.sharing.settings = (
-            settings_digest(model=self._own, adapter=digest) if digest else self._own
-        )
-        self._batches[before] = self.decoder.batches
-        if self.sharing.settings not in self._batches:  # what a model without one cannot, none can
-            can = self._batches.get(self._own, False)
-            self._batches[self.sharing.settings] = can and batching.shown(self.model, self.layout)
-        self.decoder.batches = self._batches[self.sharing.settings]

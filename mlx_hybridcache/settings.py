@@ -319,5 +319,5 @@ def adapted(engine: Engine, load: Load, path: str | Path | None) -> CacheInfo:
         raise AdapterError(
             "Requests are under way, which another adapter would change. Wait for their end."
         )
-    engine.use_adapter(path)
+    engine.adapting.use(path)
     return info(engine)

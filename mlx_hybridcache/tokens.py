@@ -132,8 +132,7 @@ class TurnMarks:
             return True
         if self.tool_call is not None and self.tool_call in reply:
             return False
-        leaves_out = self.strips_thinking or _holds(self.reply_opener, self.thinking_end)
-        return leaves_out and not is_closed and _holds(reply[own:], self.thinking_end)
+        return self.strips_thinking and not is_closed and _holds(reply[own:], self.thinking_end)
 
     def ends_otherwise(self, reply: Sequence[int]) -> bool:
         """Whether a state behind this reply is of no use: the history has another token where it ended."""

@@ -112,20 +112,6 @@ def _kind(cache: Any, step: int, swa_full: bool) -> LayerKind:
     return _KINDS[type(cache)](cache, step)
 
 
-def _shapes_behind(model: Any, tokens: int) -> list[Any]:
-    """The leaves of caches that so many tokens were read into, which have shapes and no numbers."""
-    found: list[Any] = []
-
-    def read(ids: mx.array) -> mx.array:
-        caches = fresh_caches(model)
-        model(ids, cache=caches)
-        found.extend(leaves(caches))
-        return ids
-
-    mx.compile(read)(mx.array([[0] * tokens]))
-    return found
-
-
 @dataclass(frozen=True)
 class Layout:
     """How one model's caches come apart: one kind per leaf, in order, and the leaf's own class.
@@ -222,7 +208,7 @@ class Layout:
         names = sorted({each.__name__ for each in classes if each not in _KINDS})
         if names:
             return cls((), classes, tuple(names), None, 1, vocabulary)
-        ahead = looked_ahead(leaves(caches), partial(_shapes_behind, model))
+        ahead = looked_ahead(model, leaves(caches), fresh_caches, leaves)
         kinds = tuple(_kind(cache, step, swa_full) for cache in ahead)
         counted = None
         if all(

@@ -173,14 +173,27 @@ class CompressedKind(LayerKind):
             setattr(cache, name, kept[:, : position % self.every])
 
 
-def looked_ahead(caches: Sequence[Any], read: Callable[[int], Sequence[Any]]) -> Sequence[Any]:
+def looked_ahead(
+    model: Any,
+    caches: Sequence[Any],
+    make: Callable[[Any], list[Any]],
+    flat: Callable[[Sequence[Any]], list[Any]],
+) -> Sequence[Any]:
     """Caches in which each layer that makes rows has one, for their shapes.
 
-    `read(tokens)` gives those of a model that has read so many, without computing them.
+    `make` gives the model's empty caches and `flat` their leaves, as `caches` are. Nothing is computed.
     """
     tokens = LEAST
     while tokens <= MOST and any(_waits(cache) for cache in caches):
-        caches, tokens = read(tokens), 4 * tokens
+        made: list[Any] = []
+
+        def read(ids: mx.array, made: list[Any] = made) -> mx.array:
+            made.extend(make(model))
+            model(ids, cache=made)
+            return ids
+
+        mx.compile(read)(mx.array([[0] * tokens]))
+        caches, tokens = flat(made), 4 * tokens
     return caches
 
 

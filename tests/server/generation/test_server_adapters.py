@@ -148,6 +148,25 @@ def test_another_adapter_waits_for_the_whole_of_a_reply(
     within(work())
 
 
+def test_another_adapter_waits_for_what_a_client_has_left_behind(
+    serving: Serving, adapters: list[str | None], alone: dict[str | None, str]
+) -> None:
+    """The lease is given back, and the request ends a moment later."""
+
+    async def work() -> None:
+        left = serving.loaded.cache.stream_generate(
+            "The", 100_000, sampler=lambda _: mx.array([700])
+        )
+        next(left)
+        answer = asyncio.create_task(ask(serving, adapters[1]))
+        await asyncio.sleep(0.1)
+        assert not answer.done()
+        left.close()
+        assert (await answer)[0] == alone[adapters[1]]
+
+    within(work())
+
+
 @pytest.mark.parametrize("kind", ["nothing", "broken weights", "another model's"])
 def test_an_adapter_that_cannot_be_used_costs_nothing(
     serving: Serving, adapters: list[str | None], tmp_path: Path, kind: str
