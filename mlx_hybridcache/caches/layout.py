@@ -370,11 +370,6 @@ class Layout:
         return all(each in (mlx_caches.KVCache, mlx_caches.ArraysCache) for each in self.classes)
 
     @property
-    def unmerged(self) -> list[str]:
-        """Classes of caches of which mlx-lm makes no batches at all."""
-        return sorted({each.__name__ for each in self.classes if not hasattr(each, "merge")})
-
-    @property
     def row_heads(self) -> frozenset[int]:
         """How many key-value heads the layers with rows have."""
         return frozenset(kind.shapes[0][1] for kind in self.kinds if isinstance(kind, RowsKind))

@@ -33,7 +33,7 @@ def shown(model: Any, layout: Layout) -> bool:
             False  # mlx-lm has no batches of quantized rows, as was said when they were asked for
         )
     if not layout.merges:
-        unmerged = layout.unmerged
+        unmerged = sorted(each.__name__ for each in layout.classes if not hasattr(each, "merge"))
         log.info(
             "Replies are decoded one by one: %s.",
             f"mlx-lm makes no batches of a {unmerged[0]}"
