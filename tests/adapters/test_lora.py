@@ -12,6 +12,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
 
 from mlx_hybridcache import AdapterError, HybridPromptCache
+from mlx_hybridcache.decode import batch_check
 from mlx_hybridcache.tokens import prompt_tokens
 
 PROMPT = oracle.prompt(150, seed=3, openers=[40])
@@ -228,6 +229,16 @@ def test_a_request_that_was_made_before_a_change_is_refused(adapters):
             cache.worker.call(lambda: [*engine.prepare(request, read=True)])
         cache.use_adapter(None)
         cache.worker.call(lambda: [*engine.prepare(request, read=True)])
+
+
+def test_batches_are_tried_for_each_adapter(adapters, monkeypatch):
+    """Where one fails with an adapter its replies are decoded one by one, and those without it as before."""
+    with opened(tiny.fresh("qwen3_next")) as cache:
+        assert cache.info.batches
+        monkeypatch.setattr(batch_check, "shown", lambda *what: False)
+        for path, batches in ((adapters["a"], False), (None, True), (adapters["a"], False)):
+            cache.use_adapter(path)
+            assert cache.info.batches == cache.engine.decoder.batches == batches
 
 
 def test_replies_of_an_adapter_share_batches_where_that_is_exact(adapters, alone):
