@@ -122,10 +122,8 @@ class TurnMarks:
         if self.melts and tuple(before[-len(self.melts) :]) == self.melts:
             return True
         own = _overlap(before, reply, self.written)
-        goes_on = self.openers.isdisjoint(
-            reply[:-1]
-        )  # some models end replies with the next opener
-        if own is None or (self.written and not goes_on):
+        said = reply[:-1]  # some models end replies with the next opener
+        if own is None or (self.written and not self.openers.isdisjoint(said)):
             return True
         is_closed = _holds(before, self.thinking_end)
         if is_closed and _overlap(before, reply, self.reply_opener) is None:
