@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from .backend import loader
 from .errors import (
+    AdapterError,
     ArgumentError,
     BackendError,
     BudgetError,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdapterError",
     "ArgumentError",
     "BackendError",
     "BudgetError",

@@ -5,14 +5,13 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, suppress
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
 
 import mlx.core as mx
 from mlx_lm.generate import GenerationResponse
-from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from .caches.room import REPLY_ROOM
 from .decode.sampling import take_random_state
@@ -22,9 +21,9 @@ from .errors import ClosedError, GroupError, SettingError
 from .group.joined import begin
 from .prefill.schedule import MIN_STEP, STEP
 from .report import CacheReport
-from .request.arguments import check_keywords, check_model, check_text, known_keywords
+from .request.arguments import check_keywords, check_text, checked_tokenizer, known_keywords
 from .request.foreign import check_savable, not_saved
-from .request.generation import Generation, Ready, handed_over, only
+from .request.generation import Generation, Ready, handed_over, only, passed_through
 from .request.info import CacheInfo
 from .request.options import (
     KEYWORDS,
@@ -36,7 +35,7 @@ from .request.options import (
 from .request.prompts import NO_LIFETIMES, Prompts
 from .request.request import Progress, Request
 from .router.patch import Patch
-from .settings import CacheSettings, info
+from .settings import CacheSettings, adapted, info
 from .store.budget import StoreStats
 from .store.outline import Outline
 from .store.references import CountedReferences
@@ -68,7 +67,39 @@ class Outlines:
     disk: Mapping[Namespace, Outline]
 
 
-class HybridPromptCache:
+class _Figures:
+    """What a cache tells of what it holds."""
+
+    engine: Engine
+    worker: Worker
+
+    def stats(self) -> StoreStats:
+        """What is held, in bytes and counts. `summary` says the same from then on."""
+        self.worker.call(self.engine.publish)
+        return self.summary
+
+    @property
+    def summary(self) -> StoreStats:
+        """The same as the last request left it, without waiting for the worker."""
+        return self.engine.tiers.summary
+
+    def disk_stats(self) -> DiskStats | None:
+        """What the cache directory holds; None without one."""
+        return self.worker.call(self.engine.tiers.disk.stats)
+
+    @property
+    def disk_summary(self) -> DiskStats | None:
+        """The same as the last request or write left it, without waiting for the worker."""
+        return self.engine.tiers.disk.summary
+
+    @property
+    def outlines(self) -> Outlines:
+        """The trees of both tiers as the last request left them, without waiting for the worker."""
+        tiers = self.engine.tiers
+        return Outlines(tiers.outlines, tiers.disk.outlines)
+
+
+class HybridPromptCache(_Figures):
     """A prompt cache for one model, hybrid or not. Every method may be called from any thread.
 
     `memory_budget` is bytes or text with a unit and bounds the store and the running requests together.
@@ -117,7 +148,8 @@ class HybridPromptCache:
         group: Group | None = None,
     ):
         given = locals()
-        tokenizer = _checked(model, tokenizer, cache_salt)
+        check_text("cache_salt", cache_salt)
+        tokenizer = checked_tokenizer(model, tokenizer)
         settings = CacheSettings(**{each.name: given[each.name] for each in fields(CacheSettings)})
         self.group = group
         if group is not None:
@@ -135,7 +167,7 @@ class HybridPromptCache:
             model, tokenizer, layout, load, references, self.group
         )
         self.info: CacheInfo = info(engine)
-        """What this cache is for all of its life."""
+        """What this cache is for all of its life, or for as long as an adapter is used."""
         self.load: Load = load
         """How many requests read, wait for what others read, and write."""
         self.encoder = Encoder.learn(tokenizer)
@@ -239,7 +271,7 @@ class HybridPromptCache:
             options["seed"] = take_random_state() if seed is None else seed
         steps = _answering(engine, request, options, use_cache=use_cache)
         if through is not None:
-            steps = _through(steps, through)
+            steps = passed_through(steps, through)
         return Generation(request, self.worker.stream(steps, request.job))
 
     # For frameworks that run the model themselves
@@ -338,6 +370,15 @@ class HybridPromptCache:
         if not self.worker.call(self.engine.tiers.save_foreign, request, prompt_cache):
             raise not_saved(layout)
 
+    @known_keywords
+    def use_adapter(self, path: str | Path | None) -> None:
+        """Answer with the LoRA adapter in a directory from now on, or with the model as it came, for None.
+
+        What is stored stays, and adapters share nothing of it. Raises `AdapterError` for what cannot be used
+        beside the model's weights, and while requests are under way.
+        """
+        self.info = self.worker.call(adapted, self.engine, self.load, path)
+
     # Looking and keeping
 
     @known_keywords
@@ -345,31 +386,6 @@ class HybridPromptCache:
         """What would be restored for `prompt`. Changes nothing."""
         request = self._prompts.request(prompt, REPLY_ROOM, cache_salt=cache_salt)
         return self.worker.call(self.engine.lookup, request)
-
-    def stats(self) -> StoreStats:
-        """What is held, in bytes and counts. `summary` says the same from then on."""
-        self.worker.call(self.engine.publish)
-        return self.summary
-
-    @property
-    def summary(self) -> StoreStats:
-        """The same as the last request left it, without waiting for the worker."""
-        return self.engine.tiers.summary
-
-    def disk_stats(self) -> DiskStats | None:
-        """What the cache directory holds; None without one."""
-        return self.worker.call(self.engine.tiers.disk.stats)
-
-    @property
-    def disk_summary(self) -> DiskStats | None:
-        """The same as the last request or write left it, without waiting for the worker."""
-        return self.engine.tiers.disk.summary
-
-    @property
-    def outlines(self) -> Outlines:
-        """The trees of both tiers as the last request left them, without waiting for the worker."""
-        tiers = self.engine.tiers
-        return Outlines(tiers.outlines, tiers.disk.outlines)
 
     @known_keywords
     def checkpoints(self, *, cache_salt: str | None = None) -> list[list[int]]:
@@ -469,15 +485,6 @@ class HybridPromptCache:
         self.close()
 
 
-def _checked(model: Any, tokenizer: Any, cache_salt: str) -> TokenizerWrapper | None:
-    """The tokenizer as mlx-lm's own."""
-    check_model(model, tokenizer)
-    check_text("cache_salt", cache_salt)
-    return (
-        tokenizer if isinstance(tokenizer, TokenizerWrapper | None) else TokenizerWrapper(tokenizer)
-    )
-
-
 def _answering(
     engine: Engine, request: Request, options: dict[str, Any], *, use_cache: bool
 ) -> Iterator[GenerationResponse | Pause]:
@@ -491,10 +498,3 @@ def _answering(
         options.pop(name, None)
     options["draft_tokens"] = most
     return engine.answer(request, options)
-
-
-def _through(
-    steps: Iterator[GenerationResponse | Pause], through: Through[T]
-) -> Iterator[T | Pause]:
-    with closing(steps):  # type: ignore[type-var]  # both ways of answering are generators
-        yield from through(steps)

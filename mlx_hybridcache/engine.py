@@ -19,6 +19,7 @@ from mlx_lm.generate import GenerationResponse
 from .caches.layout import Layout
 from .caches.live import LiveCaches
 from .caches.relief import Relief
+from .decode.adapting import Adapting
 from .decode.decoder import Decoder
 from .decode.reply import Reply
 from .decode.responses import respond
@@ -87,6 +88,10 @@ class Engine(Keeping):
     prefill: Prefill
     decoder: Decoder
     last_report: CacheReport | None = field(default=None, init=False)
+    adapting: Adapting = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.adapting = Adapting(self.model, self.layout, self.sharing, self.decoder)
 
     def answer(
         self, request: Request, options: dict[str, Any]
@@ -220,13 +225,20 @@ class Engine(Keeping):
             self.decoder.take_back(reply)
             read = reply.read
             is_exact = self.sharing.is_exact(reply.position)
-            keep = bool(read) and not is_exact and not self.prefill.marks.strips(read)
+            keep = bool(read) and not is_exact and self._is_of_use(request, read)
             self.decoder.end(reply, keep=keep)
             if keep and live.is_standing and reply.guard.error is None:
                 history = np.concatenate([request.tokens, np.array(read, dtype=np.int32)])
                 mx.eval([cache.state for cache in live.caches])
                 self.tiers.save_end(request, live, history)
             live.ended_well = is_left and reply.guard.error is None
+
+    def _is_of_use(self, request: Request, read: list[int]) -> bool:
+        """Whether the next turn's history can go on from the end of a reply. Of rows alone it takes any part."""
+        marks = self.prefill.marks
+        if self.layout.needs_snapshots and marks.ends_otherwise(read):
+            return False
+        return not marks.strips(read, request.tokens)
 
     @contextmanager
     def _keeping(self, request: Request, live: LiveCaches) -> Iterator[None]:

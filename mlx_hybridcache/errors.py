@@ -37,6 +37,10 @@ class ModelError(HybridCacheError):
     """A model or tokenizer could not be loaded from where it was said to be."""
 
 
+class AdapterError(ModelError):
+    """An adapter cannot be used with the model that is there: not found, of another model, a full fine-tune."""
+
+
 class BackendError(HybridCacheError, ImportError):
     """MLX is installed without a library that computes for it, or without the driver that this needs."""
 

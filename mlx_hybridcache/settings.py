@@ -22,7 +22,7 @@ from .decode import batch_check as batching
 from .decode.decoder import Decoder
 from .decode.store_check import measure
 from .engine import Engine
-from .errors import BudgetError, SettingError
+from .errors import AdapterError, BudgetError, SettingError
 from .group.joined import ranked
 from .group.layout import shared
 from .machine import Pressure, default_reserve
@@ -39,7 +39,8 @@ from .sizes import format_bytes, parse_bytes
 from .store.references import CountedReferences
 from .store.store import Store
 from .tiers import Tiers
-from .tokens import learn_turn_marks, settings_digest
+from .tokenizing.turn_marks import learn_turn_marks
+from .tokens import settings_digest
 from .worker.turns import Load
 
 if TYPE_CHECKING:
@@ -303,3 +304,20 @@ def info(engine: Engine) -> CacheInfo:
         ranks=layout.parts,
         model=engine.model,
     )
+
+
+def adapted(engine: Engine, load: Load, path: str | Path | None) -> CacheInfo:
+    """Put an adapter into an engine's model; what its cache is then. Between two turns.
+
+    Raises `AdapterError` for what cannot be used, while requests are under way, and for several ranks.
+    """
+    if engine.layout.parts > 1:
+        raise AdapterError(
+            "Several ranks cannot change adapters yet. Start all of them with this one."
+        )
+    if load.reading or load.waiting or load.writing:
+        raise AdapterError(
+            "Requests are under way, which another adapter would change. Wait for their end."
+        )
+    engine.adapting.use(path)
+    return info(engine)

@@ -130,6 +130,7 @@ class Tiers:
 
     def live(self, request: Request, *, shares: bool = True) -> LiveCaches:
         """Caches for a request, not there yet. Without `shares` the store leaves nothing in them."""
+        self._sharing.check(request)
         return LiveCaches(
             self._materializer, self._layout, request.namespace, request.tokens, shares=shares
         )

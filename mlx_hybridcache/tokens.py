@@ -72,115 +72,104 @@ def as_tokens(tokens: npt.ArrayLike) -> Tokens:
 class TurnMarks:
     """What a tokenizer's chat template says about turns: token ids.
 
-    `openers` are the special tokens that open a turn, `user_opener` all the tokens that open a
+    `openers` are the added tokens that open a turn, `user_opener` all the tokens that open a
     user's, its role included: prompts that share a beginning part ways behind them, as tool results
-    are mostly rendered in the user's name. `thinking_end` closes reasoning that the
-    template strips from past turns, None where it strips none; `tool_call` opens a tool call, after
-    which the reasoning stays in the history.
+    are mostly rendered in the user's name. `phrases` are openers that are written in ordinary tokens.
+    `reply_opener` is what a history has from the opener of a past reply to its text, and `written` the
+    end of it that the model writes itself, as harmony's channel. `melts` ends a prompt whose last token
+    a past reply does not have: a space, which is one with the word behind it. `thinking_end` closes reasoning, empty
+    where the template knows none; `strips_thinking` says that it leaves reasoning
+    out of past turns; `tool_call` opens a tool call, after which the reasoning stays in the history.
+    Of the tokens by which a model ends its replies `other_ends` are those that no history has there.
     """
 
     openers: frozenset[int] = frozenset()
     user_opener: tuple[int, ...] = ()
-    thinking_end: int | None = None
+    phrases: tuple[tuple[int, ...], ...] = ()
+    reply_opener: tuple[int, ...] = ()
+    written: tuple[int, ...] = ()
+    melts: tuple[int, ...] = ()
+    thinking_end: tuple[int, ...] = ()
+    strips_thinking: bool = False
     tool_call: int | None = None
+    other_ends: frozenset[int] = frozenset()
 
     def starts(self, tokens: Tokens) -> list[int]:
         """Positions just behind an opener, ascending."""
+        at = self._opened(tokens)
+        whole = _found(tokens, self.user_opener, at)
+        found = {int(each) for each in at + np.where(whole, len(self.user_opener), 1)}
+        for phrase in self.phrases:
+            begins = np.flatnonzero(tokens == phrase[0])
+            is_there = _found(tokens, phrase, begins)
+            found.update(int(each) + len(phrase) for each in begins[is_there])
+        return sorted(found)
+
+    def _opened(self, tokens: Tokens) -> npt.NDArray[np.intp]:
         if not self.openers:
-            return []
+            return np.array([], dtype=np.intp)
         openers = np.fromiter(self.openers, dtype=np.int32)
-        at = np.flatnonzero(
-            np.isin(tokens, openers, kind="sort")
-        )  # few: no table is made of all ids
-        length = len(self.user_opener)
-        whole = at + length <= len(tokens) if length else np.zeros(len(at), dtype=bool)
-        for offset, token in enumerate(self.user_opener):
-            whole &= tokens[np.minimum(at + offset, len(tokens) - 1)] == token
-        return [int(position) for position in at + np.where(whole, length, 1)]
+        # They are few: no table is made of all ids.
+        return np.flatnonzero(np.isin(tokens, openers, kind="sort"))
 
-    def strips(self, reply: Sequence[int]) -> bool:
-        """Whether the next turn's history will leave part of this reply out."""
-        if self.thinking_end is None or self.thinking_end not in reply:
+    def strips(self, reply: Sequence[int], prompt: Tokens | None = None) -> bool:
+        """Whether the next turn's history will be another one than this reply behind its `prompt`.
+
+        A reply of several turns is rendered anew, as harmony's analysis before its answer. Reasoning that
+        the prompt has closed, as an empty one, stays only if past replies open so.
+        """
+        before = [] if prompt is None else self._last_turn(prompt)
+        if self.melts and tuple(before[-len(self.melts) :]) == self.melts:
+            return True
+        own = _overlap(before, reply, self.written)
+        said = reply[:-1]  # some models end replies with the next opener
+        if own is None or (self.written and not self.openers.isdisjoint(said)):
+            return True
+        is_closed = _holds(before, self.thinking_end)
+        if is_closed and _overlap(before, reply, self.reply_opener) is None:
+            return True
+        if self.tool_call is not None and self.tool_call in reply:
             return False
-        return self.tool_call is None or self.tool_call not in reply
+        return self.strips_thinking and not is_closed and _holds(reply[own:], self.thinking_end)
+
+    def ends_otherwise(self, reply: Sequence[int]) -> bool:
+        """Whether a state behind this reply is of no use: the history has another token where it ended."""
+        return len(reply) > 0 and reply[-1] in self.other_ends
+
+    def _last_turn(self, prompt: Tokens) -> list[int]:
+        at = self._opened(prompt)
+        last: list[int] = prompt[at[-1] if len(at) else len(prompt) :].tolist()
+        return last
 
 
-_WORDS = ("Ka", "Lo", "Mi")
+def _overlap(before: list[int], reply: Sequence[int], wanted: tuple[int, ...]) -> int | None:
+    """How many tokens of a reply are the end of `wanted`, whose beginning ends `before`; None if it is not there."""
+    for part in range(min(len(before), len(wanted)), -1, -1):
+        own = len(wanted) - part
+        is_begun = tuple(before[len(before) - part :]) == wanted[:part]
+        if is_begun and tuple(reply[:own]) == wanted[part:]:
+            return own
+    return None
 
 
-def learn_turn_marks(tokenizer: Any) -> TurnMarks:
-    """Learn once, from the tokenizer's own chat template, how turns open.
+def _found(
+    tokens: Tokens, sequence: Sequence[int], at: npt.NDArray[np.intp]
+) -> npt.NDArray[np.bool_]:
+    """At which of these positions the sequence stands; at none where it is empty."""
+    length = len(sequence)
+    whole = at + length <= len(tokens) if length else np.zeros(len(at), dtype=bool)
+    for offset, token in enumerate(sequence):
+        whole &= tokens[np.minimum(at + offset, len(tokens) - 1)] == token
+    return whole
 
-    Each prefix of a small conversation is rendered; what a further message adds begins with its
-    opener, if that is a special token. A template that cannot be rendered gives no marks.
-    """
-    if tokenizer is None or getattr(tokenizer, "chat_template", None) is None:
-        return TurnMarks()
-    special = {int(token) for token in getattr(tokenizer, "all_special_ids", [])}
-    added = getattr(tokenizer, "added_tokens_decoder", {})
-    special |= {int(token) for token, how in added.items() if getattr(how, "special", True)}
-    user, assistant, again = (
-        {"role": role, "content": word}
-        for role, word in zip(("user", "assistant", "user"), _WORDS, strict=True)
+
+def _holds(tokens: Sequence[int], sequence: tuple[int, ...]) -> bool:
+    """Whether a sequence that is not empty stands somewhere in these tokens."""
+    length = len(sequence)
+    return length > 0 and any(
+        token == sequence[0] and tuple(tokens[at : at + length]) == sequence
+        for at, token in enumerate(tokens)
     )
-    reply, turn = (
-        _added(tokenizer, shorter, longer)
-        for shorter, longer in (
-            (_render(tokenizer, [user]), _render(tokenizer, [user], reply=True)),
-            (
-                _render(tokenizer, [user, assistant]),
-                _render(tokenizer, [user, assistant, again]).partition(_WORDS[2])[0],
-            ),
-        )
-    )
-    openers = {first for added in (reply, turn) if (first := _first_of(added, special)) is not None}
-    begins = turn.index(first) if (first := _first_of(turn, special)) is not None else len(turn)
-    return TurnMarks(
-        frozenset(openers),
-        tuple(turn[begins:]),
-        _stripped_thinking_end(tokenizer),
-        _token(tokenizer, "tool_call_start"),
-    )
-
-
-def _render(tokenizer: Any, messages: list[dict[str, str]], *, reply: bool = False) -> str:
-    try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=reply)
-    except Exception:  # a template may raise anything, jinja2's own errors and its author's
-        return ""
-    return text if isinstance(text, str) else ""
-
-
-def _added(tokenizer: Any, shorter: str, longer: str) -> list[int]:
-    """The tokens of what `longer` adds to `shorter`; none where it does not go on from there."""
-    if not shorter or not longer.startswith(shorter):
-        return []
-    ids = tokenizer.encode(longer[len(shorter) :], add_special_tokens=False)
-    return [int(token) for token in ids]
-
-
-def _first_of(tokens: list[int], special: set[int]) -> int | None:
-    return next((token for token in tokens if token in special), None)
-
-
-def _stripped_thinking_end(tokenizer: Any) -> int | None:
-    """The token that closes reasoning, if past reasoning does not stay in the history."""
-    start, end = (getattr(tokenizer, name, None) for name in ("think_start", "think_end"))
-    if not getattr(tokenizer, "has_thinking", False) or not start or not end:
-        return None
-    reply = {"role": "assistant", "content": f"{start}\n{_WORDS[2]}\n{end}\n\n{_WORDS[1]}"}
-    question = {"role": "user", "content": _WORDS[0]}
-    rendered = _render(tokenizer, [question, reply, question])
-    return _token(tokenizer, "think_end") if rendered and _WORDS[2] not in rendered else None
-
-
-def _token(tokenizer: Any, name: str) -> int | None:
-    """The id of a tokenizer's named marker, if it is a single token."""
-    text = getattr(tokenizer, name, None)
-    if not text:
-        return None
-    ids = tokenizer.encode(text, add_special_tokens=False)
-    return int(ids[0]) if len(ids) == 1 else None
 
 
 class Namespace(NamedTuple):

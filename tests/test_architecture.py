@@ -31,7 +31,7 @@ ORDER = [
     {"disk", "request"},
     {"caches", "router"},
     {"store"},
-    {"machine", "models", "tokenizing", "worker"},
+    {"adapters", "machine", "models", "tokenizing", "worker"},
     {"backend", "report", "sizes", "tokens"},
     {"errors"},
 ]

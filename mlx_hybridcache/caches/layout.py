@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import count
 from typing import Any
 
 import mlx.core as mx
 from mlx_lm.models import cache as mlx_caches
+from mlx_lm.models.deepseek_v41 import LayerCache
 
 from . import counting
 from .capture import CaptureHook
+from .kinds.compressed import CompressedKind, looked_ahead
 from .kinds.idle import IdleKind, is_idle
 from .kinds.kind import LayerKind
-from .kinds.quantized import END, QuantizedRowsKind
 from .kinds.recurrent import RecurrentKind
-from .kinds.rows import RowsKind, Span
+from .kinds.rows import EVERYWHERE, RowsKind, Span
 from .kinds.smaller import FULL, N, StorePrecision
 from .kinds.window import ChunkedKind, FullWindowKind, WindowKind
 from .quantizing import forwards, trial
@@ -33,6 +34,7 @@ _KINDS: dict[type, Callable[[Any, int], LayerKind]] = {
     mlx_caches.RotatingKVCache: WindowKind.seen,
     mlx_caches.ChunkedKVCache: ChunkedKind.seen,
     mlx_caches.ArraysCache: lambda cache, step: RecurrentKind.seen(cache),
+    LayerCache: CompressedKind.seen,
 }
 
 _BLOCKS = {
@@ -48,8 +50,6 @@ _BLOCKS = {
 
 MOST_BLOCK = 64
 """Tokens of a block that is read to be taken back in part."""
-
-EVERYWHERE: Span = (0, END)
 
 LEARNT_FROM = 8
 """Tokens that a model reads so that its layout is learnt: states that begin with their tokens, such
@@ -208,7 +208,8 @@ class Layout:
         names = sorted({each.__name__ for each in classes if each not in _KINDS})
         if names:
             return cls((), classes, tuple(names), None, 1, vocabulary)
-        kinds = tuple(_kind(cache, step, swa_full) for cache in leaves(caches))
+        ahead = looked_ahead(model, leaves(caches), fresh_caches, leaves)
+        kinds = tuple(_kind(cache, step, swa_full) for cache in ahead)
         counted = None
         if all(
             kind.position(cache) is None for kind, cache in zip(kinds, leaves(caches), strict=True)
@@ -311,6 +312,8 @@ class Layout:
     @property
     def longest_block(self) -> int:
         """The most tokens of which caches can go back to any: no more than a window keeps."""
+        if not all(kind.goes_back_in_blocks for kind in self.kinds):
+            return 1
         windows = [kind for kind in self.kinds if isinstance(kind, WindowKind | FullWindowKind)]
         return min([MOST_BLOCK, *(kind.size for kind in windows)])
 
@@ -454,19 +457,16 @@ class Layout:
         """The position where slices must end because rows are quantized from there on; 0 for none."""
         return 0 if self.precision is None else self.precision.start
 
-    @property
+    @cached_property
     def spans(self) -> tuple[tuple[Span, ...], ...]:
         """Of which positions each array of rows has them, by layer; empty where all have all."""
-        if not self.quantized_start:
+        if not any(kind.spans for kind in self.kinds):
             return ()
-        return tuple(
-            kind.spans if isinstance(kind, QuantizedRowsKind) else (EVERYWHERE, EVERYWHERE)
-            for kind in self.kinds
-        )
+        return tuple(kind.spans or (EVERYWHERE, EVERYWHERE) for kind in self.kinds)
 
     def spans_of(self, leaf: int, arrays: int) -> tuple[Span, ...]:
         """The same of a layer that has so many."""
-        return self.spans[leaf][:arrays] if self.quantized_start else (EVERYWHERE,) * arrays
+        return self.spans[leaf][:arrays] if self.spans else (EVERYWHERE,) * arrays
 
     def mismatch(self, caches: Sequence[Any], position: int) -> str | None:
         """Why `caches` are not this model's standing at `position`; None where they are."""

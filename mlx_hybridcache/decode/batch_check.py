@@ -33,7 +33,13 @@ def shown(model: Any, layout: Layout) -> bool:
             False  # mlx-lm has no batches of quantized rows, as was said when they were asked for
         )
     if not layout.merges:
-        log.info("Replies are decoded one by one: batches of this model's caches are not exact.")
+        unmerged = sorted(each.__name__ for each in layout.classes if not hasattr(each, "merge"))
+        log.info(
+            "Replies are decoded one by one: %s.",
+            f"mlx-lm makes no batches of a {unmerged[0]}"
+            if unmerged
+            else "batches of this model's caches are not exact",
+        )
         return False
     try:
         objection = _objection(model, layout)

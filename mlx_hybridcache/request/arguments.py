@@ -11,6 +11,8 @@ from functools import wraps
 from os import PathLike
 from typing import Any, ParamSpec, TypeVar
 
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
 from ..errors import ArgumentError, PromptError, SettingError
 from ..tokens import is_compact
 
@@ -52,6 +54,14 @@ def check_keywords(function: str, given: Iterable[str], known: Collection[str]) 
         else:
             said = f"It knows {', '.join(sorted(known))}."
         raise ArgumentError(f"{function} has no keyword {name!r}. {said}")
+
+
+def checked_tokenizer(model: Any, tokenizer: Any) -> TokenizerWrapper | None:
+    """The tokenizer as mlx-lm's own. Raises as `check_model` does."""
+    check_model(model, tokenizer)
+    return (
+        tokenizer if isinstance(tokenizer, TokenizerWrapper | None) else TokenizerWrapper(tokenizer)
+    )
 
 
 def check_model(model: Any, tokenizer: Any) -> None:

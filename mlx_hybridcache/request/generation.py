@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
@@ -165,3 +166,11 @@ def only(found: list[Ready]) -> Ready:
     if not found:  # what the worker's end cuts short ends without an error
         raise closed()
     return found[0]
+
+
+def passed_through(
+    steps: Iterator[Any], through: Callable[[Iterator[Any]], Iterator[Any]]
+) -> Iterator[Any]:
+    """What `through` makes of a request's steps, which end with it."""
+    with closing(steps):  # type: ignore[type-var]  # both ways of answering are generators
+        yield from through(steps)

@@ -6,15 +6,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..caches.layout import Layout
+from ..errors import AdapterError
 from ..tokens import Namespace, Tokens, settings_digest
 from .request import Request
 
 
-@dataclass(frozen=True)
+@dataclass
 class Sharing:
     """Where the prompts of one cache belong.
 
-    `step` bounds a slice and `every` is the distance of its grid's cuts, both in tokens.
+    `step` bounds a slice and `every` is the distance of its grid's cuts, both in tokens. `settings` change with
+    the model's adapter, while no request is under way.
     """
 
     settings: str
@@ -39,6 +41,13 @@ class Sharing:
             detail=detail,
             **asked,
         )
+
+    def check(self, request: Request) -> None:
+        """Raises `AdapterError` where the adapter was changed between a request's making and its beginning."""
+        if request.namespace not in self.namespaces(request.namespace.salt):
+            raise AdapterError(
+                "The model's adapter was changed before this request began. Change it when no request is made."
+            )
 
     def is_exact(self, tokens: int) -> bool:
         """Whether so many tokens are read along the grid only: what is computed of them depends on it."""

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import mlx.core as mx
+
+if TYPE_CHECKING:
+    from .rows import Span
 
 Arrays = tuple[mx.array, ...]
 
@@ -58,8 +61,16 @@ class LayerKind:
     stores_small: ClassVar[Literal["rows", "state"] | None] = None
     """What a smaller store makes small of this layer (`smaller`)."""
 
+    goes_back_in_blocks: ClassVar[bool] = True
+    """Whether tokens of a block can be taken back, for bytes that are known (`block_bytes`)."""
+
     goes_back: ClassVar[bool] = False
     """Whether mlx-lm can take the last tokens back out of the live cache, however many it has read."""
+
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        """Of each array of rows, which positions have some; empty where each position has one in every array."""
+        return ()
 
     @property
     def row_bytes(self) -> int:

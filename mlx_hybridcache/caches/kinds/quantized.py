@@ -13,10 +13,7 @@ from typing import Any
 import mlx.core as mx
 
 from .kind import Arrays, LayerKind, Parts, Snapshot
-from .rows import AXIS, RowsKind, Span, blank, joined, rows_in
-
-END = 2**62
-"""Behind every position."""
+from .rows import AXIS, END, RowsKind, Span, blank, joined, rows_in
 
 _PACKED_DTYPE = mx.uint32
 
@@ -36,9 +33,8 @@ class QuantizedRowsKind(LayerKind):
 
     @property
     def spans(self) -> tuple[Span, ...]:
-        """Of which positions each of its arrays has rows."""
-        before: tuple[Span, ...] = ((0, self.start),) * 2 if self.start else ()
-        return (*before, *((self.start, END),) * 6)
+        before = (Span(0, self.start),) * 2 if self.start else ()
+        return (*before, *(Span(self.start, END),) * 6)
 
     @property
     def row_bytes(self) -> int:
@@ -47,8 +43,8 @@ class QuantizedRowsKind(LayerKind):
 
     def rows_nbytes(self, start: int, end: int) -> int:
         (a, b), (c, d) = (
-            rows_in((0, self.start), start, end),
-            rows_in((self.start, END), start, end),
+            rows_in(Span(0, self.start), start, end),
+            rows_in(Span(self.start, END), start, end),
         )
         return (b - a) * self.full.row_bytes + (d - c) * self.row_bytes
 

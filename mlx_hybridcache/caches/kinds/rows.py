@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
@@ -13,14 +13,25 @@ from .kind import Arrays, LayerKind, Parts, Snapshot
 
 AXIS = 2  # (batch, heads, tokens, dim)
 
-Span = tuple[int, int]
-"""The positions of which an array has rows, half open."""
+END = 2**62
+"""Behind every position."""
+
+
+class Span(NamedTuple):
+    """The positions of which an array has rows, half open, and how many of them make a row."""
+
+    start: int
+    end: int
+    every: int = 1
+
+
+EVERYWHERE = Span(0, END)
 
 
 def rows_in(span: Span, start: int, end: int) -> tuple[int, int]:
-    """The part of `[start, end)` of which an array has rows; it may be empty."""
-    low, high = span
-    return min(max(start, low), high), min(max(end, low), high)
+    """Which rows an array has of `[start, end)`; there may be none. A row is the last position's it is made of."""
+    low, high, every = span
+    return min(max(start, low), high) // every, min(max(end, low), high) // every
 
 
 Origin = tuple[int, int, int]
@@ -72,23 +83,18 @@ class RowBlock:
             return self.layers
         return tuple(
             tuple(
-                compact(x[:, :, a:b])
-                for x, (a, b) in zip(arrays, self._within(leaf, start, end), strict=True)
+                compact(x[:, :, slice(*self.within(leaf, which, start, end))])
+                for which, x in enumerate(arrays)
             )
             for leaf, arrays in enumerate(self.layers)
         )
 
-    def positions(self, leaf: int, which: int) -> tuple[int, int]:
-        """The positions of which array `which` of a layer has rows here."""
-        if not self.spans:
-            return self.start, self.end
-        return rows_in(self.spans[leaf][which], self.start, self.end)
-
-    def _within(self, leaf: int, start: int, end: int) -> list[tuple[int, int]]:
-        """Where in each array of a layer the rows of `[start, end)` lie."""
-        held = [self.positions(leaf, which) for which in range(len(self.layers[leaf]))]
-        wanted = [rows_in(each, start, end) for each in held]
-        return [(a - low, b - low) for (a, b), (low, _) in zip(wanted, held, strict=True)]
+    def within(self, leaf: int, which: int, start: int, end: int) -> tuple[int, int]:
+        """Where in array `which` of a layer the rows of `[start, end)` lie, as far as they are here."""
+        span = self.spans[leaf][which] if self.spans else EVERYWHERE
+        first, _ = rows_in(span, self.start, self.end)
+        a, b = rows_in(span, max(start, self.start), min(end, self.end))
+        return a - first, b - first
 
 
 def origins_of(blocks: Iterable[RowBlock], end: int) -> list[Origin]:

@@ -68,6 +68,8 @@ class StorePrecision:
 
     def row_bytes(self, kind: LayerKind, cache: Any) -> int:
         """Bytes of one token's rows of a layer as they are stored; `cache` has read one."""
+        if kind.stores_small != "rows" or self.kv_bits is None:
+            return kind.row_bytes
         return sum(x.nbytes for x in self.rows(kind, kind.view_rows(cache, 0, 1) or ()))
 
     def snapshot_bytes(self, kind: LayerKind, cache: Any, position: int) -> int:

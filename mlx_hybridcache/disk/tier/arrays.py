@@ -72,16 +72,16 @@ def rows_views(blocks: Sequence[RowBlock], start: int, end: int) -> ByteViews:
     columns = [_plain([x for arrays in block.layers for x in arrays]) for block in parts]
     for column, (leaf, which, array) in enumerate(_arrays_in(parts[0])):
         _, heads, _, dim = array.shape
-        held = [block.positions(leaf, which) for block in parts]
-        wanted = [(max(start, a), max(start, a, min(end, b))) for a, b in held]
+        held = [block.within(leaf, which, block.start, block.end)[1] for block in parts]
+        wanted = [block.within(leaf, which, start, end) for block in parts]
         length = sum(b - a for a, b in wanted)
         if not length:
             continue
         tensors.append(_tensor(f"{leaf}.{which}", array.dtype, (1, heads, length, dim)))
         row = dim * array.dtype.size
         for head in range(heads):
-            for (low, high), (a, b), views in zip(held, wanted, columns, strict=True):
-                first = head * (high - low) - low
+            for rows, (a, b), views in zip(held, wanted, columns, strict=True):
+                first = head * rows
                 data.append(views[column][(first + a) * row : (first + b) * row])
     return ByteViews(tuple(tensors), data)
 
@@ -241,10 +241,12 @@ class RestoreBuffers:
         self._make_rows(found.tensors)
         views = iter(found.data)
         for tensor in found.tensors:
-            leaf, which = _numbers(tensor)
-            span = self._layout.spans_of(leaf, which + 1)[which]
-            for target in self._targets(tensor, *rows_in(span, start, end)):
+            for target in self._targets(tensor, *rows_in(self._span(tensor), start, end)):
                 target[:] = next(views)
+
+    def _span(self, tensor: Tensor) -> Span:
+        leaf, which = _numbers(tensor)
+        return self._layout.spans_of(leaf, which + 1)[which]
 
     def room_for_rows(self, segment: Segment, start: int, end: int) -> Iterator[memoryview]:
         """Where the bytes of a segment belong, in file order, of which `[start, end)` is wanted.
@@ -252,12 +254,15 @@ class RestoreBuffers:
         What lies outside is read as well, because the checksum covers it, into memory that is
         thrown away.
         """
-        before, behind = start - segment.start, segment.end - end
         self._make_rows(segment.tensors)
         for tensor in segment.tensors:
+            span = self._span(tensor)
+            first, last = rows_in(span, segment.start, segment.end)
+            a, b = rows_in(span, start, end)
+            before, behind = a - first, last - b
             row = tensor.nbytes // max(1, prod(tensor.shape[:3]))
             scrap = memoryview(bytearray(max(before, behind) * row))
-            for target in self._targets(tensor, start, end):
+            for target in self._targets(tensor, a, b):
                 yield from (scrap[: before * row], target, scrap[: behind * row])
 
     def room_for_state(self, segment: Segment) -> Iterator[memoryview]:
@@ -330,13 +335,15 @@ class RestoreBuffers:
             _, heads, _, dim = tensor.shape
             leaf, which = _numbers(tensor)
             rows = self._layout.kinds[leaf].buffer_rows(self.position, self._capacity, which)
-            shape = (1, heads, self.position if self._layout.storing else rows, dim)
+            if self._layout.storing:
+                _, rows = rows_in(self._span(tensor), 0, self.position)
+            shape = (1, heads, rows, dim)
             self._rows[tensor.name] = mx.zeros(shape, _DTYPES[tensor.dtype])
         if missing:
             evaluate_to_keep([self._rows[tensor.name] for tensor in missing])
 
     def _targets(self, tensor: Tensor, start: int, end: int) -> Iterator[memoryview]:
-        """Of each head the bytes of positions `[start, end)` in this tensor's buffer."""
+        """Of each head the bytes of the rows `[start, end)` in this tensor's buffer."""
         buffer = self._rows[tensor.name]
         _, heads, length, dim = buffer.shape
         row = dim * buffer.dtype.size

@@ -10,7 +10,7 @@ from mlx_lm.utils import load_tokenizer
 
 from mlx_hybridcache import models
 from mlx_hybridcache.errors import HybridCacheError, ModelError, SettingError
-from mlx_hybridcache.tokens import learn_turn_marks
+from mlx_hybridcache.tokenizing.turn_marks import learn_turn_marks
 
 from ..errors import ApiError
 from ..http import wire

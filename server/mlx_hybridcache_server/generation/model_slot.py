@@ -153,6 +153,9 @@ class ModelSlot:
         """Nobody holds the old model. Whoever waits for the new one hears why it cannot be loaded."""
         self.check_open()
         old = self.loaded
+        if wanted is not None and old.cache.is_alive and old.may_adapt(wanted):
+            self.loaded = await asyncio.to_thread(old.adapted, wanted.adapter)
+            return
         own = Named(old.source, old.adapter)
         try:
             self.loaded = await self._load(wanted or own, partial(self._let_go, old))

@@ -6,9 +6,10 @@ import hashlib
 import logging
 import math
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from huggingface_hub import CacheNotFound, scan_cache_dir
 
 from mlx_hybridcache import Group, HybridPromptCache, models
+from mlx_hybridcache.adapters import lora
 from mlx_hybridcache.caches.layout import Layout
 from mlx_hybridcache.demo import BUNDLED_MODEL
 from mlx_hybridcache.errors import SettingError
@@ -43,6 +45,9 @@ BUNDLED_NAME = "mlx-hybridcache-demo"
 
 SNAPSHOTS = "snapshots"
 """Where the hub's cache keeps a repository's versions: `models--owner--name/snapshots/version`."""
+
+ENDS_SECONDS = 0.005
+"""How often it is looked whether requests that were given up have ended."""
 
 T = TypeVar("T")
 
@@ -85,7 +90,8 @@ class Loaded:
     """A model with what serves it.
 
     `id` is its name in `/v1/models`, `names` all that mean it, `source` what it was loaded from,
-    `adapter` the one that a request asked for. `shown` are the names that are listed.
+    `adapter` the one that a request asked for. `shown` are the names that are listed. The weights of one that
+    `is_changed` are not the model's own, so that no other adapter can take that one's place.
     """
 
     id: str
@@ -98,6 +104,7 @@ class Loaded:
     renderer: Renderer
     token_bytes: Callable[[int], bytes]
     draft: Any | None
+    is_changed: bool = False
 
     @cached_property
     def constraints(self) -> Constraints:
@@ -109,6 +116,23 @@ class Loaded:
     def serves(self, wanted: Named) -> bool:
         """Whether a request for `wanted` is a request for this one."""
         return wanted.adapter == self.adapter and wanted.name in self.names
+
+    def may_adapt(self, wanted: Named) -> bool:
+        """Whether a request for `wanted` is for this model with another adapter, which can take turns with its own."""
+        is_small = wanted.adapter is None or lora.is_small(wanted.adapter)
+        return wanted.name in self.names and is_small and not self.is_changed
+
+    def adapted(self, adapter: str | None) -> Loaded:
+        """The same with an adapter, None for its own, and all that is cached for any. Not for the event loop.
+
+        Nobody asks for anything meanwhile; what a client has left behind ends first. Raises `AdapterError`
+        for what cannot be used.
+        """
+        load = self.cache.load
+        while load.reading or load.waiting or load.writing:
+            time.sleep(ENDS_SECONDS)
+        self.cache.use_adapter(adapter)
+        return replace(self, adapter=adapter)
 
     def tool_format(self, tools: list[dict[str, Any]] | None, *, calls: bool) -> ToolFormat | None:
         """How this model writes calls; None where nothing it writes is one: without tools, or `calls`."""
@@ -145,10 +169,28 @@ def load(
     Raises `ModelError` for what cannot be loaded, `SettingError` and `BudgetError` for settings
     that do not suit it. The arrays are evaluated: any thread may have loaded them.
     """
+    if adapter is None or settings.canonicalize_router is not None or not lora.is_small(adapter):
+        return _load(settings, name, adapter, make_room, group)
+    made = _load(settings, name, None, make_room, group)
+    try:
+        return made.adapted(adapter)
+    except BaseException:
+        made.cache.close()
+        raise
+
+
+def _load(
+    settings: Settings,
+    name: str,
+    adapter: str | None,
+    make_room: MakeRoom | None,
+    group: Group | None,
+) -> Loaded:
     is_default = name == settings.model and adapter is None
+    with_adapter = settings.adapter_path if is_default else adapter
     model, tokenizer = models.load(
         name,
-        adapter_path=settings.adapter_path if is_default else adapter,
+        adapter_path=with_adapter,
         chat_template=settings.chat_template,
         trust_remote_code=settings.trust_remote_code,
         lazy=make_room is not None or group is not None,
@@ -174,6 +216,7 @@ def load(
         renderer=_renderer(settings, tokenizer, cache, name),
         token_bytes=token_bytes(tokenizer),
         draft=draft,
+        is_changed=router is not None or not (with_adapter is None or lora.is_small(with_adapter)),
     )
 
 

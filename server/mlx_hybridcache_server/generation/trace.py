@@ -81,7 +81,7 @@ class Served:
             "tokens": _numbers(chain, self.tokens.tolist()),
             "turns": self.marks.starts(self.tokens),
             "reply": len(self.reply),
-            "keeps_reply": not self.marks.strips(self.reply),
+            "keeps_reply": not self.marks.strips(self.reply, self.tokens),
             "reply_tokens": _numbers(chain, self.reply),
         }
         return json.dumps(told, separators=(",", ":")).encode() + b"\n"

@@ -7,7 +7,8 @@ import pytest
 from bundled import chat, load
 
 from mlx_hybridcache.errors import PromptError
-from mlx_hybridcache.tokens import TurnMarks, learn_turn_marks, prompt_tokens, settings_digest
+from mlx_hybridcache.tokenizing.turn_marks import learn_turn_marks
+from mlx_hybridcache.tokens import TurnMarks, prompt_tokens, settings_digest
 
 
 @pytest.mark.parametrize("ids", [[1, 2, 3], (1, 2, 3), np.array([1, 2, 3]), iter([1, 2, 3])])

@@ -12,7 +12,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from transformers import AutoTokenizer
 
 from mlx_hybridcache.demo import BUNDLED_MODEL
-from mlx_hybridcache.tokens import learn_turn_marks
+from mlx_hybridcache.tokenizing.turn_marks import learn_turn_marks
 
 TOOLS = [
     {"type": "function", "function": {"name": name, "parameters": {"type": "object"}}}

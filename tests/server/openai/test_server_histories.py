@@ -24,7 +24,7 @@ from transformers import AutoTokenizer
 
 from mlx_hybridcache import HybridPromptCache
 from mlx_hybridcache.demo import BUNDLED_MODEL
-from mlx_hybridcache.tokens import learn_turn_marks
+from mlx_hybridcache.tokenizing.turn_marks import learn_turn_marks
 
 LOADS = {"bundled": bundled.load, "strict": strict.load}
 SEEDS = range(300)

@@ -15,6 +15,7 @@ import oracle
 import tiny
 from mlx_lm.models import (
     deepseek_v3,
+    deepseek_v41,
     gemma2,
     gemma3_text,
     internlm2,
@@ -155,6 +156,35 @@ def _deepseek_v3() -> nn.Module:
     )
 
 
+def deepseek_v41_ratios(*ratios: int) -> nn.Module:
+    """A layer for each ratio, in tokens a row, which makes its own rows; one of 0 has a window alone."""
+    sources = tuple(layer for layer, ratio in enumerate(ratios) if ratio)
+    return deepseek_v41.Model(
+        deepseek_v41.ModelArgs(
+            vocab_size=tiny.VOCAB,
+            hidden_size=HIDDEN,
+            num_hidden_layers=len(ratios),
+            num_attention_heads=4,
+            head_dim=16,
+            q_lora_rank=16,
+            qk_rope_head_dim=8,
+            o_groups=2,
+            o_lora_rank=16,
+            moe_intermediate_size=16,
+            n_routed_experts=4,
+            num_experts_per_tok=2,
+            sliding_window=WINDOW,
+            compress_ratios=ratios,
+            kv_source_layer_ids=sources,
+            index_source_layer_ids=sources,
+            index_n_heads=2,
+            index_head_dim=16,
+            index_topk=6,
+            rms_norm_eps=1e-6,
+        )
+    )
+
+
 def _qwen3_next() -> nn.Module:
     return qwen3_next.Model(
         qwen3_next.ModelArgs(
@@ -259,6 +289,9 @@ FAMILIES: dict[str, Family] = {
     "deepseek_v3": Family(
         _deepseek_v3, ROUNDING
     ),  # a single token folds the projection into its query
+    "deepseek_v41": Family(
+        functools.partial(deepseek_v41_ratios, 0, 4, 16, 1), ROUNDING, batches=False
+    ),  # as many keys as a slice has beside its window are summed
     "gemma2": Family(functools.partial(_gemma2, 2), batches=False),
     "gemma2_wide": Family(functools.partial(_gemma2, 4), batches=False),
     "qwen3_next": Family(_qwen3_next),
@@ -266,6 +299,6 @@ FAMILIES: dict[str, Family] = {
     "internlm2": Family(_internlm2, batches=False),
     "llama": Family(_llama),
 }
-"""Recurrent layers alone (three), a window, latent attention, soft caps (two), experts (two), a RoPE that
+"""Recurrent layers alone (three), a window, latent attention, compressed rows, soft caps (two), experts (two), a RoPE that
 knows one position only, and plain rows.
 """
