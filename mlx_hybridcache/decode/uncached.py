@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from typing import Any
 
 import mlx.core as mx
@@ -42,7 +43,7 @@ def respond_uncached(
         prompt_progress_callback=request.on_progress,
         **options,
     )
-    try:
+    with closing(responses):
         for response in seeded(responses, seed):
             if response.generation_tokens == 1:
                 account.amend(prefill_seconds=time.perf_counter() - began)
@@ -55,8 +56,6 @@ def respond_uncached(
             yield response
             if response.finish_reason is not None:
                 return
-    finally:
-        responses.close()
 
 
 def _grew(claim: Claim, nbytes: int, best_effort: bool) -> bool:
