@@ -1,4 +1,4 @@
-"""Which part of a chat stands at a place of its prompt."""
+"""What stands at a place of a prompt, by the letters there: which part of the chat, and what kind of change."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 from mlx_hybridcache_server.explaining.differences import Where
+from mlx_hybridcache_server.explaining.kinds import Kind
 from mlx_hybridcache_server.explaining.places import MOST_MISSED, place
+from mlx_hybridcache_server.explaining.texts import kind_between
 from mlx_hybridcache_server.explaining.turns import changed
 from mlx_hybridcache_server.schema.requests import ChatBody
 
@@ -89,3 +91,17 @@ def test_a_result_is_shortened_where_half_of_it_or_its_own_ends_are_left(left, k
 
     (turn,) = changed(history(RESULT), history(left))
     assert (turn.kind.value, turn.index, turn.field) == (kind, 2, "content")
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "kind"),
+    [
+        ("Look into /srv/one\nfirst", "Look into /srv/one\nthen", None),
+        ("Look into /srv/one first", "Look into /srv/two first", Kind.PATH),
+        ("Look into / first", "Look into /srv first", None),
+        ("It is 5 o'clock.", "It is 17 o'clock.", Kind.NUMBER),
+    ],
+)
+def test_a_change_is_named_by_what_stands_in_its_own_line(one, other, kind):
+    """In both texts: a path that ended the line before, or that one of them ends, is not what changed."""
+    assert kind_between(one, other) is kind
