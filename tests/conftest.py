@@ -9,12 +9,16 @@ from collections.abc import Generator, Iterator
 import pytest
 
 LONGEST = (
-    *("test_equality.py", "test_disk.py", "test_bench_ttft_servers.py", "test_borrowing.py"),
-    *("test_resident.py", "test_state_machine.py", "test_memory.py", "test_disk_faults.py"),
-    *("test_disk_outages.py", "test_disk_others.py"),
-    *("test_router_measure.py", "test_server_page_browser.py", "test_replay_bounds.py"),
-    *("test_cli.py", "test_disk_kills.py", "test_bench_ttft.py", "test_bundled_model.py"),
-    *("test_bench_router.py", "test_bench_disk.py", "test_equality_mutations.py"),
+    *("test_state_machine.py", "test_retained.py", "test_borrowing.py", "test_cli.py"),
+    *("test_bench_ttft_servers.py", "test_equality.py", "test_resident.py", "test_bench_ttft.py"),
+    *("test_speculation.py", "test_quantized.py", "test_disk_kills.py", "test_bench.py"),
+    *("test_bench_disk.py", "test_forwards.py", "test_server_limits.py", "test_memory.py"),
+    *("test_server_page_browser.py", "test_router_measure.py", "test_server_equality.py"),
+    *("test_bench_router.py", "test_disk.py", "test_server_load.py", "test_bundled_model.py"),
+    *("test_server_serving.py", "test_batching.py", "test_engine.py", "test_disk_faults.py"),
+    *("test_equality_mutations.py", "test_replay_bounds.py", "test_hostile.py", "test_slices.py"),
+    *("test_retained_bounds.py", "test_disk_writing.py", "test_server_admission.py"),
+    *("test_disk_outages.py", "test_disk_others.py", "test_server_restart.py"),
 )
 """Begun last, one of these would keep one of the workers running behind the others."""
 

@@ -34,9 +34,7 @@ def respond_uncached(
     began, capacity, account = time.perf_counter(), request.rows, request.account
     seed = options.pop("seed", None)
     responses = stream_generate(
-        model,
-        tokenizer,
-        mx.array(request.tokens),
+        *(model, tokenizer, mx.array(request.tokens)),
         max_tokens=request.max_tokens,
         stream=mx.default_stream(mx.default_device()),  # its own would outlive this thread
         prefill_step_size=step,

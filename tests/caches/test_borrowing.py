@@ -24,8 +24,8 @@ from mlx_hybridcache.store.lazy_rows import has_lazy_rows
 
 REPLY = 8
 
-LAYERS = 6
-"""Three are attention: an array of rows is a sixth of all rows."""
+LAYERS = 4
+"""Two are attention: an array of rows is a quarter of all rows."""
 
 Reply = list[tuple[int, np.ndarray[Any, Any]]]
 PLAIN: dict[tuple[int, tuple[int, ...]], Reply] = {}

@@ -69,11 +69,11 @@ def test_bytes_are_bounded_at_every_moment_and_buffers_are_written_where_they_li
     a turn in retained buffers holds no second copy of them.
     """
     tokens = oracle.prompt(3900, seed=3)
-    with oracle.new_cache(wide_model(6), tokenizer=oracle.word_tokenizer()) as probe:
+    with oracle.new_cache(wide_model(4), tokenizer=oracle.word_tokenizer()) as probe:
         rows = probe.engine.layout.row_bytes * 4096
         budget = 3 * rows + 12 * probe.engine.layout.snapshot_bytes
     with oracle.new_cache(
-        wide_model(6),
+        wide_model(4),
         tokenizer=oracle.word_tokenizer(),
         memory_budget=budget,
         prefill_step_size=512,

@@ -56,6 +56,17 @@ def test_a_reply_that_is_written_again_is_drafted_from_its_first_token_on():
     )
 
 
+def test_a_place_that_was_right_is_left_only_for_one_that_agrees_better():
+    """Three tokens were the same at one place, and the next one is right: another place that came later and agrees in
+    three is no better.
+    """
+    one, other = [11, 12, 13, 14, 15, 16], [90, 12, 13, 14, 70, 71]
+    prompt = [*one, *random_tokens(20, seed=1), *other, *random_tokens(20, seed=2), 11, 12]
+    drafter = drafter_of(prompt)
+    assert drafter.propose([*prompt, 13], 3) == [14, 15, 16]
+    assert drafter.propose([*prompt, 13, 14], 2) == [15, 16]
+
+
 def test_nothing_is_drafted_where_nothing_repeats():
     prompt, reply = random_tokens(3000, seed=1), random_tokens(600, seed=2)
     assert replayed(prompt, reply) == 600

@@ -111,6 +111,18 @@ def test_a_reply_is_the_same_whatever_is_drafted(name, right, wrong, monkeypatch
             assert report.accepted_tokens == 0
 
 
+def test_rows_without_room_behind_them_go_back_too(monkeypatch):
+    """Caches that append to all that they have, whatever their offset: what was refused is cut off."""
+    never_resting(monkeypatch)
+    with new_cache("concatenating llama") as cache:
+        assert not any(kind.headroom for kind in cache.engine.layout.kinds)
+        expected = plain(cache)
+        tokens = [each.token for each in expected]
+        found, report = drafted(cache, Knowing(len(PROMPT), tokens, 2, 2))
+        assert not off("llama", found, expected)
+        assert 0 < report.accepted_tokens < report.drafted_tokens
+
+
 @pytest.mark.parametrize("most", range(1, 9))
 @pytest.mark.parametrize("name", ["qwen3_next", "jamba"])
 def test_any_number_of_tokens_is_drafted_at_once(name, most, monkeypatch):

@@ -22,7 +22,7 @@ from stores.full_scan import FullScan
 from stores.small_store import ROW, STATE, N, save
 
 from mlx_hybridcache.errors import BudgetError, NotStoredError
-from mlx_hybridcache.store.eviction import values
+from mlx_hybridcache.store.eviction import policy, values
 from mlx_hybridcache.store.eviction.choose import Eviction
 from mlx_hybridcache.store.eviction.limits import Limits
 from mlx_hybridcache.store.eviction.policy import Weights
@@ -282,3 +282,15 @@ def test_rows_of_other_tokens_stay_the_stores():
     source.restored([SizedCache(40)], 40, 64, [(0, 40, each) for each in lineages])
     materializer.alias()
     assert store.budget.rows_bytes == 20 * ROW  # the run of `[20, 40)` parts ways inside
+
+
+def test_a_cut_of_a_slice_is_worth_what_a_checkpoint_there_would_be():
+    """Every 3,000 tokens of a slice that ends at 17,000: what lies nearer to the end is worth more, at the same gap."""
+    eviction = Eviction(NodeValues(True, policy.weights), frozenset(), None, 0, 0.1)
+    cuts = [5_000, 8_000, 11_000, 14_000]
+    found = eviction.worths(2_000, cuts, 17_000, {11_000}, 1_000)
+    assert found == [
+        policy.weights(3_000, 3_000, 17_000 - cut, 1_000, cut == 11_000, False).worth(0, 0, 0.1)
+        for cut in cuts
+    ]
+    assert found[0] < found[1] < found[3] < found[2]

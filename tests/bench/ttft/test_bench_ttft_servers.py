@@ -17,32 +17,44 @@ from mlx_hybridcache_bench.ttft import command
 from mlx_hybridcache_bench.ttft.plan import NAMES, SITUATIONS
 
 SIZE = 1050
+SHORT_SIZE = 620
+"""In the short form, of which nothing is asked that is 500 tokens shorter."""
 CLIENTS_AT_ONCE, REQUESTS = 2, 2
 
 
 SOME_NAMES = ("repeat", "changed-ending", "restart", "identical")
 
-in_full_only = pytest.mark.parametrize("out", [in_full(NAMES)], indirect=True)
+Asked = tuple[tuple[str, ...], int]
+
+in_full_only = pytest.mark.parametrize("asked", [in_full((NAMES, SIZE))], indirect=True)
 
 
-@pytest.fixture(scope="module", params=forms(SOME_NAMES, NAMES))
-def out(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+@pytest.fixture(scope="module", params=forms((SOME_NAMES, SHORT_SIZE), (NAMES, SIZE)))
+def asked(request: pytest.FixtureRequest) -> Asked:
+    """Which scenarios, and tokens of their prompts."""
+    names, size = request.param
+    return names, size
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory, asked: Asked) -> Path:
     """The folder of one run of some things or everything beside mlx_lm.server, whose exit status says that
     it is well.
     """
+    names, size = asked
     folder = tmp_path_factory.mktemp("ttft")
     only = [
         "--quick",
         "--repeats",
         "1",
         "--sizes",
-        str(SIZE),
+        str(size),
         "--clients",
         str(CLIENTS_AT_ONCE),
         "--requests",
         str(REQUESTS),
         "--scenarios",
-        *request.param,
+        *names,
     ]
     assert cli.main(["ttft", "--compare", THEIRS, *only, "--out", str(folder)]) == 0
     return folder
@@ -78,7 +90,9 @@ def situation(server: dict[str, Any], name: str) -> dict[str, float]:
     return dict(run["values"])
 
 
-def test_one_command_measures_both_and_writes_every_file(out: Path, found: dict[str, Any]) -> None:
+def test_one_command_measures_both_and_writes_every_file(
+    out: Path, found: dict[str, Any], asked: Asked
+) -> None:
     """Ours joins without being named; the page, Markdown and pictures stand beside the figures."""
     assert list(found) == [THEIRS, OURS]
     assert all(each["status"] == "measured" for each in found.values())
@@ -87,14 +101,14 @@ def test_one_command_measures_both_and_writes_every_file(out: Path, found: dict[
         *("results.json", "report.html", "report.md", "memory.png"),
         *("ttft-by-length.png", "ttft-by-scenario.png", "several-clients.png"),
     }
-    assert "| 1,050 |" in (out / "report.md").read_text(encoding="utf-8")
+    assert f"| {asked[1]:,} |" in (out / "report.md").read_text(encoding="utf-8")
 
 
-def test_what_each_server_re_uses_is_what_it_says(found: dict[str, Any]) -> None:
+def test_what_each_server_re_uses_is_what_it_says(found: dict[str, Any], asked: Asked) -> None:
     """An exact repeat on both; a changed ending on ours alone."""
     ours, theirs = found[OURS], found[THEIRS]
     prompt = ours["requests"][0]["prompt_tokens"]
-    assert prompt > SIZE
+    assert prompt > asked[1]
     for server in (ours, theirs):
         assert cached(server, "repeat", "again") == [prompt - 1] * 4
         assert cached(server, "changed-ending", "cold")[0] < 32
@@ -126,10 +140,10 @@ def test_hot_replies_equal_cold_ones(found: dict[str, Any]) -> None:
     for server in found.values():
         assert all(each["same"] for each in server["equalities"])
         against = [each["against"] for each in server["equalities"]]
-        asked = {each["scenario"] for each in server["requests"]}
+        seen = {each["scenario"] for each in server["requests"]}
         # Four repeats, the old branch asked again, and what came back after the restart.
-        assert against.count("the same request earlier") == 5 + ("branch-and-back" in asked)
-        assert against.count("a newly started server") == len(asked & set(SCENARIOS))
+        assert against.count("the same request earlier") == 5 + ("branch-and-back" in seen)
+        assert against.count("a newly started server") == len(seen & set(SCENARIOS))
 
 
 def test_clients_at_once_and_memory_are_measured(found: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import oracle
 import tiny
 from mlx_lm.models import lfm2
+from mlx_lm.models.cache import ConcatenateKVCache
 
 from mlx_hybridcache import HybridPromptCache
 from odd_models import quantizing
@@ -72,9 +73,19 @@ def _lfm2() -> Any:
     )
 
 
+def _concatenating() -> Any:
+    model = tiny.fresh("llama")
+    model.make_cache = lambda: [ConcatenateKVCache() for _ in model.layers]
+    return model
+
+
 @functools.cache
 def model_of(name: str) -> Any:
-    """A tiny model: the shared one, LFM2 with its convolutions, or a `wide` one to be quantized."""
+    """A tiny model: the shared one, LFM2 with its convolutions, one whose rows grow by concatenation, or a `wide` one
+    to be quantized.
+    """
+    if name == "concatenating llama":
+        return _concatenating()
     if name.startswith("wide "):
         return quantizing.wide(name.removeprefix("wide "), **WIDER.get(name, {}))
     return tiny.made(_lfm2) if name == "lfm2" else tiny.build(name)
