@@ -143,6 +143,12 @@ def learn_turn_marks(tokenizer: Any) -> TurnMarks:
     )
 
 
+def vocabulary_of(tokenizer: Any) -> int:
+    """How many token ids a tokenizer uses, added tokens included; 0 where it does not say."""
+    found = tokenizer.get_vocab() if hasattr(tokenizer, "get_vocab") else {}
+    return max(found.values(), default=-1) + 1
+
+
 def _render(tokenizer: Any, messages: list[dict[str, str]], *, reply: bool = False) -> str:
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=reply)
