@@ -10,25 +10,20 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
 
-import mlx.core as mx
 from mlx_lm.generate import GenerationResponse
 
 from .caches.room import REPLY_ROOM
 from .decode.sampling import take_random_state
-from .decode.speculate.pace import MOST
-from .engine import Engine
 from .errors import ClosedError, GroupError, SettingError
 from .group.joined import begin
 from .prefill.schedule import MIN_STEP, STEP
 from .report import CacheReport
 from .request.arguments import check_keywords, check_text, checked_tokenizer, known_keywords
-from .request.foreign import check_savable, not_saved
+from .request.foreign import not_saved, savable
 from .request.generation import Generation, Ready, handed_over, only, passed_through
 from .request.info import CacheInfo
 from .request.options import (
     KEYWORDS,
-    UNCACHED_OPTIONS,
-    WITHOUT_EFFECT,
     check_generating,
     uncached,
 )
@@ -40,7 +35,7 @@ from .store.budget import StoreStats
 from .store.outline import Outline
 from .store.references import CountedReferences
 from .tokenizing.encoder import Encoder
-from .tokens import Namespace, prompt_tokens
+from .tokens import Namespace
 from .worker.mlx_thread import wired_mlx_thread
 from .worker.stream import Stream
 from .worker.turns import Load, Pause
@@ -48,6 +43,7 @@ from .worker.worker import Worker
 
 if TYPE_CHECKING:
     from .disk.tier.tier import DiskStats
+    from .engine import Engine
     from .group.group import Group
 
 T = TypeVar("T")
@@ -163,9 +159,9 @@ class HybridPromptCache(_Figures):
         # Also when this one fails, or is dropped rather than closed.
         self._let_go = weakref.finalize(self, layout.release)
         load, references = Load(), CountedReferences()
-        self.engine = engine = settings.engine(
-            model, tokenizer, layout, load, references, self.group
-        )
+        made = (model, tokenizer, layout, load, references, self.group)
+        self.engine = engine = settings.engine(*made)
+        self._let_go = weakref.finalize(self, engine.release)
         self.info: CacheInfo = info(engine)
         """What this cache is for all of its life, or for as long as an adapter is used."""
         self.load: Load = load
@@ -255,24 +251,29 @@ class HybridPromptCache(_Figures):
         is kept for so long, anew with each use, as long as anything else may go instead, within half the budget.
         `use_cache=False` reads all of it by mlx-lm alone. `best_effort` is for a reply of unknown length: no memory
         is kept ready for `max_tokens`, and where no more is to be had it ends with `length`. With `draft_from_cache`
-        what followed before is verified up to `num_draft_tokens` at a time. Samplers, logits processors, the progress
-        callback and `through` run on the worker thread. Samplers draw from a random stream that begins at `seed`, or
-        at this thread's state. `through` takes the responses, with a `PAUSE` for each turn that gives none, and
-        yields what the caller gets; ending early ends the request with the tokens that it took. Raises, before any
-        work, `PromptError` for a prompt that cannot be read, and `SettingError` for a `draft_model` beside layers
-        that cannot take tokens back.
+        what followed before is verified several tokens at a time, with `draft_model` up to `num_draft_tokens` of its.
+        Samplers, logits processors, the progress callback and `through` run on the worker thread. Samplers draw from
+        a random stream that begins at `seed`, or at this thread's state. `through` takes the responses, with a `PAUSE`
+        for each turn that gives none, and yields what the caller gets; ending early ends the request with what it took.
+        Raises, before any work, `PromptError` for what cannot be read, `SettingError` for a model that cannot draft.
         """
         engine = self.engine
         check_keywords("stream_generate", options, KEYWORDS)
-        check_generating(max_tokens, options, engine.tokenizer, engine.layout, self.info)
+        around = uncached(options, use_cache=use_cache)
+        check_generating(max_tokens, options, around, engine.tokenizer, engine.layout, self.info)
+        self.learn_draft(None if around else options.get("draft_model"))
         asked = (boundaries, lifetimes, prompt_progress_callback, cache_salt)
         request = self._prompts.request(prompt, max_tokens, *asked, best_effort=best_effort)
         if options.get("sampler") is not None:
             options["seed"] = take_random_state() if seed is None else seed
-        steps = _answering(engine, request, options, use_cache=use_cache)
+        steps = engine.serve(request, options, around)
         if through is not None:
             steps = passed_through(steps, through)
         return Generation(request, self.worker.stream(steps, request.job))
+
+    def learn_draft(self, model: Any) -> None:
+        """Make `model`, if any, ready to draft before a request needs it; `SettingError` for one that cannot."""
+        self.engine.drafting.learn(model, self.worker.call)
 
     # For frameworks that run the model themselves
 
@@ -363,9 +364,7 @@ class HybridPromptCache(_Figures):
         when there is no room.
         """
         layout = self.engine.layout
-        history = prompt_tokens(tokens, layout.vocabulary)
-        check_savable(layout, len(history), prompt_cache, exact=self.info.exact)
-        mx.eval([cache.state for cache in prompt_cache])  # lazy arrays belong to this thread
+        history = savable(layout, tokens, prompt_cache, exact=self.info.exact)
         request = self.engine.sharing.request(history, self._prompts.salt_of(cache_salt), 1)
         if not self.worker.call(self.engine.tiers.save_foreign, request, prompt_cache):
             raise not_saved(layout)
@@ -483,18 +482,3 @@ class HybridPromptCache(_Figures):
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-
-def _answering(
-    engine: Engine, request: Request, options: dict[str, Any], *, use_cache: bool
-) -> Iterator[GenerationResponse | Pause]:
-    """Through the cache, or by mlx-lm alone where an option or the model asks for that."""
-    around = uncached(options, use_cache=use_cache)
-    drafts = options.pop("draft_from_cache", False)
-    if around or engine.layout.unsupported:
-        return engine.answer_uncached(request, around, options)
-    most = options.get("num_draft_tokens", MOST) if drafts else 0
-    for name in (*UNCACHED_OPTIONS, *WITHOUT_EFFECT):
-        options.pop(name, None)
-    options["draft_tokens"] = most
-    return engine.answer(request, options)

@@ -6,7 +6,7 @@ Everything here runs on the worker thread.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,16 +23,12 @@ from .decode.adapting import Adapting
 from .decode.decoder import Decoder
 from .decode.reply import Reply
 from .decode.responses import respond
-from .decode.sampling import LogitsProcessor
-from .decode.speculate.drafter import Drafter
-from .decode.speculate.pace import Pace
-from .decode.speculate.passages import passages
-from .decode.speculate.recurring import MOST_SEARCHED, RecurringDrafter
-from .decode.speculate.speculation import Speculation
 from .decode.uncached import respond_uncached
+from .drafting.drafting import Drafting, told
 from .prefill.followers import Followers
 from .prefill.prefill import Prefill
 from .report import CacheReport
+from .request.options import for_the_cache
 from .request.request import Request
 from .request.sharing import Sharing
 from .store.match import AnyFound
@@ -47,6 +43,7 @@ class Keeping:
 
     tiers: Tiers
     relief: Relief
+    drafting: Drafting
 
     def between_turns(self) -> None:
         """What the system lacks is let go of."""
@@ -72,6 +69,7 @@ class Keeping:
     def drop(self, salt: str, tokens: Tokens) -> int:
         """Forget what only `tokens` and what goes on behind them need; where that begins."""
         start = self.tiers.drop(salt, tokens)
+        self.drafting.forget(salt, tokens)
         self.relief.give_back()
         return start
 
@@ -93,6 +91,20 @@ class Engine(Keeping):
     def __post_init__(self) -> None:
         self.adapting = Adapting(self.model, self.layout, self.sharing, self.decoder)
 
+    def release(self) -> None:
+        """Let the model and its draft models be what they were."""
+        self.layout.release()
+        self.drafting.release()
+
+    def serve(
+        self, request: Request, options: dict[str, Any], around: list[str]
+    ) -> Iterator[GenerationResponse | Pause]:
+        """Through the cache, or by mlx-lm alone where an option or the model asks for that."""
+        if around or self.layout.unsupported:
+            options.pop("draft_from_cache", None)
+            return self.answer_uncached(request, around, options)
+        return self.answer(request, for_the_cache(options))
+
     def answer(
         self, request: Request, options: dict[str, Any]
     ) -> Iterator[GenerationResponse | Pause]:
@@ -101,7 +113,8 @@ class Engine(Keeping):
         with self._keeping(request, live):  # whatever happens: what was read stays, bytes go back
             yield from self.read(request, live)  # as far as its last token
             reply = self._begin(request, live, options)  # alone or in a batch
-            with self._saving_end(request, reply):  # unless the template will strip the reply
+            # Unless the template will strip the reply.
+            with self.drafting.ending(request, reply), self._saving_end(request, reply):
                 yield from self._write(request, reply)  # a token a turn
 
     def read(self, request: Request, live: LiveCaches) -> Iterator[Pause]:
@@ -139,30 +152,15 @@ class Engine(Keeping):
         request.job.left = 0
         request.account.forwards += 1  # the last token's, which gives the first logits
         request.account.amend()
-        most, processors = options.pop("draft_tokens"), options.get("logits_processors") or ()
+        drafts, processors = options.pop("drafts"), options.get("logits_processors") or ()
         return self.decoder.begin(
             request.tokens,
             live,
             ends=self.tokenizer.eos_token_ids,
             max_tokens=request.max_tokens,
-            speculation=self._speculation(request, live, most, processors) if most else None,
+            speculation=self.drafting.speculation(request, live, drafts, processors),
             **options,
         )
-
-    def _speculation(
-        self, request: Request, live: LiveCaches, most: int, processors: Sequence[LogitsProcessor]
-    ) -> Speculation:
-        drafter, memory, pace = self.drafter_for(request, live), self.tiers.memory, Pace(most)
-        return Speculation(
-            self.model, self.layout, memory, request.tokens, drafter, pace, processors
-        )
-
-    def drafter_for(self, request: Request, live: LiveCaches) -> Drafter:
-        """What has an idea of the reply: the texts that are stored for the same namespace, its salt included."""
-        tokens, memory = request.tokens, self.tiers.memory
-        match = memory.match(request.namespace, tokens, live.known)
-        stored = passages(match, len(tokens), MOST_SEARCHED)
-        return RecurringDrafter(tokens, stored)
 
     def _write(self, request: Request, reply: Reply) -> Iterator[GenerationResponse | Pause]:
         report = request.account.report
@@ -180,15 +178,11 @@ class Engine(Keeping):
             if is_first:
                 request.on_progress(len(request.tokens), len(request.tokens))
             if reply.speculation is not None:
-                counts = reply.speculation.counts
-                request.account.amend(
-                    drafted_tokens=counts.drafted,
-                    accepted_tokens=counts.accepted,
-                    reply_forwards=counts.forwards,
-                )
+                request.account.amend(**told(reply.speculation))
             yield response
             if is_first:
                 reply.live.materialize()
+                yield from self.drafting.read(request, reply)
 
     def _revive(self, request: Request, reply: Reply) -> Iterator[Pause]:
         """A reply whose batch failed goes on alone: what is stored of it is restored, the rest read again."""

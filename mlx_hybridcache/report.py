@@ -63,7 +63,8 @@ class CacheReport:
     model calls that took, the one for the last token included. `diverged_at` is the position of the
     first token that differs from every stored continuation, None where none was contradicted. Of a
     reply that drafts, `accepted_tokens` of its `drafted_tokens` were right, and the model was called
-    `reply_forwards` times for it.
+    `reply_forwards` times for it; a draft model was called `draft_forwards` times, behind
+    `draft_restored_tokens` of the prompt that it did not read again.
     `soft_pins` are the checkpoints that the request's `lifetimes` keep for a time.
     """
 
@@ -82,6 +83,8 @@ class CacheReport:
     drafted_tokens: int = 0
     accepted_tokens: int = 0
     reply_forwards: int = 0
+    draft_forwards: int = 0
+    draft_restored_tokens: int = 0
     detail: str = ""
 
     def __str__(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,8 @@ from .caches.room import ROW_STEP, longest_prompt
 from .decode import batch_check as batching
 from .decode.decoder import Decoder
 from .decode.store_check import measure
+from .drafting.draft_model import DraftModel
+from .drafting.drafting import Drafting
 from .engine import Engine
 from .errors import AdapterError, BudgetError, SettingError
 from .group.joined import ranked
@@ -40,7 +43,7 @@ from .store.references import CountedReferences
 from .store.store import Store
 from .tiers import Tiers
 from .tokenizing.turn_marks import learn_turn_marks
-from .tokens import settings_digest
+from .tokens import settings_digest, vocabulary_of
 from .worker.turns import Load
 
 if TYPE_CHECKING:
@@ -160,6 +163,8 @@ class CacheSettings:
         pressure = Pressure(default_reserve() if reserve is None else parse_bytes(reserve))
         # Which bits a batch gives depends on the device, so exact mode decodes one by one.
         batches = not self.exact and not layout.unsupported and batching.shown(model, layout)
+        prefill = Prefill(model, layout, grid, learn_turn_marks(tokenizer), tiers, load)
+        made = partial(self._draft_model, prefill)
         engine = Engine(
             model=model,
             tokenizer=tokenizer,
@@ -168,10 +173,23 @@ class CacheSettings:
             tiers=tiers,
             relief=Relief(store, tiers.pool, pressure, tiers.publish),
             followers=Followers(layout, grid, tiers.reach),
-            prefill=Prefill(model, layout, grid, learn_turn_marks(tokenizer), tiers, load),
+            prefill=prefill,
             decoder=Decoder(model, layout, store, batches=batches),
+            drafting=Drafting(model, layout, tiers, prefill, vocabulary_of(tokenizer), made),
         )
         return engine if group is None else ranked(group, engine)
+
+    def _draft_model(self, beside: Prefill, model: Any) -> DraftModel:
+        """What drafts beside the model whose prompts are read so: read alike, and stored beside it."""
+        layout, step = self.layout(model), self.prefill_step_size
+        digest = self._digest(model, layout, drafts=True)
+        sharing = Sharing(digest, layout, step, self.every, exact=False)
+        grid = Grid(step, self.every, self.checkpoint_min_step, layout.alignment)
+        tiers = beside.tiers
+        if not layout.unsupported:
+            tiers = tiers.beside(model, layout, sharing)
+        prefill = Prefill(model, layout, grid, beside.marks, tiers, beside.load)
+        return DraftModel(model, layout, sharing, tiers, prefill)
 
     def disk(
         self,
@@ -216,7 +234,9 @@ class CacheSettings:
             )
         return store
 
-    def _digest(self, model: Any, layout: Layout, group: Group | None) -> str:
+    def _digest(
+        self, model: Any, layout: Layout, group: Group | None = None, *, drafts: bool = False
+    ) -> str:
         device: tuple[object, ...] = (
             str(mx.default_device()),
             version("mlx"),
@@ -233,6 +253,8 @@ class CacheSettings:
             # The rows are in the fingerprint, how they are selected from is not.
             **({} if (selection := applied(model)) is None else {"router": selection}),
             **({"store": (self.store_kv, self.store_state)} if self.storing else {}),
+            # What drafts may have gone back in its caches: nothing of it is ever a reply's.
+            **({"drafts": True} if drafts else {}),
         )
 
 
@@ -301,6 +323,7 @@ def info(engine: Engine) -> CacheInfo:
         exact=engine.sharing.exact,
         batches=engine.decoder.batches,
         merges=layout.merges,
+        goes_back=layout.goes_back,
         ranks=layout.parts,
         model=engine.model,
     )

@@ -8,33 +8,34 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Container, Generator, Mapping, Sequence
+from copy import copy
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from .caches import checkpoint as checkpoints
 from .caches.checkpoint import Checkpoint
 from .caches.kinds.rows import origins_of
 from .caches.layout import Layout
 from .caches.live import LiveCaches, RowsFrom
-from .caches.memory import MemoryFound, MemoryNode, MemoryStore
+from .caches.memory import MemoryFound, MemoryStore
 from .caches.retaining.pool import BufferPool
+from .disk.tier.no_disk import NoDisk
 from .errors import BudgetError, NotStoredError, PinnedError
 from .report import CacheReport, Reason
 from .request.request import Request
 from .request.sharing import Sharing
-from .store.budget import Claim, StoreStats
+from .store.budget import StoreStats
 from .store.lazy_rows import rows_before
 from .store.match import AnyFound, Found
 from .store.materialize import Materializer
 from .store.outline import Outline, wall_clock
 from .store.tree import AnyMatch, R, S
 from .tokens import Namespace, Tokens
-from .worker.turns import Job, Pause
+from .worker.turns import Pause
 
 if TYPE_CHECKING:
     from .disk.parts import FileFound
-    from .disk.tier.arrays import RestoreBuffers
-    from .disk.tier.tier import DiskStats, DiskTier
+    from .disk.tier.tier import DiskTier
 
 log = logging.getLogger("mlx_hybridcache")
 
@@ -44,47 +45,6 @@ TRIES = 64
 
 _STORED = ("checkpoints", "nodes", "pinned", "soft_pinned", "evictions")
 """Figures of which one has changed when more than recency has in a tree."""
-
-
-class NoDisk:
-    """The disk tier of a cache without a directory: nothing is found there, and nothing kept."""
-
-    summary = None
-    outlines: ClassVar[Mapping[Namespace, Outline]] = {}
-    is_written = True
-
-    def find(self, namespace: Namespace, tokens: Tokens, beyond: int) -> FileFound | None:
-        """As `DiskTier.find`; so are the others."""
-        return None
-
-    def promote(
-        self, found: MemoryFound, deeper: FileFound, capacity: int, claim: Claim, job: Job
-    ) -> Generator[Pause, None, RestoreBuffers | None]:
-        yield from ()
-        return None
-
-    def offer(self, namespace: Namespace, node: MemoryNode) -> None: ...
-    def hold(
-        self, namespace: Namespace, tokens: Tokens, lifetimes: Mapping[int, float]
-    ) -> None: ...
-    def materialized(self) -> None: ...
-    def tick(self) -> None: ...
-    def publish(self, now: float | None) -> None: ...
-    def clear(self) -> None: ...
-    def drop(self, namespace: Namespace, tokens: Tokens, start: int) -> None: ...
-    def pin(self, namespace: Namespace, tokens: Tokens, *, is_pinned: bool) -> None: ...
-
-    def shared(self, namespace: Namespace, tokens: Tokens) -> tuple[int, int]:
-        return 0, 0
-
-    def pins(self, namespace: Namespace, tokens: Tokens, start: int) -> int:
-        return 0
-
-    def is_writing(self) -> bool:
-        return False
-
-    def stats(self) -> DiskStats | None:
-        return None
 
 
 class Tiers:
@@ -104,9 +64,18 @@ class Tiers:
         self._materializer = Materializer(memory)
         self._materializer.on_materialized = self._materialized
         self.pool = BufferPool(memory.budget)
-        """Buffers of requests that have ended, for the next turns."""
+        """Of requests that have ended."""
         self._materializer.let_retained_go = self.pool.make_room
         self.publish()
+
+    def beside(self, model: Any, layout: Layout, sharing: Sharing) -> Tiers:
+        """The same for a draft model, in the same store, budget and directory, in namespaces of its own."""
+        for each in (settings := [each.settings for each in sharing.namespaces("")]):
+            self.memory.settle_needs(each, needs_checkpoints=layout.needs_snapshots)
+        self.disk.learn(layout, model, settings)
+        beside = copy(self)
+        beside._model, beside._layout, beside._sharing = model, layout, sharing
+        return beside
 
     def publish(self) -> None:
         """Leave both tiers' figures and outlines where any thread may read them."""
@@ -231,7 +200,9 @@ class Tiers:
         covered = min(found.match.matched, position)
         origins = origins_of(rows_before(found.nodes(), covered), covered)
         try:
-            buffers = yield from self.disk.promote(found, deeper, capacity, live.claim, request.job)
+            buffers = yield from self.disk.promote(
+                layout, found, deeper, capacity, live.claim, request.job
+            )
             if buffers is None:
                 live.release()
                 return None
@@ -446,11 +417,16 @@ class Tiers:
         if pins:
             raise PinnedError(f"{pins} of what would go is pinned. Unpin it first.")
         self.pool.clear()
-        for each, end, begin in going:
-            for tier in both:
-                tier.drop(each, tokens[:end], begin)
+        self.forget(salt, tokens)
         self.publish()
         return start
+
+    def forget(self, salt: str, tokens: Tokens) -> None:
+        """The same of as much of it as is stored: a draft model may have less."""
+        for each in self._sharing.namespaces(salt):
+            end, begin = self._in_use(each, tokens)
+            for tier in (self.memory, self.disk):
+                tier.drop(each, tokens[:end], begin)
 
     def clear(self) -> None:
         """Forget everything, in memory and in files."""

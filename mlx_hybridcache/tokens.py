@@ -172,6 +172,12 @@ def _holds(tokens: Sequence[int], sequence: tuple[int, ...]) -> bool:
     )
 
 
+def vocabulary_of(tokenizer: Any) -> int:
+    """How many token ids a tokenizer uses, added tokens included; 0 where it does not say."""
+    found = tokenizer.get_vocab() if hasattr(tokenizer, "get_vocab") else {}
+    return max(found.values(), default=-1) + 1
+
+
 class Namespace(NamedTuple):
     """What must be equal for two requests to share anything.
 

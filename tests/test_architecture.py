@@ -26,6 +26,7 @@ ORDER = [
     {"settings"},
     {"group"},
     {"engine"},
+    {"drafting"},
     {"decode", "prefill"},
     {"tiers"},
     {"disk", "request"},

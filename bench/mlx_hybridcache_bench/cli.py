@@ -15,7 +15,7 @@ from mlx_hybridcache.demo import BUNDLED_MODEL
 COMMANDS = {
     "overhead": ("overhead.command", "what the cache costs, each part beside its target"),
     "decode": ("decode", "tokens per second with and without the KV cache"),
-    "speculate": ("speculate", "forwards and seconds of replies that repeat what is stored"),
+    "speculate": ("speculate.command", "forwards and seconds of replies that are drafted"),
     "quantized": (
         "quantized",
         "what quantized keys and values weigh, and what they cost a hot request",

@@ -65,7 +65,7 @@ class Relief:
         try:
             return (yield from attempt())
         except RuntimeError as error:
-            if not _is_allocation_failure(error):
+            if not is_allocation_failure(error):
                 raise
             log.warning("Memory ran out while a prompt was read; making room for a second try.")
         release()
@@ -74,7 +74,7 @@ class Relief:
         return (yield from attempt())
 
 
-def _is_allocation_failure(error: RuntimeError) -> bool:
+def is_allocation_failure(error: RuntimeError) -> bool:
     """MLX has no class for it: `[metal::malloc] Unable to allocate`, `[malloc_or_wait]`, and so on."""
     said = str(error).lower()
     return any(word in said for word in ("malloc", "unable to allocate", "out of memory"))

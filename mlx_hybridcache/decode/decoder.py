@@ -120,7 +120,11 @@ class Decoder:
         is_only = store.budget.running_bytes == steps.claim.nbytes and count == 1
         most = LEAVES_TO_OTHERS * store.budget.limit_bytes
         if not is_only and store.budget.running_bytes + need > most:
-            return False
+            if reply.speculation is None:
+                return False
+            reply.speculation.end(None)  # what drafts it may hold more than the reply itself
+            reply.speculation = None
+            return self.makes_room(reply)
         try:
             steps.grow()
         except BudgetError:
@@ -261,7 +265,7 @@ class Decoder:
         for reply in joining:
             reply.live.hand_over()
             if reply.speculation is not None:  # in a batch nobody drafts
-                reply.speculation.let_go()
+                reply.speculation.end(reply.read)
                 reply.speculation = None
         try:
             batch = together(

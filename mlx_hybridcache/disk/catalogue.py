@@ -46,7 +46,7 @@ class Catalogue:
     """The segments of one directory, inside `budget_bytes`.
 
     `on_unneeded` names who deletes what nothing needs any more. `needs_checkpoints` is that of the
-    model that looks things up; the files of others weigh and go by the same policy.
+    model that looks things up where nothing else is said; the files of others weigh and go by the same policy.
     `is_behind`: with files that went others were let go that hold some of the same, and are still there.
     """
 
@@ -65,11 +65,14 @@ class Catalogue:
     def __contains__(self, segment: Segment) -> bool:
         return segment.name in self._files.used
 
-    def find(self, namespace: str, tokens: Tokens) -> FileFound:
-        """Where `tokens` can be resumed from files, at most one short of their end."""
+    def find(self, namespace: str, tokens: Tokens, needs: bool | None = None) -> FileFound:
+        """Where `tokens` can be resumed from files, at most one short of their end.
+
+        `needs` says whether only where a state was written, if not as ever.
+        """
         found = self.store.find(Namespace(namespace), tokens)
         reach = min(found.match.matched, len(tokens) - 1)
-        if self._needs_checkpoints:
+        if self._needs_checkpoints if needs is None else needs:
             # Not the end of rows of which no state was written, or is left.
             stands = (
                 node

@@ -7,6 +7,7 @@ from contextlib import suppress
 from typing import Any
 
 from ..errors import GroupError, HybridCacheError
+from ..request.options import NO_DRAFTS
 from .acts import Hearing
 from .connection import Message
 from .engine import RankEngine
@@ -49,7 +50,7 @@ class Follower:
         steps: Iterator[Any] = (
             engine.warm(request)
             if message["what"] == "warm"
-            else engine.answer(request, {"draft_tokens": 0})
+            else engine.answer(request, {"drafts": NO_DRAFTS})
         )
         self._under_way[message["number"]] = steps
         self._step(message)

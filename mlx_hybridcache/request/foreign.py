@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
+
+import mlx.core as mx
 
 from ..caches.layout import Layout
 from ..errors import BudgetError, CacheMismatchError
+from ..tokens import Tokens, prompt_tokens
 
 
-def check_savable(layout: Layout, tokens: int, caches: Sequence[Any], *, exact: bool) -> None:
-    """Raises `CacheMismatchError` where caches that shall have read so many `tokens` cannot be stored."""
+def savable(layout: Layout, tokens: Iterable[int], caches: Sequence[Any], *, exact: bool) -> Tokens:
+    """What evaluated `caches` have read. Raises `CacheMismatchError` where they cannot be stored as that."""
+    history = prompt_tokens(tokens, layout.vocabulary)
+    _check_savable(layout, len(history), caches, exact=exact)
+    mx.eval([cache.state for cache in caches])  # lazy arrays belong to this thread
+    return history
+
+
+def _check_savable(layout: Layout, tokens: int, caches: Sequence[Any], *, exact: bool) -> None:
     if layout.depends_on_slices(tokens):
         raise CacheMismatchError(
             f"Beyond {layout.slicing_limit:,} tokens what this model computes depends on the "

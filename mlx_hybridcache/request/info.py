@@ -19,7 +19,8 @@ class CacheInfo:
     only what was read in the same slices is shared. `longest_prompt` is the most that a prompt
     may have for its caches to fit `budget_bytes`, None without a limit; `reserve_bytes` of the
     system's memory stay free. Replies share forwards where it `batches`, which they never do where
-    no batch of such caches `merges` exactly. The model is spread over `ranks`. In a smaller store a token weighs `stored_row_bytes` and a
+    no batch of such caches `merges` exactly; mlx-lm's own drafts are for caches that it `goes_back` in. The model is
+    spread over `ranks`. In a smaller store a token weighs `stored_row_bytes` and a
     checkpoint `stored_checkpoint_bytes`; `store_error` is what that costs, a `StoreError`, else None.
     """
 
@@ -42,5 +43,6 @@ class CacheInfo:
     exact: bool
     batches: bool
     merges: bool
+    goes_back: bool
     ranks: int
     model: Any = field(repr=False)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ..caches.layout import Layout
@@ -10,11 +11,13 @@ from ..errors import ArgumentError, HybridCacheError, SettingError
 from .arguments import check_counts
 from .info import CacheInfo
 
-UNCACHED_OPTIONS = ("kv_bits", "max_kv_size", "draft_model", "input_embeddings", "prompt_cache")
+UNCACHED_OPTIONS = ("kv_bits", "max_kv_size", "input_embeddings", "prompt_cache")
 """Options of `mlx_lm.stream_generate` whose requests are served without the cache, and say so."""
 
 WITHOUT_EFFECT = ("num_draft_tokens", "kv_group_size", "quantized_kv_start", "prefill_step_size")
 """Options that qualify one of those, or that the constructor has decided."""
+
+WITHOUT_THE_CACHE = (*UNCACHED_OPTIONS, *WITHOUT_EFFECT)
 
 KEYWORDS = (
     *(
@@ -26,45 +29,85 @@ KEYWORDS = (
         "use_cache",
         "seed",
     ),
-    *("best_effort", "through", "draft_from_cache", "sampler", "logits_processors"),
-    *(*UNCACHED_OPTIONS, *WITHOUT_EFFECT),
+    *("best_effort", "through", "draft_from_cache", "draft_model", "sampler", "logits_processors"),
+    *WITHOUT_THE_CACHE,
 )
 """What `stream_generate` takes: its own, and those of mlx-lm's."""
+
+
+FROM_CACHE, BY_MODEL = 8, 2
+"""Drafted tokens of one forward where a request does not say: as many as pay for themselves, and mlx-lm's default."""
+
+
+@dataclass(frozen=True, slots=True)
+class Drafts:
+    """How a reply is drafted: at most so many tokens for one forward from what is stored, and by `model`."""
+
+    from_cache: int = 0
+    by_model: int = 0
+    model: Any = None
+
+
+NO_DRAFTS = Drafts()
+
+
+def take_drafts(options: dict[str, Any]) -> Drafts:
+    """What these options say of drafts, and no longer do.
+
+    `num_draft_tokens` is the draft model's where there is one.
+    """
+    from_cache = options.pop("draft_from_cache", False)
+    model, most = options.pop("draft_model", None), options.pop("num_draft_tokens", None)
+    if most == 0:
+        return NO_DRAFTS
+    if model is None:
+        return Drafts(from_cache=(most or FROM_CACHE) if from_cache else 0)
+    return Drafts(FROM_CACHE if from_cache else 0, most or BY_MODEL, model)
+
+
+def for_the_cache(options: dict[str, Any]) -> dict[str, Any]:
+    """These options with what they say of drafts in one place, without those that mlx-lm alone would look at."""
+    drafts = take_drafts(options)
+    others = {name: options[name] for name in options if name not in WITHOUT_THE_CACHE}
+    return {**others, "drafts": drafts}
 
 
 def check_generating(
     max_tokens: object,
     options: Mapping[str, Any],
+    around: Sequence[str],
     tokenizer: object,
     layout: Layout,
     info: CacheInfo,
 ) -> None:
-    """Raises for what a cache with these cannot do, before any work."""
+    """Raises for what a cache with these cannot do, before any work. `around`: why it goes round the cache."""
     if tokenizer is None:
         raise HybridCacheError("stream_generate needs a tokenizer; give one to the constructor.")
     if not isinstance(max_tokens, int):
         raise ArgumentError(f"max_tokens is {max_tokens!r}; a whole number is needed.")
     if max_tokens == 0:
         raise SettingError("max_tokens must not be zero (use -1 for no limit).")
-    if options.get("draft_model") is not None and not layout.goes_back:
+    alone = bool(around or layout.unsupported)  # by mlx-lm, on caches of its own
+    if options.get("draft_model") is not None and alone and not layout.goes_back:
         raise SettingError(
-            "draft_model cannot be used with this model: drafted tokens that are refused must be "
-            "taken back, which its recurrent or sliding-window layers cannot do in mlx-lm, so that "
+            "draft_model cannot be used without the cache: drafted tokens that are refused must be "
+            "taken back, which this model's recurrent or sliding-window layers cannot do in mlx-lm, so that "
             "the reply would be another one. Leave it out."
         )
-    if options.get("draft_from_cache"):
-        _check_drafting(options, info)
+    for name in ("draft_from_cache", "draft_model"):
+        if options.get(name) and not (alone and name == "draft_model"):
+            _check_drafting(name, options, info)
 
 
-def _check_drafting(options: Mapping[str, Any], info: CacheInfo) -> None:
+def _check_drafting(name: str, options: Mapping[str, Any], info: CacheInfo) -> None:
     if info.ranks > 1:
-        raise SettingError("draft_from_cache cannot be used with several ranks yet. Leave it out.")
+        raise SettingError(f"{name} cannot be used with several ranks yet. Leave it out.")
     if info.exact:
         raise SettingError(
-            "draft_from_cache cannot be used with exact: tokens that are verified together may have "
+            f"{name} cannot be used with exact: tokens that are verified together may have "
             "other last bits than single ones on this device. Leave one of them out."
         )
-    if "num_draft_tokens" in options:
+    if options.get("num_draft_tokens"):
         check_counts(num_draft_tokens=options["num_draft_tokens"])
 
 

@@ -22,7 +22,11 @@ class CountedTrees(Generic[R, S]):
     def __init__(self, limit_bytes: int, references: References | None, noted: Noted):
         self.budget = Budget(limit_bytes, self._evict)
         self.references = references or References()
-        self._trees: Trees[R, S] = Trees(noted)
+        self._trees: Trees[R, S] = Trees(noted, self.needs)
+
+    def needs(self, namespace: Namespace) -> bool:
+        """Whether prompts resume at checkpoints only there; without, rows restore at any position."""
+        raise NotImplementedError
 
     def _evict(self, nbytes: int, keep: Iterable[AnyNode], spare: AnyNode | None) -> None:
         raise NotImplementedError

@@ -6,7 +6,7 @@ a tree goes with its last node, and nothing here takes longer because there are 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Generic
 
 from ..tokens import Namespace
@@ -16,10 +16,11 @@ from .tree import AnyNode, Noted, PrefixTree, R, S
 
 
 class Trees(Mapping[Namespace, PrefixTree[R, S]], Generic[R, S]):
-    """Trees by namespace. `noted` is told what changes in any of them."""
+    """Trees by namespace. `noted` is told what changes in any of them; `needs` says which need checkpoints."""
 
-    def __init__(self, noted: Noted) -> None:
+    def __init__(self, noted: Noted, needs: Callable[[Namespace], bool]) -> None:
         self._noted = noted
+        self._needs = needs
         self._trees: dict[Namespace, PrefixTree[R, S]] = {}
         self._names: dict[AnyNode, Namespace] = {}  # by root
         self._of_salt: dict[str, dict[Namespace, PrefixTree[R, S]]] = {}
@@ -50,7 +51,8 @@ class Trees(Mapping[Namespace, PrefixTree[R, S]], Generic[R, S]):
         """The tree of this namespace, about to be extended if it is a new one."""
         tree = self._trees.get(name)
         if tree is None:
-            tree = self._trees[name] = PrefixTree(self._noted)
+            tree = PrefixTree(self._noted, needs_checkpoints=self._needs(name))
+            self._trees[name] = tree
             self._names[tree.root] = name
             self._of_salt.setdefault(name.salt, {})[name] = tree
         return tree

@@ -32,8 +32,8 @@ class Store(CountedTrees[R, S]):
 
     Rows and what stands at checkpoints are opaque here: they have a range, and a weight.
 
-    Without `needs_checkpoints` rows restore at any position. A save lets the least recently used
-    conversations beyond `max_conversations` go, except pinned ones, and leaves at most
+    Without `needs_checkpoints` rows restore at any position; of other settings `settle_needs` says whether they do.
+    A save lets the least recently used conversations beyond `max_conversations` go, except pinned ones, and leaves at most
     `max_checkpoints` on any path from the root to a leaf.
     """
 
@@ -48,11 +48,14 @@ class Store(CountedTrees[R, S]):
         weigh: Weigh = weights,
     ):
         self.needs_checkpoints = needs_checkpoints
-        self._values = NodeValues(needs_checkpoints, weigh)
+        self._needs: dict[str, bool] = {}
+        self._values = NodeValues(weigh)
         self.limits = Limits(self._values, max_conversations, max_checkpoints)
         super().__init__(budget_bytes, references, self._values.noted)
         # What costs nobody anything, as far as so many bytes need it.
         self.before_evicting: Callable[[int], None] = lambda nbytes: None
+        # What a request can do without, where all that is stored is not enough for another one.
+        self.before_refusing: Callable[[], None] = lambda: None
         self.clock = 0
         self.seconds: Callable[[], float] = time.monotonic  # by which soft pins end
         self.branch_rate = BranchRate()
@@ -60,6 +63,14 @@ class Store(CountedTrees[R, S]):
         self.taken_over = 0  # requests that went on in retained buffers
         self._refusals = 0
         self._evicted = Evicted()
+
+    def needs(self, namespace: Namespace) -> bool:
+        """As `CountedTrees.needs`."""
+        return self._needs.get(namespace.settings, self.needs_checkpoints)
+
+    def settle_needs(self, settings: str, *, needs_checkpoints: bool) -> None:
+        """How what is stored with these settings is restored: of another model, before anything of it is."""
+        self._needs[settings] = needs_checkpoints
 
     # Reading
 
@@ -69,7 +80,7 @@ class Store(CountedTrees[R, S]):
         """The deepest place to resume `tokens`, at most one short of its end. Changes nothing."""
         match = self.match(namespace, tokens, known)
         limit = len(tokens) - 1
-        if not self.needs_checkpoints:
+        if not self.needs(namespace):
             return Found(match, min(match.matched, limit), None)
         node = match.deepest_checkpoint(limit)
         return Found(match, node.end if node else 0, node)
@@ -105,7 +116,7 @@ class Store(CountedTrees[R, S]):
         """Every node that stands for itself: those with checkpoints, or every path's end."""
         for name, tree in self._trees.items():
             for node in tree.nodes():
-                if node.checkpoint is not None if self.needs_checkpoints else not node.children:
+                if node.checkpoint is not None if node.needs_checkpoint else not node.children:
                     yield node, name
 
     # Claiming
@@ -131,6 +142,8 @@ class Store(CountedTrees[R, S]):
         self.before_evicting(nbytes)
         if budget.has_room(nbytes):
             return
+        if nbytes + budget.running_bytes > budget.limit_bytes:
+            self.before_refusing()
         eviction = self._eviction(keep, spare)
         if nbytes + budget.running_bytes > budget.limit_bytes:
             raise BudgetError(
@@ -287,7 +300,7 @@ class Store(CountedTrees[R, S]):
         `NotStoredError` when nothing of `tokens` is stored.
         """
         match = self.match(namespace, tokens)
-        position = self._restorable(match, tokens)
+        position = self._restorable(namespace, match, tokens)
         node = match.deepest_checkpoint(position) or self.cut(namespace, tokens, match)
         self._values.settle()
         path = {*self._values.pins.nodes, *node.path()}
@@ -318,7 +331,7 @@ class Store(CountedTrees[R, S]):
         Since it was set, more of `tokens` may have been stored.
         """
         match = self.match(namespace, tokens)
-        position = self._restorable(match, tokens)
+        position = self._restorable(namespace, match, tokens)
         for node in reversed(match.path):
             if node.pinned:
                 node.pin(is_pinned=False)
@@ -338,7 +351,7 @@ class Store(CountedTrees[R, S]):
         assert above is not None
         eviction = self._eviction()
         is_bare = above.checkpoint is None and not above.children
-        if self.needs_checkpoints and above.parent is not None and is_bare:
+        if above.needs_checkpoint and above.parent is not None and is_bare:
             for gone in list(eviction.dead_with(above)):
                 above = gone.parent
                 self._remove(tree, gone)
@@ -350,10 +363,10 @@ class Store(CountedTrees[R, S]):
         super().clear()
         self._evicted.clear()
 
-    def _restorable(self, match: Match[R, S], tokens: Tokens) -> int:
+    def _restorable(self, namespace: Namespace, match: Match[R, S], tokens: Tokens) -> int:
         """How far `tokens` can be restored, all of them included. Raises `NotStoredError` for nowhere."""
         node = match.deepest_checkpoint(len(tokens))
-        position = match.matched if not self.needs_checkpoints else node.end if node else 0
+        position = match.matched if not self.needs(namespace) else node.end if node else 0
         if not position:
             raise NotStoredError("Nothing of this prompt is stored; prefill it first.")
         return position
@@ -383,7 +396,7 @@ class Store(CountedTrees[R, S]):
     def _drop(self, node: Node[R, S], eviction: Eviction) -> None:
         name, tree = self._trees.tree_of(node)
         dead = list(eviction.dead_with(node))
-        if node.checkpoint is not None or not self.needs_checkpoints:
+        if node.checkpoint is not None or not node.needs_checkpoint:
             self._evicted.add(name, tokens_to(node))
         last = dead[-1].parent if dead else node
         self.drop_checkpoint(node)

@@ -88,6 +88,7 @@ class Node(Generic[R, S]):
         "is_end",
         "last_passed",
         "last_used",
+        "needs_checkpoint",
         "noted",
         "outline",
         "parent",
@@ -125,6 +126,8 @@ class Node(Generic[R, S]):
         self.last_passed = 0  # the same: a request stored something here or below
         self.returns = 0  # prompts that parted ways here with what is stored below
         self.deepest = start + len(tokens)  # the last position of anything here or below
+        # Whether rows alone restore nothing here: as in all of its tree.
+        self.needs_checkpoint: bool = parent is None or parent.needs_checkpoint
         self.noted = noted
         self.standing: Any = None  # what is known of it to let things go (`values`)
         self.outline: Any = None  # what other threads know of it (`outline`)
@@ -335,10 +338,14 @@ AnyMatch = Match[Any, Any]
 
 
 class PrefixTree(Generic[R, S]):
-    """One namespace's tree. Looking up changes nothing; `extend` and `remove` do."""
+    """One namespace's tree. Looking up changes nothing; `extend` and `remove` do.
 
-    def __init__(self, noted: Noted | None = None) -> None:
+    Without `needs_checkpoints` its rows restore at any position.
+    """
+
+    def __init__(self, noted: Noted | None = None, *, needs_checkpoints: bool = True) -> None:
         self.root: Node[R, S] = Node(None, 0, as_tokens([]), (), noted or Noted())
+        self.root.needs_checkpoint = needs_checkpoints
         self.root.fresh = None  # its first child tells that there is something
 
     def match(self, tokens: Tokens, known: Node[R, S] | None = None) -> Match[R, S]:

@@ -11,7 +11,7 @@ from mlx_hybridcache import models
 from mlx_hybridcache.request.info import CacheInfo
 from mlx_hybridcache.sizes import format_bytes
 
-from .generation.models import Loaded
+from .generation.models import Loaded, short_name
 from .settings import Settings
 
 
@@ -27,6 +27,7 @@ def banner(settings: Settings, loaded: Loaded, address: str) -> list[str]:
         f"Cache directory: {_directory(settings, loaded)}.",
         *_idle(settings),
         f"Batches: {_batches(info)}.",
+        *_drafts(settings),
         f"API key: {_key(settings)}.",
         f"Page: {address}/ shows what the cache does.",
     ]
@@ -94,13 +95,8 @@ def _cache(settings: Settings, info: CacheInfo) -> str:
     if info.unsupported:
         kinds = ", ".join(info.unsupported)
         return f"none, as {kinds} of this model cannot be stored: every prompt is read as a whole"
-    off = {
-        "--prompt-cache-size 0 or no memory": not settings.uses_cache,
-        "--draft-model": settings.draft_model is not None,
-    }
-    for why, is_so in off.items():
-        if is_so:
-            return f"off with {why}: every prompt is read as a whole"
+    if not settings.uses_cache:
+        return "off with --prompt-cache-size 0 or no memory: every prompt is read as a whole"
     token = f"a token weighs {format_bytes(info.row_bytes)}"
     if not info.needs_checkpoints:
         told = f"every prompt is restored at any token; {token}"
@@ -150,6 +146,15 @@ def _batches(info: CacheInfo) -> str:
     else:
         why = "as two at once differ from one alone in this model"
     return f"replies are written one by one, {why}"
+
+
+def _drafts(settings: Settings) -> list[str]:
+    """What drafts a reply that is written alone."""
+    by = ["what is stored"] if settings.draft_from_cache else []
+    if settings.draft_model is not None:
+        name = short_name(settings.draft_model)
+        by.append(f"{name}, up to {settings.num_draft_tokens} tokens at a time")
+    return [f"Drafts: by {', then by '.join(by)}."] if by else []
 
 
 def _key(settings: Settings) -> str:

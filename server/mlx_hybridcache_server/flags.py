@@ -111,8 +111,12 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
             _origins,
             "origins, separated by commas, whose pages may call beside this machine's; * for all",
         ),
-        _flag("--draft-model", str, "model for speculative decoding; requests are served uncached"),
-        _flag("--num-draft-tokens", _number(int, 0), "(%(default)s)"),
+        _flag(
+            "--draft-model",
+            str,
+            "model that drafts replies for this one to verify: same tokenizer, its own prompts cached too",
+        ),
+        _flag("--num-draft-tokens", _number(int, 0), "drafted at a time, at most (%(default)s)"),
         _flag("--trust-remote-code", bool, "run code from the model's directory"),
         _flag(
             "--log-level",

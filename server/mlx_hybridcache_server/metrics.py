@@ -55,9 +55,10 @@ class Metrics:
         self.cancelled = counter("cancelled", "Replies whose client went away")
         self.refused = counter("refused", "Replies not given", ["why"])
         self.forwards = counter("prompt_forwards", "Model calls that prompts took")
-        self.drafted = counter("drafted_tokens", "Tokens drafted from what is stored")
+        self.drafted = counter("drafted_tokens", "Tokens that were drafted")
         self.accepted = counter("accepted_tokens", "Drafted tokens that were right")
         self.calls = counter("drafted_reply_forwards", "Model calls that drafted replies took")
+        self.draft_calls = counter("draft_model_forwards", "Calls of the draft model")
         self.first_token = Histogram(
             "time_to_first_token_seconds",
             "From a request's arrival to its first token",
@@ -91,6 +92,7 @@ class Metrics:
         self.drafted.inc(report.drafted_tokens)
         self.accepted.inc(report.accepted_tokens)
         self.calls.inc(report.reply_forwards)
+        self.draft_calls.inc(report.draft_forwards)
 
     def _hit_ratio(self) -> float:
         restored, asked = self.totals.restored_tokens, self.totals.prompt_tokens

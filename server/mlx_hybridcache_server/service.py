@@ -162,17 +162,16 @@ def _for_url(host: str) -> str:
 def _say_what_differs(settings: Settings, argv: list[str]) -> None:
     """Nothing that a start script asks for is passed over in silence."""
     named = {word.split("=")[0] for word in argv}
-    if settings.draft_from_cache and settings.exact:
+    drafts = "--draft-from-cache" if settings.draft_from_cache else "--draft-model"
+    if settings.exact and (settings.draft_from_cache or settings.draft_model is not None):
         raise SettingError(
-            "--draft-from-cache cannot be used with --exact: tokens that are verified together may have "
+            f"{drafts} cannot be used with --exact: tokens that are verified together may have "
             "other last bits than single ones. Leave one of them out."
         )
     if "--pipeline" in named and not is_launched():
         log.warning("--pipeline has no effect on one machine.")
     if "--slot-prompt-similarity" in named:
         log.info("--slot-prompt-similarity is not needed: a prefix tree has no slots to choose.")
-    if settings.draft_model is not None:
-        log.warning("--draft-model: requests are served without the cache.")
     if settings.exact:
         log.info(
             "--exact: prompts are read in whole slices of %d tokens and replies written one by one, "

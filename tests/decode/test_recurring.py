@@ -132,7 +132,7 @@ def test_what_was_dropped_is_drafted_no_more():
 
 def test_the_pace_follows_how_often_drafts_are_right():
     """Eight at a time while all are right, one at a time and ever more seldom while none is."""
-    pace = Pace()
+    pace = Pace(8)
     for _ in range(20):
         width = pace.width()
         pace.note(width, width)

@@ -12,11 +12,11 @@ from odd_models import families
 from odd_models.drafters import Knowing, new_cache, with_drafter
 
 from mlx_hybridcache import SettingError
-from mlx_hybridcache.caches.block import Block
 from mlx_hybridcache.caches.kinds.quantized import QuantizedRowsKind
 from mlx_hybridcache.caches.kinds.recurrent import RecurrentKind
 from mlx_hybridcache.caches.kinds.rows import RowsKind
 from mlx_hybridcache.caches.kinds.window import WindowKind
+from mlx_hybridcache.caches.rollback.block import Block
 from mlx_hybridcache.decode.speculate.pace import Pace
 from mlx_hybridcache.worker.turns import PAUSE
 

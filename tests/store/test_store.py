@@ -3,6 +3,7 @@
 import random
 
 import pytest
+from stores.full_scan import check_values
 from stores.small_store import ROW, STATE, N, blocks, held, rows, save
 
 from mlx_hybridcache.errors import BudgetError, NotStoredError
@@ -331,3 +332,30 @@ def test_the_store_learns_where_prompts_part():
     for _ in range(10):
         store.use(store.find(N, as_tokens([*tokens[:200], 1, 2])))
     assert store.branch_rate.interior > supposed
+
+
+@pytest.mark.parametrize("needs", [True, False])
+def test_another_models_namespace_may_need_what_the_first_does_not(needs):
+    """One model restores at checkpoints, the other anywhere, in one budget: each by its own rule, until both are gone."""
+    store, other = Store(200 * ROW + 4 * STATE, needs_checkpoints=needs), Namespace("other")
+    store.settle_needs("other", needs_checkpoints=not needs)
+    for space in (N, other):
+        save(store, range(20), space=space)
+        save(store, range(40), space=space)
+    at = {store.needs(space): space for space in (N, other)}
+    changed = as_tokens([*range(30), 99, 98])
+    assert store.find(at[True], changed).position == 20
+    assert store.find(at[False], changed).position == 30
+    check_values(store)
+    store.claim(store.budget.limit_bytes - 60 * ROW).release()
+    check_values(store)
+    assert 0 < store.stats().tokens < 80
+    store.claim(store.budget.limit_bytes).release()
+    check_values(store)
+    assert store.stats().nodes == 0
+    assert held_by_all(store) == (0, 0)
+
+
+def held_by_all(store):
+    """Rows and states, in bytes, of every namespace."""
+    return store.budget.rows_bytes, store.budget.snapshot_bytes

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
+
+from .pace import Pace
 
 
 @runtime_checkable
@@ -21,10 +24,23 @@ class Drafter(Protocol):
     def propose(self, history: Sequence[int], most: int) -> list[int]:
         """At most `most` tokens that may follow `history`: the prompt, and the reply so far.
 
-        It is the same list each time, and has grown: nothing that was shown once is taken back.
+        It is the same list each time, and has grown: nothing that was shown once is taken back. What was
+        proposed and is not in it was wrong, or nobody looked.
         """
         ...
 
     def accepted(self, drafted: int, accepted: int) -> None:
         """Of the `drafted` tokens that were proposed last the first `accepted` were right."""
         ...
+
+    def end(self, history: Sequence[int] | None) -> None:
+        """No more drafts: what it holds goes. `history` is all that was written, None where it is of no use."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Paced:
+    """A drafter with the pace of its own drafts."""
+
+    drafter: Drafter
+    pace: Pace

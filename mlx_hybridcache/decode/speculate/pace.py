@@ -5,9 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-MOST = 8
-"""Drafted tokens of one forward, unless fewer are asked for."""
-
 WORTH = 0.3
 """A token is drafted while it is right, with all before it, at least so often."""
 
@@ -25,7 +22,7 @@ class Pace:
     Where not even one token is worth it nothing is drafted for a while, which doubles each time.
     """
 
-    most: int = MOST
+    most: int
     rate: float = 0.8
     _resting: int = 0
     _rest: int = FIRST_REST

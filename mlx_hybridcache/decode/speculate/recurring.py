@@ -185,3 +185,6 @@ class RecurringDrafter:
 
     def accepted(self, drafted: int, accepted: int) -> None:
         """As `Drafter.accepted`: what was wrong is seen in the history."""
+
+    def end(self, history: Sequence[int] | None) -> None:
+        """As `Drafter.end`: the index goes with it."""

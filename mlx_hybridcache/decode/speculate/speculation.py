@@ -12,15 +12,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ...caches.block import Block
 from ...caches.layout import Layout
 from ...caches.live import LiveCaches
 from ...caches.memory import MemoryStore
+from ...caches.rollback.block import Block
 from ...store.budget import Claim
 from ...tokens import Tokens
 from ..batch import Made
-from .drafter import Drafter, Foreseeing
-from .pace import Pace
+from .drafter import Foreseeing, Paced
 
 if TYPE_CHECKING:
     from ..reply import Reply
@@ -38,7 +37,10 @@ class Drafted:
 
 
 class Speculation:
-    """One reply's drafts. Between two forwards its caches can go back to any token of the last block."""
+    """One reply's drafts. Between two forwards its caches can go back to any token of the last block.
+
+    Of several `drafters` those that come later are asked where the ones before them have no idea.
+    """
 
     def __init__(
         self,
@@ -46,8 +48,7 @@ class Speculation:
         layout: Layout,
         store: MemoryStore,
         prompt: Tokens,
-        drafter: Drafter,
-        pace: Pace,
+        drafters: Sequence[Paced],
         processors: Sequence[object] = (),
     ):
         self.counts = Drafted(forwards=1)  # the prompt's last token gave the reply's first one
@@ -55,8 +56,8 @@ class Speculation:
         self._layout = layout
         self._longest = layout.longest_block
         self._store = store
-        self._drafter = drafter
-        self._pace = pace
+        self.drafters = drafters
+        self._drafted_by: Paced | None = None
         self._foreseeing = [each for each in processors if isinstance(each, Foreseeing)]
         self._start = len(prompt)
         self._history: list[int] = prompt.tolist()
@@ -66,33 +67,37 @@ class Speculation:
     def step(self, reply: Reply) -> list[Made]:
         """The next tokens of a lone reply by one forward; none where it has nothing to draft."""
         self.let_go()
-        most = self._width(reply)
-        coming = reply.coming if most > 0 else None
+        room = self._room(reply)
+        coming = reply.coming if room > 0 else None
         if coming is not None and coming not in reply.ends:
-            drafted = self._propose(reply.read, coming, most)
+            drafted = self._propose(reply.read, coming, room)
             if drafted and self._read(reply.live, [coming, *drafted]):
                 return self._verify(reply)
         self.counts.forwards += 1  # that of a single token
         return []
 
-    def _width(self, reply: Reply) -> int:
+    def _room(self, reply: Reply) -> int:
         """How many tokens may be drafted behind the coming one."""
         live = reply.live
         ahead = self._layout.tokens_ahead(live.position)
         most = min(self._longest, ahead, live.capacity - live.position)
-        most = most if reply.left < 0 else min(most, reply.left)
-        return min(most - 1, self._pace.width()) if most > 1 else 0
+        return (most if reply.left < 0 else min(most, reply.left)) - 1
 
-    def _propose(self, read: list[int], coming: int, most: int) -> list[int]:
+    def _propose(self, read: list[int], coming: int, room: int) -> list[int]:
         """Drafted tokens behind `coming`, which follows what the reply has `read`."""
         self._history.extend(read[len(self._history) - self._start :])
         if len(self._history) == self._start + len(read):
             self._history.append(coming)
-        drafted = self._drafter.propose(self._history, most)
-        if drafted:
-            for each in self._foreseeing:  # what cannot come need not be read
-                drafted = drafted[: max(0, each.may_follow([coming, *drafted]) - 1)]
-        return drafted
+        for paced in self.drafters:
+            most = min(room, paced.pace.width())
+            drafted = paced.drafter.propose(self._history, most) if most > 0 else []
+            if drafted:
+                for each in self._foreseeing:  # what cannot come need not be read
+                    drafted = drafted[: max(0, each.may_follow([coming, *drafted]) - 1)]
+            if drafted:
+                self._drafted_by = paced
+                return drafted
+        return []
 
     def _read(self, live: LiveCaches, tokens: list[int]) -> bool:
         """A forward over the coming token and drafted ones; False where what is stored would have to go."""
@@ -104,15 +109,15 @@ class Speculation:
 
     def _verify(self, reply: Reply) -> list[Made]:
         """The block's right tokens; the caches stand behind them."""
-        block, guard = self._block, reply.guard
-        assert block is not None
+        block, guard, by = self._block, reply.guard, self._drafted_by
+        assert block is not None and by is not None
         made = reply.steps.batch.verified(
             block.tokens, block.logits, reply.ends, lambda: guard.error is not None
         )
         drafted, accepted = len(block.tokens) - 1, len(made) - 1
         block.keep(len(made))
-        self._drafter.accepted(drafted, accepted)
-        self._pace.note(drafted, accepted)
+        by.drafter.accepted(drafted, accepted)
+        by.pace.note(drafted, accepted)
         self.counts.drafted += drafted
         self.counts.accepted += accepted
         self.counts.forwards += block.forwards
@@ -129,3 +134,10 @@ class Speculation:
         claim, self._claim, self._block = self._claim, None, None
         if claim is not None:
             claim.release()
+
+    def end(self, read: Sequence[int] | None) -> None:
+        """No more drafts. The reply has `read` these tokens; None where what drafted it is not to be stored."""
+        self.let_go()
+        history = None if read is None else [*self._history[: self._start], *read]
+        for paced in self.drafters:
+            paced.drafter.end(history)

@@ -71,9 +71,9 @@ class DiskTier:
     thread: DiskThread
     catalogue: Catalogue
     store: MemoryStore
-    layout: Layout
-    shapes: Shapes
     write_behind: WriteBehind
+    shapes: list[tuple[Layout, Shapes]] = field(default_factory=list)
+    """What the files of each model hold, by its layout: the one that is served, and its draft models."""
     _coming: deque[TreeUpdate] = field(default_factory=deque, init=False)
     _is_behind: bool = field(default=False, init=False)
     _newer_bytes: int = field(default=0, init=False)
@@ -121,14 +121,20 @@ class DiskTier:
             ) from error
         catalogue = Catalogue(budget_bytes, needs_checkpoints=store.needs_checkpoints)
         thread = DiskThread(directory, _weakly(post))
-        name = str(getattr(model, "model_type", ""))
-        shapes = Shapes.of(layout, model)
+        name = _name_of(model)
         write_behind = WriteBehind(
             thread, catalogue, store, references, step, name, layout.quantized_start
         )
-        tier = cls(thread, catalogue, store, layout, shapes, write_behind)
+        tier = cls(thread, catalogue, store, write_behind)
+        tier.learn(layout, model, ())
         tier._load(entries)
         return tier
+
+    def learn(self, layout: Layout, model: Any, settings: Iterable[str]) -> None:
+        """From now on files of this model are read and written too, of namespaces with these settings."""
+        for each in settings:
+            self.write_behind.others[each] = _name_of(model), layout.quantized_start
+        self.shapes.append((layout, Shapes.of(layout, model)))
 
     def _load(self, entries: Sequence[Entry]) -> None:
         """What is there already."""
@@ -155,7 +161,7 @@ class DiskTier:
         """Where files resume `tokens`, if that is worth reading them when memory reaches `beyond`."""
         if len(tokens) <= beyond + WORTH:  # one token is always read
             return None
-        found = self.catalogue.find(digest(namespace), tokens)
+        found = self.catalogue.find(digest(namespace), tokens, self.store.needs(namespace))
         return found if found.position >= beyond + WORTH else None
 
     # Writing
@@ -180,9 +186,15 @@ class DiskTier:
     # Reading
 
     def promote(
-        self, found: MemoryFound, deeper: FileFound, capacity: int, claim: Claim, job: Job
+        self,
+        layout: Layout,
+        found: MemoryFound,
+        deeper: FileFound,
+        capacity: int,
+        claim: Claim,
+        job: Job,
     ) -> Generator[Pause, None, RestoreBuffers | None]:
-        """Buffers with the rows of `[0, deeper.position)`: from memory as far as `found` has them.
+        """Buffers of the model of this layout with the rows of `[0, deeper.position)`: from memory as far as `found` has them.
 
         None when a file was not what it should be: it is forgotten then, and another look is due.
         A request that is cancelled meanwhile leaves its buffers to the disk thread until it is done.
@@ -190,12 +202,25 @@ class DiskTier:
         covered, state = min(found.match.matched, deeper.position), state_of(deeper)
         wanted = self._wanted(deeper, covered)
         segments = [one for one, _, _ in wanted] + ([state] if state is not None else [])
-        if not self._suit(segments):
+        if not self._suit(layout, segments):
             return None
-        buffers = RestoreBuffers(self.layout, deeper.position, capacity)
+        buffers = RestoreBuffers(layout, deeper.position, capacity)
         buffers.copy(rows_before(found.nodes(), covered), covered)
         parts = [(one, list(buffers.room_for_rows(one, a, b))) for one, a, b in wanted]
         parts += [(state, list(buffers.room_for_state(state)))] if state is not None else []
+        may_land = buffers.state_nbytes + bool(wanted) * buffers.rows_nbytes
+        transfer = yield from self._read(parts, claim, job, may_land)
+        if transfer.failed is not None:
+            self._reject(transfer.failed, transfer.error, is_told=transfer.is_told)
+            return None
+        self._read_bytes += sum(segment.file_nbytes for segment in segments)
+        self._note_use(deeper)
+        return buffers
+
+    def _read(
+        self, parts: list[tuple[Segment, list[memoryview]]], claim: Claim, job: Job, may_land: int
+    ) -> Generator[Pause, None, Transfer]:
+        """These files into that memory, of which a claim pays for the `may_land` bytes that are written to."""
         abandoned = 0
 
         def done(transfer: Transfer) -> None:
@@ -211,18 +236,14 @@ class DiskTier:
         except BaseException:
             if job.asleep:  # the disk thread still writes into them
                 # Rows that all came from memory nobody writes into, so nobody holds their buffers.
-                abandoned = claim.abandon(buffers.state_nbytes + bool(wanted) * buffers.rows_nbytes)
+                abandoned = claim.abandon(may_land)
             raise
-        if transfer.failed is not None:
-            self._reject(transfer.failed, transfer.error, is_told=transfer.is_told)
-            return None
-        self._read_bytes += sum(segment.file_nbytes for segment in segments)
-        self._note_use(deeper)
-        return buffers
+        return transfer
 
-    def _suit(self, segments: Iterable[Segment]) -> bool:
-        """Whether all of these are this model's; the first that is not is rejected."""
-        foreign = next((one for one in segments if not self.shapes.suit(one)), None)
+    def _suit(self, layout: Layout, segments: Iterable[Segment]) -> bool:
+        """Whether all of these are that model's; the first that is not is rejected."""
+        shapes = next(shapes for known, shapes in self.shapes if known is layout)
+        foreign = next((one for one in segments if not shapes.suit(one)), None)
         if foreign is not None:
             self._reject(foreign, "it was not written for this model")
         return foreign is None
@@ -345,6 +366,10 @@ class DiskTier:
             rejected=self._rejected,
             failures=self.write_behind.failures,
         )
+
+
+def _name_of(model: Any) -> str:
+    return str(getattr(model, "model_type", ""))
 
 
 def _default_budget(directory: Directory, entries: Iterable[Entry]) -> int:

@@ -144,7 +144,7 @@ FileName = tuple[str, str]
 @dataclass(eq=False)
 class WriteBehind:
     """What waits, the most useful first, and what is in flight. `step` bounds a file of rows, in tokens;
-    none reaches across `cut`.
+    none reaches across `cut`. `others` are draft models' names and cuts, by the settings of their namespaces.
 
     `on_written` hears whenever a file was written, or failed to be.
     """
@@ -156,6 +156,7 @@ class WriteBehind:
     step: int
     model: str = ""
     cut: int = 0
+    others: dict[str, tuple[str, int]] = field(default_factory=dict)
     on_written: Callable[[], None] = field(default=lambda: None, init=False)
     written_bytes: int = field(default=0, init=False)
     failures: int = field(default=0, init=False)
@@ -306,9 +307,9 @@ class WriteBehind:
         lacking = self.catalogue.lacking(
             digest(name),
             tokens,
-            state=self.store.needs_checkpoints,
+            state=self.store.needs(name),
             step=self.step,
-            cut=self.cut,
+            cut=self._model_of(name)[1],
             coming=[
                 (flight.segment, flight.tokens)
                 for key, flight in self._in_flight.items()
@@ -324,8 +325,11 @@ class WriteBehind:
         left = deque(one for one in lacking if one.name not in self._in_flight)
         return _Writing(node, name, tokens, left) if left else None
 
+    def _model_of(self, name: Namespace) -> tuple[str, int]:
+        return self.others.get(name.settings, (self.model, self.cut))
+
     def _is_there(self, node: MemoryNode) -> bool:
-        has_state = node.checkpoint is not None or not self.store.needs_checkpoints
+        has_state = node.checkpoint is not None or not node.needs_checkpoint
         return node.parent is not None and has_state
 
     def hand_over(self, writing: _Writing) -> None:
@@ -338,7 +342,7 @@ class WriteBehind:
             return
         lacking, node = writing.left.popleft(), writing.node
         payloads, views = _views_of(node, lacking)
-        segment = writing.segment(lacking, views.tensors, self.model)
+        segment = writing.segment(lacking, views.tensors, self._model_of(writing.name)[0])
         try:
             claim = self.catalogue.claim(segment.file_nbytes, self._paths(writing))
         except BudgetError:
@@ -398,8 +402,9 @@ class WriteBehind:
         self.written_bytes += segment.file_nbytes
         try:
             is_branch_point = writing.node.returns > 0 and segment.end == writing.node.end
+            restores = not self.store.needs(writing.name)
             if segment in self.catalogue or self.catalogue.add(
-                segment, flight.tokens, is_branch_point=is_branch_point
+                segment, flight.tokens, restores=restores, is_branch_point=is_branch_point
             ):
                 return True
             # What leads to it went meanwhile and is written again, or all of it is there.

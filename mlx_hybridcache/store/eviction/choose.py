@@ -136,7 +136,7 @@ class Eviction:
     def _may_go(self, node: AnyNode) -> bool:
         if node.pinned or node.soft_pin is not None or node is self.spare:
             return False
-        if self.values.needs_checkpoints and node.checkpoint is not None:
+        if node.needs_checkpoint and node.checkpoint is not None:
             return True
         return not node.children and node not in self.kept
 

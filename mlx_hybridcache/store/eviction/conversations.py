@@ -20,10 +20,9 @@ SPARE = 64
 
 
 class Conversations:
-    """The leaves of one store. With `needs_checkpoints`, only those with one in what is theirs count."""
+    """The leaves of one store. Where checkpoints are needed, only those with one in what is theirs count."""
 
-    def __init__(self, needs_checkpoints: bool) -> None:
-        self._needs_checkpoints = needs_checkpoints
+    def __init__(self) -> None:
         self._queue: list[tuple[int, float, int, AnyNode]] = []
         self._entries = itertools.count()  # of entries alike in all else none is compared further
         self._waiting: dict[AnyNode, int] = {}  # since when at least, by leaf
@@ -37,7 +36,7 @@ class Conversations:
 
     def stands(self, own: list[AnyNode]) -> bool:
         """Whether nodes that lead to one leaf alone are a conversation."""
-        return not self._needs_checkpoints or any(node.checkpoint is not None for node in own)
+        return not own[0].needs_checkpoint or any(node.checkpoint is not None for node in own)
 
     def oldest(self, written: AnyNode) -> AnyNode | None:
         """The leaf of the one used longest ago, except that of `written` and those with a pin.

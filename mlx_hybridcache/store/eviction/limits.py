@@ -26,7 +26,7 @@ class Limits:
         self.max_checkpoints = max_checkpoints
         self._values = values
         if max_conversations is not None:
-            values.conversations = Conversations(values.needs_checkpoints)
+            values.conversations = Conversations()
 
     def leave_room(self, match: AnyMatch, position: int) -> bool:
         """Whether every path has room for a checkpoint at `position`, or one that may go for it."""

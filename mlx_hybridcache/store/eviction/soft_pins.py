@@ -88,13 +88,13 @@ class SoftPins(Pins):
         heapq.heapify(self._line)
 
 
-def places(
-    match: AnyMatch, lifetimes: Mapping[int, float], *, needs_checkpoints: bool
-) -> Iterator[tuple[AnyNode, float]]:
+def places(match: AnyMatch, lifetimes: Mapping[int, float]) -> Iterator[tuple[AnyNode, float]]:
     """The nodes that restore these positions of what matches, each with its seconds."""
+    if not match.matched:
+        return
     for position, seconds in lifetimes.items():
         node: AnyNode | None
-        if needs_checkpoints:
+        if match.nodes()[-1].needs_checkpoint:
             node = match.deepest_checkpoint(position)
         else:
             node = next((each for each in match.nodes() if each.end >= position), None)

@@ -50,12 +50,11 @@ class Standing:
 
 @dataclass(eq=False)
 class NodeValues:
-    """The nodes of one store. With `needs_checkpoints`, checkpoints are what restores; else any leaf may go.
+    """The nodes of one store. Where they need checkpoints, these are what restores; else any leaf may go.
 
     The counts are those of the last `settle`. `ends` are leaves that restore something.
     """
 
-    needs_checkpoints: bool
     weigh: Weigh
     conversations: Conversations | None = field(default=None, init=False)
     """Those of the same store, where somebody wants them in order."""
@@ -124,7 +123,7 @@ class NodeValues:
         """Count it as what it is now; below which nodes its change decides what goes with what."""
         standing: Standing = node.standing
         children, stands = node.children or {}, node.checkpoint is not None
-        is_end = not children and (stands or not self.needs_checkpoints)
+        is_end = not children and (stands or not node.needs_checkpoint)
         self.tokens += len(node.tokens) - standing.tokens
         self.checkpoints += stands - standing.has_checkpoint
         self.ends += is_end - standing.is_end
@@ -199,7 +198,7 @@ class NodeValues:
     def conversations_stored(self) -> int:
         """Leaves with what leads to them alone, where anything stands in that."""
         return self.ends + sum(
-            self.needs_checkpoints and any(each.checkpoint is not None for each in leaf.unshared())
+            leaf.needs_checkpoint and any(each.checkpoint is not None for each in leaf.unshared())
             for leaf in self.barren
         )
 
@@ -208,8 +207,7 @@ class NodeValues:
     ) -> set[int]:
         """Soft pins for what restores these positions; where they stand, unless one alone is too heavy."""
         held = set()
-        places = soft_pins.places(match, lifetimes, needs_checkpoints=self.needs_checkpoints)
-        for node, seconds in places:
+        for node, seconds in soft_pins.places(match, lifetimes):
             if soft_pins.weight(node) <= most_bytes:
                 self.soft.hold(node, seconds, now)
                 held.add(node.end)
@@ -229,7 +227,7 @@ class NodeValues:
         """Whether it may go at all, and not first of all."""
         if node.pinned or node.soft_pin is not None:
             return False
-        return node.checkpoint is not None if self.needs_checkpoints else not node.children
+        return node.checkpoint is not None if node.needs_checkpoint else not node.children
 
     def _rank(self, node: AnyNode) -> None:
         standing: Standing = node.standing
@@ -260,7 +258,7 @@ class NodeValues:
         end = node.end
         return self.weigh(
             # Where rows alone restore, only this node's own run would be read again.
-            end - (standing.above if self.needs_checkpoints else node.start),
+            end - (standing.above if node.needs_checkpoint else node.start),
             standing.below - end,
             node.deepest - end,
             freed,
@@ -305,7 +303,7 @@ class NodeValues:
     def only_joins(self, node: AnyNode, kept: Collection[AnyNode] = ()) -> bool:
         """Whether `node` is a boundary that nothing stands at and nothing branches from."""
         return (
-            self.needs_checkpoints
+            node.needs_checkpoint
             and node.parent is not None
             and node.checkpoint is None
             and len(node.children or ()) == 1

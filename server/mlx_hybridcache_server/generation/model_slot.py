@@ -54,14 +54,20 @@ class ModelSlot:
         self._resting: asyncio.Task[None] | None = None
         self._loading: Future[Loaded] | None = None
 
-    async def model(self, held: ExitStack, name: str | None, adapter: str | None = None) -> Loaded:
+    async def model(
+        self,
+        held: ExitStack,
+        name: str | None,
+        adapter: str | None = None,
+        draft: str | None = None,
+    ) -> Loaded:
         """The model that a request names, which stays until `held` is closed; loaded first if need be.
 
         Raises `ApiError` 404 for any other name where switching is not allowed. Loading another
         waits for all who hold the one that is served, and lets go of that with its cache, as there is
         room for one. What fails to load leaves it as it is.
         """
-        asked = Named(name or DEFAULT_NAME, adapter)
+        asked = Named(name or DEFAULT_NAME, adapter, draft)
         wanted = asked.resolved(self.settings)
         if not self.settings.allow_model_switching and not self.loaded.serves(wanted):
             raise self._not_served(asked)
@@ -139,7 +145,7 @@ class ModelSlot:
         return self.loaded.cache.is_alive and (wanted is None or self.loaded.serves(wanted))
 
     def _not_served(self, wanted: Named) -> ApiError:
-        name, adapter = wanted
+        name, adapter, _ = wanted
         what = f"adapter {adapter!r}" if adapter is not None else f"model {name!r}"
         return ApiError(
             404,
@@ -156,7 +162,7 @@ class ModelSlot:
         if wanted is not None and old.cache.is_alive and old.may_adapt(wanted):
             self.loaded = await asyncio.to_thread(old.adapted, wanted.adapter)
             return
-        own = Named(old.source, old.adapter)
+        own = Named(old.source, old.adapter, old.drafted_by)
         try:
             self.loaded = await self._load(wanted or own, partial(self._let_go, old))
         except Exception:

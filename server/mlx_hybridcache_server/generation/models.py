@@ -18,9 +18,8 @@ from huggingface_hub import CacheNotFound, scan_cache_dir
 
 from mlx_hybridcache import Group, HybridPromptCache, models
 from mlx_hybridcache.adapters import lora
-from mlx_hybridcache.caches.layout import Layout
 from mlx_hybridcache.demo import BUNDLED_MODEL
-from mlx_hybridcache.errors import SettingError
+from mlx_hybridcache.errors import HybridCacheError, SettingError
 from mlx_hybridcache.group.load import split
 from mlx_hybridcache.router.defaults import AUTO
 from mlx_hybridcache.router.patch import Patch
@@ -53,17 +52,21 @@ T = TypeVar("T")
 
 
 class Named(NamedTuple):
-    """A model as a request names it, with the adapter that it asks for."""
+    """A model as a request names it, with the adapter and the draft model that it asks for."""
 
     name: str
     adapter: str | None = None
+    draft: str | None = None
 
     def resolved(self, settings: Settings) -> Named:
-        """The same by the name from which it can be loaded."""
+        """The same by the names from which it can be loaded. `--draft-model` is for the model of `--model`."""
         # Most name none, or one that needs no look at the disk.
         is_default = self.name in (DEFAULT_NAME, settings.model, *settings.aliases)
         is_default = is_default or self.name in own_names(settings)
-        return self._replace(name=settings.model) if is_default else self
+        draft = None if self.draft == DEFAULT_NAME else self.draft
+        if draft is None and is_default and self.adapter is None:
+            draft = settings.draft_model
+        return self._replace(name=settings.model if is_default else self.name, draft=draft)
 
 
 def short_name(path_or_repo: str) -> str:
@@ -90,8 +93,8 @@ class Loaded:
     """A model with what serves it.
 
     `id` is its name in `/v1/models`, `names` all that mean it, `source` what it was loaded from,
-    `adapter` the one that a request asked for. `shown` are the names that are listed. The weights of one that
-    `is_changed` are not the model's own, so that no other adapter can take that one's place.
+    `adapter` the one that a request asked for, `drafted_by` what `draft` was. `shown` are the names that are listed.
+    The weights of one that `is_changed` are not the model's own, so that no other adapter can take that one's place.
     """
 
     id: str
@@ -104,6 +107,7 @@ class Loaded:
     renderer: Renderer
     token_bytes: Callable[[int], bytes]
     draft: Any | None
+    drafted_by: str | None = None
     is_changed: bool = False
 
     @cached_property
@@ -115,12 +119,14 @@ class Loaded:
 
     def serves(self, wanted: Named) -> bool:
         """Whether a request for `wanted` is a request for this one."""
-        return wanted.adapter == self.adapter and wanted.name in self.names
+        same = (wanted.adapter, wanted.draft) == (self.adapter, self.drafted_by)
+        return same and wanted.name in self.names
 
     def may_adapt(self, wanted: Named) -> bool:
         """Whether a request for `wanted` is for this model with another adapter, which can take turns with its own."""
         is_small = wanted.adapter is None or lora.is_small(wanted.adapter)
-        return wanted.name in self.names and is_small and not self.is_changed
+        is_same = wanted.name in self.names and wanted.draft == self.drafted_by
+        return is_same and is_small and not self.is_changed
 
     def adapted(self, adapter: str | None) -> Loaded:
         """The same with an adapter, None for its own, and all that is cached for any. Not for the event loop.
@@ -157,21 +163,24 @@ def load(
     settings: Settings,
     name: str,
     adapter: str | None = None,
+    drafted_by: str | None = DEFAULT_NAME,
     *,
     make_room: MakeRoom | None = None,
     group: Group | None = None,
 ) -> Loaded:
     """Load the model that `name` means, a directory or a repository, and make its cache.
 
-    `adapter` replaces the adapter of the settings. `make_room` is called when the model is known to be
-    there, before its weights take memory. Of a `group` each rank loads its own part.
+    `adapter` replaces the settings' own, `drafted_by` names a draft model. `make_room` is called once it is known
+    to be there, before weights take memory. Each rank of a `group` loads its part.
 
     Raises `ModelError` for what cannot be loaded, `SettingError` and `BudgetError` for settings
     that do not suit it. The arrays are evaluated: any thread may have loaded them.
     """
+    draft = Named(name, adapter, drafted_by).resolved(settings).draft if drafted_by else None
+    asked = Named(name, adapter, draft)
     if adapter is None or settings.canonicalize_router is not None or not lora.is_small(adapter):
-        return _load(settings, name, adapter, make_room, group)
-    made = _load(settings, name, None, make_room, group)
+        return _load(settings, asked, make_room, group)
+    made = _load(settings, asked._replace(adapter=None), make_room, group)
     try:
         return made.adapted(adapter)
     except BaseException:
@@ -180,30 +189,17 @@ def load(
 
 
 def _load(
-    settings: Settings,
-    name: str,
-    adapter: str | None,
-    make_room: MakeRoom | None,
-    group: Group | None,
+    settings: Settings, asked: Named, make_room: MakeRoom | None, group: Group | None
 ) -> Loaded:
+    name, adapter, drafted_by = asked
     is_default = name == settings.model and adapter is None
     with_adapter = settings.adapter_path if is_default else adapter
-    model, tokenizer = models.load(
-        name,
-        adapter_path=with_adapter,
-        chat_template=settings.chat_template,
-        trust_remote_code=settings.trust_remote_code,
-        lazy=make_room is not None or group is not None,
-    )
-    if group is not None:
-        split(group, model, pipeline=settings.pipeline)
+    model, tokenizer = _weights(settings, name, with_adapter, group, lazy=make_room is not None)
     if make_room is not None:
         make_room()
-    _suit(tokenizer, settings, name)
-    drafts = is_default and settings.draft_model is not None
-    draft = _load_draft(settings, model, tokenizer) if drafts else None
     router = _router(settings, model, tokenizer, name, is_default=is_default)
     cache = _cache(settings, model, tokenizer, router, group)
+    draft = _draft(settings, cache, tokenizer, drafted_by, name)
     own = own_names(settings) if is_default else (_other_name(name, settings),)
     return Loaded(
         id=own[0],
@@ -216,8 +212,26 @@ def _load(
         renderer=_renderer(settings, tokenizer, cache, name),
         token_bytes=token_bytes(tokenizer),
         draft=draft,
+        drafted_by=drafted_by,
         is_changed=router is not None or not (with_adapter is None or lora.is_small(with_adapter)),
     )
+
+
+def _weights(
+    settings: Settings, name: str, adapter: str | None, group: Group | None, *, lazy: bool
+) -> tuple[Any, Any]:
+    """A model with its tokenizer, which suits the settings."""
+    model, tokenizer = models.load(
+        name,
+        adapter_path=adapter,
+        chat_template=settings.chat_template,
+        trust_remote_code=settings.trust_remote_code,
+        lazy=lazy or group is not None,
+    )
+    if group is not None:
+        split(group, model, pipeline=settings.pipeline)
+    _suit(tokenizer, settings, name)
+    return model, tokenizer
 
 
 def _cache(
@@ -301,24 +315,25 @@ def _router(
     return choose_patch(model, tokenizer, wanted, models.directory(name))
 
 
-def _load_draft(settings: Settings, model: Any, tokenizer: Any) -> Any:
-    assert settings.draft_model is not None
-    layout = Layout.of(model)
-    layout.release()
-    if not layout.goes_back:
-        raise SettingError(
-            f"--draft-model {settings.draft_model} cannot be used: mlx-lm's speculative decoding "
-            f"must go back in the caches of {settings.model}, and its recurrent or sliding-window "
-            "layers cannot. Leave the flag out."
-        )
-    draft, draft_tokenizer = models.load(settings.draft_model)
-    models.evaluate(draft)
-    if draft_tokenizer.vocab_size != tokenizer.vocab_size:
-        raise SettingError(
-            f"--draft-model {settings.draft_model} has a vocabulary of "
-            f"{draft_tokenizer.vocab_size}, {settings.model} one of {tokenizer.vocab_size}. "
-            "A draft model must share the tokenizer."
-        )
+def _draft(
+    settings: Settings, cache: HybridPromptCache, own: Any, drafted_by: str | None, name: str
+) -> Any | None:
+    """The draft model of that name, if any. What is wrong with it is said now, not with the first reply."""
+    if drafted_by is None:
+        return None
+    try:
+        draft, tokenizer = models.load(drafted_by)
+        if tokenizer.vocab_size != own.vocab_size:
+            raise SettingError(
+                f"The draft model {drafted_by} has a vocabulary of {tokenizer.vocab_size}, {name} one of "
+                f"{own.vocab_size}. A draft model must share the tokenizer."
+            )
+        models.evaluate(draft)
+        if settings.uses_cache:  # else mlx-lm drafts on caches of its own, where it can
+            cache.learn_draft(draft)
+    except HybridCacheError:
+        cache.close()
+        raise
     return draft
 
 

@@ -21,7 +21,7 @@ from ..replies import chat as chats
 from ..replies.answer import answered
 from ..replies.message import ChatMessage
 from ..replies.parse import parse
-from ..schema.requests import ChatBody, CompletionBody
+from ..schema.requests import ChatBody, CompletionBody, GenerationBody
 from .choices import ChatChoice, Choice, TextChoice
 from .envelope import Envelope
 from .functions import FunctionChoice
@@ -47,8 +47,13 @@ async def completions(body: CompletionBody, request: Request) -> Response:
     return await answered(body, request, replies, partial(_completions, body), STREAM)
 
 
+async def _model(body: GenerationBody, serving: Serving, admitted: Admitted) -> Loaded:
+    """The one that the body names, with the draft model that it names."""
+    return await serving.slot.model(admitted.held, body.model, body.adapters, body.draft_model)
+
+
 async def _chat(body: ChatBody, serving: Serving, admitted: Admitted, weight: int) -> Reply:
-    loaded = await serving.slot.model(admitted.held, body.model, body.adapters)
+    loaded = await _model(body, serving, admitted)
     begun = await chats.chat(body, loaded, serving, admitted, weight)
     kind = "chat.completion.chunk" if body.stream else "chat.completion"
     envelope = Envelope.new("chatcmpl", kind, body.model or loaded.id)
@@ -64,7 +69,7 @@ async def _chat(body: ChatBody, serving: Serving, admitted: Admitted, weight: in
 async def _completions(
     body: CompletionBody, serving: Serving, admitted: Admitted, weight: int
 ) -> Reply:
-    loaded = await serving.slot.model(admitted.held, body.model, body.adapters)
+    loaded = await _model(body, serving, admitted)
     envelope = Envelope.new("cmpl", "text_completion", body.model or loaded.id)
     groups: list[list[TextChoice]] = []
     for prompt in body.prompts():

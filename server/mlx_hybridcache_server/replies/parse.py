@@ -31,9 +31,11 @@ MOST_DIGITS = 19
 
 def check(body: GenerationBody, settings: Settings) -> None:
     """Refuse, before any work, what this server cannot do. Raises `ApiError` 400."""
-    if body.draft_model not in (None, DEFAULT_NAME, settings.draft_model):
+    own = (None, DEFAULT_NAME, settings.draft_model)
+    if body.draft_model not in own and not settings.allow_model_switching:
         raise refuse(
-            "draft_model can name only the server's own (--draft-model), which is used anyway.",
+            "draft_model can name only the server's own (--draft-model), which is used anyway. Start the "
+            "server with --allow-model-switching to let requests load others.",
             "draft_model",
         )
     if body.suffix:
@@ -78,9 +80,9 @@ def parse(
             constraint=constraint,
             limits=limits,
             cache_salt=body.cache_salt,
-            use_cache=settings.uses_cache and body.cache_prompt is not False,
+            use_cache=_uses_cache(body, settings),
             stable=rendered.stable,
-            options={**settings.generation_options(), **_drafting(body, settings, loaded)},
+            options=_drafting(body, settings, loaded, use_cache=_uses_cache(body, settings)),
         )
         for index in range(body.n or 1)
     ]
@@ -168,16 +170,25 @@ def _is_number(key: str) -> bool:
     return key.isascii() and key.isdigit() and len(key) <= MOST_DIGITS
 
 
-def _drafting(body: GenerationBody, settings: Settings, loaded: Loaded) -> dict[str, Any]:
-    if loaded.draft is None:
-        return _drafting_from_cache(body) if settings.draft_from_cache else {}
-    count = settings.num_draft_tokens if body.num_draft_tokens is None else body.num_draft_tokens
-    return {"draft_model": loaded.draft, "num_draft_tokens": count}
+def _uses_cache(body: GenerationBody, settings: Settings) -> bool:
+    return settings.uses_cache and body.cache_prompt is not False
 
 
-def _drafting_from_cache(body: GenerationBody) -> dict[str, Any]:
-    """As many as pay for themselves, unless the request has a number; with none there are no drafts."""
-    count = body.num_draft_tokens
-    if count is None:
-        return {"draft_from_cache": True}
-    return {"draft_from_cache": True, "num_draft_tokens": count} if count else {}
+def _drafting(
+    body: GenerationBody, settings: Settings, loaded: Loaded, *, use_cache: bool
+) -> dict[str, Any]:
+    """How the reply is drafted. A request that asks for no tokens at once has no drafts.
+
+    Without the cache mlx-lm drafts, on caches of its own, where it can.
+    """
+    asked = body.num_draft_tokens
+    by_model = settings.num_draft_tokens if asked is None else asked
+    options: dict[str, Any] = {}
+    if asked == 0:
+        return options
+    if settings.draft_from_cache and use_cache:
+        options["draft_from_cache"] = True
+    if loaded.draft is not None and by_model and (use_cache or loaded.cache.info.goes_back):
+        around = {} if use_cache else settings.generation_options()
+        return {**options, **around, "draft_model": loaded.draft, "num_draft_tokens": by_model}
+    return options if asked is None or not options else {**options, "num_draft_tokens": asked}

@@ -1,4 +1,4 @@
-"""Draft models: only where mlx-lm can take back what the model refuses of a draft."""
+"""Draft models without the cache: only where mlx-lm can take back what the model refuses of a draft."""
 
 import oracle
 import pytest
@@ -16,13 +16,19 @@ def new_cache(name, **settings):
     )
 
 
+@pytest.mark.parametrize("use_cache", [True, False])
 @pytest.mark.parametrize("name", GOES_BACK)
-def test_a_drafted_reply_is_the_greedy_one(name):
+def test_a_drafted_reply_is_the_greedy_one(name, use_cache):
     """Three drafted tokens a step by another model, to 120 tokens past a window of 32."""
     prompt, options = oracle.prompt(50, seed=3), {"sampler": oracle.never_ending, "seed": 0}
     with new_cache(name) as cache:
         drafted = cache.stream_generate(
-            prompt, 120, draft_model=tiny.build("qwen3"), num_draft_tokens=3, **options
+            prompt,
+            120,
+            draft_model=tiny.build("qwen3"),
+            num_draft_tokens=3,
+            use_cache=use_cache,
+            **options,
         )
         found = [response.token for response in drafted]
         assert found == [
@@ -31,16 +37,20 @@ def test_a_drafted_reply_is_the_greedy_one(name):
 
 
 @pytest.mark.parametrize("name", CANNOT)
-def test_a_draft_model_beside_layers_that_cannot_go_back_is_refused(name):
+def test_without_the_cache_one_is_refused_beside_layers_that_cannot_go_back(name):
     """A full window keeps what was refused: Gemma 3 wrote another token from the third on, with no error."""
     prompt = oracle.prompt(50, seed=3)
     with new_cache(name) as cache:
         with pytest.raises(SettingError, match="sliding-window layers cannot"):
-            cache.stream_generate(prompt, 9, draft_model=tiny.build("qwen3"))
+            cache.stream_generate(prompt, 9, draft_model=tiny.build("qwen3"), use_cache=False)
         assert list(cache.stream_generate(prompt, 1)), "the next request is served"
 
 
-def test_storing_every_row_of_a_window_does_not_help():
-    """With `swa_full` the running cache is mlx-lm's ring all the same."""
-    with new_cache("gemma3_text", swa_full=True) as cache, pytest.raises(SettingError):
-        cache.stream_generate(oracle.prompt(50, seed=3), 9, draft_model=tiny.build("qwen3"))
+def test_no_tokens_at_once_are_no_drafts():
+    """`num_draft_tokens=0`, as in mlx-lm."""
+    with new_cache("qwen3_next") as cache:
+        reply = cache.stream_generate(
+            oracle.prompt(50, seed=3), 9, draft_model=tiny.build("qwen3"), num_draft_tokens=0
+        )
+        assert list(reply)
+        assert (reply.report.drafted_tokens, reply.report.draft_forwards) == (0, 0)

@@ -39,10 +39,13 @@ class Knowing:
         """As `Drafter.accepted`."""
         self.told.append((drafted, accepted))
 
+    def end(self, history: Sequence[int] | None) -> None:
+        """As `Drafter.end`."""
+
 
 def with_drafter(cache: HybridPromptCache, drafter: Any) -> None:
     """The cache's next replies that draft do so with this drafter, and never rest from it."""
-    cache.engine.drafter_for = lambda request, live: drafter  # type: ignore[method-assign]
+    cache.engine.drafting.recurring = lambda request, live: drafter  # type: ignore[method-assign]
 
 
 WIDER = {"wide jamba": {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1}}

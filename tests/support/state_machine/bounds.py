@@ -119,7 +119,7 @@ def check_tree(store: Store, check_payload: Callable[[Node], None]) -> None:
             bounds = [node.start, *(rows.end for rows in node.rows)]
             assert [rows.start for rows in node.rows] == bounds[:-1]
             assert bounds[-1] == node.end
-            assert not node.pinned or node.checkpoint is not None or not store.needs_checkpoints
+            assert not node.pinned or node.checkpoint is not None or not node.needs_checkpoint
             check_payload(node)
             rows_bytes += node.rows_nbytes
             snapshot_bytes += node.checkpoint.nbytes if node.checkpoint is not None else 0
@@ -141,9 +141,9 @@ def check_memory_node(node: Any) -> None:
 def check_memory(store: Store) -> None:
     """The memory tier, on the worker thread: no row without use, no byte too many or too few."""
     check_tree(store, check_memory_node)
-    if store.needs_checkpoints:
-        dead = [n for n in store.nodes() if not n.children and n.checkpoint is None]
-        assert len(dead) <= 1, [(node.start, node.end, node.pinned, node.is_end) for node in dead]
+    bare = [n for n in store.nodes() if not n.children and n.checkpoint is None]
+    dead = [node for node in bare if node.needs_checkpoint]
+    assert len(dead) <= 1, [(node.start, node.end, node.pinned, node.is_end) for node in dead]
     assert store.budget.used_bytes <= store.budget.limit_bytes
 
 

@@ -65,9 +65,10 @@ def _made(make: Callable[[Any], nn.Module], shape: Any) -> nn.Module:
 
 @dataclass(frozen=True)
 class Case:
-    """A model with the settings that it is run with, and its colds."""
+    """A model with the settings that it is run with, and its colds. `draft` is a draft model for it."""
 
     model: Callable[[], nn.Module]
+    draft: Callable[[], nn.Module]
     settings: dict[str, Any] = field(default_factory=dict)
     colds: dict[tuple[int, ...], np.ndarray] = field(default_factory=dict)
 
@@ -105,11 +106,13 @@ class Case:
 
 
 CASES = {
-    "hybrid": Case(hybrid),
-    "limits": Case(hybrid, {"max_conversations": 8, "max_checkpoints": 5}),
-    "exact": Case(hybrid, {"exact": True}),
-    "rows": Case(rows_only),
-    "quantized": Case(hybrid, {"kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": 100}),
+    "hybrid": Case(hybrid, rows_only),
+    "limits": Case(hybrid, hybrid, {"max_conversations": 8, "max_checkpoints": 5}),
+    "exact": Case(hybrid, hybrid, {"exact": True}),
+    "rows": Case(rows_only, hybrid),
+    "quantized": Case(
+        hybrid, hybrid, {"kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": 100}
+    ),
 }
 
 

@@ -84,6 +84,18 @@ class CacheMachine(CacheUnderTest):
         if self.case.drafts:
             self.attempt(answer)
 
+    @rule(tokens=prompts, salt=salts, both=st.booleans())
+    def generate_with_a_draft_model(self, tokens: tuple[int, ...], salt: str, both: bool) -> None:
+        """It resumes, reads and stores as the model does, and what it drafts changes nothing."""
+
+        def answer() -> None:
+            expected, draft = self.written(tokens, salt), self.case.draft()
+            options = {"draft_model": draft, "num_draft_tokens": 8, "draft_from_cache": both}
+            assert self.written(tokens, salt, **options) == expected
+
+        if self.case.drafts:
+            self.attempt(answer)
+
     @rule(tokens=prompts, salt=salts)
     def answer(self, tokens: tuple[int, ...], salt: str) -> None:
         self.attempt(lambda: self.compare(tokens, salt))

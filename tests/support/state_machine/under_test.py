@@ -95,6 +95,8 @@ class CacheUnderTest(RuleBasedStateMachine):
             **self.case.settings,
         )
         self.engine, self.disk = self.cache.engine, self.cache.engine.tiers.disk
+        if self.case.drafts:
+            self.cache.learn_draft(self.case.draft())
         mx.clear_cache()
         self.baseline = mx.get_active_memory()
         self.memory = bounds.WatchedBudget.of(self.engine.tiers.memory.budget, self.really_held)

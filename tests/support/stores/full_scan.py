@@ -44,19 +44,19 @@ class FullScan:
     def may_go(self, node: Node) -> bool:
         if node.pinned or node.soft_pin is not None or node is self.spare:
             return False
-        if self.store.needs_checkpoints and node.checkpoint is not None:
+        if node.needs_checkpoint and node.checkpoint is not None:
             return True
         return not node.children and node not in self.kept
 
     def worth(self, node: Node, above: int, below: int, deepest: int) -> float:
         """What it is worth, from nothing but what stands around it in the tree."""
         store = self.store
-        if store.needs_checkpoints and node.checkpoint is None:
+        if node.needs_checkpoint and node.checkpoint is None:
             return -math.inf
         freed = node.checkpoint.nbytes if node.checkpoint is not None else 0
         freed += sum(dead.rows_nbytes for dead in self.dead_with(node))
         return Candidate(
-            gap_tokens=node.end - (above if store.needs_checkpoints else node.start),
+            gap_tokens=node.end - (above if node.needs_checkpoint else node.start),
             below_tokens=below - node.end,
             to_end_tokens=deepest - node.end,
             freed_bytes=freed,
@@ -73,7 +73,7 @@ class FullScan:
         dead = [node]
         above = node.parent
         while (
-            self.store.needs_checkpoints
+            node.needs_checkpoint
             and above.parent is not None
             and above.checkpoint is None
             and len(above.children) == 1
@@ -115,7 +115,7 @@ def conversations(store: Store) -> list[list[Node]]:
     return [
         own
         for own in (node.unshared() for node in store.nodes() if not node.children)
-        if not store.needs_checkpoints or any(node.checkpoint is not None for node in own)
+        if not own[0].needs_checkpoint or any(node.checkpoint is not None for node in own)
     ]
 
 
@@ -178,5 +178,5 @@ def check_values(store: Store) -> None:
             else:
                 assert standing.rank is None
     assert set(values._ranked) == ranked
-    dead = {node for node in nodes if not node.children and node.checkpoint is None}
-    assert set(values.barren) == (dead if store.needs_checkpoints else set())
+    bare = [node for node in nodes if not node.children and node.checkpoint is None]
+    assert set(values.barren) == {node for node in bare if node.needs_checkpoint}

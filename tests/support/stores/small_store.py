@@ -35,7 +35,7 @@ def save(store, tokens, *, is_end=False, is_branch_point=False, space=N):
         space,
         as_tokens(tokens),
         lambda start: rows(start, len(tokens)),
-        state(len(tokens)) if store.needs_checkpoints else None,
+        state(len(tokens)) if store.needs(space) else None,
         row_bytes=ROW,
         is_end=is_end,
         is_branch_point=is_branch_point,

@@ -132,7 +132,10 @@ function explained(one) {
 
 function drafts(one) {
   const right = `${count(one.accepted_tokens)} of ${many(one.drafted_tokens, "token")} right`;
-  return `${right}; ${many(one.reply_forwards, "forward")}`;
+  const own = one.draft_forwards
+    ? `, ${count(one.draft_forwards)} of the draft model behind ${many(one.draft_restored_tokens, "restored token")}`
+    : "";
+  return `${right}; ${many(one.reply_forwards, "forward")}${own}`;
 }
 
 function arranged({ mode, tokens, boundaries, moved, canonical_tools }) {

@@ -12,8 +12,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from .kinds.kind import Snapshot
-from .layout import Layout, leaves
+from ..kinds.kind import Snapshot
+from ..layout import Layout, leaves
 
 
 class Block:

@@ -1,6 +1,6 @@
-"""`bench speculate`: forwards and CPU seconds of replies with drafts from what is stored, beside the same without.
+"""`bench speculate`: forwards and CPU seconds of replies with drafts, beside the same without.
 
-The replies are dictated: a small model quotes no file, so a logits processor lets it write the given tokens
+Those with drafts from what is stored are here, those of a draft model in `own_replies`. The replies are dictated: a small model quotes no file, so a logits processor lets it write the given tokens
 and no others. Both arms pay for that, and read the same prompts.
 """
 
@@ -21,11 +21,13 @@ from mlx_hybridcache import HybridPromptCache, models
 from mlx_hybridcache.caches.live import LiveCaches
 from mlx_hybridcache.cli.flags import tokens
 from mlx_hybridcache.decode.speculate.drafter import Drafter
+from mlx_hybridcache.demo import BUNDLED_MODEL
 from mlx_hybridcache.request.request import Request
 
-from .kit.machine import machine, one_line
-from .kit.tables import Figure, show, show_figures, write_json
-from .kit.text import prompt_of
+from ..kit.machine import machine, one_line
+from ..kit.tables import Figure, show, show_figures, write_json
+from ..kit.text import prompt_of
+from . import own_replies
 
 EVERY = 40
 """An edit comes once in so many tokens of a file."""
@@ -110,6 +112,10 @@ class _Timed:
         """As `Drafter.accepted`."""
         self.drafter.accepted(drafted, accepted)
 
+    def end(self, history: Sequence[int] | None) -> None:
+        """As `Drafter.end`."""
+        self.drafter.end(history)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `bench speculate`."""
@@ -117,6 +123,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--reply-tokens", type=tokens(), default=300, help="of each reply (300)")
     parser.add_argument("--rounds", type=int, default=5, help="pairs for each workload (5)")
     parser.add_argument("--seed", type=int, default=0, help="of the edits (0)")
+    parser.add_argument(
+        "--draft-model", help="directory, or owner/name (default: a draft of the bundled model)"
+    )
+    parser.add_argument(
+        "--num-draft-tokens", type=tokens(), default=4, help="of the draft model at a time (4)"
+    )
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
@@ -129,7 +141,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
         with console.status(f"measuring {workload.name}"):
             seen.append(_measured(model, tokenizer, workload, args.rounds))
     _show(console, seen)
-    figures = [*_figures(seen)]
+    own = _own(args, console, model, tokenizer)
+    figures = [*_figures(seen), *(own_replies.figures(own) if own is not None else ())]
     show_figures(console, figures)
     write_json(
         args.json,
@@ -138,9 +151,30 @@ def run(args: argparse.Namespace, console: Console) -> int:
             "machine": found,
             "figures": [figure.as_json() for figure in figures],
             "workloads": [one.as_json() for one in seen],
+            "own_replies": None if own is None else own.as_json(),
         },
     )
     return int(any(figure.counted and not figure.kept for figure in figures))
+
+
+def _own(
+    args: argparse.Namespace, console: Console, model: Any, tokenizer: Any
+) -> own_replies.OwnReplies | None:
+    """The model's own replies; None for another model than the bundled one without a draft model."""
+    if args.draft_model is None and args.model != str(BUNDLED_MODEL):
+        return None
+    draft, _ = models.load(args.draft_model or str(own_replies.BUNDLED_DRAFT))
+    with console.status("measuring its own replies"):
+        own = own_replies.measure(
+            model,
+            tokenizer,
+            draft,
+            most=args.num_draft_tokens,
+            rounds=args.rounds,
+            seed=args.seed,
+        )
+    own_replies.show_own(console, own)
+    return own
 
 
 def workloads(tokenizer: Any, length: int, seed: int) -> list[Workload]:
@@ -223,13 +257,13 @@ def _asked(
 def _timing_drafters(cache: HybridPromptCache) -> list[_Timed]:
     """The drafters that the cache's replies have from now on, the last one at the end."""
     timed: list[_Timed] = []
-    make = cache.engine.drafter_for
+    make = cache.engine.drafting.recurring
 
     def make_timed(request: Request, live: LiveCaches) -> Drafter:
         timed.append(_Timed(make(request, live)))
         return timed[-1]
 
-    cache.engine.drafter_for = make_timed  # type: ignore[method-assign]
+    cache.engine.drafting.recurring = make_timed  # type: ignore[method-assign]
     return timed
 
 

@@ -1,0 +1,1 @@
+"""`bench speculate`: replies with drafts beside the same without."""

@@ -1,0 +1,1 @@
+"""Going back in live caches over tokens that were read before they were known to be right."""
