@@ -205,11 +205,11 @@ class Engine(Keeping):
 
     @contextmanager
     def _saving_end(self, request: Request, reply: Reply) -> Iterator[None]:
-        """Checkpoint the end of a reply, unless the next turn's history will leave part of it out.
+        """Checkpoint the end of a reply, unless the next turn's history will leave part of it out and nobody drafts.
 
         That is where its caches stand: behind tokens too that were made ahead and that nobody took.
         """
-        live, is_left = reply.live, True
+        live, is_left, feeds_drafts = reply.live, True, self.drafting.feeds(reply)
         try:
             yield
         except BaseException as error:
@@ -219,7 +219,8 @@ class Engine(Keeping):
             self.decoder.take_back(reply)
             read = reply.read
             is_exact = self.sharing.is_exact(reply.position)
-            keep = bool(read) and not is_exact and self._is_of_use(request, read)
+            is_of_use = feeds_drafts or self._is_of_use(request, read)
+            keep = bool(read) and not is_exact and is_of_use
             self.decoder.end(reply, keep=keep)
             if keep and live.is_standing and reply.guard.error is None:
                 history = np.concatenate([request.tokens, np.array(read, dtype=np.int32)])

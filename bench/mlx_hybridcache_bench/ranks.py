@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import psutil
 from rich.console import Console
 
 from .kit.machine import machine, one_line
@@ -37,16 +38,28 @@ class Side:
     """One group that runs, and what its requests took, in seconds: to the first token, and for each later one."""
 
     name: str
-    process: ServerProcess
+    processes: list[ServerProcess]
     first: list[float] = field(default_factory=list)
     token: list[float] = field(default_factory=list)
 
     def ask(self, prompt: str, count: int) -> None:
         """A prompt that is new, to the end of a reply of `count` tokens."""
-        with Client(self.process.url) as client:
+        with Client(self.processes[0].url) as client:
             reply = client.ask(COMPLETIONS, {"prompt": prompt, "max_tokens": count})
         self.first.append(reply.first_seconds)
         self.token.append((reply.last_seconds - reply.first_seconds) / max(1, count - 1))
+
+    @contextmanager
+    def standing_still(self) -> Iterator[None]:
+        """Its processes get no turn meanwhile: idle ranks of mlx_lm.server ask each other without a pause."""
+        held = [psutil.Process(each.pid) for each in self.processes]
+        for process in held:
+            process.suspend()
+        try:
+            yield
+        finally:
+            for process in held:
+                process.resume()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -73,9 +86,11 @@ def run(args: argparse.Namespace, console: Console) -> int:
             for name in (THEIRS, OURS)
         ]
         for turn in range(pairs + 1):
-            for side in sides if turn % 2 == 0 else reversed(sides):
+            text = tokenizer.decode(ids[turn : turn + tokens])
+            for side, other in [sides, sides[::-1]] if turn % 2 == 0 else [sides[::-1], sides]:
                 status.update(f"{side.name} ({turn} of {pairs})")
-                side.ask(tokenizer.decode(ids[turn : turn + tokens]), count)
+                with other.standing_still():
+                    side.ask(text, count)
     for side in sides:  # the first request of each is for warming up
         del side.first[0], side.token[0]
     promised = _figures(*sides)
@@ -126,8 +141,8 @@ def _indexed(model: Path, directory: Path) -> Path:
 
 
 @contextmanager
-def _group(name: str, model: str, size: int, directory: Path) -> Iterator[ServerProcess]:
-    """Rank 0 of a group, once it answers."""
+def _group(name: str, model: str, size: int, directory: Path) -> Iterator[list[ServerProcess]]:
+    """All ranks of a group, once it answers."""
     hosts = directory / f"{name}.json"
     hosts.write_text(json.dumps([[f"127.0.0.1:{free_port()}"] for _ in range(size)]))
     launch = Launch.of(name, model, ["--pipeline"])
@@ -140,6 +155,6 @@ def _group(name: str, model: str, size: int, directory: Path) -> Iterator[Server
         ]
         ranks[0].wait_ready()
         time.sleep(1)  # mlx_lm.server listens before its model is there
-        yield ranks[0]
+        yield ranks
         for rank in ranks:
             rank.kill()

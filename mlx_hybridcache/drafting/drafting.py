@@ -108,7 +108,8 @@ class Drafting:
         """
         drafters = []
         if drafts.from_cache:
-            drafters.append(Paced(self.recurring(request, live), Pace(drafts.from_cache)))
+            recurring, pace = self.recurring(request, live), Pace(drafts.from_cache)
+            drafters.append(Paced(recurring, pace, from_stored=True))
         if drafts.by_model:
             draft = next(each for each in self._known if each.model is drafts.model)
             drafter = draft.drafter(request, self.layout.vocabulary)
@@ -117,6 +118,11 @@ class Drafting:
         if not drafters:
             return None
         return Speculation(self.model, self.layout, memory, tokens, drafters, processors)
+
+    def feeds(self, reply: Reply) -> bool:
+        """Whether drafts for other replies are to be found in this one, however the history renders it."""
+        drafters = [] if reply.speculation is None else reply.speculation.drafters
+        return any(each.from_stored for each in drafters)
 
     def recurring(self, request: Request, live: LiveCaches) -> Drafter:
         """What has an idea of the reply: the texts that are stored for the same namespace, its salt included."""

@@ -40,7 +40,8 @@ class Drafter(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Paced:
-    """A drafter with the pace of its own drafts."""
+    """A drafter with the pace of its own drafts. Some look for them in what is stored."""
 
     drafter: Drafter
     pace: Pace
+    from_stored: bool = False
