@@ -286,7 +286,7 @@ def test_rows_of_other_tokens_stay_the_stores():
 
 def test_a_cut_of_a_slice_is_worth_what_a_checkpoint_there_would_be():
     """Every 3,000 tokens of a slice that ends at 17,000: what lies nearer to the end is worth more, at the same gap."""
-    eviction = Eviction(NodeValues(True, policy.weights), frozenset(), None, 0, 0.1)
+    eviction = Eviction(NodeValues(policy.weights), frozenset(), None, 0, 0.1)
     cuts = [5_000, 8_000, 11_000, 14_000]
     found = eviction.worths(2_000, cuts, 17_000, {11_000}, 1_000)
     assert found == [

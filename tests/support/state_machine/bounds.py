@@ -131,9 +131,9 @@ def check_memory_node(node: Any) -> None:
     for block in node.rows:
         for leaf, arrays in enumerate(block.layers):
             for which, array in enumerate(arrays):
-                first, last = block.positions(leaf, which)
+                first, last = block.within(leaf, which, block.start, block.end)
                 assert array.shape[2] == last - first
-                assert (first, last) == (block.start, block.end) or block.spans
+                assert (first, last) == (0, block.end - block.start) or block.spans
     if node.checkpoint is not None:
         assert node.checkpoint.position == node.end
 
