@@ -10,7 +10,6 @@ import argparse
 import json
 import statistics
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -154,7 +153,6 @@ def _group(name: str, model: str, size: int, directory: Path) -> Iterator[list[S
             for rank in range(size)
         ]
         ranks[0].wait_ready()
-        time.sleep(1)  # mlx_lm.server listens before its model is there
         yield ranks
         for rank in ranks:
             rank.kill()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import queue
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,7 +27,7 @@ AGREEING_SECONDS = 60.0
 
 
 @dataclass(eq=False)
-class Acts:
+class Acts(ABC):
     """The facts that both sides go by: as of the last message `now`, in seconds of rank 0's clock, and what memory
     is `left` on the tightest machine, beside whose `own_reserve_bytes` all count with rank 0's `reserve_bytes`.
     """
@@ -50,9 +51,9 @@ class Acts:
             self.memory.clock,
         ]
 
+    @abstractmethod
     def agree(self, position: int) -> None:
         """A request was restored at `position`: so it was on every rank, before anything is read there."""
-        raise NotImplementedError
 
 
 @dataclass(eq=False)
