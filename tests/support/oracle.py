@@ -7,7 +7,7 @@ import copy
 import functools
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -74,7 +74,7 @@ def new_cache(model: nn.Module, *, paused: bool = False, **settings: Any) -> Hyb
 
 def without_hook(layout: Any) -> Any:
     """The same layout for a model whose family has no capture hook."""
-    return type(layout)(**{**vars(layout), "hook": None})
+    return replace(layout, hook=None)
 
 
 def prompt(length: int, seed: int, openers: Iterable[int] = ()) -> list[int]:
