@@ -5,9 +5,10 @@
 # rank's stdin. There is always room, so select() returns at once, and the thread goes round again. The threads share one
 # interpreter, so together they take one core; on the first machine that is beside rank 0, which computes there.
 #
-# Seen on two cores, ranks that sleep for ten seconds and print nothing: 1 rank and 2 ranks alike, the launcher alone used 8
-# to 10 s of processor time with a quiet machine (3.3 s while others kept both cores busy), where waiting takes none. Ranks that are started by
-# hand, with MLX_RANK and MLX_HOSTFILE as the launcher sets them, form the same group without it.
+# Seen on two cores that do nothing else, ranks that sleep for ten seconds and print nothing: the launcher alone used 10.0 s
+# of processor time with one rank and 12.7 s with two, where waiting takes none (1 to 3 s while other processes kept both
+# cores busy). Ranks that are started by hand, with MLX_RANK and MLX_HOSTFILE as the launcher sets them, form the same group
+# without it.
 #
 # Not part of CI: it installs packages. Exits with 1 when what it sees has changed.
 set -eu
