@@ -175,7 +175,9 @@ class HybridPromptCache(_Figures):
             lambda: wired_mlx_thread(model), "mlx-hybridcache", load, between=engine.between_turns
         )
         if settings.cache_dir is not None and not layout.unsupported:
-            engine.tiers.disk = disk = settings.disk(engine, references, self.worker.post)
+            engine.tiers.disk = disk = settings.disk(
+                engine, references, self.worker.post, self.group
+            )
             self._close_files = disk.thread.close
             self._disk_end = weakref.finalize(self, disk.thread.close)
 
@@ -439,14 +441,13 @@ class HybridPromptCache(_Figures):
 
         The most useful is written first. Without a cache directory there is nothing to wait for.
         """
-        disk = self.engine.tiers.disk
         until = None if seconds is None else time.monotonic() + seconds
-        while self.worker.call(disk.is_writing):
+        while self.worker.call(self.engine.is_writing):
             self.worker.check_may_wait()
             if until is not None and time.monotonic() >= until:
                 return False
             time.sleep(FLUSH_INTERVAL_SECONDS)
-        return self.worker.call(lambda: disk.is_written)
+        return self.worker.call(self.engine.is_written)
 
     def follow(self) -> None:
         """On any rank of a group but 0: do what rank 0 does, until its cache is closed.

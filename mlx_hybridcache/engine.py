@@ -57,6 +57,14 @@ class Keeping:
         """Keep what restores `tokens`, or no longer; returns its position."""
         return self.tiers.pin(salt, tokens, is_pinned=is_pinned)
 
+    def is_writing(self) -> bool:
+        """Whether something is being written to disk, or will be without waiting for anything."""
+        return self.tiers.disk.is_writing()
+
+    def is_written(self) -> bool:
+        """Whether everything in memory is on disk too, as far as this process writes."""
+        return self.tiers.disk.is_written()
+
     def close(self) -> None:
         """Hold nothing in memory any more, whatever ends from now on."""
         self.tiers.close()
@@ -284,12 +292,14 @@ class Engine(Keeping):
                 request.account.report = request.uncached_report([], self.layout.unsupported)
             else:
                 yield from self.read(request, live)
-        yield self.lookup(
-            self.sharing.request(request.tokens, request.namespace.salt, request.max_tokens)
-        )
+        again = (request.tokens, request.namespace.salt, request.max_tokens)
+        yield self._would_find(self.sharing.request(*again))
 
     def lookup(self, request: Request) -> CacheReport:
         """What a request would find, without changing anything."""
+        return self._would_find(request)
+
+    def _would_find(self, request: Request) -> CacheReport:
         if self.layout.unsupported:
             return request.uncached_report([], self.layout.unsupported)
         return self.tiers.lookup(request)

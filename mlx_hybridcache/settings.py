@@ -39,7 +39,7 @@ from .request.sharing import Sharing
 from .router.in_memory import applied, apply
 from .router.patch import Patch
 from .sizes import format_bytes, parse_bytes
-from .store.references import CountedReferences
+from .store.references import CountedReferences, References
 from .store.store import Store
 from .tiers import Tiers
 from .tokenizing.turn_marks import learn_turn_marks
@@ -55,6 +55,11 @@ log = logging.getLogger("mlx_hybridcache")
 
 OF_EACH_MACHINE = ("memory_budget", "memory_reserve", "disk_budget")
 """Settings in which the ranks of a group may differ: the tightest counts."""
+
+SET_ASIDE = 8
+"""On several ranks with a directory this part of the memory budget is for what is being written. When that is done only
+the rank itself knows, so it does not count for what all of them decide by. Twice what the queue may hold, as a
+file may be of a part of what is held."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +105,7 @@ class CacheSettings:
     def check_for(self, group: Group) -> None:
         """Raises for what several ranks cannot do yet, and where they were started with other settings."""
         given = {each.name: getattr(self, each.name) for each in fields(self)}
-        alone = ("cache_dir", "router", "kv_bits", "store_kv", "store_state", "swa_full")
+        alone = ("router", "kv_bits", "store_kv", "store_state", "swa_full")
         found = [name for name in alone if given[name] not in (None, False)]
         if found:
             raise SettingError(
@@ -108,6 +113,7 @@ class CacheSettings:
                 "on one machine."
             )
         own = {name: given[name] for name in given if name not in (*alone, *OF_EACH_MACHINE)}
+        own["cache_dir"] = self.cache_dir is not None  # each machine's own
         versions = {name: version(name) for name in ("mlx", "mlx-lm", "mlx-hybridcache")}
         group.agree_or_say({**own, **versions}, "settings or versions")
 
@@ -149,7 +155,7 @@ class CacheSettings:
     ) -> Engine:
         """All that works for one model, but for the disk. A router's patch is applied to it."""
         _say_what_differs(layout, self.precision)
-        store = self._store(model, layout, references)
+        store = self._store(model, layout, references, group)
         if self.router is not None:
             from .router.choose import choose_patch  # with the search for one, which few ask for
 
@@ -196,30 +202,38 @@ class CacheSettings:
         engine: Engine,
         references: CountedReferences,
         post: Callable[[Callable[[], None]], None],
+        group: Group | None = None,
     ) -> DiskTier:
         """The tier in `cache_dir`. `post` runs things on the worker's thread."""
-        from .disk.tier.tier import DiskTier  # with SQLite and a thread: not without a directory
+        # With SQLite and a thread: not without a directory.
+        from .disk.tier.tier import DiskTier, OpenDirectory
 
         assert self.cache_dir is not None
-        return DiskTier.open(
-            Path(self.cache_dir).expanduser(),
-            None if self.disk_budget is None else parse_bytes(self.disk_budget),
-            engine.tiers.memory,
-            references,
-            engine.layout,
-            engine.model,
-            self.every,
-            post,
-        )
+        root = Path(self.cache_dir).expanduser()
+        budget = None if self.disk_budget is None else parse_bytes(self.disk_budget)
+        own = (engine.tiers.memory, references, engine.layout, engine.model, self.every, post)
+        if group is None:
+            return DiskTier.open(OpenDirectory.at(root, budget), *own)
+        from .group.disk import RankDisk, acts_of, opened_on_each
 
-    def _store(self, model: Any, layout: Layout, references: CountedReferences) -> MemoryStore:
-        budget = self.memory_budget
+        return RankDisk.open(opened_on_each(group, root, budget), *own, acts=acts_of(engine))
+
+    def _store(
+        self,
+        model: Any,
+        layout: Layout,
+        references: CountedReferences,
+        group: Group | None,
+    ) -> MemoryStore:
+        given = self.memory_budget
+        budget = parse_bytes(models.default_budget(model) if given is None else given)
+        set_aside = self.cache_dir is not None and group is not None
         store: MemoryStore = Store(
-            parse_bytes(models.default_budget(model) if budget is None else budget),
+            budget - budget // SET_ASIDE if set_aside else budget,
             needs_checkpoints=layout.needs_snapshots,
             max_conversations=self.max_conversations,
             max_checkpoints=self.max_checkpoints,
-            references=references,
+            references=References() if set_aside else references,
         )
         smallest = (
             layout.running_bytes(ROW_STEP)
@@ -228,8 +242,11 @@ class CacheSettings:
             + layout.restoring_bytes(ROW_STEP)
         )
         if store.budget.limit_bytes < smallest:
+            of_it = (
+                f", {format_bytes(budget // SET_ASIDE)} of it set aside for what is being written"
+            )
             raise BudgetError(
-                f"memory_budget is {format_bytes(store.budget.limit_bytes)}; one running request of "
+                f"memory_budget is {format_bytes(budget)}{of_it if set_aside else ''}; one running request of "
                 f"{ROW_STEP} tokens and one checkpoint of this model need {format_bytes(smallest)}."
             )
         return store
@@ -246,7 +263,8 @@ class CacheSettings:
             device += ("cuda",)
         own = models.fingerprint(model)
         return settings_digest(
-            model=own if group is None else group.agree(own),
+            # The rank too: what another one's files hold may look alike.
+            model=own if group is None else [group.rank, *group.agree(own)],
             swa_full=self.swa_full,
             exact=device if self.exact else False,
             **({} if layout.precision is None else {"kv": layout.precision}),

@@ -29,7 +29,7 @@ from .store.lazy_rows import rows_before
 from .store.match import AnyFound, Found
 from .store.materialize import Materializer
 from .store.outline import Outline, wall_clock
-from .store.tree import AnyMatch, R, S
+from .store.tree import R, S
 from .tokens import Namespace, Tokens
 from .worker.turns import Pause
 
@@ -215,8 +215,8 @@ class Tiers:
         except BaseException:
             live.release()
             raise
-        match: AnyMatch = max(found.match, deeper.match, key=lambda match: match.matched)
-        return Found(match, position, None, tier="disk")
+        farther: AnyFound = max(found, deeper, key=lambda each: each.match.matched)
+        return replace(farther, position=position, node=None, tier="disk")
 
     def _restore(self, request: Request, live: LiveCaches, found: MemoryFound) -> MemoryFound:
         """From memory; where the restored path itself is in the way of the request, without it."""

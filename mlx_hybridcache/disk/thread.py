@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from .chains import Chains, TreeUpdate
@@ -36,7 +36,8 @@ _Job = tuple[int, int, Callable[[], None]]
 class Transfer:
     """Segments on their way, each with the views of its bytes; `failed` is the first that did not come.
 
-    Whoever asked for it holds the arrays behind the views, and clears `parts` when it is done.
+    Whoever asked for it holds the arrays behind the views, and clears `parts` when it is done. `finished` says, before
+    `done` is called, that nothing is read or written any more.
     """
 
     parts: list[tuple[Segment, list[memoryview]]]
@@ -44,6 +45,7 @@ class Transfer:
     failed: Segment | None = None
     error: Exception | None = None
     is_told: bool = False  # the directory itself has said, or will, what is wrong
+    finished: threading.Event = field(default_factory=threading.Event)
 
     def let_go(self) -> None:
         """Hold the views no longer, nor those that an error holds by the frames it passed through."""
@@ -169,6 +171,7 @@ class DiskThread:
                 work()
             except BaseException as error:  # whoever waits for it must hear of it
                 transfer.failed, transfer.error = transfer.parts[0][0], RuntimeError(repr(error))
+            transfer.finished.set()
             self._post(lambda: transfer.done(transfer))
 
         self._put(priority, job)

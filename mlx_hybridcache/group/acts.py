@@ -12,8 +12,9 @@ import queue
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from ..caches.memory import MemoryStore
 from ..errors import GroupError
@@ -22,8 +23,10 @@ from ..worker.turns import Load
 from .connection import Message
 from .group import BEAT_SECONDS, Group
 
+T = TypeVar("T")
+
 AGREEING_SECONDS = 60.0
-"""How long a rank that restores waits to hear where rank 0 does."""
+"""How long a rank waits to hear what the others say of what all do."""
 
 
 @dataclass(eq=False)
@@ -40,6 +43,14 @@ class Acts(ABC):
     reserve_bytes: int = field(default=0, init=False)
     own_reserve_bytes: int = field(default=0, init=False)
 
+    def _taken(self, said: queue.SimpleQueue[T], rank: int, seconds: float) -> T:
+        """The next that a rank has said."""
+        until = time.monotonic() + seconds
+        while self.group.failure is None and time.monotonic() < until:
+            with suppress(queue.Empty):
+                return said.get(timeout=BEAT_SECONDS)
+        raise self.group.fail(f"Rank {rank} said nothing for {seconds:.0f} s.")
+
     def counted(self) -> list[int]:
         """What this rank's cache comes to: the same on every rank, or they have parted ways."""
         budget = self.memory.budget
@@ -52,20 +63,41 @@ class Acts(ABC):
         ]
 
     @abstractmethod
+    def gather(self, value: Any, seconds: float = AGREEING_SECONDS) -> list[Any]:
+        """What every rank says, by rank, as JSON: all ask at the same place. It takes as long as the slowest, at most so many
+        seconds. Raises `GroupError` where one says nothing.
+        """
+
+    @abstractmethod
     def agree(self, position: int) -> None:
         """A request was restored at `position`: so it was on every rank, before anything is read there."""
 
 
 @dataclass(eq=False)
 class Telling(Acts):
-    """Rank 0's side. Used on the worker thread only, but for `hear`."""
+    """Rank 0's side. Used on the worker thread only, but for `hear`. The others listen once `has_begun`."""
 
+    has_begun: bool = field(default=False, init=False)
     _spare: dict[int, int] = field(default_factory=dict, init=False)
     _read_at: float = field(default=0.0, init=False)
+    _values: dict[int, queue.SimpleQueue[Any]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._values = {peer.rank: queue.SimpleQueue() for peer in self.group.peers}
 
     def hear(self, message: Message) -> None:
-        """A rank is there, with so many bytes to spare beside its own reserve."""
-        self._spare[message["rank"]] = message["spare"]
+        """A rank says what all do, or that it is there, with so many bytes to spare beside its own reserve."""
+        if message["do"] == "gather":
+            self._values[message["rank"]].put(message["value"])
+        else:
+            self._spare[message["rank"]] = message["spare"]
+
+    def gather(self, value: Any, seconds: float = AGREEING_SECONDS) -> list[Any]:
+        values = [value]
+        for rank, said in self._values.items():
+            values.append(self._taken(said, rank, seconds))
+        self._send({"do": "gathered", "values": values})
+        return values
 
     def tell(self, do: str, **what: Any) -> None:
         """Before it is done here. Raises `GroupError` where a rank is lost."""
@@ -105,6 +137,7 @@ class Hearing(Acts):
     """Another rank's side."""
 
     _positions: queue.SimpleQueue[int] = field(default_factory=queue.SimpleQueue, init=False)
+    _gathered: queue.SimpleQueue[list[Any]] = field(default_factory=queue.SimpleQueue, init=False)
 
     def heard(self, message: Message) -> None:
         """Before it is done here. Raises `GroupError` where this rank has come to something else than rank 0."""
@@ -119,15 +152,23 @@ class Hearing(Acts):
         load: Sequence[int] = message["load"]
         self.load.reading, self.load.waiting, self.load.writing = load
 
-    def restores_at(self, position: int) -> None:
-        """Where rank 0 restores the request whose turn it is. On the thread that listens."""
-        self._positions.put(position)
+    def hear(self, message: Message) -> None:
+        """What the turn at hand waits for: where rank 0 restores, or what all said. On the thread that listens."""
+        if message["do"] == "agree":
+            self._positions.put(message["position"])
+        else:
+            self._gathered.put(message["values"])
+
+    def gather(self, value: Any, seconds: float = AGREEING_SECONDS) -> list[Any]:
+        rank_0 = self.group.peers[0]
+        try:
+            rank_0.send({"do": "gather", "rank": self.group.rank, "value": value})
+        except OSError as error:
+            raise GroupError(f"Rank 0 is lost: {error.strerror}.") from error
+        return self._taken(self._gathered, 0, seconds)
 
     def agree(self, position: int) -> None:
-        try:
-            told = self._positions.get(timeout=AGREEING_SECONDS)
-        except queue.Empty as error:
-            raise GroupError(f"Rank 0 said nothing for {AGREEING_SECONDS:.0f} s.") from error
+        told = self._taken(self._positions, 0, AGREEING_SECONDS)
         if told != position:
             raise GroupError(
                 f"It has parted ways with rank 0: it would restore {position:,} tokens, rank 0 {told:,}."

@@ -120,9 +120,22 @@ class LeadingEngine(RankEngine):
         self.acts.tell("publish")
         super().publish()
 
+    def lookup(self, request: Request) -> CacheReport:
+        self.acts.tell("lookup", **asked(request))
+        return super().lookup(request)
+
+    def is_writing(self) -> bool:
+        self.acts.tell("is_writing")
+        return super().is_writing()
+
+    def is_written(self) -> bool:
+        self.acts.tell("is_written")
+        return super().is_written()
+
     def between_turns(self) -> None:
         now = time.monotonic()
-        if now >= self._relieved_at and self.acts.group.failure is None:
+        is_due = self.acts.has_begun and now >= self._relieved_at
+        if is_due and self.acts.group.failure is None:
             self._relieved_at = now + SECONDS_BETWEEN
             self.acts.tell("relieve")
             self.relief.relieve()

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..errors import GroupError, HybridCacheError
 from ..request.options import NO_DRAFTS
+from ..request.request import Request
 from .acts import Hearing
 from .connection import Message
 from .engine import RankEngine
@@ -38,15 +39,7 @@ class Follower:
     # A request's turns
 
     def _begin(self, message: Message) -> None:
-        engine = self._engine
-        request = engine.sharing.request(
-            message["tokens"],
-            message["salt"],
-            message["max_tokens"],
-            boundaries=tuple(message["boundaries"]),
-            lifetimes=dict(message["lifetimes"]),
-            best_effort=message["best_effort"],
-        )
+        engine, request = self._engine, self._request(message)
         steps: Iterator[Any] = (
             engine.warm(request)
             if message["what"] == "warm"
@@ -54,6 +47,16 @@ class Follower:
         )
         self._under_way[message["number"]] = steps
         self._step(message)
+
+    def _request(self, message: Message) -> Request:
+        return self._engine.sharing.request(
+            message["tokens"],
+            message["salt"],
+            message["max_tokens"],
+            boundaries=tuple(message["boundaries"]),
+            lifetimes=dict(message["lifetimes"]),
+            best_effort=message["best_effort"],
+        )
 
     def _step(self, message: Message) -> None:
         number = message["number"]
@@ -98,6 +101,15 @@ class Follower:
 
     def _publish(self, message: Message) -> None:
         self._engine.publish()
+
+    def _lookup(self, message: Message) -> None:
+        self._engine.lookup(self._request(message))
+
+    def _is_writing(self, message: Message) -> None:
+        self._engine.is_writing()
+
+    def _is_written(self, message: Message) -> None:
+        self._engine.is_written()
 
     def _relieve(self, message: Message) -> None:
         self._engine.relief.relieve()

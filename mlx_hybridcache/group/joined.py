@@ -53,6 +53,7 @@ def begin(group: Group, engine: Engine, worker: Worker) -> None:
     acts = engine.acts
     if isinstance(acts, Telling):
         group.watch(acts.hear, lambda: {"do": "beat"})
+        acts.has_begun = True
         return
     assert isinstance(acts, Hearing)
     worker.refuse(
@@ -79,8 +80,8 @@ class _Listener:
 
     def hear(self, message: Message) -> None:
         do = message["do"]
-        if do == "agree":
-            self._acts.restores_at(message["position"])
+        if do in ("agree", "gathered"):
+            self._acts.hear(message)
         elif do == "end":
             self._group.end()
         elif do != "beat":

@@ -295,7 +295,8 @@ class RestoreBuffers:
             for leaf, arrays in enumerate(self._every_array())
         )
         evaluate_to_keep(layers)
-        return RowBlock(start, self.position, layers, self._layout.spans)
+        least = self._layout.least_row_bytes
+        return RowBlock(start, self.position, layers, self._layout.spans, least_row_bytes=least)
 
     def _every_array(self) -> list[Arrays]:
         return [
@@ -306,7 +307,9 @@ class RestoreBuffers:
         """The model's caches, standing at `position`, and the checkpoint they were made from."""
         caches = self._layout.fresh_caches(model)
         snapshots = tuple(self._snapshot(leaf) for leaf in range(len(self._layout.kinds)))
-        checkpoint = Checkpoint(self.position, snapshots) if any(snapshots) else None
+        least = self._layout.least_snapshot_bytes
+        needs = self._layout.needs_snapshots
+        checkpoint = Checkpoint(self.position, snapshots, least) if needs else None
         if self._layout.storing:
             return self._made_full(model, snapshots), checkpoint
         for leaf, (kind, cache) in enumerate(zip(self._layout.kinds, leaves(caches), strict=True)):

@@ -23,7 +23,6 @@ class NoDisk:
 
     summary = None
     outlines: ClassVar[Mapping[Namespace, Outline]] = {}
-    is_written = True
 
     def find(self, namespace: Namespace, tokens: Tokens, beyond: int) -> FileFound | None:
         """As `DiskTier.find`; so are the others."""
@@ -62,6 +61,9 @@ class NoDisk:
 
     def is_writing(self) -> bool:
         return False
+
+    def is_written(self) -> bool:
+        return True
 
     def stats(self) -> DiskStats | None:
         return None

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from ...caches.layout import Layout
 from ...caches.memory import MemoryFound, MemoryNode, MemoryStore
@@ -64,6 +64,33 @@ class DiskStats:
     failures: int
 
 
+@dataclass(frozen=True, slots=True)
+class OpenDirectory:
+    """A directory of which is known what it holds and may hold."""
+
+    directory: Directory
+    entries: list[Entry]
+    budget_bytes: int
+
+    @classmethod
+    def at(cls, root: Path, budget_bytes: int | None) -> OpenDirectory:
+        """The directory `root`, which is made if need be.
+
+        Without `budget_bytes` half of what is free there, at most `MOST_BYTES`. Raises `SettingError`
+        when the directory cannot be used.
+        """
+        directory = Directory(root)
+        try:
+            entries = directory.open()
+            if budget_bytes is None:
+                budget_bytes = _default_budget(directory, entries)
+        except OSError as error:
+            raise SettingError(
+                f"The cache directory {root} cannot be used: {refusal(error)}"
+            ) from error
+        return cls(directory, entries, budget_bytes)
+
+
 @dataclass(eq=False)
 class DiskTier:
     """Writes behind and reads ahead for one engine."""
@@ -96,38 +123,25 @@ class DiskTier:
     @classmethod
     def open(
         cls,
-        root: Path,
-        budget_bytes: int | None,
+        opened: OpenDirectory,
         store: MemoryStore,
         references: CountedReferences,
         layout: Layout,
         model: Any,
         step: int,
         post: Callable[[Callable[[], None]], None],
-    ) -> DiskTier:
-        """The tier in the directory `root`, which is made if need be. `post` runs things on the worker.
-
-        Without `budget_bytes` half of what is free there, at most `MOST_BYTES`. Raises `SettingError`
-        when the directory cannot be used.
-        """
-        directory = Directory(root)
-        try:
-            entries = directory.open()
-            if budget_bytes is None:
-                budget_bytes = _default_budget(directory, entries)
-        except OSError as error:
-            raise SettingError(
-                f"The cache directory {root} cannot be used: {refusal(error)}"
-            ) from error
-        catalogue = Catalogue(budget_bytes, needs_checkpoints=store.needs_checkpoints)
-        thread = DiskThread(directory, _weakly(post))
+        **more: Any,
+    ) -> Self:
+        """The tier in a directory. `post` runs things on the worker; `more` are fields of a class that derives from this."""
+        catalogue = Catalogue(opened.budget_bytes, needs_checkpoints=store.needs_checkpoints)
+        thread = DiskThread(opened.directory, _weakly(post))
         name = _name_of(model)
         write_behind = WriteBehind(
             thread, catalogue, store, references, step, name, layout.quantized_start
         )
-        tier = cls(thread, catalogue, store, write_behind)
+        tier = cls(thread, catalogue, store, write_behind, **more)
         tier.learn(layout, model, ())
-        tier._load(entries)
+        tier._load(opened.entries)
         return tier
 
     def learn(self, layout: Layout, model: Any, settings: Iterable[str]) -> None:
@@ -161,8 +175,11 @@ class DiskTier:
         """Where files resume `tokens`, if that is worth reading them when memory reaches `beyond`."""
         if len(tokens) <= beyond + WORTH:  # one token is always read
             return None
-        found = self.catalogue.find(digest(namespace), tokens, self.store.needs(namespace))
+        found = self._look(namespace, tokens)
         return found if found.position >= beyond + WORTH else None
+
+    def _look(self, namespace: Namespace, tokens: Tokens) -> FileFound:
+        return self.catalogue.find(digest(namespace), tokens, self.store.needs(namespace))
 
     # Writing
 
@@ -178,7 +195,6 @@ class DiskTier:
         """Whether something is being written, or will be without waiting for anything."""
         return self.write_behind.is_writing()
 
-    @property
     def is_written(self) -> bool:
         """Whether everything in memory is on disk too, as far as this process writes."""
         return self.write_behind.is_written
@@ -234,11 +250,18 @@ class DiskTier:
         try:
             yield PAUSE
         except BaseException:
-            if job.asleep:  # the disk thread still writes into them
-                # Rows that all came from memory nobody writes into, so nobody holds their buffers.
-                abandoned = claim.abandon(may_land)
+            abandoned = self._left(transfer, job, claim, may_land)
             raise
+        transfer.finished.wait()  # so it is, where requests sleep until then
+        transfer.let_go()
         return transfer
+
+    def _left(self, transfer: Transfer, job: Job, claim: Claim, may_land: int) -> int:
+        """A request goes away; the bytes that count until the disk thread writes into its buffers no more.
+
+        Rows that all came from memory nobody writes into, so nobody holds their buffers.
+        """
+        return claim.abandon(may_land) if job.asleep else 0
 
     def _suit(self, layout: Layout, segments: Iterable[Segment]) -> bool:
         """Whether all of these are that model's; the first that is not is rejected."""

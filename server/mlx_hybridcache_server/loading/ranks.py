@@ -21,10 +21,10 @@ LOST = 3
 ALONE = {
     "--adapter-path": "adapter_path",
     "--allow-model-switching": "allow_model_switching",
-    "--cache-dir": "cache_dir",
     "--canonicalize-router": "canonicalize_router",
     "--draft-from-cache": "draft_from_cache",
     "--draft-model": "draft_model",
+    "--idle-unload": "idle_unload",
     "--kv-bits": "kv_bits",
     "--store-kv": "store_kv",
     "--store-state": "store_state",
