@@ -10,6 +10,7 @@ import numpy as np
 import tiny
 
 from mlx_hybridcache import GroupError, HybridCacheError
+from mlx_hybridcache.disk import thread
 
 SETTINGS = {
     "memory_budget": "300MB",
@@ -18,6 +19,10 @@ SETTINGS = {
     "checkpoint_every": 64,
     "checkpoint_min_step": 16,
 }
+
+
+OF_ALL_VISITS = 12
+"""Prompts that every start in a directory asks for."""
 
 
 def reply(cache, prompt, count, **options):
@@ -30,22 +35,32 @@ def reply(cache, prompt, count, **options):
     return tokens, digest.hexdigest(), generation.report.restored_tokens
 
 
-def journey(cache, say, *, seed, acts, at_once=True):
-    """Seeded acts: prompts that go on, part ways and change their endings, alone and together, cancels, pins."""
-    for one in journey_of(cache, seed, acts, at_once=at_once):
+def journey(cache, say, *, seed, acts, at_once=True, visit=None):
+    """Seeded acts: prompts that go on, part ways and change their endings, alone and together, cancels, pins.
+
+    Of a `visit`, the number of a start in one directory, the prompts are those of every other visit.
+    """
+    for one in journey_of(cache, seed, acts, at_once=at_once, visit=visit):
         say(one=one)
     say(evictions=cache.stats().evictions)
 
 
-def journey_of(cache, seed, acts, *, at_once=True):
+def journey_of(cache, seed, acts, *, at_once=True, visit=None):
     """What each act came to."""
     chance = random.Random(seed)
     prompts = [tiny.random_tokens(100, seed)]
+    if visit is not None:
+        for _ in range(OF_ALL_VISITS):
+            _next_prompt(chance, prompts)
+        chance = random.Random(1000 * seed + visit)
     for _ in range(acts):
         kind = chance.choices(
             ["ask", "together", "cancel", "pin", "drop", "clear"], [12, 3 * at_once, 2, 2, 1, 0.2]
         )[0]
-        asked = [_next_prompt(chance, prompts) for _ in range(3)]
+        asked = [
+            _next_prompt(chance, prompts) if visit is None else chance.choice(prompts)
+            for _ in range(3)
+        ]
         counts = [chance.randrange(1, 12) for _ in asked]
         salt = chance.choice(["", "", "other"])
         if kind == "ask":
@@ -91,6 +106,30 @@ def _together(cache, prompts, counts):
     for thread in threads:
         thread.join()
     return found
+
+
+def left_while_files_are_read(cache, say):
+    """Requests that go away while a slow disk reads for them, others beside them, and then what is counted."""
+    prompts = [tiny.random_tokens(300, seed) for seed in range(3)]
+    running = cache.stats().running_bytes
+    for prompt in prompts:
+        generation = cache.stream_generate(prompt, 4)
+        beside = threading.Thread(target=reply, args=(cache, tiny.random_tokens(40, 9), 2))
+        beside.start()
+        time.sleep(READ_SECONDS / 2)
+        generation.close()
+        beside.join()
+    say(left=cache.stats().running_bytes - running)
+    for prompt in prompts:
+        say(hot=reply(cache, prompt, 8))
+
+
+def ask_for_each(cache, say, *, seeds, length=300):
+    """A reply to each prompt, and what a look said before."""
+    for seed in seeds:
+        prompt = tiny.random_tokens(length, seed)
+        looked = cache.lookup(prompt)
+        say(looked=[looked.restored_tokens, looked.tier], hot=reply(cache, prompt, 8))
 
 
 def hot_and_cold(cache, say):
@@ -163,8 +202,24 @@ def for_ever(cache, say, *, seed=0):
     raise GroupError("as was said")
 
 
+READ_SECONDS = 0.3
+
+
+def _read_slowly():
+    """A disk that takes its time with every file."""
+    read = thread.read_data
+
+    def slowly(*args):
+        time.sleep(READ_SECONDS)
+        return read(*args)
+
+    thread.read_data = slowly
+
+
 def break_rank(how, rank, cache):
     """A fault that only rank 1 has: it must be noticed, and nothing wrong be served."""
+    if how == "reads slowly" or (how == "reads more slowly" and rank == 1):
+        _read_slowly()
     if how is None or rank != 1:
         return
     engine = cache.engine
