@@ -169,9 +169,10 @@ def test_another_split_restores_nothing_of_it(asked):
     "how", mostly_long(["reads slowly", "reads more slowly"], always=["reads more slowly"])
 )
 def test_a_request_that_goes_away_while_files_are_read_leaves_nothing(tmp_path, how):
-    start(tmp_path, "ask_for_each", seeds=[0, 1, 2])
+    cold, _ = start(tmp_path, "ask_for_each", seeds=[0, 1, 2])
     said, _ = start(tmp_path, "left_while_files_are_read", broken=how)
     assert of(said, "left") == [0]
+    assert replies_only(of(said, "hot")) == replies_only(of(cold, "hot"))
     assert [each[2] for each in of(said, "hot")] == [299] * 3
 
 

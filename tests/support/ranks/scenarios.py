@@ -70,7 +70,7 @@ def journey_of(cache, seed, acts, *, at_once=True, visit=None):
         elif kind == "cancel":
             with cache.stream_generate(asked[0], 12, cache_salt=salt) as generation:
                 for _ in range(chance.randrange(3)):
-                    next(generation)
+                    next(generation, None)
         else:
             with suppress(HybridCacheError):
                 _keep(cache, kind, chance.choice(prompts), salt)
@@ -114,9 +114,9 @@ def left_while_files_are_read(cache, say):
     running = cache.stats().running_bytes
     for prompt in prompts:
         generation = cache.stream_generate(prompt, 4)
+        time.sleep(3 * READ_SECONDS)  # of ten files some are read
         beside = threading.Thread(target=reply, args=(cache, tiny.random_tokens(40, 9), 2))
         beside.start()
-        time.sleep(READ_SECONDS / 2)
         generation.close()
         beside.join()
     say(left=cache.stats().running_bytes - running)
