@@ -4,15 +4,18 @@ import json
 import random
 import shutil
 import time
+from dataclasses import replace
 
 import pytest
 import tiny
+from directories.segment_files import FLOATS, content
 from long import mostly_long
 from oracle import word_tokenizer
 from ranks import scenarios
 from ranks.started import group_of
 
 from mlx_hybridcache import HybridPromptCache
+from mlx_hybridcache.disk.segment import read_header, write
 
 
 def as_lists(value):
@@ -144,6 +147,21 @@ def test_a_damaged_file_on_one_rank_is_passed_over_by_all(tmp_path, asked):
         path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     counts, looked, _ = asked()
     assert (counts, looked) == ([0, 0], [299, 299])  # who looks reads no file
+
+
+@pytest.mark.parametrize("victim", mostly_long([0, 1], always=[]))
+def test_a_file_of_other_tensors_on_one_rank_is_passed_over_by_all(tmp_path, asked, victim):
+    """Which that rank sees before it reads any, while others have begun to read theirs."""
+    asked()
+    root = tmp_path / "ranks" / f"rank-{victim}-of-2"
+    for index in root.glob("index.sqlite*"):
+        index.unlink()
+    for path in root.rglob("*.state.safetensors"):
+        segment = replace(read_header(path), tensors=FLOATS)
+        path.unlink()
+        write(root, segment, [content(segment)])
+    counts, looked, _ = asked()
+    assert (counts, looked) == ([0, 0], [299, 299])
 
 
 def test_directories_that_changed_places_restore_nothing(tmp_path, asked):
