@@ -44,6 +44,7 @@ from .worker.worker import Worker
 if TYPE_CHECKING:
     from .disk.tier.tier import DiskStats
     from .engine import Engine
+    from .group.figures import RankFigures
     from .group.group import Group
 
 T = TypeVar("T")
@@ -93,6 +94,11 @@ class _Figures:
         """The trees of both tiers as the last request left them, without waiting for the worker."""
         tiers = self.engine.tiers
         return Outlines(tiers.outlines, tiers.disk.outlines)
+
+    @property
+    def ranks(self) -> tuple[RankFigures, ...]:
+        """What each rank of a group said of itself last, rank 0 first; nothing where there is one process."""
+        return self.engine.ranks
 
 
 class HybridPromptCache(_Figures):

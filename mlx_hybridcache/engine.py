@@ -96,6 +96,11 @@ class Engine(Keeping):
     last_report: CacheReport | None = field(default=None, init=False)
     adapting: Adapting = field(init=False)
 
+    @property
+    def ranks(self) -> tuple[Any, ...]:
+        """What each rank of a group says of itself; nothing where there is one process."""
+        return ()
+
     def __post_init__(self) -> None:
         self.adapting = Adapting(self.model, self.layout, self.sharing, self.decoder)
 

@@ -21,6 +21,7 @@ from ..errors import GroupError
 from ..machine import MemoryLeft, memory_left
 from ..worker.turns import Load
 from .connection import Message
+from .figures import RankFigures
 from .group import BEAT_SECONDS, Group
 
 T = TypeVar("T")
@@ -58,6 +59,7 @@ class Acts(ABC):
             budget.rows_bytes,
             budget.snapshot_bytes,
             budget.running_bytes,
+            budget.used_bytes,
             self.memory.evictions,
             self.memory.clock,
         ]
@@ -78,7 +80,7 @@ class Telling(Acts):
     """Rank 0's side. Used on the worker thread only, but for `hear`. The others listen once `has_begun`."""
 
     has_begun: bool = field(default=False, init=False)
-    _spare: dict[int, int] = field(default_factory=dict, init=False)
+    figures: dict[int, RankFigures] = field(default_factory=dict, init=False)
     _read_at: float = field(default=0.0, init=False)
     _values: dict[int, queue.SimpleQueue[Any]] = field(init=False)
 
@@ -86,11 +88,11 @@ class Telling(Acts):
         self._values = {peer.rank: queue.SimpleQueue() for peer in self.group.peers}
 
     def hear(self, message: Message) -> None:
-        """A rank says what all do, or that it is there, with so many bytes to spare beside its own reserve."""
+        """A rank says what all do, or that it is there, and how it does."""
         if message["do"] == "gather":
             self._values[message["rank"]].put(message["value"])
         else:
-            self._spare[message["rank"]] = message["spare"]
+            self.figures[message["rank"]] = RankFigures.told(message)
 
     def gather(self, value: Any, seconds: float = AGREEING_SECONDS) -> list[Any]:
         values = [value]
@@ -129,7 +131,8 @@ class Telling(Acts):
         if self.now >= self._read_at:
             self._read_at = self.now + BEAT_SECONDS
             own = memory_left()
-            self.left = MemoryLeft(min([own.left_bytes, *self._spare.values()]), own.level)
+            spare = [each.spare_bytes for each in [*self.figures.values()]]
+            self.left = MemoryLeft(min([own.left_bytes, *spare]), own.level)
 
 
 @dataclass(eq=False)
@@ -145,7 +148,7 @@ class Hearing(Acts):
         if own != message["counted"]:
             raise GroupError(
                 f"It has parted ways with rank 0: its cache counts {own}, rank 0's {message['counted']} "
-                f"(bytes of rows, states and requests, evictions, time), before {message['do']!r}."
+                f"(bytes of rows, of states, of requests and of all, evictions, time), before {message['do']!r}."
             )
         self.now = message["now"]
         self.left = MemoryLeft(*message["left"])

@@ -16,12 +16,13 @@ from ..caches.live import LiveCaches
 from ..decode.sampling import Sampler
 from ..engine import Engine
 from ..errors import HybridCacheError, SettingError
-from ..machine import SECONDS_BETWEEN
+from ..machine import SECONDS_BETWEEN, memory_left
 from ..report import CacheReport
 from ..request.request import Request
 from ..store.match import AnyFound
 from ..worker.turns import Pause
 from .acts import Acts, Telling
+from .figures import RankFigures
 
 T = TypeVar("T")
 
@@ -42,6 +43,16 @@ class RankEngine(Engine):
     def between_turns(self) -> None:
         """When rank 0 says so."""
 
+    def figures(self) -> RankFigures:
+        """This rank's. What it can spare is reckoned beside rank 0's reserve. Any thread may ask."""
+        acts = self.acts
+        spare = memory_left().left_bytes - acts.own_reserve_bytes + acts.reserve_bytes
+        return RankFigures.of(acts.group.rank, self, spare)
+
+    @property
+    def ranks(self) -> tuple[RankFigures, ...]:
+        return (self.figures(),)
+
 
 @dataclass(eq=False)
 class LeadingEngine(RankEngine):
@@ -50,6 +61,11 @@ class LeadingEngine(RankEngine):
     acts: Telling = field(kw_only=True)
     _numbers: Iterator[int] = field(default_factory=count, init=False)
     _relieved_at: float = field(default=0.0, init=False)
+
+    @property
+    def ranks(self) -> tuple[RankFigures, ...]:
+        """All ranks', as they were told last."""
+        return (self.figures(), *(each for _, each in sorted(self.acts.figures.items())))
 
     # In turns
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from dataclasses import fields
+from dataclasses import asdict, fields
 from functools import partial
 
 from ..caches.relief import Relief, T
 from ..engine import Engine
 from ..errors import GroupError
-from ..machine import Pressure, memory_left
+from ..machine import Pressure
 from ..worker.turns import Pause
 from ..worker.worker import Worker
 from .acts import Acts, Hearing, Telling
@@ -61,12 +61,11 @@ def begin(group: Group, engine: Engine, worker: Worker) -> None:
             f"Rank {group.rank} does what rank 0 tells it: ask rank 0, and call follow() here."
         )
     )
-    group.watch(_Listener(group, engine, acts, worker).hear, partial(_beat, acts))
+    group.watch(_Listener(group, engine, acts, worker).hear, partial(_beat, engine))
 
 
-def _beat(acts: Acts) -> Message:
-    spare = memory_left().left_bytes - acts.own_reserve_bytes + acts.reserve_bytes
-    return {"do": "beat", "rank": acts.group.rank, "spare": spare}
+def _beat(engine: RankEngine) -> Message:
+    return {"do": "beat", **asdict(engine.figures())}
 
 
 class _Listener:

@@ -168,6 +168,27 @@ def test_what_several_ranks_cannot_do_is_said_at_the_start():
         assert "--draft-from-cache cannot be used on several ranks yet" in group.ends()
 
 
+def test_the_next_start_restores_what_every_rank_kept(tmp_path):
+    flags = ("--pipeline", "--cache-dir", str(tmp_path / "kept"))
+    asked = {
+        "messages": [{"role": "user", "content": 20 * "Tell me of two towns. "}],
+        "max_tokens": 8,
+    }
+    with launched(*flags) as group:
+        group.answers()
+        before = group.client.post(CHAT, json=asked)
+        os.kill(group.rank(0), signal.SIGTERM)
+        group.ends()
+    with launched(*flags) as group:
+        group.answers()
+        after = group.client.post(CHAT, json=asked)
+        assert said(after) == said(before)
+        assert cached(after) == after.json()["usage"]["prompt_tokens"] - 1
+        ranks = group.client.get("/v1/cache").json()["ranks"]
+    assert [each["rank"] for each in ranks] == [0, 1]
+    assert all(each["disk_bytes"] and each["machine"] and each["layers"] for each in ranks)
+
+
 def test_a_lost_rank_ends_the_stream_and_then_the_server():
     with launched("--pipeline") as group:
         group.answers()

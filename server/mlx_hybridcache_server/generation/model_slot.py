@@ -219,6 +219,7 @@ class Rest:
     disk: Mapping[Namespace, Outline]
     is_alive = False
     failure = None
+    ranks = ()
 
     @property
     def load(self) -> Load:

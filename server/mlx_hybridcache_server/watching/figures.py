@@ -36,6 +36,7 @@ def figures(serving: Serving) -> dict[str, Any]:
             "bytes": encoder.remembered.nbytes,
             "most_bytes": encoder.remembered.most_bytes,
         },
+        "ranks": [asdict(each) for each in serving.loaded.cache.ranks],
         "requests": asdict(serving.metrics.totals),
     }
 

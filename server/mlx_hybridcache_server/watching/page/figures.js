@@ -49,7 +49,27 @@ export function showFigures(cache, server) {
     ];
     say(by("disk-note"), facts.filter(Boolean).join(" · "));
   }
+  showRanks(cache.ranks);
   warn(cache, server);
+}
+
+function showRanks(ranks) {
+  by("machines").hidden = !ranks.length;
+  while (by("ranks").children.length > ranks.length) by("ranks").lastChild.remove();
+  ranks.forEach((one, at) => {
+    const cells = [
+      count(one.rank),
+      one.machine,
+      count(one.layers),
+      bytes(one.mlx_bytes),
+      bytes(Math.max(0, one.spare_bytes)),
+      one.disk_bytes === null ? "off" : bytes(one.disk_bytes),
+    ];
+    if (at === by("ranks").children.length) {
+      by("ranks").append(element("tr", {}, ...cells.map(() => element("td"))));
+    }
+    cells.forEach((text, column) => say(by("ranks").children[at].children[column], text));
+  });
 }
 
 function warn(cache, server) {
