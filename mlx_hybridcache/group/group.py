@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import secrets
@@ -10,13 +9,13 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from ..errors import GroupError
+from .address import address_of_rank_0
 from .connection import Meeting, Message, Peer, join
 
 log = logging.getLogger("mlx_hybridcache")
@@ -67,10 +66,10 @@ class Group:
             raise GroupError(
                 "There is one rank only. Start several: mlx.launch -n 2 --backend ring -- PROGRAM."
             )
+        host, key = address_of_rank_0(ranks), secrets.token_bytes(KEY_BYTES)
         if ranks.rank():
             host, port, key = _told(ranks, None)
             return cls(ranks, [join(host, port, key, ranks.rank())])
-        host, key = own_address(), secrets.token_bytes(KEY_BYTES)
         meeting = Meeting(host, key)
         _told(ranks, (host, meeting.port, key))
         return cls(ranks, meeting.wait_for(range(1, ranks.size())))
@@ -196,19 +195,6 @@ def _value(message: Message) -> Any:
     if "value" not in message:
         raise GroupError(str(message.get("why", "A rank said something else than was asked.")))
     return message["value"]
-
-
-def own_address() -> str:
-    """Rank 0's address as the launcher told the ranks of it: the first of the hostfile."""
-    if (hosts := os.environ.get("MLX_HOSTFILE")) is not None:
-        first: str = json.loads(Path(hosts).read_text(encoding="utf-8"))[0][0]
-        return first.rpartition(":")[0].strip("[]")
-    if (coordinator := os.environ.get("MLX_JACCL_COORDINATOR")) is not None:
-        return coordinator.rpartition(":")[0].strip("[]")
-    raise GroupError(
-        "How the other machines reach this one is not known: MLX_HOSTFILE and MLX_JACCL_COORDINATOR are "
-        "missing. Start with mlx.launch and the ring or the jaccl backend."
-    )
 
 
 def _told(

@@ -1,17 +1,27 @@
 """Several ranks, each with a part of the model, say what one process says: hot, cold, in company, after evictions."""
 
+import ctypes.util
 import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import pytest
 import tiny
 from long import forms, mostly_long
 from oracle import word_tokenizer
 from ranks import scenarios
-from ranks.started import group_of
+from ranks.started import MOST_SECONDS, SUPPORT, group_of
 
-from mlx_hybridcache import HybridPromptCache
+from mlx_hybridcache import GroupError, HybridPromptCache
 from mlx_hybridcache.caches.layout import Layout, fresh_caches, leaves
+from mlx_hybridcache.group import address
 from mlx_hybridcache.group.layout import spread
+
+MPIRUN, LIBMPI = shutil.which("mpirun"), ctypes.util.find_library("mpi")
 
 
 def as_lists(value):
@@ -107,15 +117,62 @@ def test_tensors_on_ranks_give_hot_the_bits_of_cold(tmp_path):
     assert (hot[2], cold[2]) == (299, 0)
 
 
-def test_a_turn_takes_one_message_and_a_restore_one_more(tmp_path):
-    with group_of(2, tmp_path, "messages", "qwen3_next", "pipeline", "{}") as ranks:
+@pytest.mark.skipif(MPIRUN is None or LIBMPI is None, reason="no MPI is installed")
+def test_ranks_that_mpirun_starts_find_each_other():
+    """No launcher tells them where rank 0 is; on one machine that is found out, and elsewhere named."""
+    started = [MPIRUN, "--allow-run-as-root", "--oversubscribe", "-n", "2", sys.executable]
+    asked = ["-m", "ranks.process", "hot_and_cold", "qwen3_next", "pipeline", "{}"]
+    environment = {**os.environ, "PYTHONPATH": SUPPORT, "MLX_MPI_LIBNAME": LIBMPI}
+    done = subprocess.run(
+        [*started, *asked],
+        check=False,
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=MOST_SECONDS,
+    )
+    said = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    (hot,), (cold,) = ([each[key] for each in said if key in each] for key in ("hot", "cold"))
+    assert hot[:2] == cold[:2]
+    assert (hot[2], cold[2]) == (299, 0)
+
+
+@pytest.mark.parametrize(
+    ("named", "found"), [(None, "10.1.2.3"), ("studio1.local", "studio1.local")]
+)
+def test_without_a_launcher_rank_0_is_where_its_own_name_or_the_user_says(
+    monkeypatch, named, found
+):
+    for name in ("MLX_HOSTFILE", "MLX_JACCL_COORDINATOR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(address, "_is_one_machine", lambda ranks: False)
+    monkeypatch.setattr(socket, "gethostbyname", lambda name: "10.1.2.3")
+    if named is not None:
+        monkeypatch.setenv(address.NAMED, named)
+    assert address.address_of_rank_0(SimpleNamespace(rank=lambda: 0)) == found
+
+
+def test_an_address_that_others_do_not_reach_is_refused(monkeypatch):
+    for name in ("MLX_HOSTFILE", "MLX_JACCL_COORDINATOR", address.NAMED):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(address, "_is_one_machine", lambda ranks: False)
+    monkeypatch.setattr(socket, "gethostbyname", lambda name: "127.0.1.1")
+    with pytest.raises(GroupError, match=r"127\.0\.1\.1 here\. Set MLX_HYBRIDCACHE_RANK_0"):
+        address.address_of_rank_0(SimpleNamespace(rank=lambda: 0))
+
+
+def test_a_turn_takes_one_message_and_a_restore_one_more_and_files_two(tmp_path):
+    """Where files are looked for: before others are waited for, and before a restore."""
+    kept = json.dumps({"settings": {"cache_dir": str(tmp_path / "ranks")}})
+    with group_of(2, tmp_path, "messages", "qwen3_next", "pipeline", kept) as ranks:
         sent, turns = ranks[0].hears("messages", 2), ranks[0].hears("turns", 2)
         assert [rank.ends() for rank in ranks] == [0, 0]
     for told, count in zip(sent, turns, strict=True):
         assert told.count("agree") == 1
-        assert (
-            len(told) <= count + 2
-        )  # who reads the same beginning is asked for first, and the end is told
+        # Who reads the same beginning is asked for first, and the end is told.
+        assert len(told) - told.count("gathered") <= count + 2
+    # The second prompt goes on so soon behind what memory has that no file is looked for.
+    assert [told.count("gathered") for told in sent] == [2, 0]
 
 
 def test_a_requests_own_functions_fail_on_rank_0_and_end_that_request_on_all(tmp_path):

@@ -20,7 +20,7 @@ def say(**what):
 
 def main(scenario, family, how, options):
     faulthandler.dump_traceback_later(MOST_SECONDS, exit=True)
-    group = Group.form("ring")
+    group = Group.form()
     model = tiny.build(family)
     split(group, model, pipeline=how == "pipeline")
     settings = scenarios.SETTINGS | options.pop("settings", {})

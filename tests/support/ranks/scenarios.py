@@ -10,7 +10,7 @@ import numpy as np
 import tiny
 
 from mlx_hybridcache import GroupError, HybridCacheError
-from mlx_hybridcache.disk import thread
+from mlx_hybridcache.disk import thread as disk_thread
 
 SETTINGS = {
     "memory_budget": "300MB",
@@ -207,13 +207,13 @@ READ_SECONDS = 0.3
 
 def _read_slowly():
     """A disk that takes its time with every file."""
-    read = thread.read_data
+    read = disk_thread.read_data
 
     def slowly(*args):
         time.sleep(READ_SECONDS)
         return read(*args)
 
-    thread.read_data = slowly
+    disk_thread.read_data = slowly
 
 
 def break_rank(how, rank, cache):
