@@ -27,14 +27,14 @@ class RankFigures:
     @classmethod
     def of(cls, rank: int, engine: Engine, spare_bytes: int) -> RankFigures:
         """This process's, at this moment. Any thread may ask."""
-        disk = engine.tiers.disk.summary
+        kept = engine.tiers.disk.summary
         return cls(
             rank=rank,
             machine=platform.node(),
             layers=len(engine.layout.kinds),
             mlx_bytes=mx.get_active_memory(),
             spare_bytes=spare_bytes,
-            disk_bytes=None if disk is None else disk.held_bytes,
+            disk_bytes=None if kept is None else kept.held_bytes,
         )
 
     @classmethod
