@@ -17,14 +17,15 @@ from ..caches.kinds.idle import IdleKind
 from ..caches.kinds.kind import LayerKind
 from ..caches.kinds.recurrent import RecurrentKind
 from ..caches.kinds.rows import RowsKind
+from ..caches.kinds.window import WindowKind
 from ..caches.layout import Layout
 from ..errors import GroupError
 from .group import Group
 
 KINDS: dict[str, type[LayerKind]] = {
-    kind.__name__: kind for kind in (RowsKind, RecurrentKind, IdleKind)
+    kind.__name__: kind for kind in (RowsKind, RecurrentKind, WindowKind, IdleKind)
 }
-"""Kinds that a group can store. Each weighs the same at every position."""
+"""Kinds that a group can store. Each counts the same at every position: a window as much as a full one."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 import tiny
-from long import forms, mostly_long
+from long import mostly_long
+from matrix import shapes
 from oracle import word_tokenizer
 from ranks import scenarios
 from ranks.started import MOST_SECONDS, SUPPORT, group_of
@@ -29,13 +30,13 @@ def as_lists(value):
 
 
 def in_one_process(family, seed, acts, *, at_once):
-    with HybridPromptCache(tiny.fresh(family), word_tokenizer(), **scenarios.SETTINGS) as cache:
+    with HybridPromptCache(shapes.build(family), word_tokenizer(), **scenarios.SETTINGS) as cache:
         return as_lists([*scenarios.journey_of(cache, seed, acts, at_once=at_once)])
 
 
 def planned(family, size):
     """How many layers the model has, and what a token and a checkpoint weigh by the plan."""
-    layout = Layout.of(model := tiny.fresh(family))
+    layout = Layout.of(model := shapes.build(family))
     layout.release()
     of_each = [len(leaves([each])) for each in fresh_caches(model)]
     spread_out = spread(layout, of_each, size)
@@ -69,6 +70,7 @@ def replies_only(found):
             ("qwen3_next", 4, 60),
             ("qwen3_5", 2, 200),
             ("qwen3_5_moe", 2, 200),
+            ("ministral3", 2, 60),  # a window on one rank
         ],
         always=[("qwen3_next", 2, 25), ("qwen3_next", 4, 8)],
     ),
@@ -87,6 +89,7 @@ def test_layers_on_ranks_give_the_bits_and_the_counts_of_one_process(tmp_path, f
             ("qwen3_next", 2, 200),
             ("qwen3_5", 2, 100),
             ("qwen3_5_moe", 4, 40),
+            ("ministral3", 2, 40),
         ],
         always=[("qwen3_5", 2, 25)],
     ),
@@ -100,17 +103,26 @@ def test_in_company_and_after_evictions_the_bits_are_the_same(tmp_path, family, 
     assert replies_only(found) == replies_only(in_one_process(family, 2, acts, at_once=True))
 
 
-@pytest.mark.parametrize("acts", forms(15, 100))
-def test_tensors_on_ranks_give_the_tokens_of_one_process_and_hot_what_is_cold(tmp_path, acts):
-    found, _ = in_a_group(tmp_path, "qwen3_5", "tensor", 2, 3, acts, at_once=False)
-    expected = in_one_process("qwen3_5", 3, acts, at_once=False)
+@pytest.mark.parametrize(
+    ("family", "acts"),
+    mostly_long(
+        [("qwen3_5", 15), ("qwen3_5", 100), ("gpt_oss", 60)],  # the last has windows
+        always=[("qwen3_5", 15)],
+    ),
+)
+def test_tensors_on_ranks_give_the_tokens_of_one_process_and_hot_what_is_cold(
+    tmp_path, family, acts
+):
+    found, _ = in_a_group(tmp_path, family, "tensor", 2, 3, acts, at_once=False)
+    expected = in_one_process(family, 3, acts, at_once=False)
     assert [(tokens, restored) for tokens, _, restored in found] == [
         (tokens, restored) for tokens, _, restored in expected
     ]
 
 
-def test_tensors_on_ranks_give_hot_the_bits_of_cold(tmp_path):
-    with group_of(2, tmp_path, "hot_and_cold", "qwen3_5", "tensor", "{}") as ranks:
+@pytest.mark.parametrize("family", mostly_long(["qwen3_5", "gpt_oss"], always=["gpt_oss"]))
+def test_tensors_on_ranks_give_hot_the_bits_of_cold(tmp_path, family):
+    with group_of(2, tmp_path, "hot_and_cold", family, "tensor", "{}") as ranks:
         hot, cold = ranks[0].hears("hot")[0], ranks[0].hears("cold")[0]
         assert [rank.ends() for rank in ranks] == [0, 0]
     assert hot[:2] == cold[:2]

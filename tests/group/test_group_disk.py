@@ -7,9 +7,9 @@ import time
 from dataclasses import replace
 
 import pytest
-import tiny
 from directories.segment_files import FLOATS, content
 from long import mostly_long
+from matrix import shapes
 from oracle import word_tokenizer
 from ranks import scenarios
 from ranks.started import group_of
@@ -27,7 +27,7 @@ def visits_in_one_process(tmp_path, family, seed, acts, visits, *, at_once):
     found = []
     for visit in range(visits):
         settings = {**scenarios.SETTINGS, "cache_dir": tmp_path / "alone"}
-        with HybridPromptCache(tiny.fresh(family), word_tokenizer(), **settings) as cache:
+        with HybridPromptCache(shapes.build(family), word_tokenizer(), **settings) as cache:
             acted = scenarios.journey_of(cache, seed, acts, at_once=at_once, visit=visit)
             found.append(as_lists([*acted]))
     return found
@@ -64,6 +64,7 @@ def replies_only(found):
             ("qwen3_5_moe", "pipeline", 2, 50, 4),
             ("qwen3_5_moe", "pipeline", 4, 20, 3),
             ("qwen3_moe", "pipeline", 2, 50, 4),  # rows alone
+            ("ministral3", "pipeline", 2, 30, 3),
         ],
         always=[("qwen3_next", "pipeline", 2, 10, 2)],
     ),

@@ -6,7 +6,7 @@ import os
 import sys
 
 import oracle
-import tiny
+from matrix import shapes
 
 from mlx_hybridcache import Group, GroupError, HybridPromptCache
 from mlx_hybridcache.group.load import split
@@ -21,7 +21,7 @@ def say(**what):
 def main(scenario, family, how, options):
     faulthandler.dump_traceback_later(MOST_SECONDS, exit=True)
     group = Group.form()
-    model = tiny.build(family)
+    model = shapes.build(family)
     split(group, model, pipeline=how == "pipeline")
     settings = scenarios.SETTINGS | options.pop("settings", {})
     cache = HybridPromptCache(model, oracle.word_tokenizer(), group=group, **settings)
