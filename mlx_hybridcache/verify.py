@@ -116,15 +116,15 @@ class Reader:
 
     def next_logits(self, caches: Caches, at: int, token: int) -> mx.array:
         """Logits, float32 `(vocabulary,)`, behind one more token."""
-        logits = self._forward(caches, at, [token])[0, -1].astype(mx.float32)
+        logits: mx.array = self._forward(caches, at, [token])[0, -1].astype(mx.float32)
         mx.eval(logits)
-        return logits  # type: ignore[no-any-return]
+        return logits
 
     def _forward(self, caches: Caches, at: int, tokens: list[int]) -> mx.array:
         self._convert(caches, at)
-        logits = self.model(mx.array([tokens]), cache=caches)
+        logits: mx.array = self.model(mx.array([tokens]), cache=caches)
         mx.eval([cache.state for cache in caches])
-        return logits  # type: ignore[no-any-return]
+        return logits
 
     def _convert(self, caches: Caches, at: int) -> None:
         """As mlx-lm does it, in caches that stand at `at`."""
@@ -188,14 +188,7 @@ def verify(
     measured = _measured(reader, prompts, layout.slicing_limit)
     small = {"store_kv": store_kv, "store_state": store_state}
     allowed = _allowed(0.0 if exact else measured * MARGIN, tolerance, is_small=any(small.values()))
-    settings: dict[str, Any] = {
-        "prefill_step_size": step,
-        "checkpoint_every": step,
-        "checkpoint_min_step": max(1, step // 4),
-        "exact": exact,
-        **_quantizing(precision),
-        **small,
-    }
+    settings = {"exact": exact, **small, **_reading(step, precision)}
     with HybridPromptCache(model, **settings) as cache:
         for prompt in prompts:
             cache.prefill(prompt).release()
@@ -207,14 +200,18 @@ def verify(
     return Proof(measured, allowed, tuple(points), len(layout.quantized))
 
 
-def _quantizing(precision: Precision | None) -> dict[str, Any]:
-    """As a cache takes it."""
-    if precision is None:
-        return {}
-    return {
+def _reading(step: int, precision: Precision | None) -> dict[str, Any]:
+    """A cache's settings of slices and of what is read into."""
+    kv = precision and {
         "kv_bits": precision.bits,
         "kv_group_size": precision.group_size,
         "quantized_kv_start": precision.start,
+    }
+    return {
+        "prefill_step_size": step,
+        "checkpoint_every": step,
+        "checkpoint_min_step": max(1, step // 4),
+        **(kv or {}),
     }
 
 
