@@ -42,6 +42,14 @@ def add_store_flags(parser: ArgumentParser) -> None:
     parser.add_argument("--store-state", choices=("int8",), help="stored recurrent states")
 
 
+def add_quantizing_flags(parser: ArgumentParser, start: int | None, start_help: str) -> None:
+    """The flags of quantized keys and values. Those who need no other start than the server's say its 5000."""
+    add = parser.add_argument
+    add("--kv-bits", type=int, help="quantize keys and values to so many bits, as the server's")
+    add("--kv-group-size", type=int, default=64, help="as the server's (64)")
+    add("--quantized-kv-start", type=tokens(0), default=start, help=start_help)
+
+
 def read_text(flag: str, file: Path) -> str:
     """What stands in a text file that a flag names. Raises `SettingError` where there is none."""
     try:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import SettingError
 from ..sizes import format_bytes, parse_bytes
-from .flags import add_store_flags, check_can_be_written, tokens
+from .flags import add_quantizing_flags, add_store_flags, check_can_be_written, tokens
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -96,9 +96,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     add("--prefill-step-size", type=tokens(), default=2048, help="as the server's (2048)")
     add("--checkpoint-every-n-tokens", type=tokens(), default=2048, help="as the server's (2048)")
     add_store_flags(parser)
-    add("--kv-bits", type=int, help="quantize keys and values to so many bits, as the server's")
-    add("--kv-group-size", type=int, default=64, help="as the server's (64)")
-    add("--quantized-kv-start", type=tokens(0), default=5000, help="as the server's (5000)")
+    add_quantizing_flags(parser, 5000, "as the server's (5000)")
     add("--json", type=Path, metavar="FILE", help="write the plan here too, in bytes and tokens")
     return parser
 

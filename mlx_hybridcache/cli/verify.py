@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 from ..demo import BUNDLED_MODEL
 from ..errors import SettingError
 from .console import wide_console
-from .flags import add_store_flags, read_text, tokens
+from .flags import add_quantizing_flags, add_store_flags, read_text, tokens
 from .versions import versions
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from ..caches.quantizing.precision import Precision
     from ..verify import Proof
 
 LEAST_TOKENS = 64
@@ -33,6 +34,7 @@ def main(argv: Sequence[str], prog: str) -> int:
     from ..verify import verify
 
     console = wide_console()
+    precision = _precision(options)
     model, tokenizer = models.load(options.model)
     prompts = _prompts(tokenizer, options)
     with Progress(console=console, transient=True) as progress:
@@ -43,12 +45,15 @@ def main(argv: Sequence[str], prog: str) -> int:
             step=options.prefill_step_size,
             exact=options.exact,
             tolerance=options.tolerance,
+            precision=precision,
             store_kv=options.store_kv,
             store_state=options.store_state,
             on_point=lambda done, total: progress.update(bar, completed=done, total=total),
         )
     console.print(_table(proof, options.model))
-    for line in [*_machine(), *_sentences(proof)]:
+    for line in [*_machine(), *_quantized(proof, precision, options.exact)]:
+        console.print(line, highlight=False)
+    for line in _sentences(proof):
         console.print(line, highlight=False)
     return 0 if proof.holds else 1
 
@@ -63,7 +68,25 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     add("--exact", action="store_true", help="prove exact mode: no tolerance")
     add("--tolerance", type=float, help="largest allowed logit difference")
     add_store_flags(parser)
+    add_quantizing_flags(
+        parser, None, "where that begins (a third of --tokens; the server's is 5000)"
+    )
     return parser
+
+
+def _precision(options: argparse.Namespace) -> Precision | None:
+    """What keys and values are quantized to. It begins among the restore points, so that some lie on either side."""
+    from ..caches.quantizing.precision import Precision
+
+    start = options.quantized_kv_start
+    if start is None:
+        start = options.tokens // 3
+    if options.kv_bits is not None and start >= options.tokens:
+        raise SettingError(
+            f"--quantized-kv-start {start:,} is never reached: the prompts have {options.tokens:,} tokens. "
+            "Give more --tokens."
+        )
+    return Precision.of(options.kv_bits, options.kv_group_size, start)
 
 
 def _prompts(tokenizer: Any, options: argparse.Namespace) -> list[list[int]]:
@@ -108,6 +131,18 @@ def _machine() -> list[str]:
         f"{versions()}, Python {platform.python_version()}",
         f"{platform.platform()}, {mx.default_device()}",
     ]
+
+
+def _quantized(proof: Proof, precision: Precision | None, exact: bool) -> list[str]:
+    """What was quantized, where that was asked for."""
+    if precision is None:
+        return []
+    if not proof.quantized_layers:
+        why = "no layer of this model has attention that looks at quantized rows, or rows of whole groups"
+        return [f"--kv-bits has no effect: {why}. Full precision was compared."]
+    layers = f"{proof.quantized_layers} layer{'s' * (proof.quantized_layers > 1)}"
+    said = f"keys and values of {layers} have {precision.bits} bits from position {precision.start:,} on"
+    return [said if exact else f"{said}; cold runs are by mlx-lm's own quantized cache"]
 
 
 def _sentences(proof: Proof) -> list[str]:

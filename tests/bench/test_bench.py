@@ -11,6 +11,7 @@ import oracle
 import pytest
 import tiny
 from mlx_hybridcache_bench import cli
+from mlx_hybridcache_bench.kit.models import wide_qwen3
 from mlx_hybridcache_bench.kit.paired import Paired, Spent, measure
 from mlx_hybridcache_bench.kit.standin import QWEN3_NEXT_80B, TINY
 from mlx_hybridcache_bench.kit.tables import Figure
@@ -19,6 +20,8 @@ from mlx_hybridcache_bench.overhead.full_size import FullSize, measure_full_size
 from mlx_hybridcache_bench.overhead.selection import Selection
 from mlx_hybridcache_bench.overhead.slices import Run, Slices, measure_slices
 from mlx_hybridcache_bench.overhead.stored import Filled, Stored
+from mlx_hybridcache_bench.quantized import Mlxlm
+from mlx_lm.models.cache import KVCache, QuantizedKVCache
 from places import ROOT
 from rich.console import Console
 
@@ -137,14 +140,31 @@ def test_every_run_stays_within_its_bound_of_forwards() -> None:
 def test_quantized_rows_are_weighed_and_timed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Heads of 64: three figures for 4 bits and for 8, of which the bytes are counted and kept."""
+    """Heads of 64: for 4 bits and for 8 the bytes, counted and kept, and times beside two references."""
     file = tmp_path / "quantized.json"
     small = ["--context", "24", "--new-tokens", "1", "--pairs", "1"]
     assert cli.main(["quantized", *small, "--json", str(file)]) == 0
-    figures = json.loads(file.read_text(encoding="utf-8"))["figures"]
+    written = json.loads(file.read_text(encoding="utf-8"))
+    figures = written["figures"]
     assert [each["value"] for each in figures if each["counted"]] == [4.5 / 16, 8.5 / 16]
-    assert len(figures) == 6
-    assert "bytes of a stored token" in capsys.readouterr().out
+    assert [each["name"] for each in figures[1:5]] == [
+        f"4 bits / {reference}: {what}"
+        for reference in ("mlx-lm's own", "full precision")
+        for what in ("hot request", "a token")
+    ]
+    assert set(written["theirs"]) == {"4", "8"}
+    assert "by MLX's kernels" in capsys.readouterr().out
+
+
+def test_what_quantized_rows_are_timed_against_is_mlx_lms_own_cache() -> None:
+    """Its classes, which have read all but the last token, and have the reply's bits; asked for twice."""
+    prompt = [*range(3, 27)]
+    own = Mlxlm(wide_qwen3(), prompt, bits=4)
+    assert {type(each) for each in own.stored} == {QuantizedKVCache}
+    for _ in range(2):
+        own.first_token()
+        assert {each.offset for each in own.stored} == {len(prompt) - 1}
+    assert {type(each) for each in Mlxlm(wide_qwen3(), prompt).stored} == {KVCache}
 
 
 def test_decode_prints_a_table_and_chooses_the_tokens_of_a_full_re_prefill(

@@ -10,6 +10,7 @@ import pytest
 import tiny
 from long import forms, mostly_long
 from mlx_hybridcache_bench import cli
+from mlx_hybridcache_bench.policies import smaller
 from mlx_hybridcache_bench.policies.baselines import LlamaCpp, MlxLm, Overlaps
 from mlx_hybridcache_bench.policies.offline import Clairvoyant, floor
 from mlx_hybridcache_bench.policies.outcomes import BASELINES, OFFLINE, OURS, POLICIES, measure
@@ -20,6 +21,7 @@ from mlx_hybridcache_bench.policies.workloads import Chance, workload
 from stores.traced_requests import SCENES
 
 from mlx_hybridcache import HybridPromptCache
+from mlx_hybridcache.caches.kinds.smaller import StorePrecision
 from mlx_hybridcache.store.tree import common_length
 
 SHAPE = SHAPES["qwen3-next-80b"]
@@ -196,3 +198,39 @@ def test_what_is_read_again_is_what_the_engine_reads_again(
                 model(mx.array([[*ready.rest, *reply]]), cache=ready.prompt_cache)
                 cache.save([*tokens, *reply], ready.prompt_cache)
             ready.release()
+
+
+# A smaller store
+
+
+SMALL = SHAPE.smaller(StorePrecision(8, 8))
+
+
+def test_a_smaller_store_holds_more_conversations_of_the_same_trace(chats):
+    """At 1 GB, with fewer tokens replayed; what it holds is within its budget, small."""
+    found = smaller.measure("chats", chats, SHAPE, StorePrecision(8, 8), 1 * GB)
+    assert found.small.conversations > found.full.conversations > 0
+    assert found.small.replayed < found.full.replayed
+    rows, states = SMALL.stored_row_bytes, SMALL.stored_checkpoint_bytes
+    assert found.small.tokens * rows + found.small.checkpoints * states <= 1 * GB
+
+
+def test_what_a_smaller_store_can_hold_follows_from_the_shapes():
+    """1.94 x of rows, 3.64 x of states: 2.5 x where checkpoints lie every 3,404 tokens, at any distance with 4 bits."""
+    at = smaller.tokens_for(SMALL, 2.5)
+    assert at == pytest.approx(3404, abs=1)
+    held = smaller.Held(1.0, 10 * at, 10.0, 0)
+    assert smaller.Smaller("", GB, SMALL, held, held).same_contents == pytest.approx(2.5)
+    assert smaller.tokens_for(SHAPE.smaller(StorePrecision(4, 8)), 2.5) is None
+
+
+def test_the_command_shows_what_a_smaller_store_holds(tmp_path, chats, capsys):
+    """A row, the bytes it is reckoned from, and a target that counts."""
+    file, json_file = tmp_path / "chats.jsonl", tmp_path / "out.json"
+    write_trace(file, chats[:40])
+    words = ["--trace", str(file), "--budget", "1GB", "--store-kv", "8", "--store-state", "int8"]
+    status = cli.main(["policies", *words, "--json", str(json_file)])
+    written = json.loads(json_file.read_text())
+    assert status == int(not written["figures"][0]["kept"])
+    assert len(written["smaller"]) == 1
+    assert "24,576 bytes and 12,672" in " ".join(capsys.readouterr().out.split())

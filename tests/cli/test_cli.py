@@ -16,6 +16,7 @@ from places import SUPPORT
 import mlx_hybridcache.demo.run as demo
 from mlx_hybridcache import models
 from mlx_hybridcache.caches.kinds.recurrent import RecurrentKind
+from mlx_hybridcache.caches.quantizing.cache import QuantizingCache
 from mlx_hybridcache.cli.main import main
 from mlx_hybridcache.demo import BUNDLED_MODEL, process
 from mlx_hybridcache.demo.client import REPLY_TOKENS, TOP_LOGPROBS, Client, Reply
@@ -182,9 +183,38 @@ def test_verify_fails_when_a_state_is_lost(monkeypatch, capsys):
     assert "IT DOES NOT HOLD" in capsys.readouterr().out
 
 
+QUANTIZED = ["--tokens", "300", "--prefill-step-size", "128", "--kv-bits", "4"]
+
+
+def test_verify_holds_with_quantized_keys_and_values(capsys):
+    """In both modes, at points before the start, 100, and behind it; from the first token on too."""
+    for more in ([], ["--exact"], ["--quantized-kv-start", "0", "--kv-group-size", "32"]):
+        assert main(["verify", *QUANTIZED, *more]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("allowed 0, worst restore 0: it holds") == 3
+    assert shown.count("have 4 bits from position 100 on") == 2
+    assert "have 4 bits from position 0 on" in shown
+
+
+def test_verify_holds_quantized_rows_against_those_of_mlx_lm(monkeypatch, capsys):
+    """Rows that are a twentieth larger than those: a comparison among caches of ours would pass."""
+    own = QuantizingCache.quantize
+    monkeypatch.setattr(QuantizingCache, "quantize", lambda self, rows: own(self, rows * 1.05))
+    assert main(["verify", *QUANTIZED]) == 1
+    assert "IT DOES NOT HOLD" in capsys.readouterr().out
+
+
+def test_verify_says_where_kv_bits_has_no_effect(capsys):
+    """Heads of 64 are no whole groups of 128: what was compared is said, and nothing passes as quantized."""
+    assert main(["verify", *QUANTIZED, "--kv-group-size", "128"]) == 0
+    assert "--kv-bits has no effect" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (["verify", *QUANTIZED, "--quantized-kv-start", "5k"], "is never reached"),
+        (["verify", *QUANTIZED, "--store-kv", "8"], "leave store_kv and store_state out"),
         (["demo", "--model", "/no/such/model"], "found nothing there"),
         (["verify", "--model", "./nor/this"], "found nothing there"),
         (["demo", "--file", "/no/such/file"], "/no/such/file"),

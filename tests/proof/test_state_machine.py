@@ -105,7 +105,7 @@ def operate(name: str, operations: int) -> None:
     floors = FLOORS + DRAFTS if cases.CASES[name].drafts else Counter(FLOORS)
     if operations < 10_000:
         floors = Counter({what: least // 10 for what, least in floors.items()})
-    if cases.CASES[name].quantized:
+    if cases.CASES[name].quantized or cases.CASES[name].grow:
         del floors["taken over"]
     body = {"case": cases.CASES[name], "operations": 0, "seen": seen}
     machine = type(f"{name.title()}Machine", (CacheMachine,), body)

@@ -178,9 +178,9 @@ def distance(one: Array, other: Array) -> float:
     return float(max(np.nan_to_num(np.abs(one - other), nan=np.inf).max(), np.finfo(float).tiny))
 
 
-def agree(one: mx.array, other: mx.array) -> bool:
-    """Whether two vectors are equal as far as the device promises equal bits."""
-    return distance(np.array(one), np.array(other)) <= _noise(0.0)
+def agree(one: mx.array, other: mx.array, rounding: float = 0.0) -> bool:
+    """Whether two vectors are equal as far as the device promises equal bits, and the model to `rounding`."""
+    return distance(np.array(one), np.array(other)) <= _noise(rounding)
 
 
 def worst(points: Iterable[Point]) -> float:

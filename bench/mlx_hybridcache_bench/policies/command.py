@@ -2,6 +2,7 @@
 
 Nothing is computed here: the real store is filled with payloads that only have sizes, so that a trace
 of hundreds of long prompts takes a second. Requests come one at a time, and the running one's bytes count.
+With --store-kv or --store-state: how many conversations such a store holds beside the full one.
 """
 
 from __future__ import annotations
@@ -11,11 +12,15 @@ from pathlib import Path
 
 from rich.console import Console
 
+from mlx_hybridcache.caches.kinds.smaller import StorePrecision
+from mlx_hybridcache.caches.kinds.smaller import smaller as smaller_store
+from mlx_hybridcache.cli.flags import add_store_flags
 from mlx_hybridcache.errors import SettingError
 from mlx_hybridcache.sizes import parse_bytes
 
 from ..kit.machine import machine, one_line
 from ..kit.tables import show, show_figures, write_json
+from . import smaller
 from .outcomes import ONLINE, Outcome, figures, measure
 from .sized import SHAPES
 from .traces import TracedRequest, read_trace
@@ -28,9 +33,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `bench policies`."""
     parser.add_argument("--trace", type=Path, action="append", metavar="FILE", help="a trace file")
     parser.add_argument("--only", action="append", metavar="NAME", help="this workload alone")
-    parser.add_argument("--seed", type=int, action="append", help="of generated traces (3)")
+    parser.add_argument(
+        "--seed", type=int, action="append", help="of generated traces (3; with --store-kv 3 4 5)"
+    )
     parser.add_argument("--shape", choices=SHAPES, action="append", help="(qwen3-next-80b)")
-    parser.add_argument("--budget", action="append", metavar="SIZE", help=f"({' '.join(BUDGETS)})")
+    sizes = f"({' '.join(BUDGETS)}; with --store-kv {' '.join(smaller.BUDGETS)})"
+    parser.add_argument("--budget", action="append", metavar="SIZE", help=sizes)
+    add_store_flags(parser)
     parser.add_argument("--requests", type=int, help="of each generated trace the first so many")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="write a PNG")
     parser.set_defaults(model=None)
@@ -40,6 +49,48 @@ def run(args: argparse.Namespace, console: Console) -> int:
     """Replay, show, compare with the targets. 1: a target is missed."""
     found = machine()
     console.print(one_line(found))
+    storing = smaller_store(args.store_kv, args.store_state)
+    return _smaller(args, console, storing) if storing else _policies(args, console)
+
+
+def _smaller(args: argparse.Namespace, console: Console, storing: StorePrecision) -> int:
+    """Instead of the policies: what a smaller store holds beside the full one."""
+    budgets = sorted(parse_bytes(size) for size in args.budget or smaller.BUDGETS)
+    shape = SHAPES[(args.shape or [next(iter(SHAPES))])[0]]
+    found = [
+        smaller.measure(name, trace, shape, storing, budget)
+        for name, trace in _joined(args)
+        for budget in budgets
+    ]
+    smaller.show_smaller(console, found, storing)
+    targets = [each.figure() for each in found]
+    show_figures(console, targets)
+    result = {
+        "command": "policies",
+        "machine": machine(),
+        "figures": [figure.as_json() for figure in targets],
+        "smaller": [each.as_json() for each in found],
+    }
+    write_json(args.json, result)
+    return 0 if all(figure.kept for figure in targets) else 1
+
+
+def _joined(args: argparse.Namespace) -> list[tuple[str, list[TracedRequest]]]:
+    if args.trace:
+        return _traces(args)
+    return [
+        (
+            name,
+            smaller.joined(
+                workload(name, seed, requests=args.requests) for seed in args.seed or (3, 4, 5)
+            ),
+        )
+        for name in args.only or smaller.TRACES
+    ]
+
+
+def _policies(args: argparse.Namespace, console: Console) -> int:
+    found = machine()
     budgets = sorted(parse_bytes(size) for size in args.budget or BUDGETS)
     outcomes: list[Outcome] = []
     for shape in args.shape or [next(iter(SHAPES))]:
