@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import platform
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..demo import BUNDLED_MODEL
-from ..errors import SettingError
+from ..errors import GroupError, SettingError
 from .console import wide_console
 from .flags import add_quantizing_flags, add_store_flags, read_text, tokens
 from .versions import versions
@@ -23,6 +25,11 @@ if TYPE_CHECKING:
 
 LEAST_TOKENS = 64
 
+LOST = 3
+"""The status of a rank that ends because another one is lost."""
+
+OnPoint = Callable[[int, int], None]
+
 
 def main(argv: Sequence[str], prog: str) -> int:
     """0: hot equals cold within what is allowed; 1: it does not."""
@@ -30,32 +37,80 @@ def main(argv: Sequence[str], prog: str) -> int:
 
     from rich.progress import Progress
 
-    from .. import models
-    from ..verify import verify
-
     console = wide_console()
     precision = _precision(options)
-    model, tokenizer = models.load(options.model)
-    prompts = _prompts(tokenizer, options)
     with Progress(console=console, transient=True) as progress:
         bar = progress.add_task("restore points", total=None)
-        proof = verify(
-            model,
-            prompts,
-            step=options.prefill_step_size,
-            exact=options.exact,
-            tolerance=options.tolerance,
-            precision=precision,
-            store_kv=options.store_kv,
-            store_state=options.store_state,
-            on_point=lambda done, total: progress.update(bar, completed=done, total=total),
-        )
+
+        def on_point(done: int, total: int) -> None:
+            progress.update(bar, completed=done, total=total)
+
+        if options.pipeline and not options.distributed:
+            raise SettingError(
+                "--pipeline says how ranks share a model; it goes with --distributed."
+            )
+        if options.distributed:
+            proof = _on_ranks(options, precision, on_point)
+        else:
+            proof = _on_one_machine(options, precision, on_point)
+    if proof is None:  # rank 0 says it
+        return 0
     console.print(_table(proof, options.model))
     for line in [*_machine(), *_quantized(proof, precision, options.exact)]:
         console.print(line, highlight=False)
     for line in _sentences(proof):
         console.print(line, highlight=False)
     return 0 if proof.holds else 1
+
+
+def _on_one_machine(
+    options: argparse.Namespace, precision: Precision | None, on_point: OnPoint
+) -> Proof:
+    from .. import models
+    from ..verify import verify
+
+    model, tokenizer = models.load(options.model)
+    return verify(
+        model,
+        _prompts(tokenizer, options),
+        step=options.prefill_step_size,
+        exact=options.exact,
+        tolerance=options.tolerance,
+        precision=precision,
+        store_kv=options.store_kv,
+        store_state=options.store_state,
+        on_point=on_point,
+    )
+
+
+def _on_ranks(
+    options: argparse.Namespace, precision: Precision | None, on_point: OnPoint
+) -> Proof | None:
+    """Every rank runs this; rank 0 has the proof."""
+    from .. import Group
+    from ..group.load import load
+    from ..verify import verify_on_ranks
+
+    if precision is not None or options.store_kv or options.store_state:
+        raise SettingError(
+            "--kv-bits, --store-kv and --store-state cannot be used with several ranks yet. Leave them out."
+        )
+    group = Group.form()
+    model, tokenizer = load(group, options.model, pipeline=options.pipeline)
+    try:
+        return verify_on_ranks(
+            group,
+            model,
+            tokenizer,
+            _prompts(tokenizer, options),
+            step=options.prefill_step_size,
+            exact=options.exact,
+            tolerance=options.tolerance,
+            on_point=on_point,
+        )
+    except GroupError as error:
+        print(f"mlx-hybridcache verify: {error}", file=sys.stderr, flush=True)
+        os._exit(LOST)  # the worker may be in a call that never returns
 
 
 def _parser(prog: str) -> argparse.ArgumentParser:
@@ -65,6 +120,8 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     add("--file", type=Path, help="the text to read (default: Python's reference)")
     add("--tokens", type=tokens(LEAST_TOKENS), default=1400, help="length of the prompts (1400)")
     add("--prefill-step-size", type=tokens(), default=512, help="tokens (512)")
+    add("--distributed", action="store_true", help="on all ranks that mlx.launch started with this")
+    add("--pipeline", action="store_true", help="with it: each rank has some of the layers")
     add("--exact", action="store_true", help="prove exact mode: no tolerance")
     add("--tolerance", type=float, help="largest allowed logit difference")
     add_store_flags(parser)
