@@ -134,6 +134,17 @@ def test_one_request_is_explained_by_what_is_stored(server):
     assert told["change"] in ("appended", "branched")
 
 
+@pytest.mark.parametrize(("common", "change"), [(7, None), (8, "prompt_edited")])
+def test_what_any_two_prompts_begin_with_is_no_likeness(server, common, change):
+    """A template's opener: only from eight tokens on a prompt is told what parts it from another."""
+    salt = f"{common} in common"
+    stored = [100 + at for at in range(40)]
+    server.answer(COMPLETIONS, prompt=stored, max_tokens=1, cache_salt=salt)
+    other = stored[:common] + [200 + at for at in range(40)]
+    told = server.answer(EXPLAIN, requests=[{"prompt": other, "cache_salt": salt}])
+    assert (told["change"], told["text"]["stored"] is None) == (change, change is None)
+
+
 def test_stored_letters_are_told_to_who_names_their_salt_and_to_nobody_else(server):
     """Else who may ask could have all that others have asked, a few letters at a time."""
     asked = f"{text(80, 3000)} {SECRET}"
