@@ -15,7 +15,6 @@ from mlx_lm.generate import GenerationResponse
 from .caches.room import REPLY_ROOM
 from .decode.sampling import take_random_state
 from .errors import ClosedError, GroupError, SettingError
-from .group.joined import begin
 from .prefill.schedule import MIN_STEP, STEP
 from .report import CacheReport
 from .request.arguments import check_keywords, check_text, checked_tokenizer, known_keywords
@@ -158,6 +157,8 @@ class HybridPromptCache(_Figures):
             settings.check_for(group)
         self._open(model, tokenizer, settings, cache_salt)
         if group is not None:
+            from .group.joined import begin
+
             begin(group, self.engine, self.worker)
 
     def _open(self, model: Any, tokenizer: Any, settings: CacheSettings, cache_salt: str) -> None:

@@ -26,8 +26,6 @@ from .drafting.draft_model import DraftModel
 from .drafting.drafting import Drafting
 from .engine import Engine
 from .errors import AdapterError, BudgetError, SettingError
-from .group.joined import ranked
-from .group.layout import shared
 from .machine import Pressure, default_reserve
 from .prefill.followers import Followers
 from .prefill.prefill import Prefill
@@ -142,7 +140,7 @@ class CacheSettings:
             precision=self.precision,
             storing=self.storing,
         )
-        return layout if group is None else shared(group, layout)
+        return layout if group is None else _shared(group, layout)
 
     def engine(
         self,
@@ -183,7 +181,7 @@ class CacheSettings:
             decoder=Decoder(model, layout, store, batches=batches),
             drafting=Drafting(model, layout, tiers, prefill, vocabulary_of(tokenizer), made),
         )
-        return engine if group is None else ranked(group, engine)
+        return engine if group is None else _ranked(group, engine)
 
     def _draft_model(self, beside: Prefill, model: Any) -> DraftModel:
         """What drafts beside the model whose prompts are read so: read alike, and stored beside it."""
@@ -362,3 +360,15 @@ def adapted(engine: Engine, load: Load, path: str | Path | None) -> CacheInfo:
         )
     engine.adapting.use(path)
     return info(engine)
+
+
+def _shared(group: Group, layout: Layout) -> Layout:
+    from .group.layout import shared  # with what ranks say to each other, which few are
+
+    return shared(group, layout)
+
+
+def _ranked(group: Group, engine: Engine) -> Engine:
+    from .group.joined import ranked
+
+    return ranked(group, engine)

@@ -14,7 +14,6 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
-from mlx_lm.tuner.utils import load_adapters
 
 from ..errors import AdapterError
 
@@ -90,6 +89,10 @@ class Adapters:
                 f"{folder} replaces weights of the model (fine_tune_type full), so that it cannot stand "
                 "beside them. Load the model with it instead."
             )
+        from mlx_lm.tuner.utils import (
+            load_adapters,  # with all that trains models, which few ask for
+        )
+
         with self._bare():
             before = dict(_modules(self._model))
             try:

@@ -91,6 +91,17 @@ class Batch:
         """One token for every reply."""
         return [Made(each.token, each.logprobs) for each in self._steps.next()]
 
+    @property
+    def has_processors(self) -> bool:
+        """Whether anybody follows the tokens of these replies as they are drawn."""
+        return any(self._steps.logits_processors)
+
+    def only(self) -> Made:
+        """The coming token of a lone reply that is all of it: its caches do not read it."""
+        (logprobs,) = self._steps._next_logprobs
+        mx.eval(logprobs)  # who gets it may be on another thread
+        return Made(self.coming, logprobs)
+
     def verified(
         self,
         block: Sequence[int],

@@ -168,6 +168,9 @@ class Decoder:
 
     def _step(self, steps: Steps) -> None:
         """One token for every reply that takes its steps together."""
+        if self._is_all(steps):
+            steps.replies[0].takes_only(steps.batch.only())
+            return
         if not steps.has_room:
             steps.grow()
         if not steps.is_merged and self._speculate(steps.replies[0]):
@@ -191,6 +194,18 @@ class Decoder:
             reply.takes(made)
             if steps.is_merged and (reply.is_last or len(reply.made) > UNTAKEN):
                 self._set_apart(reply)
+
+    def _is_all(self, steps: Steps) -> bool:
+        """Whether a lone reply's coming token is all of it, so that a forward over it would be for its end alone.
+
+        That end is two tokens behind the prompt's, which is stored, and whoever goes on from there has a slice to
+        read anyway: such replies choose among answers, or ask how long a first token takes. Who sees tokens as
+        they are drawn sees this one yet, and so do all ranks of a group.
+        """
+        if steps.is_merged or self.agreed is not None or steps.batch.has_processors:
+            return False
+        (reply,) = steps.replies
+        return reply.left == 1 and not reply.read
 
     def _speculate(self, reply: Reply) -> bool:
         """The next tokens of a lone reply by one forward; False where it has nothing to draft."""

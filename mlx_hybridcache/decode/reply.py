@@ -59,6 +59,11 @@ class Reply:
         if self.live.is_standing:
             self.live.position = self.position
 
+    def takes_only(self, made: Made) -> None:
+        """Its only token is there, which its caches have not read."""
+        self.left -= 1
+        self.made.append(made)
+
     @property
     def is_last(self) -> bool:
         """Whether it ends with the token made last."""

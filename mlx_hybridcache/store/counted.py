@@ -87,10 +87,12 @@ class CountedTrees(Generic[R, S]):
 
     def split_nbytes(self, match: Match[R, S], cuts: Sequence[int]) -> int:
         """Room that cutting what matches at each of `cuts`, one after another, takes for a moment."""
+        first = min(cuts, default=match.matched)
         return max(
             (
                 self.references.split_nbytes(rows)
                 for node in match.nodes()
+                if node.end > first
                 for rows in node.rows
                 if any(rows.start < cut < rows.end for cut in cuts)
             ),

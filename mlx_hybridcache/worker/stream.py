@@ -74,11 +74,15 @@ class Task:
         self.put(kind, value)
 
     def put(self, kind: str, value: Any = None) -> None:
-        """Something to read: for one of its readers, but all look."""
+        """Something to read: for one of its readers, but all look.
+
+        Who comes to wait from now on looks before it waits. Were it called too, it would look in vain and come
+        back, again and again, for as long as this thread takes to notice that nobody is left.
+        """
         self.outbox.put((kind, value))
-        while self.wakers:
-            with suppress(KeyError):  # the last one has just gone
-                self.wakers.pop()()
+        for waker in [*self.wakers]:
+            self.wakers.discard(waker)
+            waker()
 
 
 class Stream(Generic[T]):

@@ -52,8 +52,8 @@ def forwards(cache: HybridPromptCache, tokens: list[int]) -> tuple[int, int]:
     assert piece.finish_reason == "length"
     report = cache.last_report
     assert report is not None
-    assert sum(lengths) == report.replayed_tokens + 1  # mlx-lm reads the reply's token ahead
-    assert report.forwards == len(lengths) - 1, "the report's own count must be the real one"
+    assert sum(lengths) == report.replayed_tokens  # of a reply of one token nothing is read
+    assert report.forwards == len(lengths), "the report's own count must be the real one"
     return report.forwards, report.replayed_tokens
 
 

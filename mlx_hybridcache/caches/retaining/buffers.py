@@ -7,8 +7,10 @@ may have been let go of and read anew since, or read from a file.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Any
 
 import mlx.core as mx
@@ -21,23 +23,34 @@ from ..kinds.rows import Origin, RowBlock, new_lineage, origins_of
 from ..layout import Layout, leaves
 from ..memory import MemoryFound, MemoryNode
 
+_START = itemgetter(0)
+
 
 @dataclass(frozen=True, slots=True)
 class Lineage:
-    """Where the rows of one set of caches come from: copies of the store's, as `origins` say, then their own."""
+    """Where the rows of one set of caches come from: copies of the store's, as `origins` say, then their own.
+
+    These adjoin one another from position 0 on.
+    """
 
     origins: tuple[Origin, ...] = ()
     number: int = field(default_factory=new_lineage)
 
     def of(self, start: int, end: int) -> int:
         """The number that rows of `[start, end)` are stored with."""
-        return next((each for a, b, each in self.origins if a <= start and end <= b), self.number)
+        copied = self._copied(start, end)
+        return self.number if copied is None else copied
 
     def has(self, rows: RowBlock, end: int) -> bool:
         """Whether the caches hold the very bits of these stored rows up to `end`."""
-        return rows.lineage == self.number or any(
-            each == rows.lineage and a <= rows.start and end <= b for a, b, each in self.origins
-        )
+        return rows.lineage in (self.number, self._copied(rows.start, end))
+
+    def _copied(self, start: int, end: int) -> int | None:
+        """The lineage of the rows of `[start, end)` if they are copies of one; a long conversation has one a turn."""
+        at = bisect_right(self.origins, start, key=_START) - 1
+        if at < 0 or end > self.origins[at][1]:
+            return None
+        return self.origins[at][2]
 
     def alike(self, nodes: Iterable[MemoryNode], end: int) -> int:
         """How far, up to `end`, they hold the very bits that the store has on this path itself."""

@@ -11,6 +11,7 @@ from mlx_hybridcache.tokens import Tokens
 
 from ..anthropic.conversation import as_chat as of_messages
 from ..errors import refuse
+from ..generation.models import DEFAULT_NAME, Named
 from ..prompts.chat import Renderer
 from ..prompts.tokenizing import Steps
 from ..replies.chat import rendering
@@ -21,6 +22,8 @@ from ..schema.explain import ENDPOINTS
 from ..schema.messages import CountBody
 from ..schema.requests import ChatBody, CompletionBody
 from ..schema.responses import ResponsesBody
+from ..settings import Settings
+from .kinds import Kind
 
 Asked = ChatBody | CompletionBody
 """A chat, which requests of three endpoints are put into, or a prompt as it stands."""
@@ -118,3 +121,18 @@ def prompt_of(asked: CompletionBody) -> str | list[int]:
             "A request with several prompts cannot be explained: send one of them.", "prompt"
         )
     return prompts[0]
+
+
+def apart(one: Asked, other: Asked, settings: Settings | None = None) -> Kind | None:
+    """Why they share nothing; None where they may. Without a server's settings one model serves both."""
+    if (one.cache_salt or "") != (other.cache_salt or ""):
+        return Kind.OTHER_SALT
+    if other.cache_prompt is False:
+        return Kind.NOT_CACHED
+    if settings is None or not settings.allow_model_switching:
+        return None
+    return Kind.OTHER_MODEL if _model(one, settings) != _model(other, settings) else None
+
+
+def _model(asked: Asked, settings: Settings) -> Named:
+    return Named(asked.model or DEFAULT_NAME, asked.adapters).resolved(settings)

@@ -16,10 +16,9 @@ from ..errors import ApiError
 from ..http import wire
 from ..prompts.chat import Renderer
 from ..prompts.tokenizing import Steps
-from .asked import read
+from .asked import apart, read
 from .comparison import Comparison, compared
 from .explanation import of_two
-from .sharing import apart
 
 
 def explained(requests: list[dict[str, Any]], endpoint: str | None, model: str) -> dict[str, Any]:

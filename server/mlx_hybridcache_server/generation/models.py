@@ -20,7 +20,6 @@ from mlx_hybridcache import Group, HybridPromptCache, models
 from mlx_hybridcache.adapters import lora
 from mlx_hybridcache.demo import BUNDLED_MODEL
 from mlx_hybridcache.errors import HybridCacheError, SettingError
-from mlx_hybridcache.group.load import split
 from mlx_hybridcache.router.defaults import AUTO
 from mlx_hybridcache.router.patch import Patch
 from mlx_hybridcache.worker.mlx_thread import mlx_thread
@@ -229,6 +228,8 @@ def _weights(
         lazy=lazy or group is not None,
     )
     if group is not None:
+        from mlx_hybridcache.group.load import split
+
         split(group, model, pipeline=settings.pipeline)
     _suit(tokenizer, settings, name)
     return model, tokenizer

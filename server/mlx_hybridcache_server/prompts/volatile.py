@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from functools import cache
 from typing import NamedTuple
 
 
@@ -87,18 +88,20 @@ KINDS: dict[str, tuple[str, ...]] = {
 """Patterns by what they find: `re` skips fast to a letter of the class that one begins with. Where two
 find the same, the one counts that begins first, or goes on longest."""
 
-_EACH = [
-    (kind, re.compile(pattern, re.ASCII))
-    for kind, patterns in KINDS.items()
-    for pattern in patterns
-    if not pattern.startswith("^")
-]
-_LINES = [
-    (kind, re.compile(pattern.removeprefix("^"), re.ASCII))
-    for kind, patterns in KINDS.items()
-    for pattern in patterns
-    if pattern.startswith("^")
-]
+_START = "^"
+"""What a pattern begins with that is for the start of a line."""
+
+
+@cache
+def _patterns(*, of_lines: bool) -> list[tuple[str, re.Pattern[str]]]:
+    """Those for the start of a line, or those for anywhere. They are compiled with the first text that is looked through."""
+    return [
+        (kind, re.compile(pattern.removeprefix(_START), re.ASCII))
+        for kind, patterns in KINDS.items()
+        for pattern in patterns
+        if pattern.startswith(_START) == of_lines
+    ]
+
 
 _PROMISING = re.compile("[0-9]|[Bb]ranch")
 """What every line has that a pattern finds anything in: most lines have none of it."""
@@ -126,10 +129,10 @@ def volatile_spans(text: str) -> Iterator[VolatileSpan]:
 
 def _found(text: str, start: int, end: int) -> Iterator[VolatileSpan]:
     """What is in one line."""
-    for kind, pattern in _LINES:
+    for kind, pattern in _patterns(of_lines=True):
         if (line := pattern.match(text, start, end)) and _is_volatile(line):
             yield VolatileSpan(*line.span(), kind)
-    for kind, pattern in _EACH:
+    for kind, pattern in _patterns(of_lines=False):
         for match in pattern.finditer(text, start, end):
             if _is_volatile(match):
                 yield VolatileSpan(*match.span(), kind)
