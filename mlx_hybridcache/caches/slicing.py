@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import mlx.core as mx
@@ -52,12 +52,16 @@ def rotation_limit(model: Any) -> int | None:
 
 def _encodings(model: Any) -> Iterable[Any]:
     """Modules without weights or children that are called with an offset, one of each configuration."""
-    found = {}
+    found, takes_offset = {}, cache(_takes_offset)  # of many modules there are few kinds
     for module in model.modules():
-        call = inspect.signature(type(module).__call__) if callable(module) else None
-        if call is not None and "offset" in call.parameters and not _has_parts(module):
+        if takes_offset(type(module)) and not _has_parts(module):
             found[_configuration(module)] = module
     return found.values()
+
+
+def _takes_offset(kind: type) -> bool:
+    is_called = any("__call__" in vars(each) for each in kind.__mro__)
+    return is_called and "offset" in inspect.signature(kind.__call__).parameters
 
 
 def _configuration(module: Any) -> tuple[Any, ...]:
