@@ -178,3 +178,18 @@ def test_all_who_wait_for_an_item_look():
     task.wakers |= {lambda: woken.append(1), lambda: woken.append(2)}
     task.put("item", "a")
     assert sorted(woken) == [1, 2]
+
+
+def test_who_comes_to_wait_while_others_are_woken_is_not_woken_for_nothing():
+    """It looks before it waits, and finds the item or that another has it; a reader on a busy loop would else go round."""
+    task, woken = Task(iter(()), Job()), []
+
+    def back_again():
+        woken.append(len(woken))
+        if len(woken) < 100:
+            task.wakers.add(back_again)
+
+    task.wakers.add(back_again)
+    for count in (1, 2):
+        task.put("item", "a")
+        assert (woken, task.wakers) == ([*range(count)], {back_again})

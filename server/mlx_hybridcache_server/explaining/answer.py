@@ -72,7 +72,10 @@ async def _restored(
     report = await look(found.second)
     if report.matched_tokens >= len(found.second) - 1:
         report = await look(found.second[: found.common + 1])
-    is_known = report.matched_tokens >= min(found.common, len(found.second) - 1)
+    # Of either prompt the last token is read for its reply only, and may not be stored.
+    is_known = report.matched_tokens >= min(
+        found.common, *(len(p) - 1 for p in (found.first, found.second))
+    )
     return report.restored_tokens if is_known else None
 
 

@@ -86,7 +86,7 @@ Tool = Annotated[dict[str, Any], AfterValidator(_is_tool), WithJsonSchema(_TOOL)
 class Body(BaseModel):
     """Numbers must be numbers: "5" and true are refused, as mlx_lm.server refuses them."""
 
-    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False, defer_build=True)
+    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
 
 
 class StreamOptions(Body):

@@ -4,6 +4,7 @@ import logging
 
 import mlx.core as mx
 import mlx.nn as nn
+import oracle
 import pytest
 import tiny
 from bundled import load, text, text_tokens
@@ -28,6 +29,35 @@ def test_a_reply_is_the_same_cold_and_hot_and_without_the_library(cache, length)
     expected = plain(prompt)
     for _ in range(2):
         same(list(cache.stream_generate(prompt, 12)), expected)
+
+
+def test_nothing_is_read_of_a_reply_of_one_token(cache):
+    """A forward for each token of the prompt's end, none for the reply; the next turn goes on behind the prompt, as always.
+
+    Where somebody sees tokens as they are drawn, and in a reply of two, the last one is read as it was.
+    """
+    prompt = list(text_tokens(300))
+    expected = plain(prompt, 1)
+    for lengths_of, restored in (([300], 0), ([1], 299)):
+        with oracle.forwards(cache.engine.model) as lengths:
+            replies = list(cache.stream_generate(prompt, 1))
+        same(replies, expected)
+        assert sum(lengths) == sum(lengths_of)
+        assert cache.last_report.restored_tokens == restored
+    turn = [*prompt, replies[0].token, *text_tokens(40, 700)]
+    same(list(cache.stream_generate(turn, 8)), plain(turn, 8))
+    assert cache.last_report.restored_tokens == 299
+    seen = []
+
+    def watch(tokens, logits):
+        seen.append(tokens.tolist())
+        return logits
+
+    for count, options in ((1, {"logits_processors": [watch]}), (2, {})):
+        with oracle.forwards(cache.engine.model) as lengths:
+            list(cache.stream_generate(prompt, count, **options))
+        assert lengths == [1] * (1 + count)
+    assert [len(each) for each in seen] == [300, 301]
 
 
 def test_text_prompts_are_tokenized_as_mlx_lm_does(cache):
