@@ -73,18 +73,26 @@ def _objection(model: Any, layout: Layout) -> str | None:
 
 
 class _Sequence:
-    """A stream of tokens that a model reads one by one: its logits, and its caches at positions in `kept`."""
+    """A stream of tokens that a model reads one by one: its logits, and its caches at positions in `kept`.
+
+    It is read as far as it is asked for.
+    """
 
     def __init__(self, model: Any, length: int, vocabulary: int, kept: Sequence[int]):
         self._model = model
         self.tokens = [(7 + 13 * i * i) % vocabulary for i in range(length)]
         self.logits: list[mx.array] = []
         self.caches: dict[int, list[Any]] = {}
-        caches = fresh_caches(model)
-        for position, token in enumerate(self.tokens):
-            if position in kept:  # a state may weigh 100 MB
-                self.caches[position] = copy.deepcopy(caches)
-            self.logits.append(self.step([token], caches)[0])
+        self._caches, self._kept = fresh_caches(model), kept
+        self.behind(max(kept))
+
+    def behind(self, position: int) -> mx.array:
+        """The logits behind the token at a position, `(vocabulary,)`, of the sequence by itself."""
+        while (at := len(self.logits)) <= position:
+            if at in self._kept:  # a state may weigh 100 MB
+                self.caches[at] = copy.deepcopy(self._caches)
+            self.logits.append(self.step([self.tokens[at]], self._caches)[0])
+        return self.logits[position]
 
     def step(self, tokens: Sequence[int], caches: list[Any]) -> mx.array:
         """The next logits `(len(tokens), vocabulary)` behind one more token for each of a batch."""
@@ -107,7 +115,7 @@ def _in_unequal_batches(model: Any, layout: Layout) -> tuple[_Sequence, float]:
     def step(members: list[int], caches: list[Any]) -> None:
         """Each of `members`, which are positions, reads its next token."""
         logits = known.step([known.tokens[position] for position in members], caches)
-        off.extend(_apart(row, known.logits[at]) for row, at in zip(logits, members, strict=True))
+        off.extend(_apart(row, known.behind(at)) for row, at in zip(logits, members, strict=True))
         members[:] = [position + 1 for position in members]
 
     members: list[int] = []
@@ -134,7 +142,7 @@ def _in_a_batch_of_equals(known: _Sequence, size: int = 4) -> float:
     at = max(known.caches)
     equals = merged([copy.deepcopy(known.caches[at]) for _ in range(size)])
     return max(
-        _apart(row, known.logits[at]) for row in known.step([known.tokens[at]] * size, equals)
+        _apart(row, known.behind(at)) for row in known.step([known.tokens[at]] * size, equals)
     )
 
 

@@ -168,12 +168,9 @@ class Decoder:
 
     def _step(self, steps: Steps) -> None:
         """One token for every reply that takes its steps together."""
-        if self._is_all(steps):
-            steps.replies[0].takes_only(steps.batch.only())
-            return
         if not steps.has_room:
             steps.grow()
-        if not steps.is_merged and self._speculate(steps.replies[0]):
+        if not steps.is_merged and self._is_spared(steps.replies[0]):
             return
         drawn = [None if reply.draws is None else reply.draws.state for reply in steps.replies]
         try:
@@ -195,16 +192,22 @@ class Decoder:
             if steps.is_merged and (reply.is_last or len(reply.made) > UNTAKEN):
                 self._set_apart(reply)
 
-    def _is_all(self, steps: Steps) -> bool:
+    def _is_spared(self, reply: Reply) -> bool:
+        """Whether a lone reply has its next tokens without a step of a single one."""
+        if self._is_all(reply):
+            reply.takes_only(reply.steps.batch.only())
+            return True
+        return self._speculate(reply)
+
+    def _is_all(self, reply: Reply) -> bool:
         """Whether a lone reply's coming token is all of it, so that a forward over it would be for its end alone.
 
         That end is two tokens behind the prompt's, which is stored, and whoever goes on from there has a slice to
         read anyway: such replies choose among answers, or ask how long a first token takes. Who sees tokens as
         they are drawn sees this one yet, and so do all ranks of a group.
         """
-        if steps.is_merged or self.agreed is not None or steps.batch.has_processors:
+        if self.agreed is not None or reply.steps.batch.has_processors:
             return False
-        (reply,) = steps.replies
         return reply.left == 1 and not reply.read
 
     def _speculate(self, reply: Reply) -> bool:
