@@ -1,6 +1,7 @@
 """Whose buffers are retained, and when they go."""
 
 import gc
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -21,6 +22,8 @@ from odd_models import quantizing
 from odd_models.wide import wide_model
 
 from mlx_hybridcache import BudgetError
+from mlx_hybridcache.caches.kinds.rows import RowBlock
+from mlx_hybridcache.caches.retaining.buffers import Lineage
 
 
 @pytest.mark.parametrize(
@@ -195,3 +198,20 @@ def test_a_record_of_a_failure_to_retain_holds_no_buffer(monkeypatch, caplog):
         used = cache.engine.tiers.memory.budget.used_bytes
         off = cache.worker.call(mx.get_active_memory) - baseline - used
         assert abs(off) < cache.engine.layout.row_bytes * 70
+
+
+def test_rows_of_a_long_history_are_known_by_where_they_lie():
+    """Copied of three turns' rows, then its own: whose a stretch is, and whose bits a stored block has up to where."""
+    lineage = Lineage(((0, 10, -1), (10, 30, -2), (30, 31, -3)))
+    own = lineage.number
+    stretches = [(0, 10), (3, 9), (10, 30), (29, 30), (30, 31), (9, 11), (25, 31), (31, 40)]
+    assert [lineage.of(a, b) for a, b in stretches] == [-1, -1, -2, -2, -3, own, own, own]
+    assert Lineage().of(0, 5) not in (own, -1, -2, -3)
+    first, second, third = (
+        RowBlock(a, b, (), lineage=-n) for n, (a, b) in enumerate([(0, 31), (10, 30), (30, 31)], 1)
+    )
+    assert [lineage.has(first, up_to) for up_to in (9, 10, 11, 31)] == [True, True, False, False]
+    assert [lineage.has(second, up_to) for up_to in (12, 30)] == [True, True]
+    assert lineage.has(third, 31)
+    assert not lineage.has(replace(second, lineage=-1), 30)
+    assert lineage.has(replace(second, lineage=own), 30)
