@@ -232,8 +232,8 @@ class Engine(Keeping):
             self.decoder.take_back(reply)
             read = reply.read
             is_exact = self.sharing.is_exact(reply.position)
-            is_of_use = feeds_drafts or self._is_of_use(request, read)
-            keep = bool(read) and not is_exact and is_of_use
+            keep = bool(read) and not is_exact
+            keep = keep and (feeds_drafts or self._is_of_use(request, read))
             self.decoder.end(reply, keep=keep)
             if keep and live.is_standing and reply.guard.error is None:
                 history = np.concatenate([request.tokens, np.array(read, dtype=np.int32)])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -52,9 +52,10 @@ def rotation_limit(model: Any) -> int | None:
 
 def _encodings(model: Any) -> Iterable[Any]:
     """Modules without weights or children that are called with an offset, one of each configuration."""
-    found, takes_offset = {}, cache(_takes_offset)  # of many modules there are few kinds
+    found, kinds = {}, {type(module) for module in model.modules()}  # many modules, few kinds
+    taking = {kind for kind in kinds if _takes_offset(kind)}
     for module in model.modules():
-        if takes_offset(type(module)) and not _has_parts(module):
+        if type(module) in taking and not _has_parts(module):
             found[_configuration(module)] = module
     return found.values()
 

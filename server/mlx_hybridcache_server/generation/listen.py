@@ -7,7 +7,7 @@ says, and because log-probabilities are MLX arrays.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import mlx.core as mx
 import numpy as np
@@ -36,10 +36,17 @@ class Listener:
     bytes_of: Callable[[int], bytes] | None = None
     ends: frozenset[int] = frozenset()
     progress: PromptProgress | None = None
+    _restored: int | None = field(default=None, init=False)
 
     def on_progress(self, read: int, total: int) -> None:
-        """The library's progress callback; what it says goes out at the next pause."""
-        self.progress = PromptProgress(read, total)
+        """The library's progress callback; what it says goes out at the next pause.
+
+        A hot prompt whose rest is read in one slice says nothing: its reply is next.
+        """
+        is_next = bool(self._restored) and read >= total - 1
+        self.progress = None if is_next else PromptProgress(read, total)
+        # Behind the first slice there is something to tell, and from then on all of it is told.
+        self._restored = read if self._restored is None else 0
 
     def listen(
         self, responses: Iterator[GenerationResponse | Pause]

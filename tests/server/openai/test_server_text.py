@@ -142,6 +142,25 @@ def test_pauses_become_progress():
     assert isinstance(items[1], Piece)
 
 
+@pytest.mark.parametrize(
+    ("read", "told"),
+    [((0, 99), [99]), ((50, 99), [None]), ((50, 80, 99), [80, 99]), ((50, 80), [80])],
+    ids=["cold", "hot", "hot, two slices", "hot, one of two"],
+)
+def test_of_a_hot_prompt_that_takes_one_slice_the_reply_tells_enough(read, told):
+    """100 tokens: where they are restored, and behind each slice."""
+    listener = Listener((), None, None)
+    listener.on_progress(read[0], 100)
+
+    def slices():
+        for each in read[1:]:
+            listener.on_progress(each, 100)
+            yield PAUSE
+
+    heard = [None if each is PAUSE else each.read for each in listener.listen(slices())]
+    assert heard == told
+
+
 @pytest.mark.parametrize(("lost", "expected"), [(b" and", " and"), (b"and", "and")])
 def test_a_text_that_goes_on_keeps_the_space_before_its_first_word(lost, expected):
     """mlx-lm's detokenizers drop it; behind a prompt it counts."""
