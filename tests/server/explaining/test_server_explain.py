@@ -108,6 +108,12 @@ def test_requests_that_share_nothing_are_told_apart_before_their_prompts(server)
         assert (told["change"], told["restored_tokens"], told["is_hot"]) == (kind, 0, False)
 
 
+def test_where_one_model_serves_every_name_names_part_nothing(server):
+    body = {"messages": user("Hello."), "cache_salt": "named"}
+    told = server.answer(EXPLAIN, requests=[body | {"model": "one"}, body | {"model": "another"}])
+    assert told["change"] == "same"
+
+
 # One request
 
 
@@ -143,6 +149,17 @@ def test_what_any_two_prompts_begin_with_is_no_likeness(server, common, change):
     other = stored[:common] + [200 + at for at in range(40)]
     told = server.answer(EXPLAIN, requests=[{"prompt": other, "cache_salt": salt}])
     assert (told["change"], told["text"]["stored"] is None) == (change, change is None)
+
+
+def test_one_request_whose_tool_differs_from_what_is_stored_is_told_so(server):
+    def asked(what):
+        function = {"name": "look_up", "description": what, "parameters": {"type": "object"}}
+        tools = [{"type": "function", "function": function}]
+        return {"messages": user("Look."), "tools": tools, "cache_salt": "tool"}
+
+    server.answer(CHAT, **asked("Find a town."), max_tokens=1)
+    told = server.answer(EXPLAIN, requests=[asked("Find a river.")])
+    assert told["change"] == "tool_edited"
 
 
 def test_stored_letters_are_told_to_who_names_their_salt_and_to_nobody_else(server):
