@@ -114,6 +114,16 @@ def test_where_one_model_serves_every_name_names_part_nothing(server):
     assert told["change"] == "same"
 
 
+def test_where_requests_choose_their_model_two_models_share_nothing():
+    async def work(_, app):
+        body = {"messages": user("Hello.")}
+        both = {"requests": [body, body | {"model": "someone/other"}]}
+        told = (await Client(app, EXPLAIN, both).answer()).reply
+        assert (told["change"], told["restored_tokens"]) == ("other_model", 0)
+
+    served(work, "--allow-model-switching")
+
+
 # One request
 
 
