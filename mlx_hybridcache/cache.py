@@ -259,8 +259,8 @@ class HybridPromptCache(_Figures):
         `boundaries` declares positions worth a checkpoint. `lifetimes` maps positions to seconds: what restores them
         is kept for so long, anew with each use, as long as anything else may go instead, within half the budget.
         `use_cache=False` reads all of it by mlx-lm alone. `best_effort` is for a reply of unknown length: no memory
-        is kept ready for `max_tokens`, and where no more is to be had it ends with `length`. With `draft_from_cache`
-        what followed before is verified several tokens at a time, with `draft_model` up to `num_draft_tokens` of its.
+        is kept ready for `max_tokens`, and where no more is to be had it ends with `length`. Drafts come from what is
+        stored with `draft_from_cache`, from a `draft_model`, or from the `mtp.*` weights of the model in `draft_mtp`.
         Samplers, logits processors, the progress callback and `through` run on the worker thread. Samplers draw from
         a random stream that begins at `seed`, or at this thread's state. `through` takes the responses, with a `PAUSE`
         for each turn that gives none, and yields what the caller gets; ending early ends the request with what it took.
@@ -270,7 +270,7 @@ class HybridPromptCache(_Figures):
         check_keywords("stream_generate", options, KEYWORDS)
         around = uncached(options, use_cache=use_cache)
         check_generating(max_tokens, options, around, engine.tokenizer, engine.layout, self.info)
-        self.learn_draft(None if around else options.get("draft_model"))
+        self._learn_drafters({} if around else options)
         asked = (boundaries, lifetimes, prompt_progress_callback, cache_salt)
         request = self._prompts.request(prompt, max_tokens, *asked, best_effort=best_effort)
         if options.get("sampler") is not None:
@@ -283,6 +283,17 @@ class HybridPromptCache(_Figures):
     def learn_draft(self, model: Any) -> None:
         """Make `model`, if any, ready to draft before a request needs it; `SettingError` for one that cannot."""
         self.engine.drafting.learn(model, self.worker.call)
+
+    def learn_mtp(self, source: str | Path | None) -> None:
+        """Load the head that lies with the model, in a directory or a repository, before a request needs it.
+
+        Raises `SettingError` where none is there, `ModelError` where nothing is.
+        """
+        self.engine.drafting.learn_head(source, self.worker.call)
+
+    def _learn_drafters(self, options: Mapping[str, Any]) -> None:
+        self.learn_draft(options.get("draft_model"))
+        self.learn_mtp(options.get("draft_mtp"))
 
     # For frameworks that run the model themselves
 

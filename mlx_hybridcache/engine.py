@@ -114,7 +114,8 @@ class Engine(Keeping):
     ) -> Iterator[GenerationResponse | Pause]:
         """Through the cache, or by mlx-lm alone where an option or the model asks for that."""
         if around or self.layout.unsupported:
-            options.pop("draft_from_cache", None)
+            for name in ("draft_from_cache", "draft_mtp"):
+                options.pop(name, None)
             return self.answer_uncached(request, around, options)
         return self.answer(request, for_the_cache(options))
 
@@ -123,7 +124,8 @@ class Engine(Keeping):
     ) -> Iterator[GenerationResponse | Pause]:
         """The map: what happens to a request, in order. Each `yield` ends a turn of the worker."""
         live = self.tiers.live(request)  # its caches, which are not there yet
-        with self._keeping(request, live):  # whatever happens: what was read stays, bytes go back
+        # Whatever happens: what was read stays, bytes go back.
+        with self._keeping(request, live), self.drafting.listening(request, live, options):
             yield from self.read(request, live)  # as far as its last token
             reply = self._begin(request, live, options)  # alone or in a batch
             # Unless the template will strip the reply.

@@ -19,6 +19,7 @@ from ..store.lazy_rows import (
 from ..tokens import Namespace, Tokens
 from . import checkpoint as checkpoints
 from .checkpoint import Checkpoint
+from .hidden import Listener
 from .kinds.kind import Arrays
 from .kinds.rows import (
     AXIS,
@@ -83,7 +84,8 @@ class LiveCaches(LazySource[RowBlock]):
 
     Where the caches keep all their rows, the store leaves its own in them (`store/lazy_rows`), unless
     `shares` is False, for caches that are changed elsewhere. Whether they do is asked nowhere else.
-    `ended_well` says that nothing failed, so that another request may go on in their buffers.
+    `ended_well` says that nothing failed, so that another request may go on in their buffers. The `listener`,
+    if any, hears what they read.
     """
 
     def __init__(
@@ -100,6 +102,7 @@ class LiveCaches(LazySource[RowBlock]):
         self.position = 0
         self.capacity = 0
         self.ended_well = False
+        self.listener: Listener | None = None
         self.claim = materializer.store.budget.claim(0)
         self._layout = layout
         self._materializer = materializer
@@ -130,6 +133,13 @@ class LiveCaches(LazySource[RowBlock]):
         """These are the caches now. Their rows are not known to be the store's."""
         self.caches, self.position, self.capacity = caches, position, capacity
         self._lineage = Lineage()
+        if self.listener is not None:
+            self.listener.begin(caches, position)
+
+    def settle(self) -> None:
+        """A slice was read: who listens holds nothing more of it."""
+        if self.listener is not None:
+            self.listener.settle()
 
     def restored(
         self, caches: list[Any], position: int, capacity: int, origins: Sequence[Origin]

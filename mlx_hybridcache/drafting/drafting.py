@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from .. import models
@@ -26,6 +27,8 @@ from ..tiers import Tiers
 from ..tokens import Tokens
 from ..worker.turns import Pause
 from .draft_model import DraftModel, ModelDrafter
+from .head import Head
+from .head_drafter import HeadDrafter
 
 
 @dataclass(eq=False)
@@ -40,6 +43,7 @@ class Drafting:
     """The tokenizer's: what two models must have in common, however many rows their vocabularies have."""
     made: Callable[[Any], DraftModel]
     _known: list[DraftModel] = field(default_factory=list, init=False)
+    _heads: dict[str, Head] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         self.tiers.memory.before_refusing = self._let_go
@@ -78,11 +82,28 @@ class Drafting:
             )
         self._known.append(draft)
 
+    def learn_head(
+        self, source: str | Path | None, on_worker: Callable[[Callable[[], None]], None]
+    ) -> None:
+        """Load the model's own head from where the model came from, if anywhere. Raises as `Head.of` does."""
+        if source is not None and not self.layout.unsupported and str(source) not in self._heads:
+            head = Head.of(self.model, self.layout, source)
+            on_worker(partial(self._keep_head, str(source), head))
+
+    def _keep_head(self, source: str, head: Head) -> None:
+        if (
+            self._heads.setdefault(source, head) is not head
+        ):  # another thread has learnt it meanwhile
+            head.release()
+
     def release(self) -> None:
-        """Let the draft models be what they were."""
+        """Let the model and the draft models be what they were."""
         for each in self._known:
             each.layout.release()
+        for head in self._heads.values():
+            head.release()
         self._known.clear()
+        self._heads.clear()
 
     def forget(self, salt: str, tokens: Tokens) -> None:
         """What draft models have of it goes too."""
@@ -90,10 +111,29 @@ class Drafting:
             each.tiers.forget(salt, tokens)
 
     def _let_go(self) -> None:
-        for each in self._known:
+        known: list[DraftModel | Head] = [*self._known, *self._heads.values()]
+        for each in known:
             each.let_go()
 
     # A reply
+
+    @contextmanager
+    def listening(
+        self, request: Request, live: LiveCaches, options: Mapping[str, Any]
+    ) -> Iterator[None]:
+        """A head hears what is read for its reply, from where that is restored on."""
+        drafts: Drafts = options["drafts"]
+        if drafts.head is None:
+            yield
+            return
+        own = self._heads[drafts.head]
+        drafter = HeadDrafter(own, self.tiers.memory, request.rows)
+        live.listener = drafter
+        try:
+            yield
+        finally:
+            live.listener = None
+            drafter.end(None)
 
     def speculation(
         self,
@@ -104,16 +144,18 @@ class Drafting:
     ) -> Speculation | None:
         """What a reply drafts with; None where it does not.
 
-        What is stored comes first, and the draft model where nothing recurs: it costs forwards of its own.
+        What is stored comes first, and what computes drafts where nothing recurs: it costs forwards of its own.
         """
         drafters = []
         if drafts.from_cache:
             recurring, pace = self.recurring(request, live), Pace(drafts.from_cache)
             drafters.append(Paced(recurring, pace, from_stored=True))
-        if drafts.by_model:
+        if drafts.model is not None:
             draft = next(each for each in self._known if each.model is drafts.model)
             drafter = draft.drafter(request, self.layout.vocabulary)
-            drafters.append(Paced(drafter, Pace(drafts.by_model)))
+            drafters.append(Paced(drafter, Pace(drafts.computed)))
+        if isinstance(live.listener, HeadDrafter):
+            drafters.append(Paced(live.listener, Pace(drafts.computed)))
         memory, tokens = self.tiers.memory, request.tokens
         if not drafters:
             return None
@@ -140,7 +182,7 @@ class Drafting:
     @contextmanager
     def ending(self, request: Request, reply: Reply) -> Iterator[None]:
         """Whatever ends a reply, what drafted it is let go of. Its state is stored where the reply's is."""
-        speculation, models = reply.speculation, _models(reply)
+        speculation, computing = reply.speculation, _computing(reply.speculation)
         try:
             yield
         finally:
@@ -149,7 +191,7 @@ class Drafting:
                 is_kept = bool(read) and reply.guard.error is None
                 is_kept = is_kept and not self.prefill.marks.strips(read, request.tokens)
                 speculation.end(read if is_kept else None)
-                for each in models:
+                for each in computing:
                     request.account.amend(draft_forwards=each.forwards)
 
 
@@ -161,13 +203,20 @@ def told(speculation: Speculation) -> dict[str, int]:
         "accepted_tokens": counts.accepted,
         "reply_forwards": counts.forwards,
     }
-    for paced in speculation.drafters:
-        if isinstance(paced.drafter, ModelDrafter):
-            found["draft_forwards"] = paced.drafter.forwards
-            found["draft_restored_tokens"] = paced.drafter.restored
+    for each in _computing(speculation):
+        found["draft_forwards"] = each.forwards
+        if isinstance(each, ModelDrafter):
+            found["draft_restored_tokens"] = each.restored
     return found
 
 
+def _computing(speculation: Speculation | None) -> list[ModelDrafter | HeadDrafter]:
+    """Those that call something for their drafts."""
+    drafters = [] if speculation is None else speculation.drafters
+    return [
+        each.drafter for each in drafters if isinstance(each.drafter, ModelDrafter | HeadDrafter)
+    ]
+
+
 def _models(reply: Reply) -> list[ModelDrafter]:
-    drafters = [] if reply.speculation is None else reply.speculation.drafters
-    return [each.drafter for each in drafters if isinstance(each.drafter, ModelDrafter)]
+    return [each for each in _computing(reply.speculation) if isinstance(each, ModelDrafter)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ..caches.layout import Layout
@@ -29,23 +30,28 @@ KEYWORDS = (
         "use_cache",
         "seed",
     ),
-    *("best_effort", "through", "draft_from_cache", "draft_model", "sampler", "logits_processors"),
+    *("best_effort", "through", "draft_from_cache", "draft_model", "draft_mtp", "sampler"),
+    "logits_processors",
     *WITHOUT_THE_CACHE,
 )
 """What `stream_generate` takes: its own, and those of mlx-lm's."""
 
 
-FROM_CACHE, BY_MODEL = 8, 2
+FROM_CACHE, COMPUTED = 8, 2
 """Drafted tokens of one forward where a request does not say: as many as pay for themselves, and mlx-lm's default."""
 
 
 @dataclass(frozen=True, slots=True)
 class Drafts:
-    """How a reply is drafted: at most so many tokens for one forward from what is stored, and by `model`."""
+    """How a reply is drafted: at most so many tokens for one forward from what is stored, and by computing them.
+
+    That is by a `model` or by the model's own head, out of the checkpoint that `head` names.
+    """
 
     from_cache: int = 0
-    by_model: int = 0
+    computed: int = 0
     model: Any = None
+    head: str | None = None
 
 
 NO_DRAFTS = Drafts()
@@ -54,15 +60,17 @@ NO_DRAFTS = Drafts()
 def take_drafts(options: dict[str, Any]) -> Drafts:
     """What these options say of drafts, and no longer do.
 
-    `num_draft_tokens` is the draft model's where there is one.
+    `num_draft_tokens` is the draft model's or the head's where there is one.
     """
     from_cache = options.pop("draft_from_cache", False)
-    model, most = options.pop("draft_model", None), options.pop("num_draft_tokens", None)
+    model, head = options.pop("draft_model", None), options.pop("draft_mtp", None)
+    most = options.pop("num_draft_tokens", None)
     if most == 0:
         return NO_DRAFTS
-    if model is None:
+    if model is None and head is None:
         return Drafts(from_cache=(most or FROM_CACHE) if from_cache else 0)
-    return Drafts(FROM_CACHE if from_cache else 0, most or BY_MODEL, model)
+    named = None if head is None else str(head)
+    return Drafts(FROM_CACHE if from_cache else 0, most or COMPUTED, model, named)
 
 
 def for_the_cache(options: dict[str, Any]) -> dict[str, Any]:
@@ -94,9 +102,22 @@ def check_generating(
             "taken back, which this model's recurrent or sliding-window layers cannot do in mlx-lm, so that "
             "the reply would be another one. Leave it out."
         )
-    for name in ("draft_from_cache", "draft_model"):
+    _check_drafters(options)
+    for name in ("draft_from_cache", "draft_model", "draft_mtp"):
         if options.get(name) and not (alone and name == "draft_model"):
             _check_drafting(name, options, info)
+
+
+def _check_drafters(options: Mapping[str, Any]) -> None:
+    head = options.get("draft_mtp")
+    if head is not None and not isinstance(head, str | Path):
+        raise ArgumentError(
+            f"draft_mtp is {head!r}; what the model was loaded from is needed, a directory or a repository."
+        )
+    if head is not None and options.get("draft_model") is not None:
+        raise SettingError(
+            "draft_mtp and draft_model both draft what is stored nowhere. Leave one of them out."
+        )
 
 
 def _check_drafting(name: str, options: Mapping[str, Any], info: CacheInfo) -> None:

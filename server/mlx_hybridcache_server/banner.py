@@ -154,6 +154,8 @@ def _drafts(settings: Settings) -> list[str]:
     if settings.draft_model is not None:
         name = short_name(settings.draft_model)
         by.append(f"{name}, up to {settings.num_draft_tokens} tokens at a time")
+    if settings.draft_mtp:
+        by.append(f"the model's own head, up to {settings.num_draft_tokens} tokens at a time")
     return [f"Drafts: by {', then by '.join(by)}."] if by else []
 
 

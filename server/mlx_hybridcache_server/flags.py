@@ -245,6 +245,7 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
         ),
         _flag("--exact", bool, "equal bits hot and cold on every device"),
         _flag("--draft-from-cache", bool, "verify what followed before, several tokens at a time"),
+        _flag("--draft-mtp", bool, "verify what the mtp.* weights beside the model's own draft"),
         _flag("--memory-reserve", size, "of the system's memory to leave free, as 1GB"),
         _flag("--cache-dir", str, "directory that keeps the cache across restarts"),
         _flag("--cache-disk-bytes", size, "for that directory, as 100GB", dest="disk_budget"),

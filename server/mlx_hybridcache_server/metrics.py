@@ -58,7 +58,7 @@ class Metrics:
         self.drafted = counter("drafted_tokens", "Tokens that were drafted")
         self.accepted = counter("accepted_tokens", "Drafted tokens that were right")
         self.calls = counter("drafted_reply_forwards", "Model calls that drafted replies took")
-        self.draft_calls = counter("draft_model_forwards", "Calls of the draft model")
+        self.draft_calls = counter("draft_model_forwards", "Calls of draft models and heads")
         self.first_token = Histogram(
             "time_to_first_token_seconds",
             "From a request's arrival to its first token",

@@ -159,15 +159,29 @@ def _for_url(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
 
+def _check_drafts(settings: Settings) -> None:
+    """Raises `SettingError` for drafts that cannot be had."""
+    flags = {
+        "--draft-from-cache": settings.draft_from_cache,
+        "--draft-model": settings.draft_model is not None,
+        "--draft-mtp": settings.draft_mtp,
+    }
+    drafts = [flag for flag, is_set in flags.items() if is_set]
+    if settings.exact and drafts:
+        raise SettingError(
+            f"{drafts[0]} cannot be used with --exact: tokens that are verified together may have "
+            "other last bits than single ones. Leave one of them out."
+        )
+    if drafts[-2:] == ["--draft-model", "--draft-mtp"]:
+        raise SettingError(
+            "--draft-model and --draft-mtp both draft what is stored nowhere. Leave one of them out."
+        )
+
+
 def _say_what_differs(settings: Settings, argv: list[str]) -> None:
     """Nothing that a start script asks for is passed over in silence."""
     named = {word.split("=")[0] for word in argv}
-    drafts = "--draft-from-cache" if settings.draft_from_cache else "--draft-model"
-    if settings.exact and (settings.draft_from_cache or settings.draft_model is not None):
-        raise SettingError(
-            f"{drafts} cannot be used with --exact: tokens that are verified together may have "
-            "other last bits than single ones. Leave one of them out."
-        )
+    _check_drafts(settings)
     if "--pipeline" in named and not is_launched():
         log.warning("--pipeline has no effect on one machine.")
     if "--slot-prompt-similarity" in named:
@@ -184,3 +198,5 @@ def _say_what_differs(settings: Settings, argv: list[str]) -> None:
         )
     if not settings.uses_cache:
         log.warning("The cache is off: every prompt is read as a whole.")
+    if settings.draft_mtp and not settings.uses_cache:
+        log.warning("--draft-mtp has no effect without the cache.")

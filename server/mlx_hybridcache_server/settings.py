@@ -69,6 +69,7 @@ class Settings:
     idle_unload: float | None = None
     exact: bool = False
     draft_from_cache: bool = False
+    draft_mtp: bool = False
     show_prompts: bool = False
     record_trace: str | None = None
     allow_model_switching: bool = False

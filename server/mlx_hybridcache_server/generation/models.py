@@ -92,7 +92,8 @@ class Loaded:
     """A model with what serves it.
 
     `id` is its name in `/v1/models`, `names` all that mean it, `source` what it was loaded from,
-    `adapter` the one that a request asked for, `drafted_by` what `draft` was. `shown` are the names that are listed.
+    `adapter` the one that a request asked for, `drafted_by` what `draft` was. `head` is where its own head lies, if that
+    drafts. `shown` are the names that are listed.
     The weights of one that `is_changed` are not the model's own, so that no other adapter can take that one's place.
     """
 
@@ -107,6 +108,7 @@ class Loaded:
     token_bytes: Callable[[int], bytes]
     draft: Any | None
     drafted_by: str | None = None
+    head: str | None = None
     is_changed: bool = False
 
     @cached_property
@@ -199,6 +201,7 @@ def _load(
     router = _router(settings, model, tokenizer, name, is_default=is_default)
     cache = _cache(settings, model, tokenizer, router, group)
     draft = _draft(settings, cache, tokenizer, drafted_by, name)
+    head = None if draft is not None else _head(settings, cache, name, is_default=is_default)
     own = own_names(settings) if is_default else (_other_name(name, settings),)
     return Loaded(
         id=own[0],
@@ -212,6 +215,7 @@ def _load(
         token_bytes=token_bytes(tokenizer),
         draft=draft,
         drafted_by=drafted_by,
+        head=head,
         is_changed=router is not None or not (with_adapter is None or lora.is_small(with_adapter)),
     )
 
@@ -336,6 +340,23 @@ def _draft(
         cache.close()
         raise
     return draft
+
+
+def _head(
+    settings: Settings, cache: HybridPromptCache, name: str, *, is_default: bool
+) -> str | None:
+    """Where the head of a model lies, once it is loaded, if it is to draft. Of the others those draft that have one."""
+    if not settings.draft_mtp or not settings.uses_cache:
+        return None
+    try:
+        cache.learn_mtp(name)
+    except HybridCacheError as error:
+        if is_default:
+            cache.close()
+            raise
+        log.warning("%s Its replies are not drafted so.", error)
+        return None
+    return name
 
 
 def contexts() -> dict[str, int | None]:

@@ -248,19 +248,18 @@ class RunningReply:
         """What drafts came to, where there may have been some; `forwards_n` are the model's calls."""
         report = self._generation.report if self._generation is not None else None
         options = self.request.options
-        by_model = "draft_model" in options
-        if report is None or not (by_model or "draft_from_cache" in options):
+        if report is None or not options.keys() & {"draft_model", "draft_mtp", "draft_from_cache"}:
             return {}
         counts: dict[str, float] = {
             "draft_n": report.drafted_tokens,
             "draft_n_accepted": report.accepted_tokens,
             "forwards_n": report.reply_forwards,
         }
-        own = {
-            "draft_cache_n": report.draft_restored_tokens,
-            "draft_forwards_n": report.draft_forwards,
-        }
-        return {**counts, **own} if by_model else counts
+        if "draft_model" in options:  # whose prompts are cached too
+            counts["draft_cache_n"] = report.draft_restored_tokens
+        if options.keys() & {"draft_model", "draft_mtp"}:
+            counts["draft_forwards_n"] = report.draft_forwards
+        return counts
 
     def _listener(self) -> Listener:
         request, loaded = self.request, self._loaded

@@ -24,6 +24,7 @@ ALONE = {
     "--canonicalize-router": "canonicalize_router",
     "--draft-from-cache": "draft_from_cache",
     "--draft-model": "draft_model",
+    "--draft-mtp": "draft_mtp",
     "--idle-unload": "idle_unload",
     "--kv-bits": "kv_bits",
     "--store-kv": "store_kv",

@@ -191,4 +191,6 @@ def _drafting(
     if loaded.draft is not None and by_model and (use_cache or loaded.cache.info.goes_back):
         around = {} if use_cache else settings.generation_options()
         return {**options, **around, "draft_model": loaded.draft, "num_draft_tokens": by_model}
+    if loaded.head is not None and by_model and use_cache:
+        return {**options, "draft_mtp": loaded.head, "num_draft_tokens": by_model}
     return options if asked is None or not options else {**options, "num_draft_tokens": asked}

@@ -132,9 +132,8 @@ function explained(one) {
 
 function drafts(one) {
   const right = `${count(one.accepted_tokens)} of ${many(one.drafted_tokens, "token")} right`;
-  const own = one.draft_forwards
-    ? `, ${count(one.draft_forwards)} of the draft model behind ${many(one.draft_restored_tokens, "restored token")}`
-    : "";
+  const behind = one.draft_restored_tokens ? ` behind ${many(one.draft_restored_tokens, "restored token")}` : "";
+  const own = one.draft_forwards ? `, ${count(one.draft_forwards)} of what drafts${behind}` : "";
   return `${right}; ${many(one.reply_forwards, "forward")}${own}`;
 }
 
