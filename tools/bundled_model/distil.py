@@ -2,6 +2,8 @@
 
 Two of its four layers, the first Gated-DeltaNet layer and the one of attention, with its embeddings, learn what
 the whole expects next (arXiv 1503.02531) in the dialogues that it was trained on. In 6 bits that is under 1 MB.
+With `--head` it is a multi-token-prediction head that learns so: the directory then holds the bundled model, and
+beside it the head's `mtp.*` weights.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from mlx_lm.models import qwen3_next
 
 from mlx_hybridcache import models
 from mlx_hybridcache.demo import BUNDLED_MODEL
+from mlx_hybridcache.drafting.head import HeadLayers
 
 from .architecture import SHAPE
 from .corpus import documents, split
@@ -36,6 +39,9 @@ from .train import TOKENIZER_FILES, Settings, weights_of
 
 KEPT = (0, 3)
 """Layers of the bundled model."""
+
+ATTENTION = 3
+"""Its layer of attention."""
 
 DRAFT = {**SHAPE, "num_hidden_layers": len(KEPT), "full_attention_interval": len(KEPT)}
 QUANTIZATION = {"group_size": 64, "bits": 6}
@@ -106,9 +112,13 @@ def distil(whole: Any, draft: Any, data: Data, steps: int, tokens: int, seed: in
             optimizer.update(draft, gradients)
             mx.eval(draft.parameters(), optimizer.state)
             if step % 25 == 0 or step == steps - 1:
-                said = {"step": step, "loss": value.item(), "agreed": agreed.item()}
-                said["seconds"] = time.perf_counter() - began
-                print(json.dumps(said), file=sys.stderr)
+                _say(step, value, agreed, began)
+
+
+def _say(step: int, loss: mx.array, agreed: mx.array, began: float) -> None:
+    said = {"step": step, "loss": loss.item(), "agreed": agreed.item()}
+    said["seconds"] = time.perf_counter() - began
+    print(json.dumps(said), file=sys.stderr)
 
 
 def export(draft: Any, out: Path) -> None:
@@ -126,6 +136,67 @@ def export(draft: Any, out: Path) -> None:
     )
 
 
+# A head
+
+
+def fresh_head(whole: Any) -> HeadLayers:
+    """One that begins with the model's own layer of attention, and sees the embedding and the state in equal parts."""
+    args, own = whole.args, weights_of(whole)
+    layer: Any = qwen3_next.Qwen3NextDecoderLayer(args, ATTENTION)
+    prefix = f"model.layers.{ATTENTION}."
+    found = {name.removeprefix(prefix): own[name] for name in own if name.startswith(prefix)}
+    layer.update(tree_unflatten([*found.items()]))
+    head: Any = HeadLayers(args.hidden_size, args.rms_norm_eps, layer)
+    head.fc.weight = mx.concatenate([0.5 * mx.eye(args.hidden_size)] * 2, axis=1)
+    head.norm.weight = own["model.norm.weight"]
+    mx.eval(head.parameters())
+    return head  # type: ignore[no-any-return]
+
+
+def distil_head(
+    whole: Any, head: HeadLayers, data: Data, steps: int, tokens: int, seed: int
+) -> None:
+    """Let the head take so many steps of so many `tokens`. It learns what the model expects behind the next token."""
+    optimizer = optim.AdamW(rate_at(0, steps), betas=[0.9, 0.95], weight_decay=0.01)
+    embeddings = whole.model.embed_tokens
+
+    def loss(
+        model: Any, read: mx.array, hidden: mx.array, counted: mx.array
+    ) -> tuple[mx.array, mx.array]:
+        out = model(embeddings(read), hidden[:, :-1], None)
+        logits = embeddings.as_linear(out.reshape(-1, out.shape[-1])[counted])
+        expected = embeddings.as_linear(hidden[:, 1:].reshape(-1, out.shape[-1])[counted])
+        told = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        agreed = mx.mean(mx.argmax(logits, axis=-1) == mx.argmax(expected, axis=-1))
+        return -mx.mean(mx.sum(mx.softmax(expected, axis=-1) * told, axis=-1)), agreed
+
+    gradient, began = nn.value_and_grad(head, loss), time.perf_counter()
+    with training_forms():
+        for step in range(steps):
+            given = batch(data, seed, step, tokens, STAGE)
+            rows, length = given.tokens.shape[0], given.tokens.shape[1] - 1
+            is_counted = np.zeros(rows * length, dtype=bool)
+            is_counted[given.index] = True
+            counted = mx.array(np.flatnonzero(is_counted.reshape(rows, length)[:, 1:]))
+            hidden = mx.stop_gradient(whole.model(mx.array(given.tokens[:, :-1])))
+            (value, agreed), gradients = gradient(
+                head, mx.array(given.tokens[:, 1:-1]), hidden, counted
+            )
+            gradients, _ = optim.clip_grad_norm(gradients, 1.0)
+            optimizer.learning_rate = rate_at(step, steps)
+            optimizer.update(head, gradients)
+            mx.eval(weights_of(head), optimizer.state)
+            if step % 25 == 0 or step == steps - 1:
+                _say(step, value, agreed, began)
+
+
+def export_head(head: HeadLayers, out: Path) -> None:
+    """Write the bundled model's directory with the head's weights in a file of their own."""
+    shutil.copytree(BUNDLED_MODEL, out, dirs_exist_ok=True)
+    named = {f"mtp.{name}": array for name, array in weights_of(head).items()}
+    mx.save_safetensors(str(out / "mtp.safetensors"), named, metadata={"format": "mlx"})
+
+
 def main(argv: list[str] | None = None) -> None:
     """Cut, distil and write, as the command line says."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -134,10 +205,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, default=512, help="of a step (512)")
     parser.add_argument("--dialogues", type=int, default=3000)
     parser.add_argument("--seed", type=int, default=Settings().seed)
+    parser.add_argument("--head", action="store_true", help="a head, not a draft model")
     chosen = parser.parse_args(argv)
     whole, _ = models.load(str(BUNDLED_MODEL))
-    draft = cut(whole)
     data = dialogues(chosen.dialogues)
+    if chosen.head:
+        head = fresh_head(whole)
+        distil_head(whole, head, data, chosen.steps, chosen.tokens, chosen.seed)
+        export_head(head, chosen.out)
+        return
+    draft = cut(whole)
     distil(whole, draft, data, chosen.steps, chosen.tokens, chosen.seed)
     export(draft, chosen.out)
 

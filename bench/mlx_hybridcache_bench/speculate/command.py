@@ -123,11 +123,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--reply-tokens", type=tokens(), default=300, help="of each reply (300)")
     parser.add_argument("--rounds", type=int, default=5, help="pairs for each workload (5)")
     parser.add_argument("--seed", type=int, default=0, help="of the edits (0)")
-    parser.add_argument(
+    drafts = parser.add_mutually_exclusive_group()
+    drafts.add_argument(
         "--draft-model", help="directory, or owner/name (default: a draft of the bundled model)"
     )
+    drafts.add_argument(
+        "--draft-mtp", action="store_true", help="by the mtp.* weights beside the model's own"
+    )
     parser.add_argument(
-        "--num-draft-tokens", type=tokens(), default=4, help="of the draft model at a time (4)"
+        "--num-draft-tokens", type=tokens(), default=4, help="of what computes them at a time (4)"
     )
 
 
@@ -142,7 +146,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
             seen.append(_measured(model, tokenizer, workload, args.rounds))
     _show(console, seen)
     own = _own(args, console, model, tokenizer)
-    figures = [*_figures(seen), *(own_replies.figures(own) if own is not None else ())]
+    figures = [*_figures(seen), *(own_replies.figures(own, _by(args)) if own is not None else ())]
     show_figures(console, figures)
     write_json(
         args.json,
@@ -160,21 +164,31 @@ def run(args: argparse.Namespace, console: Console) -> int:
 def _own(
     args: argparse.Namespace, console: Console, model: Any, tokenizer: Any
 ) -> own_replies.OwnReplies | None:
-    """The model's own replies; None for another model than the bundled one without a draft model."""
-    if args.draft_model is None and args.model != str(BUNDLED_MODEL):
+    """The model's own replies; None for another model than the bundled one where nothing computes drafts."""
+    drafts_by: dict[str, Any]
+    if args.draft_mtp:
+        drafts_by = {"draft_mtp": args.model}
+    elif args.draft_model is None and args.model != str(BUNDLED_MODEL):
         return None
-    draft, _ = models.load(args.draft_model or str(own_replies.BUNDLED_DRAFT))
+    else:
+        drafts_by = {
+            "draft_model": models.load(args.draft_model or str(own_replies.BUNDLED_DRAFT))[0]
+        }
     with console.status("measuring its own replies"):
         own = own_replies.measure(
             model,
             tokenizer,
-            draft,
+            drafts_by,
             most=args.num_draft_tokens,
             rounds=args.rounds,
             seed=args.seed,
         )
-    own_replies.show_own(console, own)
+    own_replies.show_own(console, own, _by(args))
     return own
+
+
+def _by(args: argparse.Namespace) -> str:
+    return "its head" if args.draft_mtp else "a draft model"
 
 
 def workloads(tokenizer: Any, length: int, seed: int) -> list[Workload]:

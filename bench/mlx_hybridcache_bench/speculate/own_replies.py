@@ -1,7 +1,7 @@
-"""`bench speculate`, its second part: a model's own replies, drafted by a smaller one.
+"""`bench speculate`, its second part: a model's own replies, drafted by a smaller one or by the model's own head.
 
 The requests are calls of functions, as agents make them; both arms read the same prompts, greedy, and nothing of
-one is stored for the other.
+one is stored for the other. Once they are asked for a second time, when all of the prompt is restored.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -38,13 +38,18 @@ FORWARDS = 1 / 1.5
 
 @dataclass(frozen=True, slots=True)
 class OwnReplies:
-    """What the same replies took: all counts are sums, and seconds of the CPU those of one round."""
+    """What the same replies took: all counts are sums, and seconds of the CPU those of one round.
+
+    `drafted_again` and `accepted_again` are of replies to prompts that were restored.
+    """
 
     tokens: int
     forwards: int
     drafted: int
     accepted: int
     draft_forwards: int
+    drafted_again: int
+    accepted_again: int
     same: bool
     plain_seconds: list[float]
     seconds: list[float]
@@ -85,9 +90,9 @@ def prompts(tokenizer: Any, seed: int) -> list[list[int]]:
 
 
 def measure(
-    model: Any, tokenizer: Any, draft: Any, *, most: int, rounds: int, seed: int
+    model: Any, tokenizer: Any, drafts_by: Mapping[str, Any], *, most: int, rounds: int, seed: int
 ) -> OwnReplies:
-    """Both arms in turns, each round in a salt of its own; the first is the warm-up."""
+    """Both arms in turns, each round in a salt of its own; the first is the warm-up. `drafts_by` is an option."""
     asked = prompts(tokenizer, seed)
     seconds: dict[bool, list[float]] = {False: [], True: []}
     said: dict[bool, list[list[int]]] = {}
@@ -95,16 +100,19 @@ def measure(
     with HybridPromptCache(model, tokenizer, memory_budget="4GiB") as cache:
         for at in range(rounds + 1):
             for drafts in (False, True):
-                options = {"draft_model": draft, "num_draft_tokens": most} if drafts else {}
+                options = {**drafts_by, "num_draft_tokens": most} if drafts else {}
                 spent, said[drafts], reports = _round(cache, asked, f"{drafts} {at}", options)
                 seconds[drafts].append(spent)
+        _, told, again = _round(cache, asked, f"True {rounds}", options)
     return OwnReplies(
         tokens=sum(map(len, said[True])),
         forwards=sum(each.reply_forwards for each in reports),
         drafted=sum(each.drafted_tokens for each in reports),
         accepted=sum(each.accepted_tokens for each in reports),
         draft_forwards=sum(each.draft_forwards for each in reports),
-        same=said[True] == said[False],
+        drafted_again=sum(each.drafted_tokens for each in again),
+        accepted_again=sum(each.accepted_tokens for each in again),
+        same=said[True] == said[False] == told,
         plain_seconds=seconds[False][1:],
         seconds=seconds[True][1:],
     )
@@ -122,21 +130,23 @@ def _round(
     return time.process_time() - began, said, reports
 
 
-def figures(own: OwnReplies) -> Iterator[Figure]:
+def figures(own: OwnReplies, by: str) -> Iterator[Figure]:
     """What is promised of them."""
-    name = "forwards for a token: its own replies, by a draft model"
+    name = f"forwards for a token: its own replies, by {by}"
     yield Figure(name, own.forwards_per_token, "", FORWARDS, True)
-    yield Figure("replies that a draft model changes", int(not own.same), "", 0, True)
+    yield Figure(f"replies that {by} changes", int(not own.same), "", 0, True)
 
 
-def show_own(console: Console, own: OwnReplies) -> None:
+def show_own(console: Console, own: OwnReplies, by: str) -> None:
     """A table of one line."""
     heads = (
         "tokens",
         "forwards",
         "drafted",
         "right",
-        "of the draft model",
+        f"of {by}",
+        "restored: drafted",
+        "right",
         "x the tokens/s",
         "same",
     )
@@ -146,7 +156,9 @@ def show_own(console: Console, own: OwnReplies) -> None:
         f"{own.drafted:,}",
         f"{own.accepted:,}",
         f"{own.draft_forwards:,}",
+        f"{own.drafted_again:,}",
+        f"{own.accepted_again:,}",
         f"{1 / own.ratio:.2f}",
         "yes" if own.same else "NO",
     )
-    show(console, "Its own replies, by a draft model", heads, [row])
+    show(console, f"Its own replies, by {by}", heads, [row])

@@ -1,4 +1,4 @@
-"""`--draft-from-cache` and `--draft-model`: a reply takes fewer forwards, says so, and is the same."""
+"""`--draft-from-cache`, `--draft-model` and `--draft-mtp`: a reply takes fewer forwards, says so, and is the same."""
 
 import json
 import shutil
@@ -166,7 +166,7 @@ def test_a_request_may_name_a_draft_model_where_models_are_switched():
     assert said(plain) == said(drafted)
 
 
-@pytest.mark.parametrize("drafts", [BY_MODEL, ("--draft-from-cache",)])
+@pytest.mark.parametrize("drafts", [BY_MODEL, ("--draft-from-cache",), ("--draft-mtp",)])
 def test_exact_refuses_drafts_when_it_starts(drafts, capsys):
     """In one sentence that names both flags."""
     assert main(["--exact", *drafts, "--port", "0"], "serve") == 2

@@ -71,15 +71,21 @@ def greedy(model: Any, prompt: Sequence[int], count: int) -> list[int]:
 def fitted(name: str) -> HeadLayers:
     """A head that knows the reply of a tiny model to `PROMPT`."""
     model = tiny.build(name)
-    tokens = [*PROMPT, *greedy(model, PROMPT, COUNT + 2)]
+    return fit(model, [*PROMPT, *greedy(model, PROMPT, COUNT + 2)])
+
+
+def fit(model: Any, tokens: Sequence[int]) -> HeadLayers:
+    """A head that knows what follows each token but the first, where all that was read are `tokens`."""
+    text = text_of(model)
     hidden = mx.stop_gradient(hidden_of(model, tokens))
-    embedded = mx.stop_gradient(text_of(model).model.embed_tokens(mx.array([tokens])))
+    embedded = mx.stop_gradient(text.model.embed_tokens(mx.array([tokens])))
+    logits_of = text.lm_head if "lm_head" in text else text.model.embed_tokens.as_linear
     wanted = mx.array([tokens[2:]])
     layers = fresh_layers(model)
 
     def loss(made: HeadLayers) -> mx.array:
-        out = made(embedded[:, 1:-1], hidden[:, :-2], None)
-        return nn.losses.cross_entropy(text_of(model).lm_head(out), wanted, reduction="mean")
+        logits = logits_of(made(embedded[:, 1:-1], hidden[:, :-2], None))
+        return nn.losses.cross_entropy(logits, wanted, reduction="mean")
 
     step, optimizer = nn.value_and_grad(layers, loss), Adam(RATE)
     for _ in range(STEPS):
