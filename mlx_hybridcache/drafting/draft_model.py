@@ -137,7 +137,7 @@ class ModelDrafter:
         if self._is_over or not self._is_ready:
             return []
         with self._own.at_work():
-            self._go_back(history)
+            self._go_back(history, end - 1)  # its logits are needed behind the coming token
             most = min(most, layout.longest_block, layout.tokens_ahead(end))
             if most < 1 or not self._has_room(end + most):
                 return []
@@ -171,12 +171,12 @@ class ModelDrafter:
             if not left:
                 return int(likeliest)
 
-    def _go_back(self, history: Sequence[int]) -> None:
-        """Behind what was right of the last draft."""
+    def _go_back(self, history: Sequence[int], end: int) -> None:
+        """Behind what was right of the last draft, and no further than `end`."""
         trail, drafted, self._trail, self._drafted = self._trail, self._drafted, None, []
         if trail is not None:
             start = self._live.position - len(drafted)
-            right = _agreed(drafted, history[start : start + len(drafted)])
+            right = _agreed(drafted, history[start : min(start + len(drafted), end)])
             trail.keep(right)
             self._live.position = start + right
         self._give_claim_back()
@@ -208,7 +208,7 @@ class ModelDrafter:
             self._let_go()
 
     def _save(self, history: Sequence[int]) -> None:
-        self._go_back(history)
+        self._go_back(history, len(history))
         missing = history[self._live.position :]
         if missing and self._has_room(len(history)):
             self._read(missing)

@@ -151,6 +151,29 @@ def test_a_sampled_reply_is_the_one_its_seed_gives(name):
         assert report.accepted_tokens > 0
 
 
+class LettingOne:
+    """A processor that lets one drafted token through at a time."""
+
+    def __call__(self, tokens, logits):
+        return logits
+
+    def may_follow(self, tokens):
+        return min(2, len(tokens))
+
+
+@pytest.mark.parametrize("name", ["qwen3_next", "llama"])
+def test_drafts_that_nobody_verified_may_be_right_all_the_same(name, monkeypatch):
+    """Of eight drafted tokens one is read, and so it is with the next: the draft model stands before the coming token."""
+    never_resting(monkeypatch)
+    options = {"logits_processors": [LettingOne()]}
+    with new_cache(name) as cache:
+        expected = plain(cache, **options)
+        found, report = drafted(cache, model_of(name), most=8, **options)
+        assert not off(name, found, expected)
+        assert report.accepted_tokens == report.drafted_tokens == COUNT // 2 - 1
+        assert not next_turn_off(name, cache, model_of(name), [each.token for each in expected])
+
+
 def test_what_is_stored_is_drafted_first_and_the_rest_by_the_model(monkeypatch):
     """A reply that is written again takes no forward of the draft model but the one at its end."""
     never_resting(monkeypatch)
