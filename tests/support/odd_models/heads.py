@@ -29,9 +29,6 @@ COUNT = 40
 STEPS = 80
 RATE = 1e-2
 
-ATTENTION = 3
-"""The tiny models' layer of full attention."""
-
 
 def text_of(model: Any) -> Any:
     """The part that has trunk and logits."""
@@ -48,7 +45,8 @@ def fresh_layers(model: Any, seed: int = 11) -> HeadLayers:
     """A head of random weights, with norms that differ from 1 by what every precision holds."""
     mx.random.seed(seed)
     args = text_of(model).args
-    layer = type(model.layers[ATTENTION])(args, ATTENTION)
+    at = next(at for at, each in enumerate(model.layers) if hasattr(each, "self_attn"))
+    layer = type(model.layers[at])(args, at)
     made = HeadLayers(args.hidden_size, args.rms_norm_eps, layer)
     for name, weight in tree_flatten(made.parameters()):
         if weight.ndim == 1:

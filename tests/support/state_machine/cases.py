@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
+import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -15,6 +19,7 @@ import tiny
 import tiny_models
 from mlx_lm.models import deepseek_v41, qwen3, qwen3_5
 from mlx_lm.models.cache import make_prompt_cache
+from odd_models import heads
 from odd_models.quantizing import Quantized
 
 
@@ -36,6 +41,14 @@ def hybrid() -> nn.Module:
         "head_dim": 32,
     }
     return _made(qwen3_5.Model, qwen3_5.ModelArgs(model_type="qwen3_5", text_config=text))
+
+
+@functools.cache
+def hybrids_head() -> Path:
+    """Where a head of random weights for it lies."""
+    where = Path(tempfile.mkdtemp(prefix="headed-"))
+    atexit.register(shutil.rmtree, where, ignore_errors=True)
+    return heads.write(where, hybrid(), heads.fresh_layers(hybrid()))
 
 
 @functools.cache
@@ -124,6 +137,11 @@ class Case:
     def drafts(self) -> bool:
         """Whether its replies can be drafted."""
         return self.draft is not None and not self.settings.get("exact")
+
+    @property
+    def head(self) -> Path | None:
+        """Where the model's own head lies, if it has one that may draft."""
+        return hybrids_head() if self.drafts and self.model is hybrid else None
 
     @property
     def quantized(self) -> Quantized | None:

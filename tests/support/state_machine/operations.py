@@ -96,6 +96,18 @@ class CacheMachine(CacheUnderTest):
         if self.case.drafts:
             self.attempt(answer)
 
+    @rule(tokens=prompts, salt=salts, both=st.booleans())
+    def generate_with_a_head(self, tokens: tuple[int, ...], salt: str, both: bool) -> None:
+        """It hears what is read behind what is restored, and what it drafts changes nothing."""
+
+        def answer() -> None:
+            expected = self.written(tokens, salt)
+            options = {"draft_mtp": self.case.head, "num_draft_tokens": 8, "draft_from_cache": both}
+            assert self.written(tokens, salt, **options) == expected
+
+        if self.case.head is not None:
+            self.attempt(answer)
+
     @rule(tokens=prompts, salt=salts)
     def answer(self, tokens: tuple[int, ...], salt: str) -> None:
         self.attempt(lambda: self.compare(tokens, salt))

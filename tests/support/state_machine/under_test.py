@@ -97,6 +97,7 @@ class CacheUnderTest(RuleBasedStateMachine):
         self.engine, self.disk = self.cache.engine, self.cache.engine.tiers.disk
         if self.case.drafts:
             self.cache.learn_draft(self.case.draft())
+            self.cache.learn_mtp(self.case.head)
         mx.clear_cache()
         self.baseline = mx.get_active_memory()
         self.memory = bounds.WatchedBudget.of(self.engine.tiers.memory.budget, self.really_held)
