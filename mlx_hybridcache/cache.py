@@ -270,7 +270,7 @@ class HybridPromptCache(_Figures):
         check_keywords("stream_generate", options, KEYWORDS)
         around = uncached(options, use_cache=use_cache)
         check_generating(max_tokens, options, around, engine.tokenizer, engine.layout, self.info)
-        self._learn_drafters({} if around else options)
+        engine.drafting.learn_asked({} if around else options, self.worker.call)
         asked = (boundaries, lifetimes, prompt_progress_callback, cache_salt)
         request = self._prompts.request(prompt, max_tokens, *asked, best_effort=best_effort)
         if options.get("sampler") is not None:
@@ -285,15 +285,8 @@ class HybridPromptCache(_Figures):
         self.engine.drafting.learn(model, self.worker.call)
 
     def learn_mtp(self, source: str | Path | None) -> None:
-        """Load the head that lies with the model, in a directory or a repository, before a request needs it.
-
-        Raises `SettingError` where none is there, `ModelError` where nothing is.
-        """
+        """The same of the head that lies with the model, in a directory or a repository."""
         self.engine.drafting.learn_head(source, self.worker.call)
-
-    def _learn_drafters(self, options: Mapping[str, Any]) -> None:
-        self.learn_draft(options.get("draft_model"))
-        self.learn_mtp(options.get("draft_mtp"))
 
     # For frameworks that run the model themselves
 

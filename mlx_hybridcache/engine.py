@@ -124,7 +124,6 @@ class Engine(Keeping):
     ) -> Iterator[GenerationResponse | Pause]:
         """The map: what happens to a request, in order. Each `yield` ends a turn of the worker."""
         live = self.tiers.live(request)  # its caches, which are not there yet
-        # Whatever happens: what was read stays, bytes go back.
         with self._keeping(request, live), self.drafting.listening(request, live, options):
             yield from self.read(request, live)  # as far as its last token
             reply = self._begin(request, live, options)  # alone or in a batch
@@ -252,7 +251,7 @@ class Engine(Keeping):
 
     @contextmanager
     def _keeping(self, request: Request, live: LiveCaches) -> Iterator[None]:
-        """Rows that only a request's caches hold move to the store when it ends, and its claim is given back.
+        """Whatever ends a request, rows that only its caches hold move to the store, and its claim is given back.
 
         The next turn may go on in its buffers.
         """

@@ -82,6 +82,13 @@ class Drafting:
             )
         self._known.append(draft)
 
+    def learn_asked(
+        self, options: Mapping[str, Any], on_worker: Callable[[Callable[[], None]], None]
+    ) -> None:
+        """What these options of a request name. Raises as the two of them do."""
+        self.learn(options.get("draft_model"), on_worker)
+        self.learn_head(options.get("draft_mtp"), on_worker)
+
     def learn_head(
         self, source: str | Path | None, on_worker: Callable[[Callable[[], None]], None]
     ) -> None:

@@ -32,8 +32,8 @@ DECLARED = 3
 LONGEST = 200
 """Tokens of a reply, which mostly ends by itself."""
 
-FORWARDS = 1 / 1.5
-"""Of the model's forwards without drafts."""
+FORWARDS = {"a draft model": 1 / 1.5, "its head": 1.0}
+"""Of the model's forwards without drafts, at most. A head is the model's own: how often it is right is its makers' matter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +133,7 @@ def _round(
 def figures(own: OwnReplies, by: str) -> Iterator[Figure]:
     """What is promised of them."""
     name = f"forwards for a token: its own replies, by {by}"
-    yield Figure(name, own.forwards_per_token, "", FORWARDS, True)
+    yield Figure(name, own.forwards_per_token, "", FORWARDS[by], True)
     yield Figure(f"replies that {by} changes", int(not own.same), "", 0, True)
 
 
