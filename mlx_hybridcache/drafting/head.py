@@ -22,7 +22,7 @@ from .. import models
 from ..caches.hidden import telling
 from ..caches.kinds.rows import RowsKind
 from ..caches.layout import LEARNT_FROM, Layout, fresh_caches
-from ..errors import SettingError
+from ..errors import ModelError, SettingError
 from .head_weights import Weights, head_weights
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class Head:
     def of(cls, model: Any, layout: Layout, source: str | Path) -> Head:
         """The head in the model's own checkpoint, a directory or a repository that was loaded from the hub.
 
-        Raises `SettingError` where it has none, or one that is not known.
+        Raises `SettingError` where it has none, or one that is not known, `ModelError` where it cannot be read.
         """
         text = _text(model)
         leaf = _attention(model)
@@ -79,7 +79,7 @@ class Head:
                 "draft_mtp cannot be used with this model: no multi-token-prediction head of its family is known. "
                 "Use draft_model, or draft_from_cache."
             )
-        weights = head_weights(models.directory(str(source)))
+        weights = head_weights(_directory(source))
         _check(weights, source)
         layer = type(model.layers[leaf])(text.args, leaf)
         layers = HeadLayers(text.args.hidden_size, text.args.rms_norm_eps, layer)
@@ -163,6 +163,13 @@ def _attention(model: Any) -> int | None:
     """The number of a layer of full attention; None where there is none."""
     layers = enumerate(model.layers)
     return next((at for at, layer in layers if hasattr(layer, "self_attn")), None)
+
+
+def _directory(source: str | Path) -> Path:
+    try:
+        return models.directory(str(source))
+    except (OSError, ValueError) as error:  # what the hub's client raises
+        raise ModelError(f"draft_mtp: {source} is not on this machine: {error}") from error
 
 
 def _check(weights: Weights, source: str | Path) -> None:

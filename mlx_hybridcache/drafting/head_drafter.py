@@ -68,7 +68,6 @@ class HeadDrafter:
         self._start = self._next = 0  # the positions of its first row, and of the one to come
         self._waiting: list[Heard] = []
         self._is_over = False
-        own.running.append(self)
 
     # What is read
 
@@ -162,6 +161,7 @@ class HeadDrafter:
             raise BudgetError(f"{need:,} bytes are not free.")
         self._claim.grow(need - held, passing=held)  # old and new ones are there for a moment
         if self._cache is None:
+            self._own.running.append(self)
             self._cache = self._own.with_room(capacity)
         else:
             self._own.kind.grow(self._cache, capacity)
@@ -190,13 +190,13 @@ class HeadDrafter:
         """No more drafts: what it holds goes."""
         self._is_over = True
         self._let_go()
-        if self in self._own.running:
-            self._own.running.remove(self)
 
     def _let_go(self) -> None:
         listen(self._caches, None)
         self._caches, self._cache, self._capacity, self._waiting = (), None, 0, []
         self._claim.release()
+        if self in self._own.running:
+            self._own.running.remove(self)
 
 
 def _owned(heard: Heard) -> Heard:

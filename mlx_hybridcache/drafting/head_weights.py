@@ -12,6 +12,8 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..errors import ModelError
+
 Weights = dict[str, mx.array]
 
 _NAME = re.compile(r"(?:^|\.)mtp\.(.+)")
@@ -38,7 +40,10 @@ def head_weights(directory: Path) -> Weights:
 
 def _opened(file: Path) -> tuple[Weights, dict[str, str]]:
     """The arrays in a file, of which its header alone is read now, and what that says of them."""
-    found: Any = mx.load(str(file), return_metadata=True)
+    try:
+        found: Any = mx.load(str(file), return_metadata=True)
+    except RuntimeError as error:
+        raise ModelError(f"draft_mtp: {file.name} cannot be read: {error}") from error
     return found  # type: ignore[no-any-return]
 
 

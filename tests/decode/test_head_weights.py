@@ -216,6 +216,12 @@ def test_what_cannot_go_with_a_head_is_refused(written, tmp_path):
             asked(cache, source, draft_model=tiny.build("llama"))
         with pytest.raises(ModelError, match="found nothing there"):
             asked(cache, tmp_path / "nowhere")
+        with pytest.raises(ModelError, match="nobody/nothing is not on this machine"):
+            asked(cache, "nobody/nothing")
+        (tmp_path / "more.safetensors").write_bytes(b"not one")
+        with pytest.raises(ModelError, match=r"more\.safetensors cannot be read"):
+            asked(cache, source)
+        (tmp_path / "more.safetensors").unlink()
         with pytest.raises(ArgumentError, match="draft_mtp is True"):
             asked(cache, True)
         assert asked(cache, source, num_draft_tokens=0)
