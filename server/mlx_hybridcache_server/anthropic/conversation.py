@@ -41,6 +41,7 @@ def as_chat(body: CountBody) -> MessagesChat:
         "thinking": body.thinking and body.thinking.model_dump(exclude_none=True),
         "cache_salt": body.cache_salt,
         "keep_alive": body.keep_alive,
+        "adapters": body.adapters,
         "continue_final_message": body.messages[-1]["role"] == "assistant" or None,
         **body.arrangement(),
         **_choice(body),

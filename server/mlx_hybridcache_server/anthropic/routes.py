@@ -71,8 +71,15 @@ async def _counted(chat: MessagesChat, serving: Serving, admitted: Admitted, wei
 
 
 async def _model(chat: MessagesChat, serving: Serving, admitted: Admitted) -> Loaded:
-    """The one that is served, whatever its name, unless others may be loaded and one is named."""
-    name = chat.model or ""
-    if serving.settings.allow_model_switching and not name.startswith(OTHERS):
-        return await serving.slot.model(admitted.held, chat.model)
-    return await serving.slot.any_model(admitted.held)
+    """The one that is served, whatever its name, unless others may be loaded and one is named.
+
+    With the adapter that is named, and with none where none is: others may have asked for one meanwhile.
+    """
+    slot, held = serving.slot, admitted.held
+    if not serving.settings.allow_model_switching:
+        own = chat.adapters is None
+        return await (slot.any_model(held) if own else slot.model(held, None, chat.adapters))
+    if not (chat.model or "").startswith(OTHERS):
+        return await slot.model(held, chat.model, chat.adapters)
+    draft = slot.loaded.drafted_by if chat.adapters is None else None
+    return await slot.model(held, slot.loaded.source, chat.adapters, draft)

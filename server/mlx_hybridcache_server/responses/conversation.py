@@ -68,6 +68,7 @@ def as_chat(body: ResponsesBody, items: Sequence[Item]) -> ResponsesChat:
             "stream": body.stream,
             "cache_salt": body.cache_salt,
             "keep_alive": body.keep_alive,
+            "adapters": body.adapters,
             "prompt_cache_retention": body.prompt_cache_retention,
             **body.arrangement(),
         }

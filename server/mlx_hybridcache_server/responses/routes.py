@@ -113,7 +113,7 @@ async def _response(
     admitted: Admitted,
     weight: int,
 ) -> ResponsesReply:
-    loaded = await serving.slot.model(admitted.held, body.model)
+    loaded = await serving.slot.model(admitted.held, body.model, body.adapters)
     begun = await chats.chat(chat, loaded, serving, admitted, before + weight)
     (run,) = begun.runs(new_id())
 

@@ -119,6 +119,7 @@ class CountBody(Arrangement):
     container: Any = None
     cache_salt: str | None = None
     keep_alive: Any = None
+    adapters: str | None = None
     cache_control: dict[str, Any] | None = None
 
 

