@@ -158,7 +158,7 @@ def test_who_has_no_idea_is_asked_less_often_until_there_is_one():
             asked.append(token)
             pace.had_none()
     assert asked[:17] == [*range(16), 17]
-    assert {b - a for a, b in itertools.pairwise(asked)} == {4}
+    assert {b - a for a, b in itertools.pairwise(asked[60:])} == {4}
     while not pace.width():
         pass
     pace.note(1, 1)
