@@ -214,7 +214,8 @@ class CacheSettings:
             return DiskTier.open(OpenDirectory.at(root, budget), *own)
         from .group.disk import RankDisk, acts_of, opened_on_each
 
-        return RankDisk.open(opened_on_each(group, root, budget), *own, acts=acts_of(engine))
+        opened = opened_on_each(group, root, budget)
+        return RankDisk.open(opened, *own, acts=acts_of(engine), worker_post=post)
 
     def _store(
         self,
@@ -225,13 +226,14 @@ class CacheSettings:
     ) -> MemoryStore:
         given = self.memory_budget
         budget = parse_bytes(models.default_budget(model) if given is None else given)
-        set_aside = self.cache_dir is not None and group is not None
+        is_apart = self.cache_dir is not None and group is not None
+        set_aside = max(budget // SET_ASIDE, 2 * layout.snapshot_bytes) if is_apart else 0
         store: MemoryStore = Store(
-            budget - budget // SET_ASIDE if set_aside else budget,
+            max(0, budget - set_aside),
             needs_checkpoints=layout.needs_snapshots,
             max_conversations=self.max_conversations,
             max_checkpoints=self.max_checkpoints,
-            references=References() if set_aside else references,
+            references=References() if is_apart else references,
         )
         smallest = (
             layout.running_bytes(ROW_STEP)
@@ -240,9 +242,7 @@ class CacheSettings:
             + layout.restoring_bytes(ROW_STEP)
         )
         if store.budget.limit_bytes < smallest:
-            of_it = (
-                f", {format_bytes(budget // SET_ASIDE)} of it set aside for what is being written"
-            )
+            of_it = f", {format_bytes(set_aside)} of it set aside for what is being written"
             raise BudgetError(
                 f"memory_budget is {format_bytes(budget)}{of_it if set_aside else ''}; one running request of "
                 f"{ROW_STEP} tokens and one checkpoint of this model need {format_bytes(smallest)}."

@@ -208,6 +208,15 @@ def _sentences(proof: Proof) -> list[str]:
         f"allowed {proof.allowed:.3g}, worst restore {proof.worst:.3g}: "
         + ("it holds" if proof.holds else "IT DOES NOT HOLD"),
         *_cost(proof),
+        *_gone(proof),
+    ]
+
+
+def _gone(proof: Proof) -> list[str]:
+    if not proof.gone:
+        return []
+    return [
+        f"{proof.gone} points had to go for want of memory before they were compared: give fewer --tokens"
     ]
 
 

@@ -37,7 +37,7 @@ class Transfer:
     """Segments on their way, each with the views of its bytes; `failed` is the first that did not come.
 
     Whoever asked for it holds the arrays behind the views, and clears `parts` when it is done. `finished` says, before
-    `done` is called, that nothing is read or written any more.
+    `done` is called, that nothing is read or written any more. What is not wanted any more ends with the file at hand.
     """
 
     parts: list[tuple[Segment, list[memoryview]]]
@@ -46,6 +46,7 @@ class Transfer:
     error: Exception | None = None
     is_told: bool = False  # the directory itself has said, or will, what is wrong
     finished: threading.Event = field(default_factory=threading.Event)
+    is_wanted: bool = True
 
     def let_go(self) -> None:
         """Hold the views no longer, nor those that an error holds by the frames it passed through."""
@@ -121,6 +122,8 @@ class DiskThread:
 
         def read() -> None:
             for segment, views in transfer.parts:
+                if not transfer.is_wanted:
+                    break
                 try:
                     read_data(root, segment, views)
                 except (SegmentError, OSError) as error:

@@ -11,9 +11,10 @@ from __future__ import annotations
 import queue
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any, TypeVar
 
 from ..caches.memory import MemoryStore
@@ -43,6 +44,7 @@ class Acts(ABC):
     left: MemoryLeft = field(default=MemoryLeft(2**62), init=False)
     reserve_bytes: int = field(default=0, init=False)
     own_reserve_bytes: int = field(default=0, init=False)
+    _numbers: Iterator[int] = field(default_factory=count, init=False)
 
     def _taken(self, said: queue.SimpleQueue[T], rank: int, seconds: float) -> T:
         """The next that a rank has said."""
@@ -82,7 +84,8 @@ class Telling(Acts):
     has_begun: bool = field(default=False, init=False)
     figures: dict[int, RankFigures] = field(default_factory=dict, init=False)
     _read_at: float = field(default=0.0, init=False)
-    _values: dict[int, queue.SimpleQueue[Any]] = field(init=False)
+    read_by: Callable[[int, int], None] = field(default=lambda rank, number: None, init=False)
+    _values: dict[int, queue.SimpleQueue[tuple[int, Any]]] = field(init=False)
 
     def __post_init__(self) -> None:
         self._values = {peer.rank: queue.SimpleQueue() for peer in self.group.peers}
@@ -90,14 +93,22 @@ class Telling(Acts):
     def hear(self, message: Message) -> None:
         """A rank says what all do, or that it is there, and how it does."""
         if message["do"] == "gather":
-            self._values[message["rank"]].put(message["value"])
+            self._values[message["rank"]].put((message["number"], message["value"]))
+        elif message["do"] == "read":
+            self.read_by(message["rank"], message["number"])
         else:
             self.figures[message["rank"]] = RankFigures.told(message)
 
     def gather(self, value: Any, seconds: float = AGREEING_SECONDS) -> list[Any]:
         values = [value]
+        number = next(self._numbers)
         for rank, said in self._values.items():
-            values.append(self._taken(said, rank, seconds))
+            its, told = self._taken(said, rank, seconds)
+            if its != number:
+                raise self.group.fail(
+                    f"Rank {rank} has parted ways with rank 0: it asked {its} times, not {number}."
+                )
+            values.append(told)
         self._send({"do": "gathered", "values": values})
         return values
 
@@ -155,6 +166,12 @@ class Hearing(Acts):
         load: Sequence[int] = message["load"]
         self.load.reading, self.load.waiting, self.load.writing = load
 
+    def has_read(self, number: int) -> None:
+        """What the files of this rank had for that request is there, or could not be read."""
+        with suppress(OSError):  # whoever listens to rank 0 notices
+            told = {"do": "read", "rank": self.group.rank, "number": number}
+            self.group.peers[0].send(told)
+
     def hear(self, message: Message) -> None:
         """What the turn at hand waits for: where rank 0 restores, or what all said. On the thread that listens."""
         if message["do"] == "agree":
@@ -165,7 +182,8 @@ class Hearing(Acts):
     def gather(self, value: Any, seconds: float = AGREEING_SECONDS) -> list[Any]:
         rank_0 = self.group.peers[0]
         try:
-            rank_0.send({"do": "gather", "rank": self.group.rank, "value": value})
+            number = next(self._numbers)
+            rank_0.send({"do": "gather", "rank": self.group.rank, "number": number, "value": value})
         except OSError as error:
             raise GroupError(f"Rank 0 is lost: {error.strerror}.") from error
         return self._taken(self._gathered, 0, seconds)

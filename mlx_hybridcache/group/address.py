@@ -13,6 +13,9 @@ import mlx.core as mx
 
 from ..errors import GroupError
 
+MOST_NAME = 64
+"""Letters of an address."""
+
 NAMED = "MLX_HYBRIDCACHE_RANK_0"
 """The variable that names the address where no launcher does, as with MPI."""
 
@@ -29,8 +32,14 @@ def address_of_rank_0(ranks: mx.distributed.Group) -> str:
         return _without_port(coordinator)
     is_one_machine = _is_one_machine(ranks)
     if (named := os.environ.get(NAMED)) is not None:
-        return named
+        return _checked(named)
     return "127.0.0.1" if is_one_machine or ranks.rank() else _own()
+
+
+def _checked(named: str) -> str:
+    if not 0 < len(named) <= MOST_NAME or not named.isascii():
+        raise GroupError(f"{NAMED} is {named!r}; an address has at most {MOST_NAME} letters.")
+    return named
 
 
 def _without_port(address: str) -> str:

@@ -143,7 +143,7 @@ def join(host: str, port: int, key: bytes, rank: int) -> Peer:
     except OSError as error:
         raise GroupError(
             f"Rank {rank} does not reach rank 0 at {host}:{port}: {error.strerror}. Ports between the "
-            "machines may be closed."
+            "machines may be closed, or MLX_HYBRIDCACHE_RANK_0 has to name an address of rank 0's."
         ) from error
     connection.send_bytes(str(rank).encode())
     return Peer(0, connection)

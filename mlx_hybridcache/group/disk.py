@@ -7,7 +7,7 @@ to be restored they tell each other what they have, and whether it could be read
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,14 +24,11 @@ from ..store.match import Found
 from ..store.tree import Match
 from ..tokens import Namespace, Tokens
 from ..worker.turns import PAUSE, Job, Pause
-from .acts import Acts
+from .acts import Acts, Hearing, Telling
 from .engine import RankEngine
 from .group import Group
 
 log = logging.getLogger("mlx_hybridcache")
-
-READING_SECONDS = 600.0
-"""How long ranks wait for the one whose disk is the slowest."""
 
 
 def opened_on_each(group: Group, root: Path, budget_bytes: int | None) -> OpenDirectory:
@@ -113,10 +110,24 @@ def as_far(found: FileFound, position: int, matched: int, *, is_inside: bool) ->
 
 @dataclass(eq=False)
 class RankDisk(DiskTier):
-    """One rank's. `acts` are what it tells or hears; all ranks ask each other the same at the same places."""
+    """One rank's. `acts` are what it tells or hears; all ranks ask each other the same at the same places.
+
+    What is read for requests is numbered in the order in which it begins, which is one on all ranks.
+    """
 
     acts: Acts = field(kw_only=True)
+    worker_post: Callable[[Callable[[], None]], None] = field(kw_only=True)
+    _begun: int = field(default=0, init=False)
+    _sleepers: dict[int, Job] = field(default_factory=dict, init=False)
+    _read_by: dict[int, set[int]] = field(default_factory=dict, init=False)
     _told: set[int] = field(default_factory=set, init=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.acts, Telling):
+            self.acts.read_by = lambda rank, number: self.worker_post(
+                lambda: self._note_read(rank, number)
+            )
 
     def find(self, namespace: Namespace, tokens: Tokens, beyond: int) -> FileFound | None:
         limit = len(tokens) - 1
@@ -141,7 +152,7 @@ class RankDisk(DiskTier):
                 self._told.add(rank)
                 log.warning(
                     "Rank %d has no files that restore a prompt at %d tokens, as rank 0 has: all go on at %d. "
-                    "Its directory was emptied, holds less, or was not written to the end.",
+                    "Its directory was emptied, holds less, was not written to the end, or another process writes it.",
                     rank,
                     own,
                     position,
@@ -156,10 +167,59 @@ class RankDisk(DiskTier):
         claim: Claim,
         job: Job,
     ) -> Generator[Pause, None, RestoreBuffers | None]:
+        number, self._begun = self._begun, self._begun + 1
+        self._sleepers[number] = job
         reading = super().promote(layout, found, deeper, capacity, claim, job)
-        buffers = yield from _behind_one_pause(reading)
-        came = self.acts.gather(buffers is not None, READING_SECONDS)
+        try:
+            buffers = yield from self._behind_one_pause(reading, job)
+        finally:
+            del self._sleepers[number]
+            self._read_by.pop(number, None)
+        came = self.acts.gather(buffers is not None)
         return buffers if all(came) else None
+
+    def _behind_one_pause(
+        self, reading: Generator[Pause, None, RestoreBuffers | None], job: Job
+    ) -> Generator[Pause, None, RestoreBuffers | None]:
+        """What comes of it after exactly one turn, which all ranks give up alike, whether there is something to read or not.
+
+        On rank 0 the request sleeps until all have read.
+        """
+        try:
+            next(reading)
+        except StopIteration as ended:
+            job.asleep = True
+            self._wake(job)
+            yield PAUSE
+            return _outcome(ended)
+        try:
+            yield PAUSE
+            next(reading)
+        except StopIteration as ended:
+            return _outcome(ended)
+        finally:
+            reading.close()
+        raise RuntimeError("Files were waited for twice.")
+
+    def _wake(self, job: Job) -> None:
+        """This rank has read what it has of it; rank 0 hears of that."""
+        number = next((n for n, each in self._sleepers.items() if each is job), None)
+        if number is None:
+            return  # it went away
+        if isinstance(self.acts, Hearing):
+            job.asleep = False
+            self.acts.has_read(number)
+        else:
+            self._note_read(0, number)
+
+    def _note_read(self, rank: int, number: int) -> None:
+        """On rank 0: a rank has read, perhaps before this one has begun to."""
+        if number < self._begun and number not in self._sleepers:
+            return
+        found = self._read_by.setdefault(number, set())
+        found.add(rank)
+        if number in self._sleepers and len(found) == self.acts.group.size:
+            self._sleepers[number].asleep = False
 
     def _left(self, transfer: Transfer, job: Job, claim: Claim, may_land: int) -> int:
         """When a file is read only this rank knows: none leaves bytes that the others do not count."""
@@ -179,25 +239,6 @@ class RankDisk(DiskTier):
 
     def is_written(self) -> bool:
         return all(self.acts.gather(super().is_written()))
-
-
-def _behind_one_pause(
-    reading: Generator[Pause, None, RestoreBuffers | None],
-) -> Generator[Pause, None, RestoreBuffers | None]:
-    """What comes of it after exactly one turn, which all ranks give up alike, whether there is something to read or not."""
-    try:
-        next(reading)
-    except StopIteration as ended:
-        yield PAUSE
-        return _outcome(ended)
-    try:
-        yield PAUSE
-        next(reading)
-    except StopIteration as ended:
-        return _outcome(ended)
-    finally:
-        reading.close()
-    raise RuntimeError("Files were waited for twice.")
 
 
 def _outcome(ended: StopIteration) -> RestoreBuffers | None:

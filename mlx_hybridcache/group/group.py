@@ -15,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import GroupError
-from .address import address_of_rank_0
+from .address import MOST_NAME, address_of_rank_0
 from .connection import Meeting, Message, Peer, join
 
 log = logging.getLogger("mlx_hybridcache")
@@ -27,9 +27,6 @@ LOST_SECONDS = 20.0
 """Of whom nothing is heard for so long, that one is lost. One that computes is heard; who ends is lost at once."""
 
 KEY_BYTES = 16
-
-MOST_NAME = 64
-"""Letters of rank 0's address."""
 
 LAUNCHED = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 """What the environment of a process has that `mlx.launch` or mpirun started as one of several."""
@@ -176,6 +173,8 @@ class Group:
             why = f"Nothing was heard of it for {LOST_SECONDS:.0f} s"
         except (OSError, EOFError):
             why = "Its process has ended"
+        except Exception as error:
+            why = f"What it says is not understood ({error!r})"
         if not self._is_over.is_set():
             self.fail(
                 f"Rank {peer.rank} is lost. {why}; what it printed last may say more. Start all ranks again."

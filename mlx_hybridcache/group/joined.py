@@ -49,6 +49,7 @@ def ranked(group: Group, engine: Engine) -> RankEngine:
 def begin(group: Group, engine: Engine, worker: Worker) -> None:
     """From now on the ranks hear of each other; where one is lost, nobody waits for `worker` any more."""
     assert isinstance(engine, RankEngine)
+    group.agree(None)  # who was ready first is not to miss the others
     group.on_failure(worker.abandon)
     acts = engine.acts
     if isinstance(acts, Telling):

@@ -47,13 +47,15 @@ class Point:
 class Proof:
     """The whole proof: the probe's largest difference, what was allowed, and every point.
 
-    In `quantized_layers` layers rows were quantized.
+    In `quantized_layers` layers rows were quantized. `gone` points were no longer there to be restored, so that
+    nothing is proved of them.
     """
 
     probe: float
     allowed: float
     points: tuple[Point, ...]
     quantized_layers: int = 0
+    gone: int = 0
 
     @property
     def split_invariant(self) -> bool:
@@ -67,8 +69,8 @@ class Proof:
 
     @property
     def holds(self) -> bool:
-        """Whether every point is within what is allowed, and there was one."""
-        return bool(self.points) and self.worst <= self.allowed
+        """Whether every point was restored and is within what is allowed, and there was one."""
+        return bool(self.points) and not self.gone and self.worst <= self.allowed
 
 
 def reading(step: int, precision: Precision | None) -> dict[str, Any]:

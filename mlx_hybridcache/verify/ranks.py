@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 
 from ..cache import HybridPromptCache
 from ..caches.layout import Layout
+from ..errors import HybridCacheError
 from ..group.group import Group
 from .proof import (
     GREEDY_TOKENS,
@@ -40,6 +42,7 @@ def verify_on_ranks(
     Caches cannot be handed over there, so greedy replies are compared by all log-probabilities, and a cold one is
     of the same prompt under a salt of its own. Raises `GroupError` where a rank is lost or comes to something else.
     """
+    prompts = group.agree([*map(list, prompts)])[0]
     layout = Layout.of(model, step)
     layout.release()
     limits = [each for each in group.agree(layout.slicing_limit) if each is not None]
@@ -55,8 +58,12 @@ def verify_on_ranks(
         stops, points = list(restore_points(cache, prompts)), []
         for done, (position, prompt) in enumerate(stops):
             points.append(_compared(cache, position, prompt, f"cold {done}"))
+            for salt in ("", f"cold {done}"):  # of which the points that are left are not to go
+                with suppress(HybridCacheError):
+                    cache.drop(prompt, cache_salt=salt)
             on_point(done + 1, len(stops))
-    return Proof(found, bound, tuple(points))
+    gone = 0 if exact else sum(point.restored != point.position for point in points)
+    return Proof(found, bound, tuple(points), gone=gone)
 
 
 def _compared(cache: HybridPromptCache, position: int, prompt: list[int], salt: str) -> Point:

@@ -49,7 +49,10 @@ class _Turns:
             task.parked = not task.job.left and task.is_ahead
             if task.parked and not task.is_ahead:
                 task.parked = False  # its reader took one while the flag was being set
-        return [task for task in self.tasks if not task.parked and not task.job.asleep]
+        found = [task for task in self.tasks if not task.parked and not task.job.asleep]
+        sleep = any(task.job.asleep for task in self.tasks)
+        # Who only waits need not ask again and again: whom they wait for is among those who sleep.
+        return [] if sleep and all(task.job.waits for task in found) else found
 
     def run(self, inbox: _Inbox, held: Callable[[], AbstractContextManager[Any]]) -> None:
         """The thread's life. However it ends, whoever waits for it hears of that."""

@@ -242,7 +242,7 @@ class DiskTier:
         def done(transfer: Transfer) -> None:
             transfer.let_go()
             self.store.budget.settle(abandoned)
-            job.asleep = False
+            self._wake(job)
 
         transfer = Transfer(parts, done)
         job.asleep = True
@@ -250,11 +250,16 @@ class DiskTier:
         try:
             yield PAUSE
         except BaseException:
+            transfer.is_wanted = False
             abandoned = self._left(transfer, job, claim, may_land)
             raise
         transfer.finished.wait()  # so it is, where requests sleep until then
         transfer.let_go()
         return transfer
+
+    def _wake(self, job: Job) -> None:
+        """What a request sleeps for is read."""
+        job.asleep = False
 
     def _left(self, transfer: Transfer, job: Job, claim: Claim, may_land: int) -> int:
         """A request goes away; the bytes that count until the disk thread writes into its buffers no more.

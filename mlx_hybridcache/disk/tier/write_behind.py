@@ -192,7 +192,7 @@ class WriteBehind:
 
     def is_writing(self) -> bool:
         """Whether something is being written, or will be without waiting for anything."""
-        self.write()
+        self.try_to_write()
         return bool(self._in_flight) or self._is_looking
 
     @property

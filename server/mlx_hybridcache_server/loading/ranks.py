@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 
 from mlx_hybridcache import Group, GroupError, HybridPromptCache
 from mlx_hybridcache.errors import SettingError
@@ -17,6 +18,9 @@ log = logging.getLogger("mlx_hybridcache.server")
 
 LOST = 3
 """The status of a rank that ends because another one is lost, so that the launcher ends the rest."""
+
+GRACE_SECONDS = 30.0
+"""How long a rank that is told to end goes on for rank 0: longer than that takes to write what is stored."""
 
 ALONE = {
     "--adapter-path": "adapter_path",
@@ -59,11 +63,20 @@ def follow(cache: HybridPromptCache) -> None:
     log.info("Rank %d of %d follows rank 0, which listens.", group.rank, group.size)
     # A terminal interrupts all ranks that it started. Rank 0 ends its requests, and then says so.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # So does whoever stops a service. Rank 0 needs the others until what is stored is written.
+    signal.signal(signal.SIGTERM, lambda number, frame: _end_in_time())
     try:
         cache.follow()
     except GroupError:  # it was said
         leave(cache, LOST)
     cache.close()
+
+
+def _end_in_time() -> None:
+    """Rank 0 has so long to end this rank; after that it ends by itself."""
+    timer = threading.Timer(GRACE_SECONDS, os._exit, (0,))
+    timer.daemon = True
+    timer.start()
 
 
 def leave(cache: HybridPromptCache, status: int) -> None:
