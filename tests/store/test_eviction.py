@@ -278,8 +278,9 @@ def test_rows_of_other_tokens_stay_the_stores():
     save(store, [*range(30), *range(100, 110)])
     materializer = Materializer(store)
     source = SizedCaches(materializer, layout, N, as_tokens(range(40)))
-    lineages = [rows.lineage for node in store.nodes() for rows in node.rows]
-    source.restored([SizedCache(40)], 40, 64, [(0, 40, each) for each in lineages])
+    stored = [rows for node in store.nodes() for rows in node.rows]
+    origins = [(rows.start, rows.end, rows.lineage) for rows in stored]
+    source.restored([SizedCache(40)], 40, 64, origins)
     materializer.alias()
     assert store.budget.rows_bytes == 20 * ROW  # the run of `[20, 40)` parts ways inside
 

@@ -193,3 +193,33 @@ def test_who_comes_to_wait_while_others_are_woken_is_not_woken_for_nothing():
     for count in (1, 2):
         task.put("item", "a")
         assert (woken, task.wakers) == ([*range(count)], {back_again})
+
+
+def test_who_waits_for_a_sleeper_is_not_asked_again_and_again():
+    """Until somebody else than those who wait can go on: a third request, and the sleeper once it wakes."""
+    asleep, waits, asked = Job(left=1), Job(left=1), []
+
+    def sleeping():
+        asleep.asleep = True
+        yield PAUSE
+        yield "slept"
+
+    def waiting():
+        waits.waits = True
+        while asleep.asleep:
+            asked.append(1)
+            yield PAUSE
+        yield "waited"
+
+    worker = Worker()
+    try:
+        sleeper = worker.stream(sleeping(), asleep)
+        waiter = worker.stream(waiting(), waits)
+        for _ in range(20):
+            worker.call(lambda: None)
+        assert len(asked) <= 2
+        assert list(worker.stream(iter(["another"]), Job())) == ["another"]
+        worker.post(lambda: setattr(asleep, "asleep", False))
+        assert [*sleeper, *waiter] == ["slept", "waited"]
+    finally:
+        worker.close()
