@@ -6,6 +6,8 @@ import pytest
 from long import mostly_long
 from ranks.started import group_of
 
+from mlx_hybridcache.verify import Comparison, Point, Proof
+
 VERIFY = (sys.executable, "-m", "mlx_hybridcache.cli", "verify", "--distributed")
 
 
@@ -28,6 +30,12 @@ def test_a_proof_holds_on_ranks_unless_what_is_restored_is_off(tmp_path, family,
     assert (holds, worst > 0) == (fault is None, fault is not None)
     assert len(restored) > 5
     assert all(position == found for position, found in restored)
+
+
+def test_points_that_had_to_go_prove_nothing():
+    points = (Point(100, 64, 109, Comparison(0.0, 0.0, None)),)
+    assert Proof(0.0, 0.0, points).holds
+    assert not Proof(0.0, 0.0, points, gone=1).holds
 
 
 def test_the_command_says_it_on_rank_0_alone(tmp_path):
