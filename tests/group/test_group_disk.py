@@ -59,12 +59,12 @@ def replies_only(found):
     mostly_long(
         [
             ("qwen3_next", "pipeline", 2, 10, 2),
-            ("qwen3_next", "pipeline", 4, 20, 4),
+            ("qwen3_next", "pipeline", 4, 20, 3),
             ("qwen3_5", "pipeline", 2, 50, 4),
-            ("qwen3_5_moe", "pipeline", 2, 50, 4),
-            ("qwen3_5_moe", "pipeline", 4, 20, 3),
-            ("qwen3_moe", "pipeline", 2, 50, 4),  # rows alone
-            ("ministral3", "pipeline", 2, 30, 3),
+            ("qwen3_5_moe", "pipeline", 2, 30, 3),
+            ("qwen3_5_moe", "pipeline", 4, 10, 2),
+            ("qwen3_moe", "pipeline", 2, 25, 3),  # rows alone
+            ("ministral3", "pipeline", 2, 15, 2),
         ],
         always=[("qwen3_next", "pipeline", 2, 10, 2)],
     ),
@@ -81,7 +81,7 @@ def test_restarts_restore_what_one_process_would(tmp_path, family, how, size, ac
 @pytest.mark.parametrize(
     ("family", "size", "acts", "visits"),
     mostly_long(
-        [("qwen3_5", 2, 10, 2), ("qwen3_next", 2, 50, 4), ("qwen3_5_moe", 4, 20, 3)],
+        [("qwen3_5", 2, 10, 2), ("qwen3_next", 2, 25, 3), ("qwen3_5_moe", 4, 10, 2)],
         always=[("qwen3_5", 2, 10, 2)],
     ),
 )
@@ -206,7 +206,7 @@ def test_a_rank_that_cannot_use_its_directory_is_named(tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", range(5))
 def test_kills_while_files_are_written_and_read_leave_nothing_wrong(tmp_path, asked, seed):
     """At a random moment, of any rank; the next start is right, and the one after that finds everything."""
     chance = random.Random(seed)
