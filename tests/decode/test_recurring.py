@@ -1,6 +1,5 @@
 """Drafts from what is stored: where they come from, what they weigh, how many are made."""
 
-import itertools
 import random
 
 import numpy as np
@@ -148,20 +147,3 @@ def test_the_pace_follows_how_often_drafts_are_right():
         if width := pace.width():
             pace.note(width, width)
     assert pace.width() > 4, "it comes back"
-
-
-def test_who_has_no_idea_is_asked_less_often_until_there_is_one():
-    """Behind each token at first, at the end behind one in four; a draft, right or wrong, begins anew."""
-    pace, asked = Pace(8), []
-    for token in range(400):
-        if pace.width():
-            asked.append(token)
-            pace.had_none()
-    assert asked[:17] == [*range(16), 17]
-    assert {b - a for a, b in itertools.pairwise(asked[60:])} == {4}
-    while not pace.width():
-        pass
-    pace.note(1, 1)
-    for _ in range(15):
-        assert pace.width()
-        pace.had_none()

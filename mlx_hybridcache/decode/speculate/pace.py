@@ -15,27 +15,17 @@ FIRST_REST, LONGEST_REST = 8, 128
 """Tokens that are decoded plainly once drafts do not pay, at first, and when they still do not."""
 
 
-VAIN = 16
-"""A drafter that had no idea so many times, one after another, is asked behind every other token; twice as many times,
-behind every third; never behind fewer than one in `SELDOM`.
-"""
-
-SELDOM = 4
-
-
 @dataclass(slots=True)
 class Pace:
     """Follows `rate`, the running estimate of how often a drafted token is right.
 
-    Where not even one token is worth it nothing is drafted for a while, which doubles each time. Who has no idea is
-    asked less often: to look costs too.
+    Where not even one token is worth it nothing is drafted for a while, which doubles each time.
     """
 
     most: int
     rate: float = 0.8
     _resting: int = 0
     _rest: int = FIRST_REST
-    _vain: int = 0
 
     def width(self) -> int:
         """How many tokens to draft for the next forward."""
@@ -47,14 +37,8 @@ class Pace:
         fitting = math.log(WORTH) / math.log(max(self.rate, WORTH))
         return max(1, min(self.most, int(fitting)))
 
-    def had_none(self) -> None:
-        """The drafter was asked, and had no idea."""
-        self._vain += 1
-        self._resting = min(self._vain // VAIN, SELDOM - 1)
-
     def note(self, drafted: int, accepted: int) -> None:
         """How the last forward went."""
-        self._vain = 0
         seen = accepted / min(drafted, accepted + 1)  # nobody knows of what follows a wrong one
         self.rate = MEMORY * self.rate + (1 - MEMORY) * seen
         if accepted:

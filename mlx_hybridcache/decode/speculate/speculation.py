@@ -91,8 +91,6 @@ class Speculation:
         for paced in self.drafters:
             most = min(room, paced.pace.width())
             drafted = paced.drafter.propose(self._history, most) if most > 0 else []
-            if most > 0 and not drafted:
-                paced.pace.had_none()
             if drafted:
                 for each in self._foreseeing:  # what cannot come need not be read
                     drafted = drafted[: max(0, each.may_follow([coming, *drafted]) - 1)]
