@@ -81,7 +81,7 @@ def test_restarts_restore_what_one_process_would(tmp_path, family, how, size, ac
 @pytest.mark.parametrize(
     ("family", "size", "acts", "visits"),
     mostly_long(
-        [("qwen3_5", 2, 10, 2), ("qwen3_next", 2, 25, 3), ("qwen3_5_moe", 4, 10, 2)],
+        [("qwen3_5", 2, 10, 2), ("qwen3_next", 2, 25, 3), ("qwen3_5_moe", 4, 20, 3)],
         always=[("qwen3_5", 2, 10, 2)],
     ),
 )
