@@ -9,7 +9,8 @@ does, so nothing outlives what was dropped, and weighs at most 16 bytes a token.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from operator import mul
+from itertools import takewhile
+from operator import itemgetter, mul
 
 import numpy as np
 
@@ -21,6 +22,7 @@ MOST_SEARCHED = 1 << 16
 
 RUNS = (8, 3)
 """Lengths of the runs of tokens that are looked for, the longest first."""
+LONGEST = max(RUNS)
 
 SHOWN = 32
 """So many tokens are compared to see which of two places agrees better."""
@@ -34,7 +36,9 @@ PIECE = 1 << 16
 FEW = 16
 """So many, as a reply grows by, are put in one by one: numpy's calls would take longer."""
 
-FACTORS = tuple(pow(0x9E3779B97F4A7C15, i + 1, 1 << 64) for i in range(max(RUNS)))
+FACTORS = tuple(pow(0x9E3779B97F4A7C15, i + 1, 1 << 64) for i in reversed(range(LONGEST)))
+"""Of the tokens of the longest run, the first one first; a shorter run has the last ones."""
+
 WORD = (1 << 64) - 1
 
 
@@ -42,7 +46,8 @@ class RecurringText:
     """A text that grows, and where each run of its tokens ended last.
 
     A table of positions by hash for each length: what collides is overwritten, so places are compared
-    before they are believed.
+    before they are believed. Between two forwards little of this is in the processor's caches, so that
+    a token's way through it is kept short: single values are read and written through memoryviews.
     """
 
     def __init__(self, tokens: Tokens):
@@ -56,6 +61,8 @@ class RecurringText:
         bits = capacity.bit_length() - 1
         self._shift = 64 - bits
         self._ends = {run: np.zeros(1 << bits, dtype=np.int32) for run in RUNS}
+        self._tokens = self._text.data
+        self._places = [(run, ends.data) for run, ends in self._ends.items()]
         self._indexed = 0  # runs that end up to here are in the tables
         self._index(self.length - 1)
 
@@ -72,9 +79,14 @@ class RecurringText:
             self.length = end
             self._make(whole)
             return
-        self._text[self.length : end] = tokens
+        if len(tokens) <= FEW:
+            for at, token in enumerate(tokens, self.length):
+                self._tokens[at] = token
+        else:
+            self._text[self.length : end] = tokens
         self.length = end
-        self._index(end - 1)
+        if self._indexed < end - 1:
+            self._index(end - 1)
 
     def _index(self, end: int) -> None:
         """Put in what ends at most there. The run at the very end of the text is what is looked for."""
@@ -90,23 +102,31 @@ class RecurringText:
                     )
 
     def _index_singly(self, end: int) -> None:
-        first = max(0, self._indexed + 1 - max(RUNS))
-        text = self._text[first:end].tolist()
-        for run, ends in self._ends.items():
-            for place in range(max(self._indexed + 1, run), end + 1):
-                ends[self._hash(text[place - run - first : place - first])] = place
+        for place in range(self._indexed + 1, end + 1):
+            for _, places, at in self._slots(self._before(place)):
+                places[at] = place
         self._indexed = max(self._indexed, end)
 
-    def _hash(self, tokens: list[int]) -> int:
-        mixed: int = sum(map(mul, tokens, FACTORS))
-        return (mixed & WORD) >> self._shift
+    def _before(self, place: int) -> list[int]:
+        """The tokens of the longest run that ends there, fewer near the text's beginning."""
+        found: list[int] = self._tokens[max(0, place - LONGEST) : place].tolist()
+        return found
+
+    def _slots(self, last: list[int]) -> list[tuple[int, memoryview, int]]:
+        """Each run that ends with these tokens, the longest first: its length, its table and where in that it belongs."""
+        products = [*map(mul, last, FACTORS[-len(last) :])]
+        return [
+            (run, places, (sum(products[-run:]) & WORD) >> self._shift)
+            for run, places in self._places
+            if run <= len(last)
+        ]
 
     def _hashes(self, run: int, first: int, last: int) -> np.ndarray:
         """Of the runs that end at `first` to `last`."""
         hashes = np.zeros(last + 1 - first, dtype=np.uint64)
         for i in range(run):
             part = self._text[first - run + i : last + 1 - run + i].astype(np.uint64)
-            hashes += part * np.uint64(FACTORS[i])
+            hashes += part * np.uint64(FACTORS[i - run])
         return hashes >> np.uint64(self._shift)
 
     def find(self) -> tuple[int, int]:
@@ -115,38 +135,32 @@ class RecurringText:
         Once for each end of the text, as it is put into the index with that.
         """
         best = (0, 0)
-        here = self._text[max(0, self.length - SHOWN) : self.length].tolist()
-        for run, ends in self._ends.items():
-            if self.length < run:
-                continue
-            at = self._hash(here[-run:])
-            place, ends[at] = int(ends[at]), self.length
-            agreed = self._agreed(place, here) if place else 0
-            if agreed >= run and agreed > best[1]:
-                best = place, agreed
+        last = self._before(self.length)
+        for run, places, at in self._slots(last):
+            place, places[at] = places[at], self.length
+            if place >= run and self._tokens[place - run : place].tolist() == last[-run:]:
+                best = max(best, (place, self._agreed(place)), key=itemgetter(1))
         self._indexed = self.length
         return best
 
-    def _agreed(self, place: int, here: list[int]) -> int:
-        """How many tokens before `place` are the last ones of `here`, where the text ends."""
-        there = self._text[max(0, place - len(here)) : place].tolist()
-        count = 0
-        for one, other in zip(reversed(there), reversed(here), strict=False):
-            if one != other:
-                break
-            count += 1
-        return count
+    def _agreed(self, place: int) -> int:
+        """How many tokens before `place` are those before the text's end."""
+        most = min(place, SHOWN)
+        there = self._tokens[place - most : place].tolist()
+        here = self._tokens[self.length - most : self.length].tolist()
+        pairs = zip(reversed(there), reversed(here), strict=True)
+        return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
     def follows(self, place: int, most: int) -> list[int]:
         """How the text goes on at `place`; where it ends there it is taken to repeat itself."""
-        found: list[int] = self._text[place : min(place + most, self.length)].tolist()
+        found: list[int] = self._tokens[place : min(place + most, self.length)].tolist()
         while found and len(found) < most:
             found += found[: most - len(found)]
         return found
 
     def goes_on(self, place: int, tokens: Sequence[int]) -> bool:
         """Whether these are the tokens at `place`."""
-        there: list[int] = self._text[place : min(place + len(tokens), self.length)].tolist()
+        there: list[int] = self._tokens[place : min(place + len(tokens), self.length)].tolist()
         return there == [*tokens]
 
 
@@ -177,7 +191,7 @@ class RecurringDrafter:
             self._place, self._agreed = self._place + len(new), self._agreed + len(new)
         else:
             self._place, self._agreed = None, 0
-        if self._agreed < max(RUNS):
+        if self._agreed < LONGEST:
             place, agreed = self._text.find()
             if agreed > self._agreed:
                 self._place, self._agreed = place, agreed
