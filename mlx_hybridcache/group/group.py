@@ -24,7 +24,12 @@ BEAT_SECONDS = 1.0
 """How often a rank says that it is there."""
 
 LOST_SECONDS = 20.0
-"""Of whom nothing is heard for so long, that one is lost. One that computes is heard; who ends is lost at once."""
+"""Of whom nothing is heard for so long, that one is lost. One that computes is heard; who ends is lost at once.
+It is counted in looks of `BEAT_SECONDS`, because a rank that stood still itself (a machine that slept, a debugger) has
+heard nobody meanwhile.
+"""
+
+LOOKS = round(LOST_SECONDS / BEAT_SECONDS)
 
 KEY_BYTES = 16
 
@@ -162,7 +167,7 @@ class Group:
 
     def _listen(self, peer: Peer, hear: Callable[[Message], None]) -> None:
         try:
-            while peer.is_heard(LOST_SECONDS):
+            while any(peer.is_heard(BEAT_SECONDS) for _ in range(LOOKS)):
                 message = peer.receive()
                 if message.get("do") == "fail":
                     self.fail(f"Rank {peer.rank}: {message['why']}")

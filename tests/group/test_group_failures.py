@@ -1,5 +1,6 @@
 """A rank that is lost: who waits hears of it soon, nothing wrong is served, and nothing is left running."""
 
+import json
 import random
 import signal
 import time
@@ -8,7 +9,7 @@ import pytest
 from long import mostly_long
 from ranks.started import group_of
 
-from mlx_hybridcache.group.group import LOST_SECONDS
+from mlx_hybridcache.group.group import BEAT_SECONDS, LOST_SECONDS
 
 WITHIN_SECONDS = {signal.SIGKILL: 10, signal.SIGSTOP: LOST_SECONDS + 10}
 """What is stated, and as much again as a busy machine may take."""
@@ -41,6 +42,23 @@ def test_a_killed_rank_ends_the_group_with_a_sentence(tmp_path, victim):
 
 def test_a_rank_that_stands_still_is_lost(tmp_path):
     lost(tmp_path, 2, 1, 3, signal.SIGSTOP)
+
+
+def test_ranks_that_stood_still_together_go_on(tmp_path):
+    """Machines that slept have heard nobody meanwhile: that is nobody's end."""
+    looks = 6
+    with group_of(
+        2, tmp_path, "for_ever", "qwen3_next", "pipeline", json.dumps({"looks": looks})
+    ) as ranks:
+        asked = len(ranks[0].hears("asked", 3))
+        for rank in ranks:
+            rank.kill(signal.SIGSTOP)
+        time.sleep(looks * BEAT_SECONDS + 2)
+        for rank in ranks:
+            rank.kill(signal.SIGCONT)
+        at = time.monotonic()
+        while time.monotonic() < at + 2:
+            asked = len(ranks[0].hears("asked", asked + 1))
 
 
 @pytest.mark.parametrize("seed", mostly_long(range(20), always=[0]))

@@ -9,6 +9,7 @@ import oracle
 from matrix import shapes
 
 from mlx_hybridcache import Group, GroupError, HybridPromptCache
+from mlx_hybridcache.group import group as grouped
 from mlx_hybridcache.group.load import split
 from ranks import scenarios
 from ranks.started import MOST_SECONDS
@@ -20,6 +21,7 @@ def say(**what):
 
 def main(scenario, family, how, options):
     faulthandler.dump_traceback_later(MOST_SECONDS, exit=True)
+    grouped.LOOKS = options.pop("looks", grouped.LOOKS)
     group = Group.form()
     model = shapes.build(family)
     split(group, model, pipeline=how == "pipeline")
