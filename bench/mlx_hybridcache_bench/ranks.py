@@ -20,6 +20,8 @@ import mlx.core as mx
 import psutil
 from rich.console import Console
 
+from .hotpath.model import make_model
+from .hotpath.vocabulary import BUNDLED
 from .kit.machine import machine, one_line
 from .kit.tables import Figure, Spread, show, show_figures, write_json
 from .kit.text import prompt_of, tokenizer_of
@@ -30,6 +32,26 @@ PAIRS, QUICK_PAIRS = 9, 2
 PROMPT_TOKENS, QUICK_TOKENS = 2000, 100
 REPLY_TOKENS, QUICK_REPLY = 64, 8
 RATIO = 1.05
+
+LARGER = {
+    "hidden_size": 384,
+    "num_hidden_layers": 8,
+    "full_attention_interval": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "linear_num_key_heads": 8,
+    "linear_num_value_heads": 8,
+    "linear_key_head_dim": 64,
+    "linear_value_head_dim": 64,
+    "intermediate_size": 512,
+    "moe_intermediate_size": 256,
+    "shared_expert_intermediate_size": 512,
+    "num_experts_per_tok": 4,
+}
+"""A random hybrid of 33 million parameters, whose token takes ten times as long as the bundled model's."""
+
+LARGER_TOKENS = 300
 
 
 @dataclass(slots=True)
@@ -63,7 +85,13 @@ class Side:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `bench ranks`."""
-    parser.add_argument("--model", help="directory (default: the bundled model)")
+    models = parser.add_mutually_exclusive_group()
+    models.add_argument("--model", help="directory (default: the bundled model)")
+    models.add_argument(
+        "--larger",
+        action="store_true",
+        help="a random hybrid of 33 million parameters, made on the spot; prompts of 300 tokens",
+    )
     parser.add_argument("--ranks", type=int, default=2, help="of each group (%(default)s)")
     parser.add_argument("--pairs", type=int, help=f"requests of each ({PAIRS}; with --quick 2)")
     parser.add_argument("--quick", action="store_true", help="short requests, for a try")
@@ -75,11 +103,12 @@ def run(args: argparse.Namespace, console: Console) -> int:
     console.print(one_line(found), highlight=False)
     pairs = args.pairs or (QUICK_PAIRS if args.quick else PAIRS)
     tokens, count = (QUICK_TOKENS, QUICK_REPLY) if args.quick else (PROMPT_TOKENS, REPLY_TOKENS)
-    tokenizer: Any = tokenizer_of(args.model)
-    ids = prompt_of(tokenizer, tokens + pairs + 1)
+    tokens = min(tokens, LARGER_TOKENS) if args.larger else tokens
     with ExitStack() as held, console.status("starting") as status:
         directory = Path(held.enter_context(tempfile.TemporaryDirectory()))
-        model = str(_indexed(Path(args.model), directory))
+        model = str(_indexed(_larger(directory) if args.larger else Path(args.model), directory))
+        tokenizer: Any = tokenizer_of(model)
+        ids = prompt_of(tokenizer, tokens + pairs + 1)
         sides = [
             Side(name, held.enter_context(_group(name, model, args.ranks, directory)))
             for name in (THEIRS, OURS)
@@ -121,6 +150,13 @@ def _show(console: Console, sides: list[Side]) -> None:
         for each in sides
     ]
     show(console, "By the clock, ms: median (smallest-largest)", ("", "cold TTFT", "a token"), rows)
+
+
+def _larger(directory: Path) -> Path:
+    made = directory / "larger"
+    made.mkdir()
+    make_model(made, BUNDLED, shapes=LARGER)
+    return made
 
 
 def _indexed(model: Path, directory: Path) -> Path:

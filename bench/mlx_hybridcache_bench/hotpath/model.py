@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +50,20 @@ CONFIG: dict[str, Any] = {
 """A Gated-DeltaNet layer and one of attention: as few as a hybrid has."""
 
 
-def make_model(directory: Path, vocabulary: str, seed: int = 15) -> int:
-    """Write config, weights and tokenizer into a folder; how many parameters the model has."""
+def make_model(
+    directory: Path, vocabulary: str, seed: int = 15, shapes: Mapping[str, Any] | None = None
+) -> int:
+    """Write config, weights and tokenizer into a folder; how many parameters the model has. `shapes` are other values of
+    `CONFIG`.
+    """
     entries = write_tokenizer(vocabulary, directory)
     tokenizer: Any = tokenizer_of(str(directory))
-    config = {**CONFIG, "vocab_size": entries, "eos_token_id": tokenizer.eos_token_id}
+    config = {
+        **CONFIG,
+        **(shapes or {}),
+        "vocab_size": entries,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
     mx.random.seed(seed)
     model = qwen3_next.Model(qwen3_next.ModelArgs.from_dict(config))
     (word,) = tokenizer.encode(WORD, add_special_tokens=False)
