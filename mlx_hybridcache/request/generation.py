@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
 
 from ..caches.live import LiveCaches
+from ..errors import ClosedError
 from ..report import CacheReport, Divergence
 from ..store.budget import Claim
 from ..worker.stream import Stream
@@ -51,8 +52,9 @@ class Generation(Generic[T]):
     async def aclose(self) -> None:
         """The same on an event loop."""
         self._stream.cancel()
-        async for _ in self._stream:
-            pass
+        with suppress(ClosedError):  # the cache was closed first, and with it the request
+            async for _ in self._stream:
+                pass
 
     def __enter__(self) -> Self:
         return self

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import suppress
 from typing import Any, Generic, TypeVar
 
+from ..errors import ClosedError
 from .inbox import Asked, Inbox
 from .turns import PAUSE, Job
 
@@ -153,5 +154,6 @@ class Stream(Generic[T]):
     def close(self) -> None:
         """Cancel, and wait until the request has left behind what it is going to leave."""
         self._cancel()
-        for _ in self:
-            pass
+        with suppress(ClosedError):  # the worker ended first, and with it the request
+            for _ in self:
+                pass

@@ -74,8 +74,8 @@ class _Turns:
                 for task in self.tasks:
                     task.fail(error)
             self._settle()
-        for task in self.tasks:
-            task.cancel()
+        for task in self.tasks:  # what is cut short must not look complete
+            task.fail(closed())
 
     def _round(self, ready: list[Task]) -> None:
         """A token for each that writes, a slice for one that reads."""

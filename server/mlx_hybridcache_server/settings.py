@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mlx_hybridcache.caches.quantizing.precision import Precision
 from mlx_hybridcache.cli.versions import versions
 from mlx_hybridcache.demo import BUNDLED_MODEL
 from mlx_hybridcache.errors import SettingError
@@ -139,6 +140,12 @@ def read_settings(parser: argparse.ArgumentParser, argv: list[str] | None) -> Se
             "the model, and each prompt read again."
         )
     _check_router(args.canonicalize_router)
+    # Whoever mistypes one of these need not wait for the model to hear of it.
+    rows = Precision.of(args.kv_bits, args.kv_group_size, args.quantized_kv_start)
+    if rows is not None and (args.store_kv is not None or args.store_state is not None):
+        raise SettingError(
+            "--kv-bits makes rows small while requests run too; leave --store-kv and --store-state out."
+        )
     args.model = args.model or str(BUNDLED_MODEL)
     args.aliases = tuple(args.aliases or ())
     args.api_key = args.api_key or None

@@ -71,6 +71,20 @@ def test_a_router_patch_must_be_there_before_a_model_is_loaded(tmp_path):
         settings("--canonicalize-router", str(tmp_path / "nowhere.json"))
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--kv-bits", "7"), "kv_bits is 7; MLX quantizes with one of 2, 3, 4, 5, 6, 8"),
+        (("--kv-bits", "4", "--kv-group-size", "48"), "kv_group_size is 48"),
+        (("--kv-bits", "4", "--store-kv", "8"), "leave --store-kv and --store-state out"),
+        (("--kv-bits", "4", "--store-state", "int8"), "leave --store-kv and --store-state out"),
+    ],
+)
+def test_rows_that_cannot_be_had_are_refused_before_a_model_is_loaded(flags, said):
+    with pytest.raises(SettingError, match=said):
+        settings(*flags)
+
+
 def test_llama_cpp_names_mean_the_librarys_settings():
     """--ctx-checkpoints 3 --checkpoint-every-n-tokens 4096."""
     found = settings(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from mlx_hybridcache.errors import ClosedError
@@ -90,8 +91,13 @@ def outcome(act: Callable[[Setting], Any], on: Setting) -> Outcome:
 
 
 def begun(work: Callable[[], object]) -> threading.Thread:
-    """A thread that does it."""
-    thread = threading.Thread(target=work, daemon=True)
+    """A thread that does it, or hears that the worker was closed before."""
+
+    def do() -> None:
+        with suppress(ClosedError):
+            work()
+
+    thread = threading.Thread(target=do, daemon=True)
     thread.start()
     return thread
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import threading
 import time
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import tiny
+from oracle import word_tokenizer
 from worker_acts import Outcome, Setting, begun, ends, outcome
 
 from mlx_hybridcache import HybridPromptCache
@@ -84,3 +86,27 @@ def test_a_prefill_that_a_close_cuts_short_says_so(prompt: list[int]) -> None:
         cache.prefill(prompt, prompt_progress_callback=on_progress)
     ends(closers[0], "close")
     cache.close()
+
+
+@pytest.mark.parametrize("written", [1, 5])
+def test_a_reply_that_a_close_cuts_short_does_not_look_complete(
+    prompt: list[int], written: int
+) -> None:
+    cache = HybridPromptCache(tiny.build("qwen3_next"), word_tokenizer(), memory_budget="100MB")
+    reply = cache.stream_generate(prompt, 200)
+    for _ in range(written):
+        next(reply)
+    cache.close()
+    with pytest.raises(ClosedError, match="This cache was closed"):
+        list(reply)
+
+
+def test_a_reply_may_be_closed_behind_its_cache(prompt: list[int]) -> None:
+    """Whoever stops it needs no rest of it."""
+    cache = HybridPromptCache(tiny.build("qwen3_next"), word_tokenizer(), memory_budget="100MB")
+    replies = [cache.stream_generate(prompt, 200) for _ in range(2)]
+    for reply in replies:
+        next(reply)
+    cache.close()
+    replies[0].close()
+    asyncio.run(replies[1].aclose())

@@ -136,7 +136,7 @@ def test_a_dropped_stream_cancels_its_request(worker):
 
 
 def test_a_closed_worker_says_so(worker):
-    """Calls and requests after the end raise ClosedError; requests under way end."""
+    """Calls and requests after the end raise ClosedError, and so do requests that it cuts short."""
     stream = worker.stream(iter(lambda: 1, 0))
     next(stream)
     worker.close()
@@ -144,7 +144,8 @@ def test_a_closed_worker_says_so(worker):
         worker.call(lambda: 1)
     with pytest.raises(ClosedError):
         worker.stream(iter([1]))
-    assert set(stream) <= {1}
+    with pytest.raises(ClosedError):
+        assert set(stream) <= {1}
 
 
 def test_what_is_held_is_entered_and_left_on_the_worker_thread():
