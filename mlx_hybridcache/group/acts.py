@@ -27,8 +27,8 @@ from .group import BEAT_SECONDS, Group
 
 T = TypeVar("T")
 
-AGREEING_SECONDS = 60.0
-"""How long a rank waits to hear what the others say of what all do."""
+AGREEING_SECONDS = 60
+"""How long a rank waits to hear what the others say of what all do, in seconds in which it does not stand still itself."""
 
 
 @dataclass(eq=False)
@@ -46,13 +46,14 @@ class Acts(ABC):
     own_reserve_bytes: int = field(default=0, init=False)
     _numbers: Iterator[int] = field(default_factory=count, init=False)
 
-    def _taken(self, said: queue.SimpleQueue[T], rank: int, seconds: float) -> T:
+    def _taken(self, said: queue.SimpleQueue[T], rank: int) -> T:
         """The next that a rank has said."""
-        until = time.monotonic() + seconds
-        while self.group.failure is None and time.monotonic() < until:
+        for _ in range(round(AGREEING_SECONDS / BEAT_SECONDS)):
+            if self.group.failure is not None:
+                break
             with suppress(queue.Empty):
                 return said.get(timeout=BEAT_SECONDS)
-        raise self.group.fail(f"Rank {rank} said nothing for {seconds:.0f} s.")
+        raise self.group.fail(f"Rank {rank} said nothing for {AGREEING_SECONDS} s.")
 
     def counted(self) -> list[int]:
         """What this rank's cache comes to: the same on every rank, or they have parted ways."""
@@ -67,9 +68,9 @@ class Acts(ABC):
         ]
 
     @abstractmethod
-    def gather(self, value: Any, seconds: float = AGREEING_SECONDS) -> list[Any]:
-        """What every rank says, by rank, as JSON: all ask at the same place. It takes as long as the slowest, at most so many
-        seconds. Raises `GroupError` where one says nothing.
+    def gather(self, value: Any) -> list[Any]:
+        """What every rank says, by rank, as JSON: all ask at the same place. It takes as long as the slowest. Raises
+        `GroupError` where one says nothing.
         """
 
     @abstractmethod
@@ -99,11 +100,11 @@ class Telling(Acts):
         else:
             self.figures[message["rank"]] = RankFigures.told(message)
 
-    def gather(self, value: Any, seconds: float = AGREEING_SECONDS) -> list[Any]:
+    def gather(self, value: Any) -> list[Any]:
         values = [value]
         number = next(self._numbers)
         for rank, said in self._values.items():
-            its, told = self._taken(said, rank, seconds)
+            its, told = self._taken(said, rank)
             if its != number:
                 raise self.group.fail(
                     f"Rank {rank} has parted ways with rank 0: it asked {its} times, not {number}."
@@ -179,17 +180,17 @@ class Hearing(Acts):
         else:
             self._gathered.put(message["values"])
 
-    def gather(self, value: Any, seconds: float = AGREEING_SECONDS) -> list[Any]:
+    def gather(self, value: Any) -> list[Any]:
         rank_0 = self.group.peers[0]
         try:
             number = next(self._numbers)
             rank_0.send({"do": "gather", "rank": self.group.rank, "number": number, "value": value})
         except OSError as error:
             raise GroupError(f"Rank 0 is lost: {error.strerror}.") from error
-        return self._taken(self._gathered, 0, seconds)
+        return self._taken(self._gathered, 0)
 
     def agree(self, position: int) -> None:
-        told = self._taken(self._positions, 0, AGREEING_SECONDS)
+        told = self._taken(self._positions, 0)
         if told != position:
             raise GroupError(
                 f"It has parted ways with rank 0: it would restore {position:,} tokens, rank 0 {told:,}."
