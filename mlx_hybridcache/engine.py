@@ -139,6 +139,7 @@ class Engine(Keeping):
         yield from self.followers.join(request, live)  # whoever reads the same beginning goes first
         try:
             found = yield from self._resume(request, live)  # at the deepest checkpoint
+            yield from self.drafting.resume(live)  # what its drafts go on from
             yield from self.prefill.read(request, live, found)  # a slice a turn; each cut is saved
         finally:
             self.followers.leave(request)

@@ -179,7 +179,9 @@ class CacheSettings:
             followers=Followers(layout, grid, tiers.reach),
             prefill=prefill,
             decoder=Decoder(model, layout, store, batches=batches),
-            drafting=Drafting(model, layout, tiers, prefill, vocabulary_of(tokenizer), made),
+            drafting=Drafting(
+                model, layout, sharing, tiers, prefill, vocabulary_of(tokenizer), made
+            ),
         )
         return engine if group is None else _ranked(group, engine)
 
