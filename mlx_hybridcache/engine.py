@@ -146,8 +146,7 @@ class Engine(Keeping):
         return found
 
     def _resume(self, request: Request, live: LiveCaches) -> Generator[Pause, None, AnyFound]:
-        # Before anything is found to restore.
-        self.relief.relieve(self.layout.running_bytes(request.rows))
+        self.relief.relieve(self.layout.running_bytes(request.rows))  # before anything is found
         found = yield from self.tiers.resume(request, live)
         self.tiers.publish_begun()
         return found

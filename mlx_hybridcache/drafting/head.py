@@ -14,12 +14,11 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.base import create_attention_mask
-from mlx_lm.models.cache import ArraysCache
 from mlx_lm.utils import infer_quant_config
 
 from .. import models
 from ..caches.hidden import telling
-from ..caches.layout import Layout, fresh_caches
+from ..caches.layout import STATE_CACHE, Layout, fresh_caches
 from ..errors import ModelError, SettingError
 from .at_work import AtWork
 from .head_weights import Weights, head_weights
@@ -111,7 +110,7 @@ class Head(AtWork):
 
     def make_cache(self) -> list[Any]:
         """For its rows: as the model's own attention layers have, in full precision; and for what waits."""
-        return [fresh_caches(self._model)[self._leaf], ArraysCache(1)]
+        return [fresh_caches(self._model)[self._leaf], STATE_CACHE()]
 
     def __call__(self, tokens: mx.array, cache: list[Any]) -> mx.array:
         """Logits, with embeddings in the place of hidden states: they are alike in all but their numbers."""
