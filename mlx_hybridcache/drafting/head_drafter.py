@@ -13,7 +13,7 @@ import numpy as np
 from ..caches import checkpoint as checkpoints
 from ..caches.hidden import listen
 from ..caches.kinds.kind import Snapshot
-from ..caches.kinds.rows import compact
+from ..caches.kinds.rows import compact, evaluate_to_keep
 from ..caches.relief import is_allocation_failure
 from ..caches.room import rounded
 from ..errors import BudgetError
@@ -151,6 +151,8 @@ class HeadDrafter:
     def _settle(self, cuts: Sequence[int]) -> None:
         ends = [] if self._missing else [at - 1 for at in cuts if at > 1]
         states = [(at, self._hidden(at)) for at in ends if at >= self._waiting[0].start]
+        # While all of it is held: a copy takes over the whole buffer of what nobody else has.
+        evaluate_to_keep([hidden for _, hidden in states])
         self._take(None)
         for at, hidden in states:
             snapshot = self._own.layout.stored(STATE, Snapshot((hidden,)))
