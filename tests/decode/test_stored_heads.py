@@ -104,25 +104,30 @@ def test_a_branch_is_drafted_as_if_all_was_read_for_it(name, kept, directory, pr
         assert proposals == drafts
 
 
-@pytest.mark.parametrize("slices", [1, 2])
-def test_what_a_request_heard_that_was_given_up_is_there_for_the_next(slices, directory, proposals):
-    """As far as its prompt was read."""
-    prompt, read = oracle.prompt(600, seed=5), []
-    source = directory("qwen3_next")
+def leaving(slices):
+    """What a client that goes away does on the worker's thread: it ends the request behind so many of its slices."""
+
+    def through(steps):
+        for _ in range(1 + slices):  # its first turn is over before the first of them
+            yield next(steps)
+
+    return through
+
+
+@pytest.mark.parametrize("every", [64, 256])
+@pytest.mark.parametrize("slices", [1, 3])
+def test_what_a_request_heard_that_was_given_up_is_there_for_the_next(
+    slices, every, directory, proposals
+):
+    """As far as its prompt was read, whether a checkpoint was due there or not."""
+    prompt, source = oracle.prompt(600, seed=5), directory("qwen3_next")
     _, told, drafts = cold("qwen3_next", source, prompt, proposals, 9)
-    with new_cache("qwen3_next") as cache:
-
-        def progress(done, total):
-            read.append(done)
-            if len(read) > slices:
-                raise ZeroDivisionError
-
-        with pytest.raises(ZeroDivisionError):
-            drafted(cache, source, prompt, prompt_progress_callback=progress)
+    with new_cache("qwen3_next", checkpoint_every=every) as cache:
+        assert not drafted(cache, source, prompt, through=leaving(slices))[0]
         assert cache.stats().running_bytes == 0
         proposals.clear()
         _, report = drafted(cache, source, prompt, 9)
-        assert report.restored_tokens == report.draft_restored_tokens > 0
+        assert report.restored_tokens == report.draft_restored_tokens == 64 * slices
         assert counts(report) == told
         assert proposals == drafts
 
@@ -250,13 +255,17 @@ def test_what_is_dropped_is_gone_from_the_directory(directory, tmp_path):
 
 
 def test_an_adapters_hidden_states_are_its_own(directory, tmp_path, proposals):
-    """The model as it came, an adapter, and the first again: each finds what was read with it."""
+    """The model as it came, an adapter, and both again: each is drafted as when it was read with it."""
     source, adapter = directory("qwen3_next"), write_adapter(tmp_path, 1)
     with new_cache("qwen3_next", cache_dir=tmp_path / "cache", disk_budget="64MB") as cache:
+        drafts = {}
         for path, expected in ((None, 0), (adapter, 0), (None, 249), (adapter, 249)):
             cache.use_adapter(path)
-            _, report = drafted(cache, source, LONG, 9)
+            proposals.clear()
+            _, report = drafted(cache, source, LONG, 20)
             assert report.restored_tokens == report.draft_restored_tokens == expected
+            assert drafts.setdefault(path, [*proposals]) == proposals
+        assert drafts[None] != drafts[adapter]
         cache.use_adapter(None)
 
 
