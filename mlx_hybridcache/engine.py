@@ -139,14 +139,14 @@ class Engine(Keeping):
         yield from self.followers.join(request, live)  # whoever reads the same beginning goes first
         try:
             found = yield from self._resume(request, live)  # at the deepest checkpoint
+            yield from self.drafting.resume(live)  # what its drafts go on from
             yield from self.prefill.read(request, live, found)  # a slice a turn; each cut is saved
         finally:
             self.followers.leave(request)
         return found
 
     def _resume(self, request: Request, live: LiveCaches) -> Generator[Pause, None, AnyFound]:
-        # Before anything is found to restore.
-        self.relief.relieve(self.layout.running_bytes(request.rows))
+        self.relief.relieve(self.layout.running_bytes(request.rows))  # before anything is found
         found = yield from self.tiers.resume(request, live)
         self.tiers.publish_begun()
         return found

@@ -63,8 +63,8 @@ class CacheReport:
     model calls that took, the one for the last token included. `diverged_at` is the position of the
     first token that differs from every stored continuation, None where none was contradicted. Of a
     reply that drafts, `accepted_tokens` of its `drafted_tokens` were right, and the model was called
-    `reply_forwards` times for it; a draft model was called `draft_forwards` times, behind
-    `draft_restored_tokens` of the prompt that it did not read again.
+    `reply_forwards` times for it; a draft model, or a head, was called `draft_forwards` times, behind
+    `draft_restored_tokens` of the prompt that were restored for it too.
     `soft_pins` are the checkpoints that the request's `lifetimes` keep for a time.
     """
 

@@ -168,7 +168,7 @@ class CacheSettings:
         # Which bits a batch gives depends on the device, so exact mode decodes one by one.
         batches = not self.exact and not layout.unsupported and batching.shown(model, layout)
         prefill = Prefill(model, layout, grid, learn_turn_marks(tokenizer), tiers, load)
-        made = partial(self._draft_model, prefill)
+        drafts = vocabulary_of(tokenizer), partial(self._draft_model, prefill)
         engine = Engine(
             model=model,
             tokenizer=tokenizer,
@@ -179,7 +179,7 @@ class CacheSettings:
             followers=Followers(layout, grid, tiers.reach),
             prefill=prefill,
             decoder=Decoder(model, layout, store, batches=batches),
-            drafting=Drafting(model, layout, tiers, prefill, vocabulary_of(tokenizer), made),
+            drafting=Drafting(model, layout, sharing, tiers, prefill, *drafts),
         )
         return engine if group is None else _ranked(group, engine)
 

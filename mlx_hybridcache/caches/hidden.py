@@ -29,8 +29,11 @@ class Listener(Protocol):
         """A forward read `tokens`, `(1, n)`, and left `hidden`, `(1, n, width)`: unevaluated, and so are the caches."""
         ...
 
-    def settle(self) -> None:
-        """What was heard so far is evaluated: nothing need be held of it."""
+    def settle(self, cuts: Sequence[int]) -> None:
+        """What was heard so far is evaluated: nothing need be held of it.
+
+        At the positions of `cuts` in it a checkpoint of these caches is taken.
+        """
         ...
 
 

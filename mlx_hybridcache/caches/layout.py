@@ -37,6 +37,9 @@ _KINDS: dict[type, Callable[[Any, int], LayerKind]] = {
     LayerCache: CompressedKind.seen,
 }
 
+STATE_CACHE = partial(mlx_caches.ArraysCache, 1)
+"""Makes an empty one for a single array that holds at one position only."""
+
 _BLOCKS = {
     "mamba2": 256,
     "falcon_h1": 256,

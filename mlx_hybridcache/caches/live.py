@@ -136,10 +136,10 @@ class LiveCaches(LazySource[RowBlock]):
         if self.listener is not None:
             self.listener.begin(caches, position)
 
-    def settle(self) -> None:
-        """A slice was read: who listens holds nothing more of it."""
+    def settle(self, cuts: Sequence[int]) -> None:
+        """A slice was read, with checkpoints at `cuts`: who listens holds nothing more of it."""
         if self.listener is not None:
-            self.listener.settle()
+            self.listener.settle(cuts)
 
     def restored(
         self, caches: list[Any], position: int, capacity: int, origins: Sequence[Origin]

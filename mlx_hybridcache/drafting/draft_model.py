@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -22,24 +21,20 @@ from ..request.sharing import Sharing
 from ..store.budget import Claim
 from ..tiers import Tiers
 from ..worker.turns import Pause
+from .at_work import AtWork
 
 log = logging.getLogger("mlx_hybridcache")
 
 
 @dataclass(eq=False)
-class DraftModel:
-    """A model that drafts for another one, with what its own prompts go through.
-
-    `running` are its drafters that hold caches. While it `is_busy` one of them is at work.
-    """
+class DraftModel(AtWork):
+    """A model that drafts for another one, with what its own prompts go through."""
 
     model: Any
     layout: Layout
     sharing: Sharing
     tiers: Tiers
     prefill: Prefill
-    running: list[ModelDrafter] = field(default_factory=list, init=False)
-    is_busy: bool = field(default=False, init=False)
 
     def drafter(self, request: Request, vocabulary: int) -> ModelDrafter:
         """One for the reply to a request, of a model with so many tokens. It holds nothing yet."""
@@ -52,21 +47,6 @@ class DraftModel:
             job=request.job,
         )
         return ModelDrafter(self, own, min(vocabulary, self.layout.vocabulary))
-
-    @contextmanager
-    def at_work(self) -> Iterator[None]:
-        """While one of its drafters is: what it holds is not let go of for its own needs."""
-        self.is_busy = True
-        try:
-            yield
-        finally:
-            self.is_busy = False
-
-    def let_go(self) -> None:
-        """What its drafters hold goes, because a request needs it: then they draft no more."""
-        if not self.is_busy:
-            for each in [*self.running]:
-                each.give_up()
 
 
 class ModelDrafter:
@@ -104,9 +84,7 @@ class ModelDrafter:
         self._is_reading = True
         self._own.running.append(self)
         try:
-            with closing(self._reading()) as steps:
-                while (pause := self._next(steps)) is not None:
-                    yield pause
+            yield from self._own.turns(self._reading(), lambda: self._is_over)
         except (BudgetError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and not is_allocation_failure(error):
                 raise
@@ -116,11 +94,6 @@ class ModelDrafter:
             self._is_reading = False
             if self._is_over:
                 self._let_go()
-
-    def _next(self, steps: Iterator[Pause]) -> Pause | None:
-        """Its next turn; None once it is done, or nobody wants it any more."""
-        with self._own.at_work():
-            return None if self._is_over else next(steps, None)
 
     def _reading(self) -> Generator[Pause, None, None]:
         request, live = self._request, self._live

@@ -23,12 +23,14 @@ from ..errors import SettingError
 from ..prefill.prefill import Prefill
 from ..request.options import Drafts
 from ..request.request import Request
+from ..request.sharing import Sharing
 from ..tiers import Tiers
 from ..tokens import Tokens
 from ..worker.turns import Pause
 from .draft_model import DraftModel, ModelDrafter
 from .head import Head
 from .head_drafter import HeadDrafter
+from .head_tiers import HeadTiers
 
 
 @dataclass(eq=False)
@@ -37,13 +39,14 @@ class Drafting:
 
     model: Any
     layout: Layout
+    sharing: Sharing
     tiers: Tiers
     prefill: Prefill
     tokens: int
     """The tokenizer's: what two models must have in common, however many rows their vocabularies have."""
     made: Callable[[Any], DraftModel]
     _known: list[DraftModel] = field(default_factory=list, init=False)
-    _heads: dict[str, Head] = field(default_factory=dict, init=False)
+    _heads: dict[str, HeadTiers] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         self.tiers.memory.before_refusing = self._let_go
@@ -98,28 +101,29 @@ class Drafting:
             on_worker(partial(self._keep_head, str(source), head))
 
     def _keep_head(self, source: str, head: Head) -> None:
-        if (
-            self._heads.setdefault(source, head) is not head
-        ):  # another thread has learnt it meanwhile
+        if source in self._heads:  # another thread has learnt it meanwhile
             head.release()
+        else:
+            self._heads[source] = HeadTiers(head, self.sharing, self.tiers)
 
     def release(self) -> None:
         """Let the model and the draft models be what they were."""
         for each in self._known:
             each.layout.release()
-        for head in self._heads.values():
-            head.release()
+        for own in self._heads.values():
+            own.head.release()
         self._known.clear()
         self._heads.clear()
 
     def forget(self, salt: str, tokens: Tokens) -> None:
-        """What draft models have of it goes too."""
+        """What draft models and heads have of it goes too."""
         for each in self._known:
             each.tiers.forget(salt, tokens)
+        for own in self._heads.values():
+            own.forget(salt, tokens)
 
     def _let_go(self) -> None:
-        known: list[DraftModel | Head] = [*self._known, *self._heads.values()]
-        for each in known:
+        for each in (*self._known, *(own.head for own in self._heads.values())):
             each.let_go()
 
     # A reply
@@ -128,19 +132,22 @@ class Drafting:
     def listening(
         self, request: Request, live: LiveCaches, options: Mapping[str, Any]
     ) -> Iterator[None]:
-        """A head hears what is read for its reply, from where that is restored on."""
+        """A head hears what is read for its reply, behind what it has stored of it."""
         drafts: Drafts = options["drafts"]
         if drafts.head is None:
             yield
             return
-        own = self._heads[drafts.head]
-        drafter = HeadDrafter(own, self.tiers.memory, request.rows)
-        live.listener = drafter
+        drafter = live.listener = HeadDrafter(self._heads[drafts.head], request)
         try:
             yield
         finally:
             live.listener = None
-            drafter.end(None)
+            drafter.leave(live.position)
+
+    def resume(self, live: LiveCaches) -> Iterator[Pause]:
+        """What a head has stored of what was restored into `live`, if one listens."""
+        if isinstance(live.listener, HeadDrafter):
+            yield from live.listener.resume()
 
     def speculation(
         self,
@@ -212,8 +219,7 @@ def told(speculation: Speculation) -> dict[str, int]:
     }
     for each in _computing(speculation):
         found["draft_forwards"] = each.forwards
-        if isinstance(each, ModelDrafter):
-            found["draft_restored_tokens"] = each.restored
+        found["draft_restored_tokens"] = each.restored
     return found
 
 

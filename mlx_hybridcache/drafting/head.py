@@ -8,10 +8,8 @@ hidden state of the token in between. So it drafts on from what it drafted. Publ
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -20,13 +18,10 @@ from mlx_lm.utils import infer_quant_config
 
 from .. import models
 from ..caches.hidden import telling
-from ..caches.kinds.rows import RowsKind
-from ..caches.layout import LEARNT_FROM, Layout, fresh_caches
+from ..caches.layout import STATE_CACHE, Layout, fresh_caches
 from ..errors import ModelError, SettingError
+from .at_work import AtWork
 from .head_weights import Weights, head_weights
-
-if TYPE_CHECKING:
-    from .head_drafter import HeadDrafter
 
 MOST_SAID = 300
 """Characters of what MLX says of weights that do not fit: it names each of them."""
@@ -50,26 +45,28 @@ class HeadLayers(nn.Module):
         return out
 
 
-class Head:
+class Head(AtWork):
     """The head of one model, which tells it of its hidden states until `release`.
 
-    `kind` is what its rows are. `running` are its drafters that hold some. While it `is_busy` one of them is at work.
+    To what stores prompts it is a model of its own with a `layout` of its own: rows of its one layer, and beside them, as a
+    state, the hidden state of the last token that was read. The token behind that is not known yet, so there is no
+    row for it. `digest` says which head it is, by its weights.
     """
 
     def __init__(self, model: Any, layout: Layout, layers: HeadLayers, leaf: int):
-        self.running: list[HeadDrafter] = []
+        super().__init__()
         self._model = model
-        self._layout = layout
+        self._beside = layout
         self._layers = layers
         self._leaf = leaf
-        self._is_busy = False
-        self.kind = self._learnt()
+        self.layout = Layout.of(self, storing=layout.storing)
+        models.evaluate(layers)
+        self.digest = models.fingerprint(layers)
         self._telling = telling(_text(model).model)
 
     @classmethod
     def of(cls, model: Any, layout: Layout, source: str | Path) -> Head:
         """The head in the model's own checkpoint, a directory or a repository that was loaded from the hub.
-
         Raises `SettingError` where it has none, or one that is not known, `ModelError` where it cannot be read.
         """
         text = _text(model)
@@ -91,56 +88,44 @@ class Head:
                 f"draft_mtp: the mtp.* weights of {source} do not fit this model: {str(error)[:MOST_SAID]}"
             ) from error
 
-    def _learnt(self) -> RowsKind:
-        """What its rows are, seen as it reads a few tokens. All of its arrays are evaluated then."""
-        cache = self.fresh_cache()
-        tokens = mx.array([[0] * LEARNT_FROM])
-        hidden = _text(self._model).model.embed_tokens(tokens)
-        mx.eval(self.likeliest(self.read(tokens, hidden, cache)))
-        models.evaluate(self._layers)
-        return RowsKind.seen(cache, headroom=True)
-
     def release(self) -> None:
         """Let the model be what it was."""
         self._telling.release()
 
+    # As a model
+
+    @property
+    def model_type(self) -> str:
+        """What its files are named by."""
+        return f"{getattr(self._model, 'model_type', '')} mtp"
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """As of a model."""
+        return self._layers.layers
+
+    def modules(self) -> list[Any]:
+        """As of a model: its own."""
+        return [*self._layers.modules()]  # type: ignore[no-untyped-call]  # as mlx has it
+
+    def make_cache(self) -> list[Any]:
+        """For its rows: as the model's own attention layers have, in full precision; and for what waits."""
+        return [fresh_caches(self._model)[self._leaf], STATE_CACHE()]
+
+    def __call__(self, tokens: mx.array, cache: list[Any]) -> mx.array:
+        """Logits, with embeddings in the place of hidden states: they are alike in all but their numbers."""
+        rows, waiting = cache
+        hidden = _text(self._model).model.embed_tokens(tokens)
+        waiting[0] = hidden[:, -1:]
+        return self._logits(self.read(tokens, hidden, rows))
+
     # While it drafts
-
-    @contextmanager
-    def at_work(self) -> Iterator[None]:
-        """While one of its drafters is: what it holds is not let go of for its own needs."""
-        was_busy, self._is_busy = self._is_busy, True
-        try:
-            yield
-        finally:
-            self._is_busy = was_busy
-
-    def let_go(self) -> None:
-        """What its drafters hold goes, because a request needs it: then they draft no more."""
-        if not self._is_busy:
-            for each in [*self.running]:
-                each.give_up()
 
     def position(self, caches: list[Any]) -> int:
         """Where a request's caches stand."""
-        position = self._layout.kinds[self._leaf].position(caches[self._leaf])
+        position = self._beside.kinds[self._leaf].position(caches[self._leaf])
         assert position is not None, "layers with rows know their position"
         return position
-
-    def fresh_cache(self) -> Any:
-        """For its rows: as the model's own attention layers have, in full precision."""
-        return fresh_caches(self._model)[self._leaf]
-
-    def with_room(self, rows: int) -> Any:
-        """The same with room for so many rows."""
-        cache, kind = self.fresh_cache(), self.kind
-        buffers = [
-            mx.zeros((1, shape[1], rows, shape[3]), dtype)
-            for shape, dtype in zip(kind.shapes, kind.dtypes, strict=True)
-        ]
-        mx.eval(buffers)
-        kind.adopt(cache, tuple(buffers), None, 0)
-        return cache
 
     def read(self, tokens: mx.array, hidden: mx.array, cache: Any) -> mx.array:
         """Its output, `(1, n, width)`, for hidden states of that shape and the token behind each, `(1, n)`."""
@@ -148,10 +133,15 @@ class Head:
 
     def likeliest(self, output: mx.array) -> mx.array:
         """The token, `(1, 1)`, that follows the one of the last output."""
-        text, last = _text(self._model), output[:, -1:]
+        return mx.argmax(self._logits(output[:, -1:]), axis=-1)
+
+    def _logits(self, output: mx.array) -> mx.array:
+        text = _text(self._model)
         is_tied = text.args.tie_word_embeddings
-        logits = text.model.embed_tokens.as_linear(last) if is_tied else text.lm_head(last)
-        return mx.argmax(logits, axis=-1)
+        logits: mx.array = (
+            text.model.embed_tokens.as_linear(output) if is_tied else text.lm_head(output)
+        )
+        return logits
 
 
 def _text(model: Any) -> Any:

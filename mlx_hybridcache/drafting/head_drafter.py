@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import mlx.core as mx
+import numpy as np
 
+from ..caches import checkpoint as checkpoints
 from ..caches.hidden import listen
-from ..caches.kinds.rows import compact
-from ..caches.memory import MemoryStore
+from ..caches.kinds.kind import Snapshot
+from ..caches.kinds.rows import compact, evaluate_to_keep
 from ..caches.relief import is_allocation_failure
 from ..caches.room import rounded
 from ..errors import BudgetError
-from .head import Head
+from ..request.request import Request
+from ..worker.turns import Pause
+from .head_tiers import HeadTiers
 
 log = logging.getLogger("mlx_hybridcache")
 
@@ -23,6 +27,9 @@ T = TypeVar("T")
 
 MOST_WAITING = 64
 """Hidden states that wait for a draft, where none is asked for meanwhile."""
+
+STATE = 1
+"""Of a head's caches the one with the hidden state that waits for the token behind it; the one before has rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,34 +56,80 @@ class Heard:
 class HeadDrafter:
     """Drafts for one reply, token by token, as a `Drafter`; and a `Listener` to the reply's caches.
 
-    The head has a row for each position that was read since the caches stood where they were restored, behind the
-    last of which the token is known. Rotations count from there: only distances matter. What waits for a
-    draft, or for the token behind it, is `_waiting`. Without memory it drafts nothing.
+    The head has a row for each position behind which the token is known; what waits for that, or for a draft, is
+    `_waiting`. Where the caches are restored it goes on from what is stored of it: rows up to there, and the hidden
+    state of the last token. Where less is stored `_missing` positions have no rows, for good, because nobody has
+    their hidden states any more: rotations are counted as if those behind followed at once, and nothing more is
+    stored, as a path has no gaps. Without memory it drafts nothing.
     """
 
-    def __init__(self, own: Head, memory: MemoryStore, rows: int):
-        """`rows` is how many the reply's own caches are made for."""
+    def __init__(self, own: HeadTiers, request: Request):
+        """`request` is its model's, for the reply."""
         self.forwards = 0
         """Calls of the head so far."""
-        self._own = own
-        self._memory = memory
-        self._rows = rows
-        self._claim = memory.budget.claim(0)
+        self.restored = 0
+        """Tokens of the prompt that it had not to hear."""
+        self._own = own.head
+        self._tiers = own.place(request.namespace.settings).tiers
+        self._prompt = request.tokens
+        self._rows = request.rows
+        self._request = own.request(request)
+        self._live = self._tiers.live(self._request)
         self._caches: Sequence[Any] = ()
-        self._cache: Any = None
-        self._capacity = 0
-        self._start = self._next = 0  # the positions of its first row, and of the one to come
+        self._stands = 0  # where these are restored
+        self._next = 0  # the position of the row to come
+        self._missing = 0
         self._waiting: list[Heard] = []
+        self._is_reading = False
         self._is_over = False
 
-    # What is read
+    # What is restored
 
     def begin(self, caches: Sequence[Any], position: int) -> None:
         """As `Listener.begin`."""
         self._let_go()
         if not self._is_over:
-            self._caches, self._start, self._next = caches, position, position
+            self._caches, self._stands = caches, position
             listen(caches, self)
+
+    def resume(self) -> Iterator[Pause]:
+        """Rows for what the caches have of its prompt, as far as they are stored; disk reads take turns."""
+        if self._is_over:
+            return
+        self._is_reading = True
+        self._own.running.append(self)
+        try:
+            yield from self._own.turns(self._resuming(), lambda: self._is_over)
+        except (BudgetError, RuntimeError) as error:
+            self._do_without(error)
+        except BaseException:
+            self._is_over = True
+            raise
+        finally:
+            self._is_reading = False
+            if self._is_over:
+                self._let_go()
+
+    def _resuming(self) -> Generator[Pause, None, None]:
+        tiers, live, stands = self._tiers, self._live, self._stands
+        live.tokens = self._request.tokens
+        known = replace(self._request, tokens=live.tokens[: max(1, stands)])  # one is not restored
+        gap = _gap(stands, tiers.reach(known, live))
+        known = replace(known, room=rounded(self._rows - gap))
+        found = (yield from tiers.resume(known, live)).position
+        self._missing = _gap(stands, found)
+        if self._missing:
+            self.restored, self._next = found, stands
+        else:
+            self.restored, self._next = stands, found
+            self._waiting = [self._waits(found)] if found else []
+
+    def _waits(self, position: int) -> Heard:
+        """The hidden state that was restored, of the token at `position`."""
+        token = mx.array([[int(self._prompt[position])]])
+        return Heard(position, token, self._live.caches[STATE][0])
+
+    # What is read
 
     def heard(self, tokens: mx.array, hidden: mx.array) -> None:
         """As `Listener.heard`. What was read and refused before is known by where this begins."""
@@ -87,10 +140,32 @@ class HeadDrafter:
         if not self._is_over:
             self._waiting.append(Heard(start, tokens, hidden))
 
-    def settle(self) -> None:
-        """As `Listener.settle`. The head's rows alone are computed, not what it would make of them."""
+    def settle(self, cuts: Sequence[int]) -> None:
+        """As `Listener.settle`. The head's rows alone are computed, not what it would make of them.
+
+        They are stored where those of the caches are, so that whoever is restored there has both.
+        """
         if self._waiting and not self._is_over:
-            self._if_there_is_memory(lambda: self._take(None))
+            self._if_there_is_memory(lambda: self._settle(cuts))
+
+    def _settle(self, cuts: Sequence[int]) -> None:
+        ends = [] if self._missing else [at - 1 for at in cuts if at > 1]
+        states = [(at, self._hidden(at)) for at in ends if at >= self._waiting[0].start]
+        # While all of it is held: a copy takes over the whole buffer of what nobody else has.
+        evaluate_to_keep([hidden for _, hidden in states])
+        self._take(None)
+        for at, hidden in states:
+            snapshot = self._own.layout.stored(STATE, Snapshot((hidden,)))
+            taken = checkpoints.take(self._own.layout, self._live.caches, at, {STATE: snapshot})
+            is_end = at == len(self._prompt) - 2
+            self._tiers.save(self._request, self._live, taken, is_end=is_end, is_branch_point=False)
+        if states:
+            self._live.materialize()
+
+    def _hidden(self, position: int) -> mx.array:
+        """A copy of the hidden state there, `(1, 1, width)`, which waits."""
+        each = next(each for each in self._waiting if each.start <= position < each.end)
+        return compact(each.cut(position, position + 1).hidden)
 
     def _cut(self, end: int) -> None:
         """What was read behind `end` was wrong."""
@@ -118,9 +193,10 @@ class HeadDrafter:
         return output
 
     def _read(self, tokens: mx.array, hidden: mx.array) -> mx.array:
-        output = self._own.read(tokens, hidden, self._cache)
+        rows = self._live.caches[0]
+        output = self._own.read(tokens, hidden, rows)
         self.forwards += 1
-        mx.eval(self._cache.state)  # what makes its rows, and no more
+        mx.eval(rows.state)  # what makes its rows, and no more
         return output
 
     # Drafts
@@ -141,7 +217,7 @@ class HeadDrafter:
         while len(drafted) < most:
             output = self._read(drafted[-1], output[:, -1:])
             drafted.append(self._own.likeliest(output))
-        self._cache.trim(most - 1)  # the model will say what it finds there
+        self._live.caches[0].trim(most - 1)  # the model will say what it finds there
         return [int(token) for token in mx.concatenate(drafted, axis=1)[0]]
 
     def accepted(self, drafted: int, accepted: int) -> None:
@@ -151,22 +227,14 @@ class HeadDrafter:
 
     def _make_room(self, end: int, *, only_free: bool = False) -> None:
         """Have rows for all positions before `end`. Raises `BudgetError`."""
-        rows = end - self._start
-        if rows <= self._capacity:
+        live, layout = self._live, self._own.layout
+        more = rounded(end - self._missing) - live.capacity
+        if more <= 0:
             return
-        first = self._rows - self._start if self._cache is None else 0
-        capacity = rounded(max(rows, first))
-        held, need = self._claim.nbytes, self._own.kind.buffer_nbytes(capacity)
-        if only_free and not self._memory.budget.has_room(need):
+        need = layout.growth_bytes(live.capacity, more) + layout.largest_buffer_bytes(live.capacity)
+        if only_free and not self._tiers.memory.budget.has_room(need):
             raise BudgetError(f"{need:,} bytes are not free.")
-        self._claim.grow(need - held, passing=held)  # old and new ones are there for a moment
-        if self._cache is None:
-            self._own.running.append(self)
-            self._cache = self._own.with_room(capacity)
-        else:
-            self._own.kind.grow(self._cache, capacity)
-            mx.eval(self._cache.state)
-        self._capacity = capacity
+        live.grow(more)
 
     def _if_there_is_memory(self, work: Callable[[], T]) -> T | None:
         """What `work` gives. Where memory runs out the reply goes on without drafts."""
@@ -174,29 +242,57 @@ class HeadDrafter:
             with self._own.at_work():
                 return work()
         except (BudgetError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and not is_allocation_failure(error):
-                raise
-            log.info("A reply goes on without its head's drafts: %s", str(error))
-            self.give_up()
+            self._do_without(error)
+            self._let_go()
             return None
+
+    def _do_without(self, error: BudgetError | RuntimeError) -> None:
+        """No more drafts where memory ran out; any other error is raised."""
+        if isinstance(error, RuntimeError) and not is_allocation_failure(error):
+            raise error
+        log.info("A reply goes on without its head's drafts: %s", str(error))
+        self._is_over = True
 
     # Its end
 
-    def end(self, history: Sequence[int] | None) -> None:
-        """As `Drafter.end`. Nothing of it is stored."""
-        self.give_up()
+    def leave(self, read: int) -> None:
+        """The request is over, perhaps before its reply: what was heard of the prompt's first `read` tokens is stored."""
+        self.end(None if self._is_over else self._prompt[:read].tolist())
 
-    def give_up(self) -> None:
-        """No more drafts: what it holds goes."""
+    def end(self, history: Sequence[int] | None) -> None:
+        """As `Drafter.end`. What it has behind `history` is stored, so that the next turn goes on from there."""
+        if not self._is_over and not self._missing and history is not None:
+            self._if_there_is_memory(lambda: self._save(history))
         self._is_over = True
         self._let_go()
 
+    def _save(self, history: Sequence[int]) -> None:
+        self._cut(len(history))
+        if not self._waiting or self._waiting[-1].end != len(history):
+            return
+        self._take(None)
+        self._live.caches[STATE][0] = self._waiting[-1].hidden
+        path = HeadTiers.path(np.array(history, dtype=np.int32))
+        self._tiers.save_end(self._request, self._live, path)
+
+    def give_up(self) -> None:
+        """At once, without storing anything more."""
+        self._is_over = True
+        if not self._is_reading:  # else its next turn, or its end, lets go
+            self._live.let_go()
+            self._let_go()
+
     def _let_go(self) -> None:
         listen(self._caches, None)
-        self._caches, self._cache, self._capacity, self._waiting = (), None, 0, []
-        self._claim.release()
+        self._caches, self._waiting = (), []
         if self in self._own.running:
             self._own.running.remove(self)
+        self._live.release()
+
+
+def _gap(stands: int, found: int) -> int:
+    """How many positions have no rows where caches stand, if so many rows are stored and the hidden state behind them."""
+    return 0 if not stands or 0 < found == stands - 1 else stands - found
 
 
 def _owned(heard: Heard) -> Heard:

@@ -69,7 +69,7 @@ class Prefill:
             account.forwards += 1
             live.position, left = read.position, [*read.taken]
             del read  # what the store lets go of again must not be held from here
-            live.settle()
+            live.settle([each.position for each in left])
             while left:
                 at = left[0].position
                 is_end, is_branch_point = at == reading.end, at in branches

@@ -52,7 +52,8 @@ class Request:
     An `exact` one is read in whole slices of the grid, and goes on only where one of those ended;
     `detail` says why, if that is not what its cache was made for. A `best_effort` reply ends where
     nothing more fits. `lifetimes` are positions in `[1, len(tokens))`, with the seconds for which what
-    restores them has a soft pin. `job` is what the worker knows of it.
+    restores them has a soft pin. `job` is what the worker knows of it. `room`, if any, are the rows that its caches
+    are made for, where the tokens do not tell them.
     """
 
     tokens: Tokens
@@ -63,6 +64,7 @@ class Request:
     exact: bool = False
     best_effort: bool = False
     detail: str = ""
+    room: int = 0
     on_progress: Progress = _nobody
     job: Job = field(default_factory=lambda: Job(left=1))
     account: Account = field(default_factory=Account)
@@ -70,6 +72,8 @@ class Request:
     @property
     def rows(self) -> int:
         """How many its caches are made for."""
+        if self.room:
+            return self.room
         return request_rows(len(self.tokens), self.max_tokens, best_effort=self.best_effort)
 
     def advance(self, read: int) -> None:

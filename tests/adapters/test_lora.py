@@ -1,6 +1,5 @@
 """Adapters that take turns on one model: replies as in a process of their own, and what is stored stays."""
 
-import json
 import shutil
 
 import mlx.core as mx
@@ -8,8 +7,8 @@ import numpy as np
 import oracle
 import pytest
 import tiny
-from mlx.utils import tree_flatten
-from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
+from mlx_lm.tuner.utils import load_adapters
+from odd_models.adapters import SETTINGS, write_adapter
 
 from mlx_hybridcache import AdapterError, HybridPromptCache
 from mlx_hybridcache.decode import batch_check
@@ -17,24 +16,6 @@ from mlx_hybridcache.tokens import prompt_tokens
 
 PROMPT = oracle.prompt(150, seed=3, openers=[40])
 REPLY = 8
-SETTINGS = {"rank": 2, "scale": 4.0, "dropout": 0.5}
-
-
-def write_adapter(folder, seed, family="qwen3_next", kind="lora", settings=SETTINGS):
-    """One with random weights, on the last two layers."""
-    model = tiny.fresh(family)
-    linear_to_lora_layers(model, 2, settings, use_dora=kind == "dora")
-    draw = np.random.default_rng(seed)
-    weights = {
-        name: mx.array(draw.normal(size=array.shape).astype(np.float32)) * 0.2
-        for name, array in tree_flatten(model.parameters())
-        if name.rpartition(".")[2] in ("lora_a", "lora_b", "m")
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    mx.save_safetensors(str(folder / "adapters.safetensors"), weights)
-    config = {"fine_tune_type": kind, "num_layers": 2, "lora_parameters": settings}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    return folder
 
 
 @pytest.fixture(scope="module")

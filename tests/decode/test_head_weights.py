@@ -83,7 +83,7 @@ def is_near(head, tokens, hidden, reference, allowed=1e-4):
     """Whether outputs and the likeliest token are the reference's, read at once and a few at a time."""
     expected, logits = reference.logits(tokens, np.array(hidden[0]))
     for step in (len(tokens), 7):
-        cache, out = head.fresh_cache(), []
+        cache, out = head.make_cache()[0], []
         for start in range(0, len(tokens), step):
             part = slice(start, start + step)
             out.append(head.read(mx.array([tokens[part]]), hidden[:, part], cache))
@@ -118,7 +118,7 @@ def test_a_quantized_head_is_read_with_its_scales(name, written):
     reference = Reference(model, heads.fresh_layers(model))
     tokens, hidden = some(model)
     expected, _ = reference.logits(tokens, np.array(hidden[0]))
-    found = head.read(mx.array([tokens]), hidden, head.fresh_cache())
+    found = head.read(mx.array([tokens]), hidden, head.make_cache()[0])
     assert np.abs(np.array(found[0]) - expected).mean() < 0.05
     assert isinstance(head._layers.fc, nn.QuantizedLinear)
 

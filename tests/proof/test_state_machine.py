@@ -71,6 +71,9 @@ FLOORS = Counter(
 DRAFTS = Counter({"accepted": 200, "refused drafts": 40})
 """The same of drafted tokens that were right, and that were not."""
 
+HEADS = Counter({"heads restored": 20})
+"""The same of replies whose heads went on from what was stored."""
+
 
 @pytest.mark.parametrize("operations", OPERATIONS)
 @pytest.mark.parametrize("name", cases.CASES)
@@ -103,6 +106,8 @@ def operate(name: str, operations: int) -> None:
     """
     seen: Counter[str] = Counter()
     floors = FLOORS + DRAFTS if cases.CASES[name].drafts else Counter(FLOORS)
+    if cases.CASES[name].head is not None:
+        floors += HEADS
     if operations < 10_000:
         floors = Counter({what: least // 10 for what, least in floors.items()})
     if cases.CASES[name].quantized or cases.CASES[name].grow:

@@ -255,9 +255,8 @@ class RunningReply:
             "draft_n_accepted": report.accepted_tokens,
             "forwards_n": report.reply_forwards,
         }
-        if "draft_model" in options:  # whose prompts are cached too
+        if options.keys() & {"draft_model", "draft_mtp"}:  # what has its own of a prompt
             counts["draft_cache_n"] = report.draft_restored_tokens
-        if options.keys() & {"draft_model", "draft_mtp"}:
             counts["draft_forwards_n"] = report.draft_forwards
         return counts
 

@@ -68,13 +68,13 @@ def test_a_reply_is_the_same_in_fewer_forwards(headed):
         assert timings["forwards_n"] < timings["predicted_n"]
         calls = float(timings["draft_forwards_n"])
         assert calls > timings["draft_n"]
-        assert "draft_cache_n" not in timings
+        assert timings["draft_cache_n"] == 0
         assert f"mlx_hybridcache_draft_model_forwards_total {calls}" in told
         assert "draft_n" not in plain["timings"]
 
 
 def test_the_cache_restores_as_much_beside_a_head(headed):
-    """The same request again, and the next turn."""
+    """The same request again, and the next turn; of both the head has what the model has."""
     more = [*MESSAGES, {"role": "assistant", "content": "Red."}, {"role": "user", "content": "?"}]
     bodies = ({}, {}, {"messages": more})
     plain, _ = asked(headed, *bodies, flags=())
@@ -83,6 +83,11 @@ def test_the_cache_restores_as_much_beside_a_head(headed):
         each["timings"]["cache_n"] for each in plain
     ]
     assert [*map(said, found)] == [*map(said, plain)]
+    heard = [each["timings"]["draft_cache_n"] for each in found]
+    assert heard == [each["timings"]["cache_n"] for each in found]
+    assert heard[1] > heard[0] == 0
+    first, again = (each["timings"] for each in found[:2])
+    assert again["draft_n_accepted"] == first["draft_n_accepted"] > 0
 
 
 def test_a_request_may_have_no_drafts(headed):

@@ -101,7 +101,7 @@ def new_cache(name: str, **settings: Any) -> HybridPromptCache:
         oracle.word_tokenizer(),
         memory_budget=settings.pop("memory_budget", "300MB"),
         prefill_step_size=64,
-        checkpoint_every=64,
+        checkpoint_every=settings.pop("checkpoint_every", 64),
         checkpoint_min_step=16,
         **settings,
     )

@@ -32,10 +32,13 @@ class Reference:
         out = _norm(out, own["norm.weight"], eps)
         return out, out @ self._text["lm_head.weight"].T
 
-    def drafts(self, tokens: Sequence[int], most: int, seen_from: int = 0) -> list[int]:
-        """What it drafts behind `tokens`, when it has seen what was read from a position on."""
-        hidden = np.array(hidden_of(self._model, tokens[:-1])[0])[seen_from:]
-        behind, drafted = [*tokens[seen_from + 1 :]], []
+    def drafts(
+        self, tokens: Sequence[int], most: int, seen_from: int = 0, seen_to: int = 0
+    ) -> list[int]:
+        """What it drafts behind `tokens`, when it has seen what was read from a position on, and before another one."""
+        seen = [*range(seen_to), *range(seen_from, len(tokens) - 1)]
+        hidden = np.array(hidden_of(self._model, tokens[:-1])[0])[seen]
+        behind, drafted = [tokens[at + 1] for at in seen], []
         while True:
             out, logits = self.logits(behind, hidden)
             drafted.append(int(logits[-1].argmax()))

@@ -276,6 +276,8 @@ class CacheUnderTest(RuleBasedStateMachine):
             report = stream.report
             self.count("accepted", report.accepted_tokens)
             self.count("refused drafts", report.drafted_tokens - report.accepted_tokens)
+            if "draft_mtp" in options:
+                self.count("heads restored", report.draft_restored_tokens > 0)
         return found
 
     def attempt(self, do: Callable[[], object], *, may: bool = False) -> None:
