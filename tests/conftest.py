@@ -9,7 +9,8 @@ from collections.abc import Generator, Iterator
 import pytest
 
 LONGEST = (
-    *("test_state_machine.py", "test_retained.py", "test_borrowing.py", "test_cli.py"),
+    *("test_state_machine.py", "test_group.py", "test_group_disk.py", "test_retained.py"),
+    *("test_borrowing.py", "test_cli.py", "test_group_verify.py", "test_group_server.py"),
     *("test_bench_ttft_servers.py", "test_equality.py", "test_resident.py", "test_bench_ttft.py"),
     *("test_speculation.py", "test_quantized.py", "test_disk_kills.py", "test_bench.py"),
     *("test_bench_disk.py", "test_forwards.py", "test_server_limits.py", "test_memory.py"),

@@ -12,7 +12,7 @@ from mlx_hybridcache.caches import gated_delta as ours
 from mlx_hybridcache.caches.layout import Layout, fresh_caches
 
 TOKENS = mx.array([tiny.random_tokens(40, 3)])
-RECURRENT_LAYERS = 3
+RECURRENT_LAYERS = 2
 
 
 def arguments(width: int = 32, heads: int = 4, tokens: int = 9, batch: int = 2) -> list[mx.array]:

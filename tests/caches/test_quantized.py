@@ -11,6 +11,7 @@ import numpy as np
 import oracle
 import pytest
 import tiny
+from long import in_turns, mostly_long
 from odd_models.quantizing import Quantized, wide
 
 from mlx_hybridcache import HybridPromptCache, SettingError
@@ -25,8 +26,9 @@ START = 150
 PROMPT = oracle.prompt(300, seed=3)
 OTHER = oracle.prompt(300, seed=4)
 
-each_family = pytest.mark.parametrize("family", ["llama", "qwen3_next"])
-each_start = pytest.mark.parametrize("start", [0, START, 1000])
+FAMILIES, STARTS = ["llama", "qwen3_next"], [0, START, 1000]
+each_family = pytest.mark.parametrize("family", FAMILIES)
+each_start = pytest.mark.parametrize("start", STARTS)
 
 
 def opened(model, quantized, **settings):
@@ -68,13 +70,16 @@ PATHS = {
 
 @pytest.mark.parametrize(
     ("family", "bits", "start"),
-    [
-        ("llama", 4, 0),
-        ("llama", 4, START),
-        ("llama", 8, 1000),
-        ("qwen3_next", 8, 0),
-        ("qwen3_next", 4, START),
-    ],
+    mostly_long(
+        [
+            ("llama", 4, 0),
+            ("llama", 4, START),
+            ("llama", 8, 1000),
+            ("qwen3_next", 8, 0),
+            ("qwen3_next", 4, START),
+        ],
+        [("llama", 4, 0), ("llama", 8, 1000), ("qwen3_next", 4, START)],
+    ),
 )
 def test_every_path_has_the_bits_of_a_cold_run(family, bits, start):
     """Cold, then each path with what those before it have stored; all but the last token may be restored."""
@@ -101,8 +106,7 @@ def test_what_was_read_in_other_slices_is_the_same(family):
         assert off(model, cache, quantized, [*PROMPT[:230], 1, 2]) > 0
 
 
-@each_start
-@each_family
+@pytest.mark.parametrize(("family", "start"), in_turns(FAMILIES, STARTS))
 def test_after_a_restart_files_give_the_same(family, start, tmp_path):
     """Rows on both sides of the start come back from the disk; no file holds both."""
     model, quantized = wide(family), Quantized(4, start)

@@ -4,7 +4,7 @@ import mlx.core as mx
 import oracle
 import pytest
 import tiny
-from long import mostly_long
+from long import in_turns, mostly_long
 from mlx_lm.models import llama
 from mlx_lm.sample_utils import make_sampler
 from odd_models.drafters import model_of, new_cache
@@ -28,9 +28,14 @@ FAMILIES = (
     *("qwen3_next", "qwen3_5", "qwen3_5_moe", "jamba", "recurrent_gemma", "lfm2", "mamba2"),
     *("gemma3_text", "llama", "llama4", "gpt_oss", "falcon_h1"),
 )
-each_family = pytest.mark.parametrize(
-    "name", mostly_long(FAMILIES, ("qwen3_next", "jamba", "mamba2", "gemma3_text", "llama"))
-)
+SOME = ("qwen3_next", "jamba", "mamba2", "gemma3_text", "llama")
+each_family = pytest.mark.parametrize("name", mostly_long(FAMILIES, SOME))
+
+
+def each_family_with(what, values):
+    """Always each family with one of them, and each of them with some."""
+    return pytest.mark.parametrize(("name", what), in_turns(FAMILIES, values, (SOME, values)))
+
 
 EVERYWHERE = range(tiny.VOCAB)
 
@@ -61,8 +66,7 @@ def next_turn_off(name, cache, draft, tokens, prompt=PROMPT, **settings):
         return off(name, found, list(other.stream_generate(history, 8, **GREEDY)))
 
 
-@each_family
-@pytest.mark.parametrize("wrong", ["never", "always", "now and then"])
+@each_family_with("wrong", ["now and then", "never", "always"])
 def test_a_reply_is_the_same_whatever_a_model_drafts(name, wrong, monkeypatch):
     """Right, wrong, right up to a token: as many forwards as that comes to, and the next turn goes on behind both ends."""
     never_resting(monkeypatch)
@@ -85,8 +89,7 @@ def test_a_reply_is_the_same_whatever_a_model_drafts(name, wrong, monkeypatch):
         assert cache.stats().running_bytes == 0
 
 
-@pytest.mark.parametrize("most", range(1, 9))
-@pytest.mark.parametrize("name", ["qwen3_next", "jamba"])
+@pytest.mark.parametrize(("name", "most"), in_turns(["qwen3_next", "jamba"], range(1, 9)))
 def test_any_number_of_tokens_is_drafted_at_once(name, most, monkeypatch):
     """One to eight; the draft model is called once for each of them, and never for what it has read."""
     never_resting(monkeypatch)
@@ -107,10 +110,13 @@ def test_any_number_of_tokens_is_drafted_at_once(name, most, monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "other"),
-    [
-        *(("qwen3_next", "llama"), ("llama", "qwen3_next"), ("gemma3_text", "mamba2")),
-        *(("jamba", "gemma3_text"), ("mamba2", "qwen3_moe"), ("recurrent_gemma", "lfm2")),
-    ],
+    mostly_long(
+        [
+            *(("qwen3_next", "llama"), ("llama", "qwen3_next"), ("gemma3_text", "mamba2")),
+            *(("jamba", "gemma3_text"), ("mamba2", "qwen3_moe"), ("recurrent_gemma", "lfm2")),
+        ],
+        [("qwen3_next", "llama"), ("llama", "qwen3_next"), ("recurrent_gemma", "lfm2")],
+    ),
 )
 def test_a_draft_model_may_be_of_another_family(name, other):
     """What restores at any position beside what does at checkpoints only, either way round."""
@@ -127,8 +133,7 @@ def test_a_draft_model_may_be_of_another_family(name, other):
         assert (report.draft_restored_tokens == 50) == (not layout.needs_snapshots)
 
 
-@each_family
-@pytest.mark.parametrize("taken", [1, 4, 14])
+@each_family_with("taken", [4, 14, 1])
 def test_who_stops_in_a_block_is_stored_to_the_token_that_was_taken_by_both(name, taken):
     """What was drafted and verified ahead of a stop text goes back. Of one token nothing was drafted."""
     with new_cache(name) as cache:
@@ -392,9 +397,11 @@ MUTATIONS = {
 }
 
 
-# Llama and Mamba 2 of random weights write one token over and over, where nothing is seen.
-@pytest.mark.parametrize("which", MUTATIONS)
-@pytest.mark.parametrize("name", ["qwen3_next", "gemma3_text", "recurrent_gemma", "qwen3_moe"])
+# Of some others of random weights, which write one token over and over, nothing is seen.
+@pytest.mark.parametrize(
+    ("name", "which"),
+    in_turns(["qwen3_5_moe", "gemma3_text", "recurrent_gemma", "qwen3_moe"], MUTATIONS),
+)
 def test_a_stale_draft_cache_is_seen(name, which, monkeypatch):
     """It changes no reply, as nothing that drafts does; but more of what it drafts is wrong."""
     never_resting(monkeypatch)

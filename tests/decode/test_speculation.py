@@ -6,7 +6,7 @@ import mlx.core as mx
 import oracle
 import pytest
 import tiny
-from long import mostly_long
+from long import in_turns, mostly_long
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 from odd_models import families
 from odd_models.drafters import Knowing, new_cache, with_drafter
@@ -42,9 +42,12 @@ GREEDY = {"sampler": oracle.never_ending, "seed": 0}
 COUNT = 40
 PROMPT = oracle.prompt(60, seed=3)
 
-each_family = pytest.mark.parametrize(
-    "name", mostly_long(FAMILIES, ("qwen3_next", "recurrent_gemma", "gemma3_text", "llama"))
-)
+SOME = ("qwen3_next", "recurrent_gemma", "gemma3_text", "llama")
+each_family = pytest.mark.parametrize("name", mostly_long(FAMILIES, SOME))
+
+
+DRAFTS = [(8, 0), (0, 8), (1, 2), (2, 1), (7, 1)]
+"""How many tokens in a row are right, and how many after them wrong."""
 
 
 def plain(cache, prompt=PROMPT, count=COUNT, **options):
@@ -92,10 +95,10 @@ def next_turn(name, prompt, history, settings):
         return list(other.stream_generate(history, 8, **GREEDY))
 
 
-@each_family
-@pytest.mark.parametrize(("right", "wrong"), [(8, 0), (0, 8), (1, 2), (2, 1), (7, 1)])
-def test_a_reply_is_the_same_whatever_is_drafted(name, right, wrong, monkeypatch):
+@pytest.mark.parametrize(("name", "drafts"), in_turns(FAMILIES, DRAFTS, (SOME, DRAFTS)))
+def test_a_reply_is_the_same_whatever_is_drafted(name, drafts, monkeypatch):
     """Right, wrong, right until the last token; and the next turn goes on behind its very end."""
+    right, wrong = drafts
     never_resting(monkeypatch)
     with new_cache(name) as cache:
         expected = plain(cache)
@@ -123,8 +126,7 @@ def test_rows_without_room_behind_them_go_back_too(monkeypatch):
         assert 0 < report.accepted_tokens < report.drafted_tokens
 
 
-@pytest.mark.parametrize("most", range(1, 9))
-@pytest.mark.parametrize("name", ["qwen3_next", "jamba"])
+@pytest.mark.parametrize(("name", "most"), in_turns(["qwen3_next", "jamba"], range(1, 9)))
 def test_any_number_of_tokens_is_drafted_at_once(name, most, monkeypatch):
     """One to eight, the last of which is wrong; no key in the store is longer than what was read."""
     never_resting(monkeypatch)
@@ -153,8 +155,9 @@ def stopping(taken):
     return through
 
 
-@each_family
-@pytest.mark.parametrize("taken", [1, 4, 14, 17])
+@pytest.mark.parametrize(
+    ("name", "taken"), in_turns(FAMILIES, [4, 1, 14, 17], (SOME, [4, 1, 14, 17]))
+)
 def test_who_stops_in_a_block_is_stored_to_the_token_that_was_taken(name, taken):
     """What was verified ahead of a stop text goes back."""
     with new_cache(name) as cache:
@@ -355,11 +358,14 @@ def test_nobody_drafts_beyond_what_a_model_computes_alike_in_any_slices(monkeypa
 
 @pytest.mark.parametrize(
     ("name", "start"),
-    [
-        *(("wide qwen3_next", start) for start in (0, 60, 70)),
-        ("wide jamba", 70),
-        ("wide llama", 0),
-    ],
+    mostly_long(
+        [
+            *(("wide qwen3_next", start) for start in (0, 60, 70)),
+            ("wide jamba", 70),
+            ("wide llama", 0),
+        ],
+        [("wide qwen3_next", 60), ("wide jamba", 70), ("wide llama", 0)],
+    ),
 )
 def test_quantized_rows_go_back_bit_for_bit(name, start, monkeypatch):
     """From token 70 on, the 10th of the reply: no block reaches across, and what is wrong leaves no row."""

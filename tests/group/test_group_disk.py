@@ -12,14 +12,11 @@ from long import mostly_long
 from matrix import shapes
 from oracle import word_tokenizer
 from ranks import scenarios
+from ranks.scenarios import as_lists, replies_only
 from ranks.started import group_of
 
 from mlx_hybridcache import HybridPromptCache
 from mlx_hybridcache.disk.segment import read_header, write
-
-
-def as_lists(value):
-    return [as_lists(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def visits_in_one_process(tmp_path, family, seed, acts, visits, *, at_once):
@@ -47,11 +44,6 @@ def start(
 
 def of(said, key):
     return [each[key] for each in said if key in each]
-
-
-def replies_only(found):
-    """Without the counts of tokens restored, which follow from what fits and from who comes first."""
-    return [each[:2] if isinstance(each[1], str) else each for each in found]
 
 
 @pytest.mark.parametrize(

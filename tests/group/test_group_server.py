@@ -1,4 +1,4 @@
-"""The server as users start it on several machines: `mlx.launch ... -- python -m mlx_hybridcache.server`."""
+"""The server on several machines: as `mlx.launch ... -- python -m mlx_hybridcache.server` starts it."""
 
 import json
 import os
@@ -15,8 +15,8 @@ from pathlib import Path
 import httpx2
 import psutil
 import pytest
-from ranks.started import free_ports
-from servers import CHAT, command, environment
+from ranks.started import free_ports, group_of
+from servers import CHAT, OURS, command, environment
 
 SECONDS = 120
 
@@ -45,9 +45,8 @@ ASKED = [
 class Launched:
     """The processes of a group under their launcher; what all of them print comes out in one place."""
 
-    def __init__(self, process, url):
+    def __init__(self, process):
         self.process = process
-        self.client = httpx2.Client(base_url=url, timeout=SECONDS)
         self.printed = ""
         self._reading = threading.Thread(target=self._read, daemon=True)
         self._reading.start()
@@ -56,14 +55,8 @@ class Launched:
         for line in self.process.stdout:
             self.printed += line
 
-    def answers(self):
-        until = time.monotonic() + SECONDS
-        while time.monotonic() < until and self.process.poll() is None:
-            try:
-                return self.client.get("/health")
-            except httpx2.TransportError:
-                time.sleep(0.2)
-        raise AssertionError(f"no answer\n{self.printed}")
+    def runs(self):
+        return self.process.poll() is None
 
     def rank(self, number):
         """That rank's process."""
@@ -77,17 +70,77 @@ class Launched:
     def ends(self):
         self.process.wait(SECONDS)
         self._reading.join(5)
-        return self.printed
+
+
+class Started:
+    """The same processes as `mlx.launch` would start, without their imports and without it, which keeps a core busy."""
+
+    def __init__(self, ranks):
+        self.ranks = ranks
+
+    @property
+    def printed(self):
+        return "".join(rank.printed for rank in self.ranks)
+
+    def runs(self):
+        return all(rank.process.poll() is None for rank in self.ranks)
+
+    def rank(self, number):
+        return self.ranks[number].process.pid
+
+    def ends(self):
+        for rank in self.ranks:
+            rank.ends()
+
+
+class Group:
+    """A group of two with the bundled model, on the port that its clients ask."""
+
+    def __init__(self, processes, client):
+        self.processes = processes
+        self.client = client
+
+    def answers(self):
+        until = time.monotonic() + SECONDS
+        while time.monotonic() < until and self.processes.runs():
+            try:
+                return self.client.get("/health")
+            except httpx2.TransportError:
+                time.sleep(0.2)
+        raise AssertionError(f"no answer\n{self.processes.printed}")
+
+    def rank(self, number):
+        return self.processes.rank(number)
+
+    def ends(self):
+        """What all of them printed."""
+        self.processes.ends()
+        return self.processes.printed
+
+    def end(self):
+        """Ask all of them to."""
+        for number in (0, 1):
+            with suppress(ValueError, psutil.Error, ProcessLookupError):  # it has ended
+                os.kill(self.rank(number), signal.SIGTERM)
+
+
+@contextmanager
+def asked_on(port, processes):
+    with httpx2.Client(base_url=f"http://127.0.0.1:{port}", timeout=SECONDS) as client:
+        group = Group(processes, client)
+        try:
+            yield group
+        finally:
+            group.end()
 
 
 @contextmanager
 def launched(*flags):
-    """A group of two under `mlx.launch`, with the bundled model."""
     port, *ranks = free_ports(5)
     launcher = shutil.which("mlx.launch", path=Path(sys.executable).parent)
     assert launcher is not None
     start = ["-n", "2", "--backend", "ring", "-p", str(min(ranks))]
-    ours = command("mlx_hybridcache.server", "--port", str(port), *flags)
+    ours = command(OURS, "--port", str(port), *flags)
     process = subprocess.Popen(
         [launcher, *start, "--", *ours],
         stdin=subprocess.PIPE,
@@ -97,29 +150,37 @@ def launched(*flags):
         env=environment(),
         start_new_session=True,
     )
-    group = Launched(process, f"http://127.0.0.1:{port}")
+    under_it = Launched(process)
     try:
-        yield group
+        with asked_on(port, under_it) as group:
+            yield group
     finally:
-        for number in (0, 1):
-            with suppress(ValueError, psutil.Error, ProcessLookupError):  # it has ended
-                os.kill(group.rank(number), signal.SIGTERM)
-        group.client.close()
         try:
             process.wait(30)
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
-            group.ends()
+            under_it.ends()
             process.stdin.close()
             process.stdout.close()
 
 
+@contextmanager
+def started(tmp_path, *flags):
+    """As ranks of their own."""
+    (port,) = free_ports(1)
+    with (
+        group_of(2, tmp_path, "--port", port, *flags, module=OURS, env=environment()) as ranks,
+        asked_on(port, Started(ranks)) as group,
+    ):
+        yield group
+
+
 @pytest.fixture(scope="module")
-def group():
-    with launched("--pipeline") as started:
-        assert started.answers().status_code == 200
-        yield started
+def group(tmp_path_factory):
+    with started(tmp_path_factory.mktemp("group"), "--pipeline") as group:
+        assert group.answers().status_code == 200
+        yield group
 
 
 def said(reply):
@@ -163,8 +224,8 @@ def test_a_function_of_a_request_that_fails_ends_that_request_alone(group):
     assert said(group.client.post(CHAT, json=ASKED[0]))
 
 
-def test_what_several_ranks_cannot_do_is_said_at_the_start():
-    with launched("--pipeline", "--draft-from-cache") as group:
+def test_what_several_ranks_cannot_do_is_said_at_the_start(tmp_path):
+    with started(tmp_path, "--pipeline", "--draft-from-cache") as group:
         assert "--draft-from-cache cannot be used on several ranks yet" in group.ends()
 
 
@@ -174,12 +235,12 @@ def test_the_next_start_restores_what_every_rank_kept(tmp_path):
         "messages": [{"role": "user", "content": 20 * "Tell me of two towns. "}],
         "max_tokens": 8,
     }
-    with launched(*flags) as group:
+    with started(tmp_path, *flags) as group:
         group.answers()
         before = group.client.post(CHAT, json=asked)
         os.kill(group.rank(0), signal.SIGTERM)
         group.ends()
-    with launched(*flags) as group:
+    with started(tmp_path, *flags) as group:
         group.answers()
         after = group.client.post(CHAT, json=asked)
         assert said(after) == said(before)
@@ -190,15 +251,20 @@ def test_the_next_start_restores_what_every_rank_kept(tmp_path):
 
 
 def test_a_lost_rank_ends_the_stream_and_then_the_server():
+    """Under the launcher, which ends with it."""
     with launched("--pipeline") as group:
-        group.answers()
-        never = {**QUESTION, "stream": True, "max_tokens": 2000, "logit_bias": {"0": -100}}
-        with group.client.stream("POST", CHAT, json=never) as stream:
-            lines = stream.iter_lines()
-            next(lines)
-            os.kill(group.rank(1), signal.SIGKILL)
-            rest = [line for line in lines if line.startswith("data: {")]
-        error = json.loads(rest[-1].removeprefix("data: "))["error"]
-        assert error["code"] == "rank_lost"
-        assert re.match(r"Rank (1 is lost|0 failed)", error["message"])
+        assert group.answers().status_code == 200
+        lose_rank_1(group)
         assert "Rank 1 is lost" in group.ends()
+
+
+def lose_rank_1(group):
+    never = {**QUESTION, "stream": True, "max_tokens": 2000, "logit_bias": {"0": -100}}
+    with group.client.stream("POST", CHAT, json=never) as stream:
+        lines = stream.iter_lines()
+        next(lines)
+        os.kill(group.rank(1), signal.SIGKILL)
+        rest = [line for line in lines if line.startswith("data: {")]
+    error = json.loads(rest[-1].removeprefix("data: "))["error"]
+    assert error["code"] == "rank_lost"
+    assert re.match(r"Rank (1 is lost|0 failed)", error["message"])

@@ -305,21 +305,25 @@ def test_a_reply_that_gets_what_fits_ends_with_length(
         assert len(list(cache.stream_generate(prompt, 20, **options))) == 20
 
 
-@pytest.mark.parametrize("length", forms(700, 1_500))
-def test_a_reply_of_unknown_length_claims_its_beginning_and_grows(length: int) -> None:
-    """512 rows beside the prompt's 100, then as many again as it has written; the tokens are those of a
-    reply whose length was named.
+@pytest.mark.parametrize("rows", forms((64, 350), (room.FIRST_ROOM, 1_500)))
+def test_a_reply_of_unknown_length_claims_its_beginning_and_grows(
+    rows: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """512 rows beside the prompt's 200, in the short form 64, then as many again as it has written; the tokens are
+    those of a reply whose length was named.
     """
+    first, length = rows
+    monkeypatch.setattr(room, "FIRST_ROOM", first)
     with new_cache(BUDGET) as cache:
-        prompt, options = oracle.prompt(100, seed=6), {"sampler": oracle.never_ending}
+        prompt, options = oracle.prompt(200, seed=6), {"sampler": oracle.never_ending}
         named = [piece.token for piece in cache.stream_generate(prompt, length, **options)]
         claimed, tokens = [], []
         for piece in cache.stream_generate(prompt, length, best_effort=True, **options):
             tokens.append(piece.token)
             claimed.append(cache.engine.tiers.memory.budget.running_bytes)
         assert tokens == named
-        assert claimed[0] == cache.engine.layout.running_bytes(room.rounded(100 + 512))
-        assert claimed[-2] >= cache.engine.layout.running_bytes(length + 100)
+        assert claimed[0] == cache.engine.layout.running_bytes(room.rounded(200 + first))
+        assert claimed[-2] >= cache.engine.layout.running_bytes(length + 200)
         assert len(set(claimed)) < 6
 
 

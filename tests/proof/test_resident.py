@@ -26,12 +26,12 @@ from places import SUPPORT
 
 from mlx_hybridcache import HybridPromptCache
 
-BUDGETS = forms(500_000_000, 1_000_000_000)
+BUDGETS = forms(350_000_000, 1_000_000_000)
 PROMPT = 128
 """Tokens of each prompt: half of what a request has room for, so that few pages are touched for nothing."""
 
 PAGES = 50_000_000
-"""Bytes by which resident memory may be more however little is held: a tenth of the smaller budget."""
+"""Bytes by which resident memory may be more however little is held: a seventh of the smaller budget."""
 
 REUSED = 66_000_000
 """Bytes that the process may have had free when it began, in which something that is stored lies now."""

@@ -1,14 +1,15 @@
-"""Servers that have imported everything already: a start costs a tenth of what it costs a user.
+"""Servers and ranks that have imported everything already: a start costs a tenth of what it costs a user.
 
 A process that has imported what servers import, and done nothing yet, is forked for each start
-(`multiprocessing`'s fork server). From there on it is `python -m mlx_hybridcache.server`, or
-mlx_lm.server. Where Metal is, which does not survive a fork, a new interpreter is started as ever.
+(`multiprocessing`'s fork server). From there on it is `python -m mlx_hybridcache.server`,
+mlx_lm.server, or a rank's module. Where Metal is, which does not survive a fork, a new interpreter is started as ever.
 """
 
 from __future__ import annotations
 
 import atexit
 import importlib
+import itertools
 import multiprocessing
 import os
 import runpy
@@ -19,7 +20,7 @@ import threading
 from multiprocessing import connection, forkserver
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 from unittest import mock
 
 import pytest
@@ -53,10 +54,14 @@ class Running(Protocol):
     def kill(self) -> None: ...
 
 
-class Forked:
-    """One server process, with the manners of `subprocess.Popen`."""
+Output = str | connection.Connection
+"""A file that is appended to, or the writing end of a pipe."""
 
-    def __init__(self, command: list[str], out: str, err: str, environment: dict[str, str]):
+
+class Forked:
+    """One process, with the manners of `subprocess.Popen`."""
+
+    def __init__(self, command: list[str], out: Output, err: Output, environment: dict[str, str]):
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(list(IMPORTED))
         given = (command, out, err, environment)
@@ -115,6 +120,24 @@ def start(command: list[str], out: str, err: str, environment: dict[str, str]) -
         )
 
 
+def piped(command: list[str], environment: dict[str, str]) -> tuple[Running, TextIO]:
+    """Start a module with its arguments; and all that it writes, to be closed by the caller."""
+    if sys.platform == "linux":
+        reader, writer = connection.Pipe(duplex=False)
+        with reader, writer:
+            process = Forked(command, writer, writer, environment)
+            return process, os.fdopen(os.dup(reader.fileno()), encoding="utf-8")
+    started = subprocess.Popen(
+        [sys.executable, "-m", *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+    )
+    assert started.stdout is not None
+    return started, started.stdout
+
+
 def patch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the bench start its servers so too; its other programs are started as ever."""
     from mlx_hybridcache_bench.serving import servers
@@ -125,13 +148,24 @@ def patch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def popen(command: list[str], *, stdout: Any, **how: Any) -> Any:
-    """`subprocess.Popen`, but for servers; what they write goes to `stdout`."""
-    program, *rest = command
+    """`subprocess.Popen`, but for servers; what they write goes to `stdout`. `env` may come before them, for variables
+    that nothing reads on import.
+    """
+    given, (program, *rest) = _without_env(command)
+    elsewhere = given.keys() & {"PATH", "PYTHONPATH"}
     for words, module in STARTED.items():
-        if program == sys.executable and tuple(rest[: len(words)]) == words:
+        if program == sys.executable and tuple(rest[: len(words)]) == words and not elsewhere:
             log = f"/proc/{os.getpid()}/fd/{stdout.fileno()}"
-            return Forked([module, *rest[len(words) :]], log, log, dict(os.environ))
+            return Forked([module, *rest[len(words) :]], log, log, {**os.environ, **given})
     return subprocess.Popen(command, stdout=stdout, **how)
+
+
+def _without_env(command: list[str]) -> tuple[dict[str, str], list[str]]:
+    """The variables that `env` is given, and the command behind them."""
+    if command[0] != "/usr/bin/env":
+        return {}, command
+    variables = list(itertools.takewhile(lambda word: "=" in word, command[1:]))
+    return dict(word.split("=", 1) for word in variables), command[1 + len(variables) :]
 
 
 def cpu_seconds() -> float:
@@ -143,19 +177,24 @@ def cpu_seconds() -> float:
     return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
 
 
-def _serve(command: list[str], out: str, err: str, environment: dict[str, str]) -> None:
-    """In the new process: become the server."""
+def _serve(command: list[str], out: Output, err: Output, environment: dict[str, str]) -> None:
+    """In the new process: become what the command names."""
     os.environ.clear()
     os.environ.update(environment)
-    for number, path in enumerate((os.devnull, out, err)):
-        opened = os.open(path, os.O_WRONLY | os.O_APPEND if number else os.O_RDONLY)
+    for number, where in enumerate((os.devnull, out, err)):
+        if isinstance(where, connection.Connection):
+            os.dup2(where.fileno(), number)
+            continue
+        opened = os.open(where, os.O_WRONLY | os.O_APPEND if number else os.O_RDONLY)
         os.dup2(opened, number)
         os.close(opened)
+    if isinstance(out, connection.Connection):
+        out.close()  # whoever reads it waits for the last end to be closed
     module, *_ = sys.argv = command
     try:
-        if module == OURS:
-            runpy.run_module(module, run_name="__main__", alter_sys=True)
-        else:
+        if module == THEIRS:
             importlib.import_module(module).main()
+        else:
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
     finally:
         atexit._run_exitfuncs()

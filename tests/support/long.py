@@ -1,6 +1,7 @@
 """What takes long is tested in two forms: a short one always, the whole one by `pytest -m long`."""
 
-from collections.abc import Collection, Iterable
+import itertools
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import pytest
@@ -24,6 +25,21 @@ def mostly_long(values: Iterable[Any], always: Collection[Any]) -> list[Any]:
     values, always = list(values), list(always)
     assert all(each in values for each in always)
     return [each if each in always else _long(each) for each in values]
+
+
+def in_turns(
+    one: Iterable[Any],
+    other: Iterable[Any],
+    always: tuple[Sequence[Any], Sequence[Any]] | None = None,
+) -> list[Any]:
+    """Pairs of parameters: all of them, of which the short form has each of either kind once, or as often as the longer
+    kind needs, in turns; only those of `always`, where not all are.
+    """
+    one, other = list(one), list(other)
+    a, b = always or (one, other)
+    turns = range(max(len(a), len(b)))
+    pairs = [(a[at % len(a)], b[at % len(b)]) for at in turns]
+    return mostly_long(itertools.product(one, other), pairs)
 
 
 def _long(value: Any) -> Any:

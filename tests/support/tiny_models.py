@@ -44,16 +44,20 @@ COMMON: dict[str, Any] = {
 }
 
 GATED_DELTA: dict[str, Any] = {
-    "num_hidden_layers": 4,
+    "num_hidden_layers": 3,
     "linear_num_value_heads": 4,
     "linear_num_key_heads": 2,
     "linear_key_head_dim": 16,
     "linear_value_head_dim": 16,
     "linear_conv_kernel_dim": 4,
-    "full_attention_interval": 4,
+    "full_attention_interval": 3,
     "max_position_embeddings": 32768,
     "head_dim": HEAD_DIM,
 }
+"""Two recurrent layers under one of attention: two can be mistaken for each other, and a third takes as long as each of them."""
+
+OF_FOUR: dict[str, Any] = {**GATED_DELTA, "num_hidden_layers": 4, "full_attention_interval": 4}
+"""The same with one layer of attention in four, as Qwen's own."""
 
 EXPERTS: dict[str, Any] = {
     "num_experts": 4,
@@ -64,7 +68,7 @@ EXPERTS: dict[str, Any] = {
 }
 
 
-def _qwen3_next() -> nn.Module:
+def _qwen3_next(shape: dict[str, Any] = GATED_DELTA) -> nn.Module:
     return qwen3_next.Model(
         qwen3_next.ModelArgs(
             model_type="qwen3_next",
@@ -73,23 +77,23 @@ def _qwen3_next() -> nn.Module:
             rope_theta=10000.0,
             partial_rotary_factor=0.25,
             **COMMON,
-            **GATED_DELTA,
+            **shape,
             **EXPERTS,
         )
     )
 
 
-def _qwen3_5() -> nn.Module:
-    text = {"model_type": "qwen3_5_text", **COMMON, **GATED_DELTA}
+def _qwen3_5(shape: dict[str, Any] = GATED_DELTA) -> nn.Module:
+    text = {"model_type": "qwen3_5_text", **COMMON, **shape}
     return qwen3_5.Model(qwen3_5.ModelArgs(model_type="qwen3_5", text_config=text))
 
 
-def _qwen3_5_moe() -> nn.Module:
+def _qwen3_5_moe(shape: dict[str, Any] = GATED_DELTA) -> nn.Module:
     text = {
         "model_type": "qwen3_5_moe_text",
         "shared_expert_intermediate_size": 32,
         **COMMON,
-        **GATED_DELTA,
+        **shape,
         **EXPERTS,
     }
     return qwen3_5_moe.Model(qwen3_5_moe.ModelArgs(model_type="qwen3_5_moe", text_config=text))
@@ -344,3 +348,10 @@ ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {
     "llama4": _llama4,
     "deepseek_v3": _deepseek_v3,
 }
+
+LARGER: dict[str, Callable[[], nn.Module]] = {
+    "qwen3_next": lambda: _qwen3_next(OF_FOUR),
+    "qwen3_5": lambda: _qwen3_5(OF_FOUR),
+    "qwen3_5_moe": lambda: _qwen3_5_moe(OF_FOUR),
+}
+"""For who spreads layers over ranks, or tells what a family's own are."""

@@ -3,6 +3,7 @@
 import oracle
 import pytest
 import tiny
+from long import in_turns
 
 from mlx_hybridcache import HybridPromptCache, SettingError
 
@@ -16,8 +17,7 @@ def new_cache(name, **settings):
     )
 
 
-@pytest.mark.parametrize("use_cache", [True, False])
-@pytest.mark.parametrize("name", GOES_BACK)
+@pytest.mark.parametrize(("name", "use_cache"), in_turns(GOES_BACK, [True, False]))
 def test_a_drafted_reply_is_the_greedy_one(name, use_cache):
     """Three drafted tokens a step by another model, to 120 tokens past a window of 32."""
     prompt, options = oracle.prompt(50, seed=3), {"sampler": oracle.never_ending, "seed": 0}

@@ -9,6 +9,7 @@ import oracle
 import pytest
 import tiny
 from directories.restarts import LENGTH, assert_as_cold, files, forget_memory, opened, write
+from long import mostly_long
 
 from mlx_hybridcache import ArgumentError, HybridPromptCache, PromptError
 
@@ -37,7 +38,9 @@ def crowd(cache: HybridPromptCache) -> None:
         cache.flush(30)
 
 
-@pytest.mark.parametrize("family", ["qwen3_next", "gemma3_text", "llama"])
+@pytest.mark.parametrize(
+    "family", mostly_long(["qwen3_next", "gemma3_text", "llama"], ["qwen3_next"])
+)
 def test_what_restores_a_place_outlives_a_crowd_and_its_time(family: str) -> None:
     """A head of 100 of 300 tokens with 300 s: 12 others push the rest out, not it; 300 s later, it too."""
     now, tokens = [0.0], oracle.prompt(LENGTH, seed=1)

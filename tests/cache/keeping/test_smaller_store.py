@@ -5,6 +5,7 @@ import numpy as np
 import oracle
 import pytest
 import tiny
+from long import in_turns
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_hybridcache import HybridPromptCache, SettingError
@@ -55,8 +56,9 @@ def stored(cache):
     return {key: np.array(x.astype(mx.float32)) for key, x in found.items()}
 
 
-@pytest.mark.parametrize("settings", KINDS, ids=str)
-@pytest.mark.parametrize("family", [HYBRID, "llama", "gemma3_text"])
+@pytest.mark.parametrize(
+    ("family", "settings"), in_turns([HYBRID, "llama", "gemma3_text"], KINDS), ids=str
+)
 def test_a_restore_is_the_same_from_memory_disk_and_after_a_restart(family, settings, tmp_path):
     """And in a second restore, which comes out of what the first one left."""
     model = tiny.fresh(family)

@@ -118,12 +118,12 @@ def test_one_changed_number_is_another_model(root, path, end):
 def test_a_fused_adapter_is_another_model(root):
     """A LoRA of rank 2 on one projection, as layers of its own and fused: three models, three caches."""
     adapted = tiny.fresh(MODEL)
-    attention = adapted.model.layers[3].self_attn
+    attention = adapted.model.layers[-1].self_attn
     lora = LoRALinear.from_base(attention.q_proj, r=2)
     lora.lora_b = 0.01 * mx.random.normal(lora.lora_b.shape)
     attention.q_proj = lora
     fused = tiny.fresh(MODEL)
-    fused.model.layers[3].self_attn.q_proj = lora.fuse()
+    fused.model.layers[-1].self_attn.q_proj = lora.fuse()
     mx.eval(adapted.parameters(), fused.parameters())
     assert len(tree_flatten(fused.parameters())) == len(
         tree_flatten(tiny.build(MODEL).parameters())

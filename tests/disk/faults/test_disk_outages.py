@@ -21,14 +21,14 @@ from mlx_hybridcache.disk.tier import write_behind
 
 
 def test_a_full_disk_costs_one_line_and_no_reply(said, tmp_path):
-    """160 KiB for two prompts of 200 KiB each: a part is kept, no more is tried, all replies are cold's."""
-    with faults.tmpfs(tmp_path, 160 << 10):
+    """128 KiB for two prompts of 150 KiB each: a part is kept, no more is tried, all replies are cold's."""
+    with faults.tmpfs(tmp_path, 128 << 10):
         with opened(tmp_path / "cache", disk_budget="10MB") as cache:
             for prompt in (FIRST, SECOND, FIRST):
                 served(cache, prompt)
                 assert not cache.flush(PATIENCE_SECONDS)
             stats = cache.disk_stats()
-            assert 0 < stats.held_bytes <= stats.budget_bytes < 160 << 10
+            assert 0 < stats.held_bytes <= stats.budget_bytes < 128 << 10
             assert stats.failures > 0
         line = said.take_one()
         assert "No space left" in line

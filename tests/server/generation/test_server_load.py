@@ -21,7 +21,7 @@ from servers import CHAT, COMPLETIONS, INSTANT, OURS, Server, running, user
 from mlx_hybridcache.demo.functions import FUNCTIONS, Function, values
 
 SEED = 1604
-FEW, MANY = (4, 9), (8, 25)
+FEW, MANY = (3, 9), (8, 25)
 """Clients, and the requests of each."""
 
 LENGTH = 8

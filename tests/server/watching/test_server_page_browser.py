@@ -100,7 +100,7 @@ def test_numbers_are_those_of_the_server_while_it_works_and_afterwards(chromium,
             each.start()
         try:
             before = visit.value("prompts")
-            visit.until("document.querySelector('#main').dataset.updates >= 4")
+            visit.until("document.querySelector('#main').dataset.updates >= 3")
             visit.until("before => document.querySelector('#prompts').value > before", before)
         finally:
             stop.set()

@@ -94,38 +94,33 @@ def _as_mlx_lm(name: str, array: mx.array, kind: Kind) -> mx.array:
     return array - 1.0 if kind.is_gemma and "norm" in name else array
 
 
+def _shared(fields: Fields, family: str) -> Fields:
+    """What mlx-lm's arguments of every family take from a file."""
+    return {
+        "hidden_size": fields[f"{family}.embedding_length"],
+        "num_hidden_layers": fields[f"{family}.block_count"],
+        "intermediate_size": fields[f"{family}.feed_forward_length"],
+        "num_attention_heads": fields[f"{family}.attention.head_count"],
+        "num_key_value_heads": fields[f"{family}.attention.head_count_kv"],
+        "rms_norm_eps": fields[f"{family}.attention.layer_norm_rms_epsilon"],
+        "rope_theta": fields[f"{family}.rope.freq_base"],
+        "vocab_size": len(fields["tokenizer.ggml.tokens"]),
+    }
+
+
 def _smollm2(fields: Fields) -> nn.Module:
     """Its queries and keys lie in the file as rotation takes their numbers in neighbouring pairs."""
-    return llama.Model(
-        llama.ModelArgs(
-            model_type="llama",
-            hidden_size=fields["llama.embedding_length"],
-            num_hidden_layers=fields["llama.block_count"],
-            intermediate_size=fields["llama.feed_forward_length"],
-            num_attention_heads=fields["llama.attention.head_count"],
-            num_key_value_heads=fields["llama.attention.head_count_kv"],
-            rms_norm_eps=fields["llama.attention.layer_norm_rms_epsilon"],
-            vocab_size=fields["llama.vocab_size"],
-            rope_theta=fields["llama.rope.freq_base"],
-            rope_traditional=True,
-        )
-    )
+    shared = _shared(fields, "llama")
+    return llama.Model(llama.ModelArgs(model_type="llama", rope_traditional=True, **shared))
 
 
 def _gemma3(fields: Fields) -> nn.Module:
     return gemma3_text.Model(
         gemma3_text.ModelArgs(
             model_type="gemma3_text",
-            hidden_size=fields["gemma3.embedding_length"],
-            num_hidden_layers=fields["gemma3.block_count"],
-            intermediate_size=fields["gemma3.feed_forward_length"],
-            num_attention_heads=fields["gemma3.attention.head_count"],
-            num_key_value_heads=fields["gemma3.attention.head_count_kv"],
             head_dim=fields["gemma3.attention.key_length"],
-            rms_norm_eps=fields["gemma3.attention.layer_norm_rms_epsilon"],
-            rope_theta=fields["gemma3.rope.freq_base"],
             sliding_window=fields["gemma3.attention.sliding_window"],
-            vocab_size=len(fields["tokenizer.ggml.tokens"]),
+            **_shared(fields, "gemma3"),
         )
     )
 

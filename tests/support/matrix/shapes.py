@@ -87,6 +87,7 @@ NAMED: dict[str, Any] = {
 
 BUILT = {
     **{name: tiny_models.ARCHITECTURES[name] for name in tiny_models.ARCHITECTURES},
+    **tiny_models.LARGER,
     **families.BUILDERS,
     "nemotron-nas": families.BUILDERS["nemotron_nas"],
 }

@@ -33,7 +33,11 @@ class Knowing:
             "a drafter is shown what the reply is"
         )
         coming = self.reply[len(written) : len(written) + self.right]
-        return [*coming, *[(token + 1) % tiny.VOCAB for token in self.reply[: self.wrong]]][:most]
+        behind = self.reply[len(written) + self.right :]
+        false = [(token + 1) % tiny.VOCAB for token in self.reply[: self.wrong]]
+        if false[:1] and false[:1] == behind[:1]:  # it would be right by chance
+            false[0] = (false[0] + 1) % tiny.VOCAB
+        return [*coming, *false][:most]
 
     def accepted(self, drafted: int, accepted: int) -> None:
         """As `Drafter.accepted`."""

@@ -35,6 +35,16 @@ def reply(cache, prompt, count, **options):
     return tokens, digest.hexdigest(), generation.report.restored_tokens
 
 
+def as_lists(value):
+    """As JSON gives it back."""
+    return [as_lists(each) for each in value] if isinstance(value, list | tuple) else value
+
+
+def replies_only(found):
+    """Without the counts of tokens restored, which follow from what fits and from who comes first."""
+    return [each[:2] if isinstance(each[1], str) else each for each in found]
+
+
 def journey(cache, say, *, seed, acts, at_once=True, visit=None):
     """Seeded acts: prompts that go on, part ways and change their endings, alone and together, cancels, pins.
 

@@ -4,12 +4,12 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+
+import forks
 
 SUPPORT = str(Path(__file__).parents[1])
 MOST_SECONDS = 1500
@@ -27,9 +27,10 @@ def free_ports(count):
 class Rank:
     """One process: its lines of JSON, as they come, and the rest of what it printed."""
 
-    def __init__(self, number, process):
+    def __init__(self, number, process, lines):
         self.number = number
         self.process = process
+        self.lines = lines
         self.said = []
         self.other = []
         self._came = threading.Condition()
@@ -37,7 +38,7 @@ class Rank:
         self._reading.start()
 
     def _read(self):
-        for line in self.process.stdout:
+        for line in self.lines:
             with self._came:
                 if line.startswith("{"):
                     self.said.append(json.loads(line))
@@ -76,10 +77,8 @@ class Rank:
 
 
 @contextmanager
-def group_of(size, tmp_path, *command, env=None):
-    """So many ranks that run `command`, by default the scenario of `process.py` that it names."""
-    if not (command and command[0] == sys.executable):
-        command = (sys.executable, "-m", "ranks.process", *map(str, command))
+def group_of(size, tmp_path, *arguments, module="ranks.process", env=None):
+    """So many ranks that run `module`, by default the scenario of `process.py` that the arguments name."""
     hosts = tmp_path / "hosts.json"
     hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(size)]))
     ranks = []
@@ -92,18 +91,11 @@ def group_of(size, tmp_path, *command, env=None):
                 "MLX_HOSTFILE": str(hosts),
                 **(env or {}),
             }
-            process = subprocess.Popen(
-                command,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                env=own,
-            )
-            ranks.append(Rank(number, process))
+            ranks.append(Rank(number, *forks.piped([module, *map(str, arguments)], own)))
         yield ranks
     finally:
         for rank in ranks:
             rank.process.kill()
         for rank in ranks:
             rank.ends()
-            rank.process.stdout.close()
+            rank.lines.close()

@@ -159,7 +159,7 @@ class Talk:
 
 @cache
 def model() -> nn.Module:
-    """A hybrid of three recurrent layers and one of attention."""
+    """A hybrid of two recurrent layers and one of attention."""
     args = {**tiny_models.COMMON, "vocab_size": VOCABULARY}
     return tiny.made(
         lambda: qwen3_next.Model(
