@@ -67,6 +67,7 @@ class Head(AtWork):
     @classmethod
     def of(cls, model: Any, layout: Layout, source: str | Path) -> Head:
         """The head in the model's own checkpoint, a directory or a repository that was loaded from the hub.
+
         Raises `SettingError` where it has none, or one that is not known, `ModelError` where it cannot be read.
         """
         text = _text(model)

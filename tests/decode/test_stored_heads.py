@@ -45,6 +45,20 @@ def spaces(cache):
 # A head that was there
 
 
+@pytest.mark.parametrize("length", [1, 2, 3])
+def test_the_shortest_prompts_are_drafted_too(length, directory, proposals):
+    """No token of the first is in a path of the head's; asked again, and with another turn behind."""
+    (name, *_), prompt = KINDS, PROMPT[:length]
+    source = directory(name)
+    with new_cache(name) as cache:
+        found, _ = drafted(cache, source, prompt)
+        for asked in (prompt, [*prompt, *[each.token for each in found], *NEXT]):
+            expected, told, _ = cold(name, source, asked, proposals)
+            again, report = drafted(cache, source, asked)
+            assert not off(name, again, expected)
+            assert counts(report) == told
+
+
 @each_kind
 def test_a_prompt_again_is_drafted_as_the_first_time(name, directory, proposals):
     """The same tokens drafted, and the same right, with rows for all of it but its last token."""
