@@ -13,8 +13,9 @@ PACKAGE = "bench.mlx_hybridcache_bench"  # as `module_name` writes it, which beg
 
 ORDER = [
     {"cli"},
+    {"ranks"},
     {"afternoon", "against", "decode", "hotpath", "kills", "page", "quantized", "speculate"},
-    {"router", "ranks", "start", "ttft"},
+    {"router", "start", "ttft"},
     {"report"},
     {"disk"},
     {"serving"},
