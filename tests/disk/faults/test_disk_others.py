@@ -95,7 +95,7 @@ def test_a_reader_takes_over_when_the_writer_is_killed(root, said, quick, busy):
             [
                 "model.embed_tokens.weight",
                 "model.layers.0.linear_attn.A_log",
-                "model.layers.3.mlp.switch_mlp.up_proj.weight",
+                "model.layers.2.mlp.switch_mlp.up_proj.weight",
                 "lm_head.weight",
             ],
             [0, -1],
