@@ -28,6 +28,9 @@ before nothing is left, so the bytes left alone do not tell."""
 SECONDS_BETWEEN = 1.0
 """Between two readings. What was let go has come back to the system by the next one."""
 
+AMPLE = 8
+"""What is about to be allocated needs no reading of its own while the last one had so many times as much to spare."""
+
 LARGEST_DEFAULT = 10**9
 SMALLEST_PART = 16
 """The default reserve is 1 GB, and on small machines a sixteenth of their memory."""
@@ -80,19 +83,26 @@ class Pressure:
         self._read = read or memory_left
         self._clock = clock
         self._due = clock()
+        self._spare = 0
 
     def excess(self, held_bytes: int, coming_bytes: int = 0) -> int:
         """How many of `held_bytes` should go now.
 
         Without `coming_bytes` at most one call a second reads, and the others say 0; a request that
-        is about to allocate them reads anew.
+        is about to allocate them reads anew, unless many times as much was to spare within that second.
         """
         now = self._clock()
-        if not self.reserve_bytes or (now < self._due and not coming_bytes):
+        if not self.reserve_bytes:
+            return 0
+        if now < self._due and AMPLE * coming_bytes <= self._spare:
+            self._spare -= coming_bytes
             return 0
         self._due = now + SECONDS_BETWEEN
+        left = self._read()
+        spare = left.left_bytes - self.reserve_bytes - coming_bytes
+        self._spare = 0 if left.level in SHARES else max(0, spare)
         return excess(
-            self._read(),
+            left,
             reserve_bytes=self.reserve_bytes,
             held_bytes=held_bytes,
             coming_bytes=coming_bytes,

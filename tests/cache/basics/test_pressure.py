@@ -50,11 +50,11 @@ class System:
     """A clock that stands still until it is moved, and readings that are counted."""
 
     def __init__(self):
-        self.now, self.readings = 100.0, 0
+        self.now, self.readings, self.left = 100.0, 0, MemoryLeft(0)
 
     def read(self):
         self.readings += 1
-        return MemoryLeft(0)
+        return self.left
 
     def watched(self, reserve_bytes):
         return Pressure(reserve_bytes, read=self.read, clock=lambda: self.now)
@@ -77,6 +77,33 @@ def test_a_request_that_is_about_to_allocate_is_told_what_is_left_now():
     watch = system.watched(GB)
     assert watch.excess(5 * GB) == GB
     assert watch.excess(5 * GB, coming_bytes=2 * GB) == 3 * GB
+    assert system.readings == 2
+
+
+def test_a_request_that_takes_little_of_what_is_to_spare_reads_nothing():
+    """10 GB to spare; requests that take 1 GB, until so many have that an eighth is less than another one takes."""
+    system = System()
+    system.left = MemoryLeft(11 * GB)
+    watch = system.watched(GB)
+    assert [watch.excess(5 * GB, coming_bytes=GB) for _ in range(3)] == [0, 0, 0]
+    assert system.readings == 1  # 9 GB are left behind the first, 8 behind the second
+    system.left = MemoryLeft(GB)
+    assert watch.excess(5 * GB, coming_bytes=GB) == GB
+    assert system.readings == 2
+    system.left = MemoryLeft(11 * GB)
+    system.now += 1
+    assert watch.excess(5 * GB, coming_bytes=1) == 0
+    assert system.readings == 3  # a second later even a byte is a reason
+
+
+@pytest.mark.parametrize("level", [WARNING, CRITICAL])
+def test_under_macos_pressure_whatever_is_about_to_be_allocated_reads(level):
+    """However much was to spare."""
+    system = System()
+    system.left = MemoryLeft(100 * GB, level)
+    watch = system.watched(GB)
+    watch.excess(5 * GB)
+    assert watch.excess(5 * GB, coming_bytes=1) > 0
     assert system.readings == 2
 
 
