@@ -24,7 +24,9 @@ def said_in_a_fork(act: Callable[[], object]) -> str:
     """What a fork says of `act`: what it returned or raised. Nothing when it did not come back."""
     reading, writing = os.pipe()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 tells why these tests are here
+        warnings.simplefilter(
+            "ignore", DeprecationWarning
+        )  # Python 3.12 tells why these tests are here
         process = os.fork()
     if process == 0:
         try:
@@ -36,7 +38,7 @@ def said_in_a_fork(act: Callable[[], object]) -> str:
         finally:
             os._exit(0)
     os.close(writing)
-    with open(reading, encoding="utf-8") as told:
+    with os.fdopen(reading, encoding="utf-8") as told:
         said = told.read()
     os.waitpid(process, 0)
     return said
