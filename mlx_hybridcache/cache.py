@@ -35,7 +35,6 @@ from .store.outline import Outline
 from .store.references import CountedReferences
 from .tokenizing.encoder import Encoder
 from .tokens import Namespace
-from .worker.mlx_thread import wired_mlx_thread
 from .worker.stream import Stream
 from .worker.turns import Load, Pause
 from .worker.worker import Worker
@@ -120,6 +119,7 @@ class HybridPromptCache(_Figures):
     but rank 0 call `follow`, and rank 0 is asked for everything.
 
     Raises `BudgetError` for a budget smaller than one checkpoint with its rows, `RouterError` for another model's patch.
+    Several caches may serve one model: what one would change under the others raises `AdapterError` or `RouterError`.
     """
 
     @known_keywords
@@ -179,7 +179,7 @@ class HybridPromptCache(_Figures):
         self._close_files: Callable[[], object] = lambda: None
         self._disk_end: Callable[[], object] = lambda: None
         self.worker = Worker(
-            lambda: wired_mlx_thread(model), "mlx-hybridcache", load, between=engine.between_turns
+            engine.adapting.mlx_thread, "mlx-hybridcache", load, between=engine.between_turns
         )
         if settings.cache_dir is not None and not layout.unsupported:
             engine.tiers.disk = disk = settings.disk(
@@ -387,7 +387,7 @@ class HybridPromptCache(_Figures):
         """Answer with the LoRA adapter in a directory from now on, or with the model as it came, for None.
 
         What is stored stays, and adapters share nothing of it. Raises `AdapterError` for what cannot be used
-        beside the model's weights, and while requests are under way.
+        beside the model's weights, while requests are under way, and where another cache serves the model too.
         """
         self.info = self.worker.call(adapted, self.engine, self.load, path)
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from . import models
+from .adapters.lora import is_served
 from .caches.kinds.smaller import StorePrecision, smaller
 from .caches.layout import Layout
 from .caches.memory import MemoryStore
@@ -25,7 +26,7 @@ from .decode.store_check import measure
 from .drafting.draft_model import DraftModel
 from .drafting.drafting import Drafting
 from .engine import Engine
-from .errors import AdapterError, BudgetError, SettingError
+from .errors import AdapterError, BudgetError, RouterError, SettingError
 from .machine import Pressure, default_reserve
 from .prefill.followers import Followers
 from .prefill.prefill import Prefill
@@ -157,6 +158,11 @@ class CacheSettings:
         if self.router is not None:
             from .router.choose import choose_patch  # with the search for one, which few ask for
 
+            if is_served(model) and applied(model) is None:
+                raise RouterError(
+                    "Another cache serves this model, and a router patch would change its replies too. Close that "
+                    "one first, or load the model again for this cache."
+                )
             apply(model, choose_patch(model, tokenizer, self.router))
         step = self.prefill_step_size
         digest = self._digest(model, layout, group)
