@@ -156,14 +156,7 @@ class CacheSettings:
         _say_what_differs(layout, self.precision)
         store = self._store(model, layout, references, group)
         if self.router is not None:
-            from .router.choose import choose_patch  # with the search for one, which few ask for
-
-            if is_served(model) and applied(model) is None:
-                raise RouterError(
-                    "Another cache serves this model, and a router patch would change its replies too. Close that "
-                    "one first, or load the model again for this cache."
-                )
-            apply(model, choose_patch(model, tokenizer, self.router))
+            _patch(model, tokenizer, self.router)
         step = self.prefill_step_size
         digest = self._digest(model, layout, group)
         sharing = Sharing(digest, layout, step, self.every, self.exact)
@@ -366,6 +359,18 @@ def adapted(engine: Engine, load: Load, path: str | Path | None) -> CacheInfo:
         )
     engine.adapting.use(path)
     return info(engine)
+
+
+def _patch(model: Any, tokenizer: Any, router: Patch | str | Path) -> None:
+    """Apply a router's patch to a model, for good."""
+    if is_served(model) and applied(model) is None:
+        raise RouterError(
+            "Another cache serves this model, and a router patch would change its replies too. Close that "
+            "one first, or load the model again for this cache."
+        )
+    from .router.choose import choose_patch  # with the search for one, which few ask for
+
+    apply(model, choose_patch(model, tokenizer, router))
 
 
 def _shared(group: Group, layout: Layout) -> Layout:
