@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
 
 from mlx_lm.generate import GenerationResponse
 
+from . import models
 from .caches.room import REPLY_ROOM
 from .decode.sampling import take_random_state
 from .errors import ClosedError, GroupError, SettingError
@@ -35,6 +36,7 @@ from .store.outline import Outline
 from .store.references import CountedReferences
 from .tokenizing.encoder import Encoder
 from .tokens import Namespace
+from .worker.mlx_thread import on_mlx_thread
 from .worker.stream import Stream
 from .worker.turns import Load, Pause
 from .worker.worker import Worker
@@ -162,12 +164,13 @@ class HybridPromptCache(_Figures):
             begin(group, self.engine, self.worker)
 
     def _open(self, model: Any, tokenizer: Any, settings: CacheSettings, cache_salt: str) -> None:
-        layout = settings.layout(model, self.group)
+        models.evaluate(model)  # here, where it was built
+        layout = on_mlx_thread(lambda: settings.layout(model, self.group)).result()
         # Also when this one fails, or is dropped rather than closed.
         self._let_go = weakref.finalize(self, layout.release)
         load, references = Load(), CountedReferences()
         made = (model, tokenizer, layout, load, references, self.group)
-        self.engine = engine = settings.engine(*made)
+        self.engine = engine = on_mlx_thread(lambda: settings.engine(*made)).result()
         self._let_go = weakref.finalize(self, engine.release)
         self.info: CacheInfo = info(engine)
         """What this cache is for all of its life, or for as long as an adapter is used."""

