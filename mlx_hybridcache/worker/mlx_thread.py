@@ -51,10 +51,10 @@ def wired_mlx_thread(model: Any) -> Iterator[None]:
 
 def on_mlx_thread(work: Callable[[], T]) -> Future[T]:
     """Run `work`, which calls MLX, on a thread of its own, whoever asks: a caller's thread that ends with streams
-    of its own ends the process at exit too.
+    of its own ends the process at exit too. So does one that still computes, so that the interpreter waits for this.
     """
     future: Future[T] = Future()
-    threading.Thread(target=_run, args=(work, future), name="mlx", daemon=True).start()
+    threading.Thread(target=_run, args=(work, future), name="mlx", daemon=False).start()
     return future
 
 
