@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
 
 from mlx_lm.generate import GenerationResponse
 
+from . import models
 from .caches.room import REPLY_ROOM
 from .decode.sampling import take_random_state
 from .errors import ClosedError, GroupError, SettingError
@@ -35,7 +36,7 @@ from .store.outline import Outline
 from .store.references import CountedReferences
 from .tokenizing.encoder import Encoder
 from .tokens import Namespace
-from .worker.mlx_thread import wired_mlx_thread
+from .worker.mlx_thread import on_mlx_thread
 from .worker.stream import Stream
 from .worker.turns import Load, Pause
 from .worker.worker import Worker
@@ -120,6 +121,7 @@ class HybridPromptCache(_Figures):
     but rank 0 call `follow`, and rank 0 is asked for everything.
 
     Raises `BudgetError` for a budget smaller than one checkpoint with its rows, `RouterError` for another model's patch.
+    Several caches may serve one model: what one would change under the others raises `AdapterError` or `RouterError`.
     """
 
     @known_keywords
@@ -162,12 +164,13 @@ class HybridPromptCache(_Figures):
             begin(group, self.engine, self.worker)
 
     def _open(self, model: Any, tokenizer: Any, settings: CacheSettings, cache_salt: str) -> None:
-        layout = settings.layout(model, self.group)
+        models.evaluate(model)  # here, where it was built
+        layout = on_mlx_thread(lambda: settings.layout(model, self.group)).result()
         # Also when this one fails, or is dropped rather than closed.
         self._let_go = weakref.finalize(self, layout.release)
         load, references = Load(), CountedReferences()
         made = (model, tokenizer, layout, load, references, self.group)
-        self.engine = engine = settings.engine(*made)
+        self.engine = engine = on_mlx_thread(lambda: settings.engine(*made)).result()
         self._let_go = weakref.finalize(self, engine.release)
         self.info: CacheInfo = info(engine)
         """What this cache is for all of its life, or for as long as an adapter is used."""
@@ -179,7 +182,7 @@ class HybridPromptCache(_Figures):
         self._close_files: Callable[[], object] = lambda: None
         self._disk_end: Callable[[], object] = lambda: None
         self.worker = Worker(
-            lambda: wired_mlx_thread(model), "mlx-hybridcache", load, between=engine.between_turns
+            engine.adapting.mlx_thread, "mlx-hybridcache", load, between=engine.between_turns
         )
         if settings.cache_dir is not None and not layout.unsupported:
             engine.tiers.disk = disk = settings.disk(
@@ -387,7 +390,7 @@ class HybridPromptCache(_Figures):
         """Answer with the LoRA adapter in a directory from now on, or with the model as it came, for None.
 
         What is stored stays, and adapters share nothing of it. Raises `AdapterError` for what cannot be used
-        beside the model's weights, and while requests are under way.
+        beside the model's weights, while requests are under way, and where another cache serves the model too.
         """
         self.info = self.worker.call(adapted, self.engine, self.load, path)
 

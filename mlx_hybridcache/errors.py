@@ -50,7 +50,7 @@ class RouterError(HybridCacheError):
 
 
 class ClosedError(HybridCacheError, RuntimeError):
-    """The cache was closed before the call."""
+    """The cache was closed before the call, or it is another process's, of which this one is a fork."""
 
 
 class GroupError(HybridCacheError, RuntimeError):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from . import models
+from .adapters.lora import is_served
 from .caches.kinds.smaller import StorePrecision, smaller
 from .caches.layout import Layout
 from .caches.memory import MemoryStore
@@ -25,7 +26,7 @@ from .decode.store_check import measure
 from .drafting.draft_model import DraftModel
 from .drafting.drafting import Drafting
 from .engine import Engine
-from .errors import AdapterError, BudgetError, SettingError
+from .errors import AdapterError, BudgetError, RouterError, SettingError
 from .machine import Pressure, default_reserve
 from .prefill.followers import Followers
 from .prefill.prefill import Prefill
@@ -131,8 +132,7 @@ class CacheSettings:
         return Precision.of(self.kv_bits, self.kv_group_size, self.quantized_kv_start)
 
     def layout(self, model: Any, group: Group | None = None) -> Layout:
-        """How the model's caches come apart. To be released, whatever comes."""
-        models.evaluate(model)
+        """How the model's caches come apart. To be released, whatever comes. All of the model is evaluated."""
         layout = Layout.of(
             model,
             self.prefill_step_size,
@@ -155,9 +155,7 @@ class CacheSettings:
         _say_what_differs(layout, self.precision)
         store = self._store(model, layout, references, group)
         if self.router is not None:
-            from .router.choose import choose_patch  # with the search for one, which few ask for
-
-            apply(model, choose_patch(model, tokenizer, self.router))
+            _patch(model, tokenizer, self.router)
         step = self.prefill_step_size
         digest = self._digest(model, layout, group)
         sharing = Sharing(digest, layout, step, self.every, self.exact)
@@ -360,6 +358,18 @@ def adapted(engine: Engine, load: Load, path: str | Path | None) -> CacheInfo:
         )
     engine.adapting.use(path)
     return info(engine)
+
+
+def _patch(model: Any, tokenizer: Any, router: Patch | str | Path) -> None:
+    """Apply a router's patch to a model, for good."""
+    if is_served(model) and applied(model) is None:
+        raise RouterError(
+            "Another cache serves this model, and a router patch would change its replies too. Close that "
+            "one first, or load the model again for this cache."
+        )
+    from .router.choose import choose_patch  # with the search for one, which few ask for
+
+    apply(model, choose_patch(model, tokenizer, router))
 
 
 def _shared(group: Group, layout: Layout) -> Layout:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import mlx.core as mx
 import numpy as np
@@ -50,13 +52,34 @@ def is_small(path: str | Path) -> bool:
 
 
 class Adapters:
-    """The adapters of one model; None is for the model as it came. Used on the thread that owns the model."""
+    """The adapters of one model; None is for the model as it came. Used on the thread that owns the model.
+
+    Several caches may serve one model. What one of them would change under the others is refused.
+    """
 
     def __init__(self, model: Any):
+        """Raises `AdapterError` where another cache has put one in, which it may take out at any time."""
+        if any(each._used is not None for each in _serving_now(model)):
+            raise AdapterError(
+                "Another cache has put an adapter into this model. Take it out there first, with "
+                "use_adapter(None), or load the model again for this cache."
+            )
         self._model = model
         self._own = {name: each for name, each in _modules(model) if LEAVES[0] in each}
         self._read: OrderedDict[tuple[object, ...], Adapter] = OrderedDict()
         self._used: Adapter | None = None
+
+    @contextmanager
+    def serving(self) -> Iterator[None]:
+        """For as long as the model answers requests; behind that it is as it came."""
+        with _changing:
+            _serving.add(self)
+        try:
+            yield
+        finally:
+            with _changing:
+                self._change(None)
+                _serving.discard(self)
 
     @property
     def digest(self) -> str:
@@ -66,13 +89,21 @@ class Adapters:
     def use(self, path: str | Path | None) -> None:
         """Put in the adapter in a directory, or have the model as it came.
 
-        Raises `AdapterError` for what cannot be read or does not fit; then the model is what it was.
+        Raises `AdapterError` for what cannot be read or does not fit, and while another cache serves the model;
+        then it is what it was.
         """
-        wanted = None if path is None else self._found(Path(path).expanduser())
-        if wanted is self._used:
-            return
-        with self._bare():
-            self._used = wanted
+        with _changing:
+            if path is not None and is_served(self._model, beside=self):
+                raise AdapterError(
+                    "Another cache serves this model, and an adapter would change its replies too. Close that "
+                    "one first, or load the model again for this cache."
+                )
+            self._change(None if path is None else self._found(Path(path).expanduser()))
+
+    def _change(self, wanted: Adapter | None) -> None:
+        if wanted is not self._used:
+            with self._bare():
+                self._used = wanted
 
     def _found(self, folder: Path) -> Adapter:
         key = _files(folder)
@@ -122,6 +153,23 @@ class Adapters:
 
     def _now(self) -> Modules:
         return self._own if self._used is None else self._used.modules
+
+
+_serving: WeakSet[Adapters] = WeakSet()
+"""Those of all caches whose models answer requests."""
+
+_changing = threading.RLock()
+"""Held while models are changed, or `_serving` is."""
+
+
+def is_served(model: Any, beside: Adapters | None = None) -> bool:
+    """Whether a cache, or another one than that of `beside`, answers requests with a model, which must stay what it is."""
+    return any(each is not beside for each in _serving_now(model))
+
+
+def _serving_now(model: Any) -> list[Adapters]:
+    with _changing:
+        return [each for each in _serving if each._model is model]
 
 
 def _adapter(model: Any, before: Modules, folder: Path) -> Adapter:

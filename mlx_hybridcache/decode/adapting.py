@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from ..adapters.lora import Adapters
 from ..caches.layout import Layout
 from ..request.sharing import Sharing
 from ..tokens import settings_digest
+from ..worker.mlx_thread import wired_mlx_thread
 from . import batch_check as batching
 from .decoder import Decoder
 
@@ -29,6 +32,12 @@ class Adapting:
 
     def __post_init__(self) -> None:
         self._adapters, self._own = Adapters(self.model), self.sharing.settings
+
+    @contextmanager
+    def mlx_thread(self) -> Iterator[None]:
+        """For the thread that serves the model. At its end no request is left that an adapter belongs to."""
+        with wired_mlx_thread(self.model), self._adapters.serving():
+            yield
 
     def use(self, path: str | Path | None) -> None:
         """Put in the adapter in a directory, None for the model as it came.

@@ -164,6 +164,10 @@ class DiskThread:
 
         Returns when that is done, whoever else closes it; on the thread itself, at once.
         """
+        if (
+            not self._thread.is_alive()
+        ):  # in a fork, where its queue may be locked for ever, it never is
+            return
         self._put(_STOP, lambda: None)
         if threading.current_thread() is not self._thread:
             self._thread.join()

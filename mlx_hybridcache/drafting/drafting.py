@@ -26,6 +26,7 @@ from ..request.request import Request
 from ..request.sharing import Sharing
 from ..tiers import Tiers
 from ..tokens import Tokens
+from ..worker.mlx_thread import on_mlx_thread
 from ..worker.turns import Pause
 from .draft_model import DraftModel, ModelDrafter
 from .head import Head
@@ -97,7 +98,7 @@ class Drafting:
     ) -> None:
         """Load the model's own head from where the model came from, if anywhere. Raises as `Head.of` does."""
         if source is not None and not self.layout.unsupported and str(source) not in self._heads:
-            head = Head.of(self.model, self.layout, source)
+            head = on_mlx_thread(lambda: Head.of(self.model, self.layout, source)).result()
             on_worker(partial(self._keep_head, str(source), head))
 
     def _keep_head(self, source: str, head: Head) -> None:

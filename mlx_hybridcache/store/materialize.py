@@ -161,7 +161,11 @@ class Materializer(Generic[R, S]):
     def _give_up(self, lazy: Sequence[LazyStretch[R, S]]) -> None:
         if lazy:
             tokens = _tokens_in(lazy)
-            log.warning("Let go of %d stored tokens that a failed request was holding.", tokens)
+            log.warning(
+                "Let go of %d stored tokens: only the caches of a request that failed, or of drafts that made "
+                "room, had them.",
+                tokens,
+            )
             self.store.forget(lazy[0].node, rows=True)
 
     def _lazy_in(self, source: LazySource[R]) -> list[LazyStretch[R, S]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from ..errors import HybridCacheError
+from ..errors import ClosedError, HybridCacheError
 
 T = TypeVar("T")
 
@@ -38,6 +39,7 @@ class Inbox(Generic[T]):
         self._asked: queue.SimpleQueue[Asked[T]] = queue.SimpleQueue()
         self._is_closed = False
         self._reader: threading.Thread | None = None
+        self._process = os.getpid()
 
     def put(self, asked: Asked[T]) -> bool:
         """Whether it will be done or refused. If not, it may have been, or nobody looks at it."""
@@ -64,8 +66,20 @@ class Inbox(Generic[T]):
         """Whether the calling thread is the one that takes out."""
         return threading.current_thread() is self._reader
 
+    def check_has_reader(self) -> None:
+        """Raises `ClosedError` in a fork of the process, to which no other thread came along."""
+        if os.getpid() != self._process:
+            raise ClosedError(
+                f"This cache is of process {self._process}, and process {os.getpid()} is a fork of that, without "
+                "the thread that makes all MLX calls. Make a HybridPromptCache in the process that uses it, or "
+                "start processes with multiprocessing's method spawn."
+            )
+
     def check_may_wait(self) -> None:
-        """Raises `HybridCacheError` on the thread that takes out: it would wait for itself."""
+        """Raises where it would be in vain: `ClosedError` in a fork, and `HybridCacheError` on the thread that
+        takes out, which would wait for itself.
+        """
+        self.check_has_reader()
         if self.is_read_here:
             raise HybridCacheError(
                 "A callback that runs on the worker thread waits for what only that thread can do. "

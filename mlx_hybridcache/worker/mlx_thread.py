@@ -7,12 +7,15 @@ with one left behind for each cache that was closed, everything that comes later
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 from mlx_lm.generate import wired_limit
+
+T = TypeVar("T")
 
 _lock = threading.Lock()
 _free: list[tuple[mx.Device, mx.Stream]] = []
@@ -44,6 +47,26 @@ def wired_mlx_thread(model: Any) -> Iterator[None]:
     """The same for a thread that generates with `model`: its weights are kept from being swapped."""
     with mlx_thread(), wired_limit(model):
         yield
+
+
+def on_mlx_thread(work: Callable[[], T]) -> Future[T]:
+    """Run `work`, which calls MLX, on a thread of its own, whoever asks: a caller's thread that ends with streams
+    of its own ends the process at exit too. So does one that still computes, so that the interpreter waits for this.
+    """
+    future: Future[T] = Future()
+    threading.Thread(target=_run, args=(work, future), name="mlx", daemon=False).start()
+    return future
+
+
+def _run(work: Callable[[], T], future: Future[T]) -> None:
+    try:
+        with mlx_thread():
+            made = work()
+    except BaseException as error:
+        future.set_exception(error)
+        del future  # an error holds this frame, and would hold itself
+    else:  # its stream is free for the next thread by now
+        future.set_result(made)
 
 
 def _take(device: mx.Device) -> mx.Stream:

@@ -132,6 +132,7 @@ class Stream(Generic[T]):
         self._task.wakers.add(wake)
         try:
             if self._task.outbox.empty():  # else it came before anyone could know whom to wake
+                self._inbox.check_may_wait()
                 await came.wait()
         finally:
             self._task.wakers.discard(wake)

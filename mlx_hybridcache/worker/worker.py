@@ -148,8 +148,9 @@ class Worker:
     def call(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         """Run `function` between two turns and wait for what it returns or raises.
 
-        Raises `ClosedError` when it came too late to be run.
+        Raises `ClosedError` when it came too late to be run, and in a fork of the process.
         """
+        self._inbox.check_has_reader()
         if self._inbox.is_read_here:
             return function(*args, **kwargs)
         self._check_serves()
@@ -178,8 +179,9 @@ class Worker:
     def stream(self, steps: Iterator[T | Pause], job: Job | None = None) -> Stream[T]:
         """Give a request its turns; its items come out of the returned stream.
 
-        `ClosedError` is raised here, or by the stream, when it came too late to have a turn.
+        `ClosedError` is raised here, or by the stream, when it came too late to have a turn; here in a fork.
         """
+        self._inbox.check_has_reader()
         self._check_serves()
         task = Task(steps, job or Job())
         stream: Stream[T] = Stream(task, self._inbox)  # first, as it cancels what nobody reads
@@ -216,7 +218,7 @@ class Worker:
         return self._refusal or closed()
 
     def check_may_wait(self) -> None:
-        """Raises `HybridCacheError` on the worker thread itself, where nothing would come of it."""
+        """Raises `HybridCacheError` on the worker thread itself or in a fork, where nothing would come of it."""
         self._inbox.check_may_wait()
 
     def close(self) -> None:

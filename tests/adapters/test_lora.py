@@ -1,5 +1,6 @@
 """Adapters that take turns on one model: replies as in a process of their own, and what is stored stays."""
 
+import gc
 import shutil
 
 import mlx.core as mx
@@ -233,3 +234,37 @@ def test_replies_of_an_adapter_share_batches_where_that_is_exact(adapters, alone
         replies = [[next(each) for each in running] for _ in range(REPLY)]
         for row in zip(*replies, strict=True):
             assert [(each.token, np.array(each.logprobs).tobytes()) for each in row] == alone["a"]
+
+
+@pytest.mark.parametrize("how", ["closed", "dropped"])
+def test_behind_its_cache_a_model_is_as_it_came(adapters, alone, how):
+    """The adapter stayed in, also for the next cache, to which it was the model's own."""
+    model = tiny.fresh("qwen3_next")
+    cache = opened(model)
+    cache.use_adapter(adapters["a"])
+    running = cache.stream_generate(PROMPT, 10_000, sampler=oracle.never_ending)
+    next(running)
+    if how == "closed":
+        cache.close()
+    del cache, running
+    gc.collect()
+    with opened(model) as later:
+        assert reply(later) == alone[None]
+
+
+def test_no_adapter_comes_under_another_caches_replies(adapters, alone):
+    """What the other cache read with it was stored as the model's own, and restored for every later reply."""
+    model = tiny.fresh("qwen3_next")
+    with opened(model) as one:
+        with opened(model) as other:
+            for each in (one, other):
+                with pytest.raises(AdapterError, match="Another cache serves this model"):
+                    each.use_adapter(adapters["a"])
+            assert reply(other) == reply(one) == alone[None]
+        one.use_adapter(adapters["a"])
+        with pytest.raises(AdapterError, match="Another cache has put an adapter into this model"):
+            opened(model)
+        assert reply(one) == alone["a"]
+        one.use_adapter(None)
+        with opened(model) as other:
+            assert reply(other) == reply(one) == alone[None]

@@ -179,6 +179,25 @@ def test_hot_equals_cold_with_a_patch(tmp_path: Path) -> None:
         assert not oracle.agree(hot[0], plain)
 
 
+def test_no_patch_comes_under_another_caches_replies() -> None:
+    """What it had read was restored for a model that selects otherwise by now."""
+    model = tiny.fresh("qwen3_moe")
+    plain = dict(tree_flatten(model.parameters()))
+    with oracle.new_cache(model) as cache:
+        with pytest.raises(RouterError, match="Another cache serves this model"):
+            oracle.new_cache(model, router=tiny_patch())
+        assert cache.is_alive
+    assert all(
+        mx.array_equal(array, plain[path]).item()
+        for path, array in tree_flatten(model.parameters())
+    )
+    with (
+        oracle.new_cache(model, router=tiny_patch()),
+        oracle.new_cache(model, router=tiny_patch()) as cache,  # which changes nothing any more
+    ):
+        assert applied(model) is not None
+
+
 def test_auto_finds_copies_in_memory() -> None:
     """No file: the bundled texts through the model, then the patch; the report says what was found."""
     model, tokenizer = planted.bundled(COPIES), bundled.load()[1]

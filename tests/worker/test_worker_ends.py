@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import random
+import signal
 import subprocess
 import sys
 import threading
@@ -354,6 +355,38 @@ def test_the_interpreter_exits_beside_readers() -> None:
         check=False,
     )
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "1000\n", "")
+
+
+LEFT = """
+import threading
+import mlx.core as mx
+from mlx_hybridcache.worker.mlx_thread import on_mlx_thread
+
+begun = threading.Event()
+
+def work():
+    begun.set()
+    one = mx.ones((200, 200))
+    for _ in range(300):
+        mx.eval(one @ one)
+    print("done")
+
+on_mlx_thread(work)
+begun.wait()
+raise KeyboardInterrupt
+"""
+
+
+def test_the_interpreter_waits_for_what_its_callers_have_left() -> None:
+    """Control-C while a cache is built: MLX aborted the process, whose thread still computed."""
+    ended = subprocess.run(
+        [sys.executable, "-c", LEFT],
+        capture_output=True,
+        text=True,
+        timeout=2 * PATIENCE_SECONDS,
+        check=False,
+    )
+    assert (ended.returncode, ended.stdout) == (-signal.SIGINT, "done\n")
 
 
 def test_a_reply_outlives_a_worker_that_was_dropped_by_its_end_only() -> None:

@@ -25,11 +25,20 @@ FUNCTIONS = (None, "custom", "function")
 Message = dict[str, Any]
 
 
+OTHERS = ("claude", "anthropic")
+"""What names of Anthropic's own models begin with: clients write one whatever is served."""
+
+
 class MessagesChat(ChatBody):
     """A request for messages as a chat."""
 
     endpoint: ClassVar[str] = "/v1/messages"
     unless_set: ClassVar[str] = "mark"
+
+    @property
+    def names_any(self) -> bool:
+        """Whether it is for whatever is served."""
+        return (self.model or "").startswith(OTHERS)
 
 
 def as_chat(body: CountBody) -> MessagesChat:

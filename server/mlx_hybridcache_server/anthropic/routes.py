@@ -25,9 +25,6 @@ router = APIRouter(route_class=JsonRoute)
 
 STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
 
-OTHERS = ("claude", "anthropic")
-"""What names of Anthropic's own models begin with: clients write one whatever is served."""
-
 
 @router.post("/v1/messages", response_model=None, responses=STREAMED)
 async def messages(body: MessagesBody, request: Request) -> Response:
@@ -79,7 +76,7 @@ async def _model(chat: MessagesChat, serving: Serving, admitted: Admitted) -> Lo
     if not serving.settings.allow_model_switching:
         own = chat.adapters is None
         return await (slot.any_model(held) if own else slot.model(held, None, chat.adapters))
-    if not (chat.model or "").startswith(OTHERS):
+    if not chat.names_any:
         return await slot.model(held, chat.model, chat.adapters)
     draft = slot.loaded.drafted_by if chat.adapters is None else None
     return await slot.model(held, slot.loaded.source, chat.adapters, draft)

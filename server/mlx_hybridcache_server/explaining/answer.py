@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from ..errors import refuse
+from mlx_hybridcache.report import Reason
+
+from ..errors import ApiError, refuse
 from ..generation.admission import Admitted
 from ..generation.models import Loaded
 from ..generation.serving import Serving
 from ..responses.kept import Kept, weight_of
 from ..schema.explain import ExplainBody
-from .asked import Asked, apart, read, tokens_of
-from .comparison import Comparison, compared
+from .asked import Asked, apart, is_in_use, read, tokens_of
+from .comparison import Cause, Comparison, compared
 from .explanation import of_one, of_two, speed
 from .kinds import Kind
 from .stored import parting
@@ -40,10 +43,20 @@ async def explained(
 
 
 async def _one(asked: Asked, loaded: Loaded, serving: Serving, weight: int) -> dict[str, Any]:
+    if not is_in_use(asked, loaded, serving.settings):
+        raise ApiError(
+            409,
+            "What is stored for another model or adapter than the one in use is not known now. Ask for a reply "
+            "with it first, or give the request that came before this one too.",
+            code="model_not_in_use",
+        )
     tokens = await serving.rendering.steps(tokens_of(asked, loaded.renderer), weight)
     report = await serving.between_turns(loaded.cache.lookup, tokens, cache_salt=asked.cache_salt)
     work = partial(parting, asked, tokens, report, loaded)
     cause, text = await serving.rendering.call(work, weight)
+    if asked.cache_prompt is False:
+        report = replace(report, restored_tokens=0, reason=Reason.DISABLED, tier="none")
+        cause = Cause(Kind.NOT_CACHED)
     if not _shows_stored(asked, serving):
         text["stored"] = None
     return of_one(cause, loaded.id, report, text, _speed(serving))
@@ -62,12 +75,14 @@ async def _two(
 async def _restored(
     found: Comparison, other: Asked, loaded: Loaded, serving: Serving
 ) -> int | None:
-    """Up to where the second prompt is restored; None if the first one is not stored.
+    """Up to where the second prompt is restored; None if the first one is not stored, or that is not known.
 
     Where the second is stored itself, up to where the next one would be that parts from the first there.
     """
     if found.cause.kind in (Kind.OTHER_SALT, Kind.OTHER_MODEL, Kind.NOT_CACHED):
         return 0
+    if not is_in_use(other, loaded, serving.settings):
+        return None
     look = partial(serving.between_turns, loaded.cache.lookup, cache_salt=other.cache_salt)
     report = await look(found.second)
     if report.matched_tokens >= len(found.second) - 1:

@@ -9,9 +9,10 @@ from pydantic import BaseModel, ValidationError
 
 from mlx_hybridcache.tokens import Tokens
 
+from ..anthropic.conversation import MessagesChat
 from ..anthropic.conversation import as_chat as of_messages
 from ..errors import refuse
-from ..generation.models import DEFAULT_NAME, Named
+from ..generation.models import DEFAULT_NAME, Loaded, Named
 from ..prompts.chat import Renderer
 from ..prompts.tokenizing import Steps
 from ..replies.chat import rendering
@@ -132,6 +133,13 @@ def apart(one: Asked, other: Asked, settings: Settings | None = None) -> Kind | 
     if settings is None or not settings.allow_model_switching:
         return None
     return Kind.OTHER_MODEL if _model(one, settings) != _model(other, settings) else None
+
+
+def is_in_use(asked: Asked, loaded: Loaded, settings: Settings) -> bool:
+    """Whether the model and the adapter that it is for are those of which there is to be known what is stored."""
+    wanted = _model(asked, settings)
+    is_named = wanted.name in loaded.names or (isinstance(asked, MessagesChat) and asked.names_any)
+    return not settings.allow_model_switching or (is_named and wanted.adapter == loaded.adapter)
 
 
 def _model(asked: Asked, settings: Settings) -> Named:

@@ -182,7 +182,7 @@ _SAID = {
         "Name the same model with each request of a session, for titles and summaries too.",
     ),
     Kind.NOT_CACHED: _Said(
-        "The second request asked to be read without the cache.",
+        "The request asked to be read without the cache.",
         "Leave out cache_prompt: false.",
     ),
     Kind.UNKNOWN: _Said(

@@ -22,13 +22,14 @@ from mlx_hybridcache.store.budget import StoreStats
 from mlx_hybridcache.store.outline import Outline
 from mlx_hybridcache.tokenizing.encoder import Encoder
 from mlx_hybridcache.tokens import Namespace
+from mlx_hybridcache.worker.mlx_thread import on_mlx_thread
 from mlx_hybridcache.worker.turns import Load
 
 from ..errors import ApiError, shutting_down
 from ..loading.idle import Idle, seconds_of
 from ..loading.leases import Leases
 from ..settings import Settings
-from .models import DEFAULT_NAME, Loaded, Named, load, on_own_thread
+from .models import DEFAULT_NAME, Loaded, Named, load
 
 if TYPE_CHECKING:
     from mlx_hybridcache.disk.tier.tier import DiskStats
@@ -138,7 +139,7 @@ class ModelSlot:
             log.warning("Not all that is cached fits the cache directory, and the rest is let go.")
         self.loaded = await asyncio.to_thread(_resting, self.loaded)
         self._loading = None  # which holds the model that it loaded
-        await asyncio.wrap_future(on_own_thread(_give_back))
+        await asyncio.wrap_future(on_mlx_thread(_give_back))
         log.info("%s is let go until somebody asks for it: nobody has in a while.", self.loaded.id)
 
     def _is_loaded(self, wanted: Named | None) -> bool:
@@ -183,7 +184,7 @@ class ModelSlot:
         old.cache.close()
 
     async def _load(self, wanted: Named, make_room: Callable[[], None]) -> Loaded:
-        self._loading = on_own_thread(lambda: load(self.settings, *wanted, make_room=make_room))
+        self._loading = on_mlx_thread(lambda: load(self.settings, *wanted, make_room=make_room))
         # A load cannot be stopped: it ends, and `close` lets go of what came of it.
         return await asyncio.shield(asyncio.wrap_future(self._loading))
 

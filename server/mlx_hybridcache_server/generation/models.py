@@ -5,10 +5,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +20,6 @@ from mlx_hybridcache.demo import BUNDLED_MODEL
 from mlx_hybridcache.errors import HybridCacheError, SettingError
 from mlx_hybridcache.router.defaults import AUTO
 from mlx_hybridcache.router.patch import Patch
-from mlx_hybridcache.worker.mlx_thread import mlx_thread
 
 from ..adapter import token_bytes
 from ..prompts.chat import Renderer
@@ -381,18 +378,3 @@ def downloaded() -> list[str]:
 def _is_model(files: set[str]) -> bool:
     weights = any(name.startswith("model") and name.endswith(".safetensors") for name in files)
     return weights and {"config.json", "tokenizer_config.json"} <= files
-
-
-def on_own_thread(work: Callable[[], T]) -> Future[T]:
-    """Run `work`, which calls MLX, on a thread of its own."""
-    future: Future[T] = Future()
-
-    def run() -> None:
-        with mlx_thread():
-            try:
-                future.set_result(work())
-            except BaseException as error:
-                future.set_exception(error)
-
-    threading.Thread(target=run, name="load", daemon=True).start()
-    return future

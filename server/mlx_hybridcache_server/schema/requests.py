@@ -302,6 +302,7 @@ class PrefixBody(Arrangement):
     prompt: Prompt | None = None
     key: Key | None = None
     cache_salt: str | None = None
+    adapters: str | None = None
 
 
 class WatchBody(Body):

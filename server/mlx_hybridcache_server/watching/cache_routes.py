@@ -115,7 +115,7 @@ async def _prefix(body: PrefixBody, serving: Serving, admitted: Admitted, weight
         raise refuse("Give either messages or a prompt, or the key of what is stored.", "messages")
     if not serving.settings.uses_cache:
         raise refuse("The cache is turned off (--prompt-cache-size 0).")
-    loaded = await serving.slot.model(admitted.held, body.model)
+    loaded = await serving.slot.model(admitted.held, body.model, body.adapters)
     if body.key is not None:
         return await asyncio.to_thread(_stored, body.key, loaded)
     if body.prompt is not None:

@@ -10,6 +10,7 @@ import tiny
 from bundled import load, text_tokens
 from mlx_lm import stream_generate
 from mlx_lm.sample_utils import make_sampler
+from odd_models import heads
 from plain_replies import SMALL, plain, same
 
 from mlx_hybridcache import (
@@ -89,6 +90,25 @@ def test_a_cache_may_be_built_and_closed_on_another_thread():
 def streams_made():
     """Of MLX, in this process so far, with the one that asking takes: their names count them."""
     return int(str(mx.new_thread_unsafe_stream(mx.cpu)).rpartition(" ")[2].rstrip(")"))
+
+
+def test_threads_that_build_a_cache_and_end_leave_no_stream_of_mlx(tmp_path):
+    """Two each, and the process aborted at exit ("terminate called without an active exception"); a head's weights one."""
+    model, tokenizer = load()
+    heads.write(tmp_path, model, heads.fresh_layers(model))
+
+    def build():
+        with HybridPromptCache(model, tokenizer, memory_budget="50MB", **SMALL) as cache:
+            cache.learn_mtp(tmp_path)
+            assert len(list(cache.stream_generate("A lamp", 3))) == 3
+
+    build()
+    before = streams_made()
+    for _ in range(6):
+        thread = threading.Thread(target=build)
+        thread.start()
+        thread.join()
+    assert streams_made() - before == 1
 
 
 @pytest.mark.parametrize("use_cache", [True, False])

@@ -129,6 +129,36 @@ def test_where_requests_choose_their_model_two_models_share_nothing():
     served(work, "--allow-model-switching")
 
 
+def test_what_is_stored_for_another_adapter_is_not_taken_for_its_own():
+    """It was said to be restored, out of what the model has without one. Names of Anthropic's mean what is served."""
+
+    async def work(serving, app):
+        async def told(*requests):
+            return await Client(app, EXPLAIN, {"requests": [*requests]}).answer()
+
+        body = {"messages": user("Hello."), "max_tokens": 1}
+        await Client(app, CHAT, body).answer()
+        adapted = body | {"adapters": "/another"}
+        alone = await told(adapted)
+        assert (alone.status, alone.reply["error"]["code"]) == (409, "model_not_in_use")
+        both = (await told(adapted, adapted)).reply
+        assert (both["change"], both["checkpoints"]) == ("same", "best_case")
+        as_served = body | {"model": "claude-any", "system": "Be brief."}
+        assert (await told(as_served)).status == 200
+        assert (await told(body)).reply["change"] == "same"
+
+    served(work, "--allow-model-switching")
+
+
+def test_one_request_that_declines_the_cache_is_not_said_to_be_restored(server):
+    """It was: `cache_prompt` was looked at in pairs only."""
+    asked = {"messages": user("Hello."), "cache_salt": "declined"}
+    server.answer(CHAT, **asked, max_tokens=1)
+    told = server.answer(EXPLAIN, requests=[asked | {"cache_prompt": False}])
+    assert (told["change"], told["restored_tokens"], told["is_hot"]) == ("not_cached", 0, False)
+    assert told["read_tokens"] == told["prompt_tokens"]
+
+
 # One request
 
 

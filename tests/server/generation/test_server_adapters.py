@@ -124,6 +124,29 @@ def test_adapters_alternate_and_all_stay_hot(
     within(work())
 
 
+def test_what_is_read_ahead_kept_and_dropped_is_an_adapters_own(
+    serving: Serving, adapters: list[str | None], alone: dict[str | None, str]
+) -> None:
+    """Warming it for one adapter read it for the model as it came, and dropping forgot that one's."""
+    _, one, other = adapters
+
+    async def act(name: str, adapter: str | None) -> tuple[int, dict[str, Any]]:
+        where = ("POST", f"/v1/cache/{name}")
+        return await Client(serving).ask(where, prompt=BODY["prompt"], adapters=adapter)
+
+    async def work() -> None:
+        for name in ("warm", "pin"):
+            status, told = await act(name, one)
+            assert (status, told["position"] > 290) == (200, True), told
+        assert (await act("drop", other))[0] == 404, "nothing is stored for that one"
+        assert (await act("drop", one))[0] == 409, "it is pinned"
+        reply, restored = await ask(serving, one)
+        assert (reply, restored > 290) == (alone[one], True)
+        assert (await ask(serving, None))[1] < 290
+
+    within(work())
+
+
 def test_messages_and_responses_name_adapters_too(
     serving: Serving, adapters: list[str | None]
 ) -> None:
