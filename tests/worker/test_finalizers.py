@@ -4,12 +4,15 @@ import gc
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import mlx.nn as nn
 import pytest
 
 from mlx_hybridcache.caches.subclassed import Subclassed
+from mlx_hybridcache.disk import thread as disk_threads
+from mlx_hybridcache.disk.directory import Directory
 from mlx_hybridcache.worker import mlx_thread as mlx_threads
 
 PATIENCE_SECONDS = 20
@@ -87,3 +90,40 @@ def test_a_thread_that_hands_its_stream_on_may_wait_for_another_ones_end(
     monkeypatch.setattr(mlx_threads, "_free", Collecting(mlx_threads._free))
     assert ends(use)
     assert waited == [True]
+
+
+def test_a_disk_thread_may_end_the_cache_that_it_belongs_to(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """In an idle process it alone may allocate anything: collecting where it waits for work, it put in that it ends."""
+    monkeypatch.setattr(disk_threads, "TICK_SECONDS", 0.001)
+    directory = Directory(tmp_path)
+    directory.open()
+    thread = disk_threads.DiskThread(directory, lambda function: None)
+
+    class Cache:
+        me: Any = None
+
+    allocate = threading.Lock
+
+    def collecting() -> Any:
+        """What a condition allocates while its lock is held."""
+        if threading.get_ident() == thread.ident:
+            gc.collect()
+        return allocate()
+
+    def dropped() -> None:
+        cache = Cache()
+        cache.me = cache
+        weakref.finalize(cache, thread.close)
+
+    gc.disable()
+    try:
+        dropped()
+        monkeypatch.setattr(threading, "_allocate_lock", collecting)
+        thread._thread.join(0.5)
+        gc.collect()
+    finally:
+        gc.enable()
+    thread._thread.join(PATIENCE_SECONDS)
+    assert not thread._thread.is_alive()
