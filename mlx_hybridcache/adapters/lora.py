@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from weakref import WeakSet
 
 import mlx.core as mx
 import numpy as np
@@ -72,14 +70,12 @@ class Adapters:
     @contextmanager
     def serving(self) -> Iterator[None]:
         """For as long as the model answers requests; behind that it is as it came."""
-        with _changing:
-            _serving.add(self)
+        _serving[id(self)] = self
         try:
             yield
         finally:
-            with _changing:
-                self._change(None)
-                _serving.discard(self)
+            self._change(None)
+            del _serving[id(self)]
 
     @property
     def digest(self) -> str:
@@ -92,13 +88,12 @@ class Adapters:
         Raises `AdapterError` for what cannot be read or does not fit, and while another cache serves the model;
         then it is what it was.
         """
-        with _changing:
-            if path is not None and is_served(self._model, beside=self):
-                raise AdapterError(
-                    "Another cache serves this model, and an adapter would change its replies too. Close that "
-                    "one first, or load the model again for this cache."
-                )
-            self._change(None if path is None else self._found(Path(path).expanduser()))
+        if path is not None and is_served(self._model, beside=self):
+            raise AdapterError(
+                "Another cache serves this model, and an adapter would change its replies too. Close that "
+                "one first, or load the model again for this cache."
+            )
+        self._change(None if path is None else self._found(Path(path).expanduser()))
 
     def _change(self, wanted: Adapter | None) -> None:
         if wanted is not self._used:
@@ -155,11 +150,10 @@ class Adapters:
         return self._own if self._used is None else self._used.modules
 
 
-_serving: WeakSet[Adapters] = WeakSet()
-"""Those of all caches whose models answer requests."""
-
-_changing = threading.RLock()
-"""Held while models are changed, or `_serving` is."""
+_serving: dict[int, Adapters] = {}
+"""Those of all caches whose models answer requests. There is no lock: the garbage collector may end a cache anywhere,
+and waits for the thread that takes its own out of here.
+"""
 
 
 def is_served(model: Any, beside: Adapters | None = None) -> bool:
@@ -168,8 +162,7 @@ def is_served(model: Any, beside: Adapters | None = None) -> bool:
 
 
 def _serving_now(model: Any) -> list[Adapters]:
-    with _changing:
-        return [each for each in _serving if each._model is model]
+    return [each for each in [*_serving.values()] if each._model is model]
 
 
 def _adapter(model: Any, before: Modules, folder: Path) -> Adapter:

@@ -6,11 +6,11 @@ asked, who alone may drop them.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -29,7 +29,25 @@ TICK_SECONDS = 5.0
 _READ, _CHANGE, _STOP = range(3)
 """Reads go first: a request waits for them. What changes the directory keeps its order."""
 
-_Job = tuple[int, int, Callable[[], None]]
+
+class _Jobs:
+    """What is to be done, by priority and then in order, for one thread. Any puts in, finalizers too, wherever they
+    run: there is no lock that the thread they run on could be holding.
+    """
+
+    def __init__(self) -> None:
+        self._left: tuple[deque[Callable[[], None]], ...] = (deque(), deque(), deque())
+        self._there: queue.SimpleQueue[None] = queue.SimpleQueue()
+
+    def put(self, priority: int, work: Callable[[], None]) -> None:
+        self._left[priority].append(work)
+        self._there.put(None)
+
+    def get(self, timeout: float) -> tuple[int, Callable[[], None]]:
+        """The next; raises `queue.Empty`."""
+        self._there.get(timeout=timeout)
+        priority = next(each for each, left in enumerate(self._left) if left)
+        return priority, self._left[priority].popleft()
 
 
 @dataclass(eq=False)
@@ -95,8 +113,7 @@ class DiskThread:
         post: Callable[[Callable[[], None]], None],
     ):
         self.directory = directory
-        self._jobs: queue.PriorityQueue[_Job] = queue.PriorityQueue()
-        self._count = itertools.count()
+        self._jobs = _Jobs()
         self._post = post
         self._watchers: list[_Watcher] = []
         self._thread = threading.Thread(
@@ -164,10 +181,6 @@ class DiskThread:
 
         Returns when that is done, whoever else closes it; on the thread itself, at once.
         """
-        if (
-            not self._thread.is_alive()
-        ):  # in a fork, where its queue may be locked for ever, it never is
-            return
         self._put(_STOP, lambda: None)
         if threading.current_thread() is not self._thread:
             self._thread.join()
@@ -184,11 +197,11 @@ class DiskThread:
         self._put(priority, job)
 
     def _put(self, priority: int, work: Callable[[], None]) -> None:
-        self._jobs.put((priority, next(self._count), work))
+        self._jobs.put(priority, work)
 
 
 def _run(
-    jobs: queue.PriorityQueue[_Job],
+    jobs: _Jobs,
     directory: Directory,
     post: Callable[[Callable[[], None]], None],
     watchers: list[_Watcher],
@@ -196,7 +209,7 @@ def _run(
     look_at = time.monotonic() + TICK_SECONDS
     while True:
         with suppress(queue.Empty):
-            priority, _, work = jobs.get(timeout=max(0.0, look_at - time.monotonic()))
+            priority, work = jobs.get(timeout=max(0.0, look_at - time.monotonic()))
             if priority == _STOP:
                 _guarded(directory.close, directory)
                 return

@@ -70,9 +70,9 @@ class Inbox(Generic[T]):
         """Raises `ClosedError` in a fork of the process, to which no other thread came along."""
         if os.getpid() != self._process:
             raise ClosedError(
-                f"This cache is of process {self._process}, and process {os.getpid()} is a fork of that, without "
-                "the thread that makes all MLX calls. Make a HybridPromptCache in the process that uses it, or "
-                "start processes with multiprocessing's method spawn."
+                f"This cache is of process {self._process}, and process {os.getpid()} is a fork of that, in which its "
+                "thread does not run, and MLX does not compute. Start processes with multiprocessing's method spawn, "
+                "and make a HybridPromptCache in each that needs one."
             )
 
     def check_may_wait(self) -> None:

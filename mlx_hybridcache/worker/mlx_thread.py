@@ -17,8 +17,8 @@ from mlx_lm.generate import wired_limit
 
 T = TypeVar("T")
 
-_lock = threading.Lock()
 _free: list[tuple[mx.Device, mx.Stream]] = []
+"""There is no lock: the garbage collector may end a cache anywhere, and waits for its thread, which comes by here."""
 
 
 @contextmanager
@@ -35,8 +35,7 @@ def mlx_thread() -> Iterator[None]:
     finally:
         try:
             mx.synchronize(stream)
-            with _lock:
-                _free.append((device, stream))
+            _free.append((device, stream))
         finally:
             # Those of other devices: a thread that leaves its streams behind ends the process at exit (MLX 0.32).
             mx.clear_streams()
@@ -70,8 +69,14 @@ def _run(work: Callable[[], T], future: Future[T]) -> None:
 
 
 def _take(device: mx.Device) -> mx.Stream:
-    with _lock:
-        for place, (its_device, _) in enumerate(_free):
+    others: list[tuple[mx.Device, mx.Stream]] = []
+    try:
+        while True:
+            its_device, stream = _free.pop()
             if its_device == device:
-                return _free.pop(place)[1]
-    return mx.new_thread_unsafe_stream(device)
+                return stream
+            others.append((its_device, stream))
+    except IndexError:  # there is none, or others took the last
+        return mx.new_thread_unsafe_stream(device)
+    finally:
+        _free.extend(others)
