@@ -74,7 +74,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 
 def cpu_seconds() -> float:
-    """This process's, with those of its processes that have ended."""
+    """This process's, with those of its processes that have ended, or were forked."""
     forks = sys.modules.get("forks")
     return sum(os.times()[:4]) + (forks.cpu_seconds() if forks else 0.0)
 
@@ -83,8 +83,10 @@ def cpu_seconds() -> float:
 def pytest_runtest_makereport(
     item: pytest.Item,
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Note what was spent since the last report; a process counts where it ends."""
+    """Note what was spent since the last report; a process that was not forked (`forks.py`) counts where it ends."""
     report = yield
+    if not item.config.getoption("cpu"):
+        return report
     now = cpu_seconds()
     report.cpu_seconds = now - item.config.stash[spent]
     item.config.stash[spent] = now

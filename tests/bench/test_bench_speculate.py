@@ -12,8 +12,8 @@ from mlx_hybridcache_bench.speculate.own_replies import BUNDLED_DRAFT
 def test_replies_that_repeat_what_is_stored_take_fewer_forwards(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Replies of 60 tokens, four of its own, one round: counts, the same replies, and a pair of times for each."""
-    monkeypatch.setattr(own_replies, "PROMPTS", 4)
+    """Replies of 60 tokens, two of its own, one round: counts, the same replies, and a pair of times for each."""
+    monkeypatch.setattr(own_replies, "PROMPTS", 2)
     file = tmp_path / "speculate.json"
     small = ["--reply-tokens", "60", "--rounds", "1"]
     assert cli.main(["speculate", *small, "--json", str(file)]) in (0, 1)

@@ -166,11 +166,14 @@ def test_without_openais_client_the_demo_says_what_to_install(monkeypatch, capsy
     assert not servers
 
 
+SMALL = ["--tokens", "160", "--prefill-step-size", "64"]
+"""Points at every kind of cut: early ones, ends of steps, branches and ends of prompts."""
+
+
 def test_verify_holds_for_the_bundled_model_in_both_modes(capsys):
     """No difference at any restore point."""
-    small = ["--tokens", "300", "--prefill-step-size", "128"]
-    assert main(["verify", *small]) == 0
-    assert main(["verify", *small, "--exact"]) == 0
+    assert main(["verify", *SMALL]) == 0
+    assert main(["verify", *SMALL, "--exact"]) == 0
     shown = capsys.readouterr().out
     assert shown.count("it holds") == 2
     assert "mlx-lm 0.32" in shown
@@ -179,20 +182,20 @@ def test_verify_holds_for_the_bundled_model_in_both_modes(capsys):
 def test_verify_fails_when_a_state_is_lost(monkeypatch, capsys):
     """The same proof with restores that leave the recurrent state out."""
     monkeypatch.setattr(RecurrentKind, "fill", lambda *args: None)
-    assert main(["verify", "--tokens", "300", "--prefill-step-size", "128"]) == 1
+    assert main(["verify", *SMALL]) == 1
     assert "IT DOES NOT HOLD" in capsys.readouterr().out
 
 
-QUANTIZED = ["--tokens", "300", "--prefill-step-size", "128", "--kv-bits", "4"]
+QUANTIZED = [*SMALL, "--kv-bits", "4"]
 
 
 def test_verify_holds_with_quantized_keys_and_values(capsys):
-    """In both modes, at points before the start, 100, and behind it; from the first token on too."""
+    """In both modes, at points before the start, 53, and behind it; from the first token on too."""
     for more in ([], ["--exact"], ["--quantized-kv-start", "0", "--kv-group-size", "32"]):
         assert main(["verify", *QUANTIZED, *more]) == 0
     shown = capsys.readouterr().out
     assert shown.count("allowed 0, worst restore 0: it holds") == 3
-    assert shown.count("have 4 bits from position 100 on") == 2
+    assert shown.count("have 4 bits from position 53 on") == 2
     assert "have 4 bits from position 0 on" in shown
 
 
@@ -255,5 +258,5 @@ def test_quantized_weights_verify_too(monkeypatch, capsys):
         model, group_size=64, bits=8, class_predicate=lambda _, m: hasattr(m, "to_quantized")
     )
     monkeypatch.setattr(models, "load", lambda path: (model, tokenizer))
-    assert main(["verify", "--tokens", "200", "--prefill-step-size", "64"]) == 0
+    assert main(["verify", *SMALL]) == 0
     assert "it holds" in capsys.readouterr().out

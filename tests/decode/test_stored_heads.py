@@ -4,6 +4,7 @@ import shutil
 
 import oracle
 import pytest
+from long import in_turns
 from odd_models.adapters import write_adapter
 from odd_models.drafters import new_cache
 from odd_models.heads import COUNT, KINDS, PROMPT
@@ -77,8 +78,7 @@ def test_a_prompt_again_is_drafted_as_the_first_time(name, directory, proposals)
         assert cache.stats().running_bytes == 0
 
 
-@each_kind
-@pytest.mark.parametrize("taken", [2, 7, COUNT])
+@pytest.mark.parametrize(("name", "taken"), in_turns(KINDS, [2, 7, COUNT]))
 def test_the_next_turn_is_drafted_as_if_all_was_read_for_it(name, taken, directory, proposals):
     """Behind the reply's very end, also where a stop text ended it inside a block; and behind that one's."""
     source = directory(name)
@@ -98,8 +98,7 @@ def test_the_next_turn_is_drafted_as_if_all_was_read_for_it(name, taken, directo
         assert are_by_definition(name, proposals)
 
 
-@each_kind
-@pytest.mark.parametrize("kept", [64, 100, 130, 192, 249])
+@pytest.mark.parametrize(("name", "kept"), in_turns(KINDS, [64, 100, 130, 192, 249]))
 def test_a_branch_is_drafted_as_if_all_was_read_for_it(name, kept, directory, proposals):
     """Another ending behind a place in any slice: rows know nothing of the token behind the last that they are of."""
     source = directory(name)

@@ -54,16 +54,16 @@ class Sample:
 def wide_model() -> nn.Module:
     """A Qwen3-Next of one Gated-DeltaNet and one attention layer, narrow but for what is cached.
 
-    A token's rows weigh 128 KiB, a checkpoint 256 KiB.
+    A token's rows weigh 128 KiB, a checkpoint 256 KiB. Two heads have them: a new cache tries batches of as many.
     """
     mx.random.seed(tiny.SEED)
     wide = {
         "hidden_size": 16,
         "num_hidden_layers": 2,
         "full_attention_interval": 2,
-        "num_attention_heads": 64,
-        "num_key_value_heads": 64,
-        "head_dim": 256,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 8192,
         "linear_num_key_heads": 4,
         "linear_num_value_heads": 4,
         "linear_key_head_dim": 128,

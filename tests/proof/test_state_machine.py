@@ -30,7 +30,7 @@ OPERATIONS = forms(SHORT, int(os.environ.get("STATE_MACHINE_OPERATIONS", "10000"
 
 SEED = int(os.environ.get("STATE_MACHINE_SEED", "0"))
 
-STEPS = {True: 62, False: 125}
+STEPS = {True: 42, False: 125}
 """Operations on one directory, in the short form or not; each example begins with an empty one. Hypothesis leaves some kinds
 of operations out of each: a few short examples have all of them sooner than one that is long.
 """

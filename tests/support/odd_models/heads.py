@@ -17,6 +17,7 @@ import oracle
 import tiny
 from mlx.optimizers import Adam
 from mlx.utils import tree_flatten
+from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_hybridcache.drafting.head import HeadLayers
 
@@ -58,11 +59,12 @@ def fresh_layers(model: Any, seed: int = 11) -> HeadLayers:
 
 def greedy(model: Any, prompt: Sequence[int], count: int) -> list[int]:
     """The tokens of a greedy reply, by the model alone."""
-    tokens = [*prompt]
+    caches, feed, reply = make_prompt_cache(model), [*prompt], list[int]()
     for _ in range(count):
-        logits = model(mx.array([tokens]))[0, -1]
-        tokens.append(int(oracle.never_ending(logits[None])[0]))
-    return tokens[len(prompt) :]
+        logits = model(mx.array([feed]), cache=caches)[:, -1]
+        feed = [int(oracle.never_ending(logits).item())]
+        reply += feed
+    return reply
 
 
 @functools.cache
