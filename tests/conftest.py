@@ -9,17 +9,20 @@ from collections.abc import Generator, Iterator
 import pytest
 
 LONGEST = (
-    *("test_state_machine.py", "test_group.py", "test_group_disk.py", "test_retained.py"),
-    *("test_borrowing.py", "test_cli.py", "test_group_verify.py", "test_group_server.py"),
-    *("test_bench_ttft_servers.py", "test_equality.py", "test_resident.py", "test_bench_ttft.py"),
-    *("test_speculation.py", "test_quantized.py", "test_disk_kills.py", "test_bench.py"),
-    *("test_bench_disk.py", "test_forwards.py", "test_server_limits.py", "test_memory.py"),
-    *("test_server_page_browser.py", "test_router_measure.py", "test_server_equality.py"),
-    *("test_bench_router.py", "test_disk.py", "test_server_load.py", "test_bundled_model.py"),
-    *("test_server_serving.py", "test_batching.py", "test_engine.py", "test_disk_faults.py"),
-    *("test_equality_mutations.py", "test_replay_bounds.py", "test_hostile.py", "test_slices.py"),
-    *("test_retained_bounds.py", "test_disk_writing.py", "test_server_admission.py"),
-    *("test_disk_outages.py", "test_disk_others.py", "test_server_restart.py"),
+    *("test_cli.py", "test_stored_heads.py", "test_state_machine.py", "test_group.py"),
+    *("test_group_disk.py", "test_borrowing.py", "test_retained.py"),
+    *("test_bench_ttft_servers.py", "test_equality.py", "test_disk_kills.py"),
+    *("test_server_page_browser.py", "test_server_limits.py", "test_group_server.py"),
+    *("test_group_failures.py", "test_group_verify.py", "test_server_stable.py"),
+    *("test_bench_ttft.py", "test_bench.py", "test_router_measure.py", "test_draft_models.py"),
+    *("test_heads.py", "test_plan.py", "test_replay_bounds.py", "test_bundled_model.py"),
+    *("test_compressed.py", "test_forwards.py", "test_server_agreement.py"),
+    *("test_server_explain.py", "test_server_fuzz.py", "test_memory.py", "test_speculation.py"),
+    *("test_server_equality.py", "test_server_load.py", "test_server_adapters.py"),
+    *("test_server_drafting.py", "test_server_page.py", "test_server_differences.py"),
+    *("test_load.py", "test_router_discovery.py", "test_quantized.py", "test_bench_router.py"),
+    *("test_router_serving.py", "test_disk.py", "test_bench_disk.py", "test_resident.py"),
+    *("test_server_admission.py", "test_engine.py", "test_limits.py", "test_server_restart.py"),
 )
 """Begun last, one of these would keep one of the workers running behind the others."""
 

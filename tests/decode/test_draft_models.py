@@ -15,6 +15,7 @@ from test_speculation import (
     PROMPT,
     SAME_BITS,
     never_resting,
+    next_turn,
     off,
     plain,
     stopping,
@@ -61,9 +62,7 @@ def next_turn_off(name, cache, draft, tokens, prompt=PROMPT, **settings):
     found, report = drafted(cache, draft, history, 8)
     there = len(prompt) + len(tokens)
     assert (report.restored_tokens, report.draft_restored_tokens) == (there, there)
-    with new_cache(name, **settings) as other:
-        list(other.stream_generate(prompt, len(tokens), **GREEDY))
-        return off(name, found, list(other.stream_generate(history, 8, **GREEDY)))
+    return off(name, found, next_turn(name, *map(tuple, (prompt, history, settings.items()))))
 
 
 @each_family_with("wrong", ["now and then", "never", "always"])

@@ -249,12 +249,14 @@ def test_a_budget_of_thinking_goes_with_a_form(server):
 
 
 def test_what_is_not_followed_is_in_a_header_and_once_in_the_log(server):
-    """`mirostat` in a stream and in a whole reply, and an effort that the template does not know."""
+    """`top_a`, which no other test of this server names, in a stream and in a whole reply; and an effort that the
+    template does not know.
+    """
     server.newly_logged()
-    body = {"prompt": "Hello", "max_tokens": 1, "mirostat": 2}
-    assert server.post(COMPLETIONS, **body).headers[WARNED].startswith("mirostat: ")
-    assert server.stream(COMPLETIONS, **body).headers[WARNED].startswith("mirostat: ")
-    assert server.newly_logged().count("mirostat") == 1
+    body = {"prompt": "Hello", "max_tokens": 1, "top_a": 0.5}
+    assert server.post(COMPLETIONS, **body).headers[WARNED].startswith("top_a: ")
+    assert server.stream(COMPLETIONS, **body).headers[WARNED].startswith("top_a: ")
+    assert server.newly_logged().count("top_a") == 1
     response = server.post(CHAT, messages=user("Hi"), max_tokens=1, reasoning_effort="high")
     assert response.headers[WARNED].startswith("reasoning_effort: ")
 
