@@ -18,7 +18,14 @@ class PromptError(HybridCacheError, ValueError):
 
 
 class BudgetError(HybridCacheError, MemoryError):
-    """A memory budget is too small for what was asked of it. Nothing that was stored is lost."""
+    """A memory budget is too small for what was asked of it. Nothing that was stored is lost.
+
+    `fits_later`: it would do without what requests that run now hold.
+    """
+
+    def __init__(self, said: str = "", *, fits_later: bool = False):
+        super().__init__(said)
+        self.fits_later = fits_later
 
 
 class CacheMismatchError(HybridCacheError, ValueError):

@@ -149,13 +149,15 @@ class Store(CountedTrees[R, S]):
             raise BudgetError(
                 f"This needs {nbytes:,} bytes beside the {budget.running_bytes:,} of running "
                 f"requests; the memory budget is {budget.limit_bytes:,}. Raise memory_budget, "
-                "shorten the prompt or max_tokens, or wait for running requests to end."
+                "shorten the prompt or max_tokens, or wait for running requests to end.",
+                fits_later=nbytes <= budget.limit_bytes,
             )
         fixed = budget.running_bytes + eviction.fixed_bytes()
         if nbytes + fixed > budget.limit_bytes:  # known before anything is let go for nothing
             raise BudgetError(
                 f"{nbytes:,} bytes do not fit: {fixed:,} of {budget.limit_bytes:,} "
-                "are held by running requests and pins. Raise memory_budget or unpin."
+                "are held by running requests and pins. Raise memory_budget or unpin.",
+                fits_later=nbytes + fixed - budget.running_bytes <= budget.limit_bytes,
             )
         while not budget.has_room(nbytes):
             node = eviction.first()

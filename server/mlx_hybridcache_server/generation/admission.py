@@ -1,12 +1,14 @@
-"""Who is let in, and who gets a turn: places for replies, and the slots that run and read."""
+"""Who is let in, and who gets a turn: places for replies, the slots that run and read, and room in memory."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Coroutine
-from contextlib import AsyncExitStack, ExitStack
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from contextlib import AsyncExitStack, ExitStack, aclosing
 from typing import Any, TypeVar
+
+from mlx_hybridcache.errors import BudgetError
 
 from ..errors import RETRY_SECONDS, ApiError
 from ..metrics import Metrics
@@ -28,6 +30,7 @@ class Admission:
         self.waiting = 0
         self._running = asyncio.Semaphore(settings.decode_concurrency)
         self._reading = asyncio.Semaphore(settings.prompt_concurrency)
+        self.memory = MemoryQueue()
         self.metrics = metrics
         self.timeout_seconds = settings.request_timeout
 
@@ -125,10 +128,14 @@ class Admitted:
 
         Raises `ApiError` 504 when its time is over before.
         """
+        return await self.queued(self._admission.slots(held))
+
+    async def queued(self, work: Coroutine[Any, Any, T]) -> T:
+        """What it waits for before it is begun. Raises `ApiError` 504 when its time is over before."""
         admission = self._admission
         admission.waiting += 1
         try:
-            return await self.in_time(admission.slots(held))
+            return await self.in_time(work)
         finally:
             admission.waiting -= 1
 
@@ -145,3 +152,79 @@ class ReadingSlot:
         if self._is_held:
             self._is_held = False
             self._slots.release()
+
+
+class MemoryQueue:
+    """Where requests wait that do not fit beside those that run: the first one tries again whenever one of these ends.
+
+    Who comes meanwhile waits behind it; else small requests could keep a large one waiting for ever.
+    """
+
+    def __init__(self) -> None:
+        self._first = asyncio.Lock()  # it goes to those who wait for it in their order
+        self._freed = asyncio.Event()
+        self._running: set[object] = set()
+
+    def freed(self) -> None:
+        """What a request held is free, before anything that is asked of the model from now on."""
+        self._freed.set()
+
+    async def items(
+        self,
+        begin: Callable[[], AsyncGenerator[T]],
+        wait: Callable[[Coroutine[Any, Any, bool]], Awaitable[bool | None]],
+    ) -> AsyncGenerator[T]:
+        """What a request gives that `begin` begins: once more where others left no room for it.
+
+        `wait` gives what it is given to wait for, and None for a request that is cancelled meanwhile. Raises
+        `BudgetError` where it would not fit alone either.
+        """
+        async with AsyncExitStack() as turn:
+            is_first, waits = False, self._first.locked()
+            while True:
+                if waits:
+                    if not await wait(self._worth_a_try(turn, is_first)):
+                        return
+                    is_first = True
+                try:
+                    async with aclosing(self._tried(begin, turn)) as items:
+                        async for item in items:
+                            yield item
+                    return
+                except _NoRoomNowError:
+                    waits = True
+
+    async def _worth_a_try(self, turn: AsyncExitStack, is_first: bool) -> bool:
+        """As the first of those who wait, at once and then whenever something was freed."""
+        if is_first:
+            await self._freed.wait()
+        else:
+            await turn.enter_async_context(self._first)
+        self._freed.clear()
+        return True
+
+    async def _tried(
+        self, begin: Callable[[], AsyncGenerator[T]], turn: AsyncExitStack
+    ) -> AsyncGenerator[T]:
+        own, others, has_begun = object(), bool(self._running), False
+        self._running.add(own)
+        may_hold = True
+        try:
+            async with aclosing(begin()) as items:
+                async for item in items:
+                    has_begun = True
+                    await turn.aclose()  # whoever waits behind it may try
+                    yield item
+        except BudgetError as error:
+            may_hold = has_begun
+            if may_hold or not error.fits_later or not (others or len(self._running) > 1):
+                raise
+            raise _NoRoomNowError from error
+        finally:
+            self._running.discard(own)
+            if may_hold:
+                self.freed()
+
+
+class _NoRoomNowError(Exception):
+    """It would fit without those that run."""

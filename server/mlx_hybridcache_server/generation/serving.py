@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, field
@@ -107,7 +107,7 @@ class RunningReply:
         self._is_late = False
         self._giving_back: asyncio.Future[None] | None = None
         self._generation: Generation[Piece | PromptProgress] | None = None
-        self._turn: asyncio.Future[ReadingSlot] | None = None
+        self._turn: asyncio.Future[Any] | None = None
 
     @property
     def tokenizer(self) -> Any:
@@ -157,28 +157,44 @@ class RunningReply:
             held.callback(self._admitted.leave)
             serving.runs[self] = None
             held.callback(serving.runs.pop, self)
-            reading = await self._waited(held)
+            reading = await self._waited(self._admitted.turn(held))
             if reading is None:
                 return
-            generation = self._start(held)
+            begin = partial(self._begun, held, reading)
+            async with aclosing(serving.admission.memory.items(begin, self._queued)) as items:
+                async for item in items:
+                    yield item
+
+    async def _begun(
+        self, held: AsyncExitStack, reading: ReadingSlot
+    ) -> AsyncGenerator[Piece | PromptProgress]:
+        """What comes once it is handed to the worker, which it is again where there was no room."""
+        async with await held.enter_async_context(AsyncExitStack()) as begun:
+            generation = self._start(begun)
             left = self._admitted.left_seconds
             if left is not None:
                 timer = asyncio.get_running_loop().call_later(left, self._give_up, generation, held)
-                held.callback(timer.cancel)
+                begun.callback(timer.cancel)
             async with aclosing(self._counted(generation, reading)) as items:
                 async for item in items:
                     yield item
 
-    async def _waited(self, held: AsyncExitStack) -> ReadingSlot | None:
-        """The slot of its turn; None when it is cancelled before."""
-        self._turn = asyncio.ensure_future(self._admitted.turn(held))
+    async def _waited(self, work: Coroutine[Any, Any, T]) -> T | None:
+        """What it waits for; None when it is cancelled before."""
+        turn = self._turn = asyncio.ensure_future(work)
         try:
-            return await self._turn
+            done: T = await turn
+            return done
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if task is None or task.cancelling():  # its client left, or the request ended
                 raise
             return None
+
+    async def _queued(self, work: Coroutine[Any, Any, T]) -> T | None:
+        """The same, as one that is not begun, whatever it was."""
+        self._generation, self._began = None, 0.0
+        return await self._waited(self._admitted.queued(work))
 
     def _start(self, held: AsyncExitStack) -> Generation[Piece | PromptProgress]:
         """Hand it to the worker; `held` ends it."""
@@ -196,6 +212,7 @@ class RunningReply:
         """The time is over. What it holds is free at once, though its client may not be listening."""
         self._is_late = True
         generation.cancel()
+        self._serving.admission.memory.freed()
         self._giving_back = asyncio.ensure_future(held.aclose())
 
     async def _counted(

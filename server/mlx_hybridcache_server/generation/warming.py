@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from contextlib import AsyncExitStack
+from collections.abc import AsyncGenerator, Coroutine
+from contextlib import AsyncExitStack, aclosing
 from typing import Any
 
 from mlx_hybridcache import CacheReport, Generation
@@ -53,12 +54,23 @@ class Warming:
             serving.runs[self] = None
             held.callback(serving.runs.pop, self)
             await self._admitted.turn(held)
-            generation = self._start(held)
-            async for found in generation:
-                assert generation.report is not None
-                return generation.report, found.restored_tokens
+            memory = serving.admission.memory
+            async with aclosing(memory.items(self._begun, self._queued)) as items:
+                async for done in items:
+                    return done
         serving.check_open()
         raise AssertionError("a reading that nobody cancelled has an end")
+
+    async def _begun(self) -> AsyncGenerator[tuple[CacheReport, int]]:
+        async with AsyncExitStack() as begun:
+            generation = self._start(begun)
+            async for found in generation:
+                assert generation.report is not None
+                yield generation.report, found.restored_tokens
+
+    async def _queued(self, work: Coroutine[Any, Any, bool]) -> bool:
+        self._state = "queued"
+        return await self._admitted.queued(work)
 
     def _start(self, held: AsyncExitStack) -> Generation[CacheReport]:
         serving = self._serving
