@@ -179,6 +179,16 @@ def test_a_turn_takes_one_message_and_a_restore_one_more_and_files_two(tmp_path)
     assert [told.count("gathered") for told in sent] == [2, 0]
 
 
+def test_what_is_pinned_and_dropped_is_so_on_every_rank(tmp_path):
+    """Whose caches count the same whenever something is restored; a rank that kept or evicted more is noticed."""
+    small = json.dumps({"settings": {"memory_budget": "700KB"}})
+    with group_of(2, tmp_path, "kept_and_dropped", "qwen3_5", "pipeline", small) as ranks:
+        assert [rank.ends() for rank in ranks] == [0, 0], ranks[0].printed
+        assert ranks[0].hears("evictions")[0]
+        assert ranks[0].hears("kept")[0][2] == 299
+        assert [ranks[0].hears("gone")[0], ranks[0].hears("gone")[1][2]] == [0, 0]
+
+
 def test_a_requests_own_functions_fail_on_rank_0_and_end_that_request_on_all(tmp_path):
     with group_of(2, tmp_path, "failing", "qwen3_next", "pipeline", "{}") as ranks:
         hot = ranks[0].hears("hot", 2)

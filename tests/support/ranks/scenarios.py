@@ -150,6 +150,19 @@ def hot_and_cold(cache, say):
     say(cold=reply(cache, prompt, 8, cache_salt="other"))
 
 
+def kept_and_dropped(cache, say):
+    """One prompt that is pinned and one that is dropped, before more are read than the budget holds."""
+    kept, gone = (tiny.random_tokens(300, seed) for seed in (1, 2))
+    for prompt in (kept, gone):
+        reply(cache, prompt, 1)
+    cache.pin(kept)
+    cache.drop(gone)
+    say(gone=cache.lookup(gone).restored_tokens)
+    for seed in range(10, 20):
+        reply(cache, tiny.random_tokens(300, seed), 1)
+    say(evictions=cache.stats().evictions, kept=reply(cache, kept, 8), gone=reply(cache, gone, 8))
+
+
 def messages(cache, say):
     """How many messages a prompt and its reply took, beside the forwards."""
     sent, send = [], cache.engine.acts._send
