@@ -42,7 +42,7 @@ class Rank:
             with self._came:
                 if line.startswith("{"):
                     self.said.append(json.loads(line))
-                else:
+                elif line.strip():
                     self.other.append(line)
                 self._came.notify_all()
         with self._came:
