@@ -1,12 +1,13 @@
 """Start the ranks of a group as processes, hear what each prints, and leave none behind."""
 
+import itertools
 import json
 import os
 import signal
 import socket
 import threading
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import forks
@@ -16,12 +17,22 @@ MOST_SECONDS = 1500
 """More than any group takes on a machine with other things to do: then it is killed, and its test fails."""
 
 
+LOWEST, EACH = 12_000, 1_000
+"""Each worker of the tests has so many ports of its own, below those that the system gives to whoever names none."""
+
+_turns = itertools.count(os.getpid())
+
+
 def free_ports(count):
-    with ExitStack() as held:
-        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
+    """Nobody takes one of them between this look and the start of what is to listen there."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    found = []
+    while len(found) < count:
+        port = LOWEST + EACH * worker + next(_turns) % EACH
+        with socket.socket() as tried, suppress(OSError):
+            tried.bind(("127.0.0.1", port))
+            found.append(port)
+    return found
 
 
 class Rank:
