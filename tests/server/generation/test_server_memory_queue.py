@@ -26,6 +26,16 @@ async def running(serving, app):
     return client
 
 
+async def two_waiting(serving, app):
+    """Behind the 2,000 wait 1,500 tokens that do not fit beside them, then 8 that would."""
+    large = await running(serving, app)
+    other = Client(app, COMPLETIONS, OTHER)
+    await until(lambda: serving.admission.waiting == 1)
+    tiny = Client(app, COMPLETIONS, TINY)
+    await until(lambda: serving.admission.waiting == 2)
+    return large, other, tiny
+
+
 def states(serving):
     return sorted(
         (run.progress()["prompt_tokens"], run.progress()["state"]) for run in serving.runs
@@ -62,11 +72,7 @@ def test_who_comes_later_waits_behind_it():
     """8 tokens would fit beside the 2,000 that run: the 1,500 that came before them would wait for ever."""
 
     async def work(serving, app):
-        large = await running(serving, app)
-        other = Client(app, COMPLETIONS, OTHER)
-        await until(lambda: serving.admission.waiting == 1)
-        tiny = Client(app, COMPLETIONS, TINY)
-        await until(lambda: serving.admission.waiting == 2)
+        large, other, tiny = await two_waiting(serving, app)
         large.leave()
         assert (await other.answer()).status == (await tiny.answer()).status == 200
         ends = [each.endpoint for each in serving.recent]
@@ -80,11 +86,7 @@ def test_one_that_leaves_while_it_waits_lets_the_next_one_try():
     """The 8 tokens behind it are answered while the 2,000 still run."""
 
     async def work(serving, app):
-        large = await running(serving, app)
-        other = Client(app, COMPLETIONS, OTHER)
-        await until(lambda: serving.admission.waiting == 1)
-        tiny = Client(app, COMPLETIONS, TINY)
-        await until(lambda: serving.admission.waiting == 2)
+        large, other, tiny = await two_waiting(serving, app)
         other.leave()
         assert (await tiny.answer()).status == 200
         assert is_writing(serving)

@@ -1,6 +1,5 @@
 """One rank's process that proves its group: `verifying.py FAMILY SPLIT [broken]`; rank 0 prints what it found."""
 
-import json
 import sys
 
 import oracle
@@ -12,6 +11,7 @@ from mlx_hybridcache import Group
 from mlx_hybridcache.caches import checkpoint, counting
 from mlx_hybridcache.group.load import split
 from mlx_hybridcache.verify import verify_on_ranks
+from ranks.process import say
 
 
 def broken():
@@ -40,7 +40,7 @@ def main(family, how, *faults):
     proof = verify_on_ranks(group, model, oracle.word_tokenizer(), prompts, step=64)
     if proof is not None:
         restored = [[point.position, point.restored] for point in proof.points]
-        print(json.dumps({"holds": proof.holds, "worst": proof.worst, "restored": restored}))
+        say(holds=proof.holds, worst=proof.worst, restored=restored)
 
 
 if __name__ == "__main__":
