@@ -1,6 +1,7 @@
 """The order of the suite, longest file first, and what each file costs: `pytest --cpu`."""
 
 import gc
+import logging
 import os
 import sys
 from collections import Counter
@@ -42,6 +43,33 @@ def what_costs_much_is_done_once() -> Iterator[None]:
 
             forks.patch(patch)
         yield
+
+
+@pytest.fixture(autouse=True)
+def logging_is_left_as_it_was() -> Iterator[None]:
+    """A handler that stays writes to a stream that ended with its test, wherever later ones log anything."""
+    before = _logging()
+    yield
+    assert _logging() == before
+
+
+def _logging() -> tuple[int, list[logging.Handler], list[logging.Handler]]:
+    """The root logger's level and handlers, and whichever handler of any logger can write no more.
+
+    Without pytest's, which come and go with the phases of a test.
+    """
+    root = logging.getLogger()
+    loggers = [root, *root.manager.loggerDict.values()]
+    return (
+        root.level,
+        [each for each in root.handlers if not type(each).__module__.startswith("_pytest.")],
+        [
+            each
+            for logger in loggers
+            for each in getattr(logger, "handlers", ())  # a placeholder has none
+            if getattr(getattr(each, "stream", None), "closed", False)
+        ],
+    )
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

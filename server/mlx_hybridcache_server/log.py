@@ -13,6 +13,9 @@ MOST_REMEMBERED = 256
 CLIENTS = "mlx_hybridcache.server.clients"
 """The logger of what clients cause."""
 
+LIMITED = ("uvicorn.error", "asyncio", CLIENTS)
+"""The loggers that say a thing once: what clients cause here, in uvicorn, and where asyncio accepts connections."""
+
 
 @dataclass(slots=True)
 class _Said:
@@ -58,7 +61,7 @@ def _key(record: logging.LogRecord) -> tuple[object, ...]:
 
 
 def say_once() -> None:
-    """For what clients cause: here, in uvicorn, and where asyncio accepts connections."""
+    """From now on, in each of `LIMITED`."""
     once = Once()
-    for name in ("uvicorn.error", "asyncio", CLIENTS):
+    for name in LIMITED:
         logging.getLogger(name).addFilter(once)

@@ -2,10 +2,13 @@
 
 import asyncio
 import json
+import logging
 
 from mlx_hybridcache_server.app import build_app
 from mlx_hybridcache_server.generation import models
 from mlx_hybridcache_server.generation.serving import Serving
+from mlx_hybridcache_server.log import LIMITED
+from mlx_hybridcache_server.main import main
 from mlx_hybridcache_server.settings import build_parser, read_settings
 
 COMPLETIONS, CHAT, WARM = "/v1/completions", "/v1/chat/completions", "/v1/cache/warm"
@@ -25,6 +28,20 @@ def served(work, *flags):
         return asyncio.run(run())
     finally:
         serving.close()
+
+
+def started(*argv):
+    """What `main` returns. Logging, which it sets up for the whole process, is then as it was."""
+    root = logging.getLogger()
+    level, handlers = root.level, root.handlers[:]
+    filters = {name: logging.getLogger(name).filters[:] for name in LIMITED}
+    try:
+        return main([*argv, "--port", "0"], "serve")
+    finally:
+        root.setLevel(level)
+        root.handlers[:] = handlers
+        for name, before in filters.items():
+            logging.getLogger(name).filters[:] = before
 
 
 class Client:

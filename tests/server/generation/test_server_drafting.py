@@ -4,10 +4,9 @@ import json
 import shutil
 
 import pytest
-from in_process import CHAT, Client, served
+from in_process import CHAT, Client, served, started
 from mlx_hybridcache_server.generation.models import load
 from mlx_hybridcache_server.grammar.constrain import Guide
-from mlx_hybridcache_server.main import main
 from mlx_hybridcache_server.settings import Settings
 
 from mlx_hybridcache import SettingError
@@ -169,7 +168,7 @@ def test_a_request_may_name_a_draft_model_where_models_are_switched():
 @pytest.mark.parametrize("drafts", [BY_MODEL, ("--draft-from-cache",), ("--draft-mtp",)])
 def test_exact_refuses_drafts_when_it_starts(drafts, capsys):
     """In one sentence that names both flags."""
-    assert main(["--exact", *drafts, "--port", "0"], "serve") == 2
+    assert started("--exact", *drafts) == 2
     assert f"{drafts[0]} cannot be used with --exact" in capsys.readouterr().err
 
 

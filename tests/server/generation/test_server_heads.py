@@ -6,11 +6,10 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from in_process import CHAT, Client, served
+from in_process import CHAT, Client, served, started
 from mlx.utils import tree_flatten
 from mlx_hybridcache_server.banner import banner
 from mlx_hybridcache_server.generation.models import load
-from mlx_hybridcache_server.main import main
 from mlx_hybridcache_server.settings import Settings
 from odd_models import heads
 
@@ -135,7 +134,7 @@ def test_another_model_without_a_head_is_served_without_drafts(headed, caplog):
 def test_two_that_compute_drafts_are_refused(headed, capsys):
     """In one sentence that names both flags."""
     flags = ("--draft-mtp", "--draft-model", str(BUNDLED_MODEL))
-    assert main(["--model", headed, *flags, "--port", "0"], "serve") == 2
+    assert started("--model", headed, *flags) == 2
     assert "--draft-model and --draft-mtp both draft" in capsys.readouterr().err
 
 
