@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
+from types import ModuleType
 
 from .errors import BackendError
 
@@ -96,30 +99,71 @@ def say_if_several() -> None:
 
 
 def import_transformers() -> None:
-    """Import transformers with one look into the files of its models instead of two.
+    """Import transformers with one short look into the files of its models, instead of two long ones.
 
     To know which names its models define, the package `transformers` reads all of their files, some 1,700, and
     `transformers.models` reads them again, as it names the folder by a file in it. By transformers' own words the
-    two mean the same, and what was found once is remembered. Where another version has no such function, or
-    transformers cannot be imported, nothing is done: mlx-lm's own import says what is missing.
+    two mean the same, and what was found once is remembered. It splits each file, 21,000 characters, into lines
+    for those from the last `__all__` on: it is given these alone. Where another version has no such functions,
+    or transformers cannot be imported, nothing is done: mlx-lm's own import says what is missing.
     """
     os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # as mlx-lm does before its import
-    try:
-        from transformers.utils import import_utils
-
-        read = import_utils.define_import_structure
-    except (ImportError, AttributeError):
+    if "transformers" in sys.modules:
         return
-
-    def read_once(path: str | Path, prefix: str | None = None) -> object:
-        named = Path(path)
-        return read(named.parent if named.name == "__init__.py" else named, prefix)
-
-    import_utils.define_import_structure = read_once  # type: ignore[assignment]  # it remembers behind this
+    looks = _ShorterLooks()
+    sys.meta_path.insert(0, looks)
     try:
         import_module("transformers.models")
+    except ImportError:
+        return
     finally:
-        import_utils.define_import_structure = read
+        sys.meta_path.remove(looks)
+        looks.end()
+
+
+class _ShorterLooks(MetaPathFinder):
+    """Finds transformers' module that looks, and changes it before the package uses it."""
+
+    def __init__(self) -> None:
+        self._module: ModuleType | None = None
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """As everybody else finds it, and changed as soon as it has run."""
+        if fullname != "transformers.utils.import_utils":
+            return None
+        spec = PathFinder.find_spec(fullname, path, target)
+        if spec is not None and spec.loader is not None:
+            run = spec.loader.exec_module
+
+            def run_and_change(module: ModuleType) -> None:
+                run(module)
+                self._change(module)
+
+            spec.loader.exec_module = run_and_change  # type: ignore[method-assign]  # this module's own loader
+        return spec
+
+    def _change(self, module: ModuleType) -> None:
+        if not hasattr(module, "define_import_structure") or not hasattr(module, "fetch__all__"):
+            return
+        self._module = module
+        self._read, self._names_in = module.define_import_structure, module.fetch__all__
+        module.define_import_structure = self._read_once  # type: ignore[attr-defined]
+        module.fetch__all__ = self._names_at_the_end  # type: ignore[attr-defined]
+
+    def _read_once(self, path: str | Path, prefix: str | None = None) -> object:
+        named = Path(path)
+        return self._read(named.parent if named.name == "__init__.py" else named, prefix)
+
+    def _names_at_the_end(self, text: str) -> object:
+        return self._names_in(text[text.rfind("\n__all__") + 1 :])
+
+    def end(self) -> None:
+        """The module is as it was."""
+        if self._module is not None:
+            self._module.define_import_structure = self._read  # type: ignore[attr-defined]
+            self._module.fetch__all__ = self._names_in  # type: ignore[attr-defined]
 
 
 def loader(package: str, modules: Mapping[str, str]) -> Callable[[str], object]:
