@@ -20,12 +20,14 @@ class PromptError(HybridCacheError, ValueError):
 class BudgetError(HybridCacheError, MemoryError):
     """A memory budget is too small for what was asked of it. Nothing that was stored is lost.
 
-    `fits_later`: it would do without what requests that run now hold.
+    `fits_later`: it would do without what requests that run now hold; `fits_soon`: as soon as what was let
+    go of while it is written to disk is held no longer.
     """
 
-    def __init__(self, said: str = "", *, fits_later: bool = False):
+    def __init__(self, said: str = "", *, fits_later: bool = False, fits_soon: bool = False):
         super().__init__(said)
         self.fits_later = fits_later
+        self.fits_soon = fits_soon
 
 
 class CacheMismatchError(HybridCacheError, ValueError):

@@ -160,7 +160,14 @@ class Tiers:
 
     def resume(self, request: Request, live: LiveCaches) -> Generator[Pause, None, AnyFound]:
         """Fill `live` as far into the prompt as either tier reaches; returns what was found for it."""
-        found = yield from self._resume(request, live)
+        while True:
+            try:
+                found = yield from self._resume(request, live)
+                break
+            except BudgetError as error:
+                if not error.fits_soon:
+                    raise
+            yield from self.disk.settled(request.job)
         self.hold(request, found.position)
         return found
 
@@ -175,8 +182,10 @@ class Tiers:
                 break
             try:
                 promoted = yield from self._promote(request, live, found, deeper)
-            except BudgetError:  # what memory has needs less
-                break
+            except BudgetError as error:
+                if error.fits_soon:
+                    raise
+                break  # what memory has needs less
             if promoted is not None:
                 return promoted
             request.account.rejected += 1  # again, without the file that was not what it should be
@@ -232,7 +241,9 @@ class Tiers:
         passing = layout.restoring_bytes(found.position, found.cut_tokens())
         try:
             blocks = live.claim_for(need + passing, found)
-        except BudgetError:
+        except BudgetError as error:
+            if error.fits_soon:
+                raise
             live.claim, blocks = self.memory.claim(need), []
             found = replace(found, position=0, node=None)
             snapshots.clear()

@@ -164,7 +164,8 @@ class Store(CountedTrees[R, S]):
             if node is None:  # what was let go is held elsewhere for a moment longer
                 raise BudgetError(
                     f"{nbytes:,} bytes do not fit before {budget.in_flight_bytes:,} that are being "
-                    "written to disk are released. Try again, or raise memory_budget."
+                    "written to disk are released. Try again, or raise memory_budget.",
+                    fits_soon=budget.has_room(nbytes - budget.in_flight_bytes),
                 )
             self._drop(node, eviction)
 

@@ -40,6 +40,9 @@ class NoDisk:
         yield from ()
         return None
 
+    def settled(self, job: Job) -> Generator[Pause, None, None]:
+        yield from ()
+
     def learn(self, layout: Layout, model: Any, settings: Iterable[str]) -> None: ...
 
     def offer(self, namespace: Namespace, node: MemoryNode) -> None: ...

@@ -106,14 +106,19 @@ class DiskTier:
     _newer_bytes: int = field(default=0, init=False)
     _read_bytes: int = field(default=0, init=False)
     _rejected: int = field(default=0, init=False)
+    _waiting: list[Job] = field(default_factory=list, init=False)
     summary: DiskStats = field(init=False)
     """What `stats` said last: any thread may read it."""
     outlines: Mapping[Namespace, Outline] = field(init=False)
     """The directory's trees, by what files call a namespace: any thread may look at them."""
 
     def __post_init__(self) -> None:
-        self.write_behind.on_written = lambda: self.publish(wall_clock())
+        self.write_behind.on_written = self._written
         self.publish(None)
+
+    def _written(self) -> None:
+        self.publish(wall_clock())
+        self._settle(0)
 
     def publish(self, now: float | None) -> None:
         """Leave figures and outlines where any thread may read them. `now` is the wall clock."""
@@ -199,6 +204,23 @@ class DiskTier:
         """Whether everything in memory is on disk too, as far as this process writes."""
         return self.write_behind.is_written
 
+    def settled(self, job: Job) -> Generator[Pause, None, None]:
+        """Until the disk thread lets go of something that counts in memory, while others have their turns."""
+        job.asleep = True
+        self._waiting.append(job)
+        try:
+            yield PAUSE
+        finally:
+            if job in self._waiting:
+                self._waiting.remove(job)
+
+    def _settle(self, nbytes: int) -> None:
+        """The disk thread is done with something, of which so many bytes counted: whoever waits looks again."""
+        self.store.budget.settle(nbytes)
+        for job in self._waiting:
+            job.asleep = False
+        self._waiting.clear()
+
     # Reading
 
     def promote(
@@ -241,7 +263,7 @@ class DiskTier:
 
         def done(transfer: Transfer) -> None:
             transfer.let_go()
-            self.store.budget.settle(abandoned)
+            self._settle(abandoned)
             self._wake(job)
 
         transfer = Transfer(parts, done)

@@ -385,7 +385,7 @@ class WriteBehind:
         else:
             self._unwritten.add(flight.writing.node, flight.writing.name)
             self._failed(transfer.error, is_told=transfer.is_told)
-        self.write()
+        self.try_to_write()
         self.on_written()
 
     def _keep(self, flight: _Flight, node: MemoryNode, name: Namespace) -> None:
