@@ -160,14 +160,7 @@ class Tiers:
 
     def resume(self, request: Request, live: LiveCaches) -> Generator[Pause, None, AnyFound]:
         """Fill `live` as far into the prompt as either tier reaches; returns what was found for it."""
-        while True:
-            try:
-                found = yield from self._resume(request, live)
-                break
-            except BudgetError as error:
-                if not error.fits_soon:
-                    raise
-            yield from self.disk.settled(request.job)
+        found = yield from self.disk.with_room(lambda: self._resume(request, live), request.job)
         self.hold(request, found.position)
         return found
 
@@ -235,9 +228,7 @@ class Tiers:
         if found.position:
             capacity += live.headroom(capacity)
         need = layout.running_bytes(capacity)
-        state = found.checkpoint
-        snapshots = list(state.snapshots) if state is not None else []
-        del state
+        snapshots = list(found.checkpoint.snapshots) if found.checkpoint is not None else []
         passing = layout.restoring_bytes(found.position, found.cut_tokens())
         try:
             blocks = live.claim_for(need + passing, found)
@@ -266,8 +257,7 @@ class Tiers:
     def end(self, live: LiveCaches) -> None:
         """A request is over: its buffers are retained for the next turn where that costs nobody anything."""
         try:
-            retained = live.retain() if self.pool.most else None
-            if retained is not None:
+            if self.pool.most and (retained := live.retain()) is not None:
                 self.pool.put(retained)
         except Exception as error:  # it would have been a gain only
             # As text: a record that keeps the error keeps the buffers.
@@ -404,8 +394,7 @@ class Tiers:
         return position
 
     def _pin(self, namespace: Namespace, tokens: Tokens, is_pinned: bool) -> int:
-        change = self.memory.pin if is_pinned else self.memory.unpin
-        position = change(namespace, tokens)
+        position = (self.memory.pin if is_pinned else self.memory.unpin)(namespace, tokens)
         self.disk.pin(namespace, tokens[:position], is_pinned=is_pinned)
         return position
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Callable, Generator, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from ...caches.layout import Layout
 from ...caches.memory import MemoryFound, MemoryNode
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from ..parts import FileFound
     from .arrays import RestoreBuffers
     from .tier import DiskStats
+
+
+T = TypeVar("T")
 
 
 class NoDisk:
@@ -40,8 +43,10 @@ class NoDisk:
         yield from ()
         return None
 
-    def settled(self, job: Job) -> Generator[Pause, None, None]:
-        yield from ()
+    def with_room(
+        self, tried: Callable[[], Generator[Pause, None, T]], job: Job
+    ) -> Generator[Pause, None, T]:
+        return (yield from tried())
 
     def learn(self, layout: Layout, model: Any, settings: Iterable[str]) -> None: ...
 

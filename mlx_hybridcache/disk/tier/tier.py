@@ -13,11 +13,11 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from ...caches.layout import Layout
 from ...caches.memory import MemoryFound, MemoryNode, MemoryStore
-from ...errors import SettingError, refusal
+from ...errors import BudgetError, SettingError, refusal
 from ...sizes import format_bytes
 from ...store.budget import Claim
 from ...store.lazy_rows import rows_before
@@ -36,6 +36,8 @@ from .arrays import RestoreBuffers, Shapes
 from .write_behind import WriteBehind
 
 log = logging.getLogger("mlx_hybridcache")
+
+T = TypeVar("T")
 
 WORTH = 64
 """Tokens that files must save beyond memory before they are read."""
@@ -204,8 +206,22 @@ class DiskTier:
         """Whether everything in memory is on disk too, as far as this process writes."""
         return self.write_behind.is_written
 
-    def settled(self, job: Job) -> Generator[Pause, None, None]:
-        """Until the disk thread lets go of something that counts in memory, while others have their turns."""
+    # The memory that the disk thread holds
+
+    def with_room(
+        self, tried: Callable[[], Generator[Pause, None, T]], job: Job
+    ) -> Generator[Pause, None, T]:
+        """What is tried, and again as long as it fits only once the disk thread lets go of something."""
+        while True:
+            try:
+                return (yield from tried())
+            except BudgetError as error:
+                if not error.fits_soon:
+                    raise
+            yield from self._settled(job)
+
+    def _settled(self, job: Job) -> Generator[Pause, None, None]:
+        """Until it lets go of something that counts, while others have their turns."""
         job.asleep = True
         self._waiting.append(job)
         try:
