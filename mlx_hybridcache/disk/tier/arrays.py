@@ -216,6 +216,7 @@ class RestoreBuffers:
         self._capacity = capacity
         self._rows: dict[str, mx.array] = {}
         self._states: dict[str, mx.array | None] = {}
+        self._read_into: set[str] = set()
 
     def copy(self, blocks: Sequence[RowBlock], end: int) -> None:
         """Take the rows of `[0, end)` from memory."""
@@ -255,6 +256,7 @@ class RestoreBuffers:
         thrown away.
         """
         self._make_rows(segment.tensors)
+        self._read_into.update(tensor.name for tensor in segment.tensors)
         for tensor in segment.tensors:
             span = self._span(tensor)
             first, last = rows_in(span, segment.start, segment.end)
@@ -276,14 +278,10 @@ class RestoreBuffers:
         yield from _plain(made)
 
     @property
-    def rows_nbytes(self) -> int:
-        """Bytes of the buffers so far."""
-        return sum(buffer.nbytes for buffer in self._rows.values())
-
-    @property
-    def state_nbytes(self) -> int:
-        """Bytes of the checkpoint so far."""
-        return sum(array.nbytes for array in self._states.values() if array is not None)
+    def room_nbytes(self) -> int:
+        """Bytes of the buffers in which room was given out; the others have their rows from memory."""
+        states = sum(array.nbytes for array in self._states.values() if array is not None)
+        return states + sum(self._rows[name].nbytes for name in self._read_into)
 
     def block(self, start: int) -> RowBlock:
         """A copy of the rows of `[start, position)`, as the memory tier keeps them."""

@@ -262,8 +262,7 @@ class DiskTier:
         buffers.copy(rows_before(found.nodes(), covered), covered)
         parts = [(one, list(buffers.room_for_rows(one, a, b))) for one, a, b in wanted]
         parts += [(state, list(buffers.room_for_state(state)))] if state is not None else []
-        may_land = buffers.state_nbytes + bool(wanted) * buffers.rows_nbytes
-        transfer = yield from self._read(parts, claim, job, may_land)
+        transfer = yield from self._read(parts, claim, job, buffers.room_nbytes)
         if transfer.failed is not None:
             self._reject(transfer.failed, transfer.error, is_told=transfer.is_told)
             return None
@@ -302,7 +301,7 @@ class DiskTier:
     def _left(self, transfer: Transfer, job: Job, claim: Claim, may_land: int) -> int:
         """A request goes away; the bytes that count until the disk thread writes into its buffers no more.
 
-        Rows that all came from memory nobody writes into, so nobody holds their buffers.
+        Into buffers whose rows all came from memory nobody writes, so nobody holds them.
         """
         return claim.abandon(may_land) if job.asleep else 0
 

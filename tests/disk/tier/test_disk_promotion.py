@@ -10,6 +10,7 @@ import oracle
 import pytest
 from directories.restarts import LENGTH, assert_as_cold, greedy, held_up, opened, until_idle, write
 from long import mostly_long
+from state_machine.cases import hybrid
 
 from mlx_hybridcache import HybridPromptCache
 
@@ -50,6 +51,30 @@ def test_buffers_that_a_cancelled_promotion_no_longer_holds_do_not_linger(tmp_pa
                     store.forget(node, rows=False)
 
         cache.worker.call(forget_states)
+        assert cache.lookup(tokens).tier == "disk"
+        gc.collect()
+        mx.clear_cache()
+        before = mx.get_active_memory()
+        with held_up(cache):
+            stream = cache.stream_generate(tokens, 4)
+            while not stream._request.job.asleep:
+                time.sleep(0.001)
+            stream.close()
+            lingering = cache.stats().lingering_bytes
+            held = mx.get_active_memory() - before
+            assert lingering > 0
+            assert abs(held - lingering) < 10_000
+
+
+def test_of_quantized_rows_those_in_full_that_memory_has_do_not_linger(tmp_path: Path) -> None:
+    """Which have buffers of their own: files are read into those of the quantized ones behind them."""
+    tokens = oracle.prompt(LENGTH, seed=83)
+    how = {"kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": 100, "cache_dir": tmp_path}
+    with oracle.new_cache(hybrid(), **how) as cache:
+        oracle.read(cache, tokens)
+        assert cache.flush(30)
+    with oracle.new_cache(hybrid(), **how, tokenizer=oracle.word_tokenizer()) as cache:
+        oracle.read(cache, tokens[:160])
         assert cache.lookup(tokens).tier == "disk"
         gc.collect()
         mx.clear_cache()
