@@ -37,6 +37,22 @@ def test_a_damaged_file_leaves_no_buffer_behind(tmp_path: Path) -> None:
         assert held < 100_000
 
 
+def assert_what_lingers_is_held(cache: HybridPromptCache, tokens: list[int]) -> None:
+    """While files are to be read for a client that is gone."""
+    gc.collect()
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    with held_up(cache):
+        stream = cache.stream_generate(tokens, 4)
+        while not stream._request.job.asleep:
+            time.sleep(0.001)
+        stream.close()
+        lingering = cache.stats().lingering_bytes
+        held = mx.get_active_memory() - before
+    assert lingering > 0
+    assert abs(held - lingering) < 10_000
+
+
 def test_buffers_that_a_cancelled_promotion_no_longer_holds_do_not_linger(tmp_path: Path) -> None:
     """Memory has all rows and files the state: only that is read when the client goes."""
     tokens = oracle.prompt(LENGTH, seed=83)
@@ -52,18 +68,7 @@ def test_buffers_that_a_cancelled_promotion_no_longer_holds_do_not_linger(tmp_pa
 
         cache.worker.call(forget_states)
         assert cache.lookup(tokens).tier == "disk"
-        gc.collect()
-        mx.clear_cache()
-        before = mx.get_active_memory()
-        with held_up(cache):
-            stream = cache.stream_generate(tokens, 4)
-            while not stream._request.job.asleep:
-                time.sleep(0.001)
-            stream.close()
-            lingering = cache.stats().lingering_bytes
-            held = mx.get_active_memory() - before
-            assert lingering > 0
-            assert abs(held - lingering) < 10_000
+        assert_what_lingers_is_held(cache, tokens)
 
 
 def test_of_quantized_rows_those_in_full_that_memory_has_do_not_linger(tmp_path: Path) -> None:
@@ -76,18 +81,7 @@ def test_of_quantized_rows_those_in_full_that_memory_has_do_not_linger(tmp_path:
     with oracle.new_cache(hybrid(), **how, tokenizer=oracle.word_tokenizer()) as cache:
         oracle.read(cache, tokens[:160])
         assert cache.lookup(tokens).tier == "disk"
-        gc.collect()
-        mx.clear_cache()
-        before = mx.get_active_memory()
-        with held_up(cache):
-            stream = cache.stream_generate(tokens, 4)
-            while not stream._request.job.asleep:
-                time.sleep(0.001)
-            stream.close()
-            lingering = cache.stats().lingering_bytes
-            held = mx.get_active_memory() - before
-            assert lingering > 0
-            assert abs(held - lingering) < 10_000
+        assert_what_lingers_is_held(cache, tokens)
 
 
 @pytest.mark.parametrize("late", [False, True])
