@@ -19,6 +19,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from ..backend import import_transformers
 from ..errors import HybridCacheError
 from ..sizes import parse_bytes
 from .process import running
@@ -107,6 +108,7 @@ def _progress(console: Console) -> Progress:
 
 def _tokenizer(model: str) -> Any:
     """The tokenizer alone, once the server has shown that there is such a model."""
+    import_transformers()
     from transformers import AutoTokenizer
 
     path = Path(model).expanduser()

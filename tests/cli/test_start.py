@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import pydoc
 import subprocess
 import sys
@@ -173,6 +174,18 @@ def test_the_files_of_transformers_models_are_read_once_and_offer_the_same():
     assert characters / files < 1000
     assert len(offered[0]) > 3
     assert plain[3:] == offered
+
+
+def test_the_demo_counts_tokens_without_a_word_about_frameworks():
+    """What it needs is there, and nobody misses PyTorch."""
+    program = (
+        "from mlx_hybridcache.demo import BUNDLED_MODEL, run\nrun._tokenizer(str(BUNDLED_MODEL))"
+    )
+    own = {name: value for name, value in os.environ.items() if "TRANSFORMERS" not in name}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=own, capture_output=True, timeout=120, check=True
+    )
+    assert done.stdout + done.stderr == b""
 
 
 SERVER = """
