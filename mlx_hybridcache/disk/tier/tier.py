@@ -330,10 +330,13 @@ class DiskTier:
 
     def _reject(self, segment: Segment, why: object, *, is_told: bool = False) -> None:
         self._rejected += 1
-        if not is_told:
+        is_writer = self.thread.directory.is_writer
+        if isinstance(why, FileNotFoundError) and not is_writer:
+            log.info("%s is gone: the process that writes let go of it.", segment.name)
+        elif not is_told:
             log.warning("Passed over %s: %s", segment.name, why)
         self.catalogue.forget(segment)
-        if not self.thread.directory.is_writer:  # it may be whole the next time
+        if not is_writer:  # it may be whole the next time
             self.thread.change(Directory.look_at_all)
 
     # Keeping

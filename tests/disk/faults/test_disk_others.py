@@ -13,6 +13,7 @@ import tiny
 from directories import faults
 from directories.faults import PATIENCE_SECONDS, served
 from directories.filled import END, FIRST, MODEL, SECOND, assert_healed, opened, wait_until
+from directories.restarts import held_up, until_idle
 from long import mostly_long
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.lora import LoRALinear
@@ -40,6 +41,21 @@ def test_a_reader_sees_what_the_writer_wrote_and_takes_over_when_it_closes(root,
         assert reader.flush(PATIENCE_SECONDS)
     assert said.take() == []
     assert_healed(root, said, FIRST, SECOND, third)
+
+
+def test_a_file_that_the_writer_let_go_of_is_no_cause_for_a_warning(root, said, caplog):
+    """It goes while a reader waits for it: the reply is the same, read from what is left."""
+    with opened(root) as writer, opened(root, tokenizer=oracle.word_tokenizer()) as reader:
+        with held_up(reader):
+            stream = reader.stream_generate(FIRST, 4)
+            wait_until(lambda: stream._request.job.asleep)
+            writer.drop(FIRST)
+            until_idle(writer)
+        reply = [part.token for part in stream]
+        assert (reader.last_report.tier, reader.disk_stats().rejected) == ("none", 1)
+        assert reply == [part.token for part in reader.stream_generate(FIRST, 4, use_cache=False)]
+    assert any("the process that writes let go of it" in line for line in caplog.messages)
+    assert said.take() == []
 
 
 WRITER = """
