@@ -382,13 +382,6 @@ class Layout:
         """Bytes that one token's rows weigh."""
         return sum(kind.row_bytes for kind in self.kinds)
 
-    @property
-    def most_row_bytes(self) -> int:
-        """The most of it, before rows are quantized or behind that."""
-        if self.storing:
-            return self.small_row_bytes
-        return max(self.row_bytes, self.rows_nbytes(0, 1))
-
     def rows_nbytes(self, start: int, end: int) -> int:
         """Bytes that the stored rows of `[start, end)` weigh."""
         if self.storing:

@@ -270,10 +270,9 @@ class LiveCaches(LazySource[RowBlock]):
 
     # What the store gets of them
 
-    @property
-    def stored_row_bytes(self) -> int:
-        """What a token's rows add to the store now: nothing where they stay here."""
-        return 0 if self._shares else self._layout.most_row_bytes
+    def stored_nbytes(self, start: int, end: int) -> int:
+        """What the rows of `[start, end)` add to the store now: nothing where they stay here."""
+        return 0 if self._shares else self._layout.rows_nbytes(start, end)
 
     def rows_nbytes(self, start: int, end: int) -> int:
         return self._layout.rows_nbytes(start, end)

@@ -323,7 +323,7 @@ class Catalogue:
             tokens,
             partial(self._rows, segment, lead),
             stands,
-            row_bytes=0,  # of a file all bytes count, whatever part is needed: there is room for them
+            rows_nbytes=_nothing,  # of a file all bytes count, whatever part is needed: there is room
             is_end=stands is not None,
             is_branch_point=is_branch_point,
         ):
@@ -402,6 +402,11 @@ class Catalogue:
     def _node(self, namespace: str, tokens: Tokens) -> FileNode | None:
         path = self.store.find(Namespace(namespace), tokens).match.path
         return path[-1] if path and path[-1].end == len(tokens) else None
+
+
+def _nothing(start: int, end: int) -> int:
+    """What rows `[start, end)` weigh by themselves."""
+    return 0
 
 
 def _reach(

@@ -176,7 +176,7 @@ class Store(CountedTrees[R, S]):
         cuts: Sequence[int],
         *,
         branch_points: Container[int],
-        row_bytes: int,
+        rows_nbytes: Callable[[int, int], int],
         snapshot_bytes: int,
         lasting: Container[int] = (),
         known: Node[R, S] | None = None,
@@ -187,7 +187,7 @@ class Store(CountedTrees[R, S]):
         have a soft pin, a cut is left out rather than that something more useful goes for it.
         """
         budget, match, wanted = self.budget, self.match(namespace, tokens, known), [*cuts]
-        rows = (len(tokens) - match.matched) * row_bytes
+        rows = rows_nbytes(match.matched, len(tokens))
         # The states are there before the first is counted, so there must be room for this too.
         rows += self.split_nbytes(match, [*cuts, match.matched])
         if not budget.has_room(wish := rows + len(cuts) * snapshot_bytes):
@@ -243,7 +243,7 @@ class Store(CountedTrees[R, S]):
         rows_of: Callable[[int], R | None],
         checkpoint: S | None,
         *,
-        row_bytes: int,
+        rows_nbytes: Callable[[int, int], int],
         is_end: bool = False,
         is_branch_point: bool = False,
         known: Node[R, S] | None = None,
@@ -251,7 +251,7 @@ class Store(CountedTrees[R, S]):
         """Store the rows of all of `tokens` and what stands at their end.
 
         `rows_of(start)` copies the rows of `[start, len(tokens))`, or says who has them, and is asked only
-        for what the tree lacks; `row_bytes` is what the store will hold of each. The checkpoint's own bytes
+        for what the tree lacks; `rows_nbytes` is what the store will hold of those. The checkpoint's own bytes
         exist already; they and the rows are claimed before the copy is made. `is_branch_point`: prompts
         part ways here. Returns the node that ends there: None when they did not fit, when `rows_of` no longer
         has the rows, or when pins and ends fill a path to `max_checkpoints`, and nothing was added then.
@@ -262,7 +262,7 @@ class Store(CountedTrees[R, S]):
             at_end.use(self.clock, is_end=is_end)
             self._keep_limits(at_end)
             return at_end
-        need = (len(tokens) - match.matched) * row_bytes
+        need = rows_nbytes(match.matched, len(tokens))
         need += self.split_nbytes(match, [match.matched])
         need += checkpoint.nbytes if checkpoint is not None else 0
         if self._has_room_for(need, match, len(tokens)):

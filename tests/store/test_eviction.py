@@ -19,7 +19,7 @@ from mlx_hybridcache_bench.policies.sized import (
 from mlx_hybridcache_bench.policies.workloads import WORKLOADS, workload
 from stores import full_scan
 from stores.full_scan import FullScan
-from stores.small_store import ROW, STATE, N, save
+from stores.small_store import ROW, STATE, N, save, weigh
 
 from mlx_hybridcache.errors import BudgetError, NotStoredError
 from mlx_hybridcache.store.eviction import policy, values
@@ -119,7 +119,7 @@ def change(store, draw, claims):
     elif what < 11:
         cuts = sorted(draw.sample(range(1, len(tokens) + 1), min(len(tokens), 3)))
         store.afford(
-            space, prompt, cuts, branch_points=cuts[:1], row_bytes=ROW, snapshot_bytes=STATE
+            space, prompt, cuts, branch_points=cuts[:1], rows_nbytes=weigh, snapshot_bytes=STATE
         )
     elif what > 15:
         places = {draw.randrange(1, len(tokens) + 1): draw.choice([0.3, 2.0, 9.0])}
@@ -257,7 +257,7 @@ def test_rows_that_running_caches_hold_weigh_nothing_until_they_are_the_stores_a
     store = Store(10**9, needs_checkpoints=True)
     tokens = as_tokens(range(40))
     checkpoint = SizedCheckpoint(40, STATE)
-    store.save(N, tokens, lambda start: SizedRows(start, 40, ROW), checkpoint, row_bytes=ROW)
+    store.save(N, tokens, lambda start: SizedRows(start, 40, ROW), checkpoint, rows_nbytes=weigh)
     full_scan.check_values(store)
     materializer = Materializer(store)
     live = SizedCaches(materializer, layout, N, tokens)

@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 from stores import full_scan
-from stores.small_store import ROW, STATE, N, save
+from stores.small_store import ROW, STATE, N, save, weigh
 
 from mlx_hybridcache.errors import BudgetError
 from mlx_hybridcache.store.eviction.pins import Pins
@@ -131,7 +131,7 @@ def test_a_cut_that_will_be_kept_is_not_left_out_for_what_has_no_soft_pin(store)
     for first in range(10):
         save(store, tokens(first), is_end=True)
     prompt, cuts = as_tokens(range(5000, 5012)), [2, 4, 12]
-    asked = {"branch_points": (), "row_bytes": ROW, "snapshot_bytes": STATE}
+    asked = {"branch_points": (), "rows_nbytes": weigh, "snapshot_bytes": STATE}
     assert 2 not in store.afford(N, prompt, cuts, **asked)
     assert 2 in store.afford(N, prompt, cuts, lasting={2}, **asked)
 

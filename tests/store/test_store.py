@@ -4,7 +4,7 @@ import random
 
 import pytest
 from stores.full_scan import check_values
-from stores.small_store import ROW, STATE, N, blocks, held, rows, save
+from stores.small_store import ROW, STATE, N, blocks, held, rows, save, weigh
 
 from mlx_hybridcache.errors import BudgetError, NotStoredError
 from mlx_hybridcache.store.store import Store
@@ -33,12 +33,12 @@ def test_checkpoints_of_a_slice_leave_room_to_cut_what_is_stored():
     needed = 20 * ROW + 40 * ROW + 2 * STATE  # new rows, the cut run's other copy, the states
     store.budget.limit(store.budget.used_bytes + needed)
     wanted = store.afford(
-        N, prompt, [30, 50], branch_points=(30,), row_bytes=ROW, snapshot_bytes=STATE
+        N, prompt, [30, 50], branch_points=(30,), rows_nbytes=weigh, snapshot_bytes=STATE
     )
     assert (wanted, store.evictions) == ([30, 50], 0)
     store.budget.limit(store.budget.limit_bytes - 1)
     wanted = store.afford(
-        N, prompt, [30, 50], branch_points=(30,), row_bytes=ROW, snapshot_bytes=STATE
+        N, prompt, [30, 50], branch_points=(30,), rows_nbytes=weigh, snapshot_bytes=STATE
     )
     assert (wanted, store.evictions) == ([30, 50], 1)
     assert store.budget.has_room(20 * ROW + 40 * ROW + len(wanted) * STATE)
@@ -283,7 +283,7 @@ def test_an_evicted_beginning_is_remembered_by_its_digest():
 def test_rows_alone_restore_at_any_position():
     """Without snapshots a prompt resumes where it parts ways."""
     store = Store(10**6, needs_checkpoints=False)
-    store.save(N, as_tokens(range(30)), lambda start: rows(start, 30), None, row_bytes=ROW)
+    store.save(N, as_tokens(range(30)), lambda start: rows(start, 30), None, rows_nbytes=weigh)
     found = store.find(N, as_tokens([*range(17), 99, 99]))
     assert found.position == 17
     assert sum(block.end - block.start for block in blocks(found)) == 30

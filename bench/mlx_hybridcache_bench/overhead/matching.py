@@ -162,7 +162,13 @@ def _read(store: MemoryStore, history: Tokens) -> None:
             found.position, len(prompt) - 1, [SYSTEM_TOKENS], branch=found.match.matched
         )
         for cut in cuts_for(reading, Grid()):
-            store.save(SPACE, prompt[:cut], _no_rows(cut), Checkpoint(cut, ()), row_bytes=0)
+            store.save(
+                SPACE, prompt[:cut], _no_rows(cut), Checkpoint(cut, ()), rows_nbytes=_nothing
+            )
+
+
+def _nothing(start: int, end: int) -> int:
+    return 0
 
 
 def _no_rows(end: int) -> Callable[[int], RowBlock]:

@@ -214,16 +214,20 @@ def _save(store: SizedStore, prompt: Tokens) -> None:
         prompt,
         lambda start: SizedRows(start, end, ROW_BYTES),
         SizedCheckpoint(end, STATE_BYTES),
-        row_bytes=ROW_BYTES,
+        rows_nbytes=_weigh,
         is_end=True,
     )
     assert is_stored
 
 
+def _weigh(start: int, end: int) -> int:
+    return (end - start) * ROW_BYTES
+
+
 def _afford(store: SizedStore, prompt: Tokens, kept: list[int]) -> None:
     cuts = [len(prompt) - RUN_TOKENS // 2, len(prompt) - 1]
     kept += store.afford(
-        SPACE, prompt, cuts, branch_points=(), row_bytes=ROW_BYTES, snapshot_bytes=STATE_BYTES
+        SPACE, prompt, cuts, branch_points=(), rows_nbytes=_weigh, snapshot_bytes=STATE_BYTES
     )
 
 

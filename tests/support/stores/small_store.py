@@ -21,6 +21,11 @@ def rows(start, end):
     return RowBlock(start, end, ((keys, values),))
 
 
+def weigh(start, end):
+    """What they weigh."""
+    return (end - start) * ROW
+
+
 def state(position):
     array = mx.full((100,), float(position))
     mx.eval(array)
@@ -36,7 +41,7 @@ def save(store, tokens, *, is_end=False, is_branch_point=False, space=N):
         as_tokens(tokens),
         lambda start: rows(start, len(tokens)),
         state(len(tokens)) if store.needs(space) else None,
-        row_bytes=ROW,
+        rows_nbytes=weigh,
         is_end=is_end,
         is_branch_point=is_branch_point,
     )
