@@ -11,6 +11,8 @@ from mlx_hybridcache import HybridPromptCache
 from mlx_hybridcache.caches import checkpoint as checkpoints
 from mlx_hybridcache.caches.kinds.compressed import CompressedKind
 from mlx_hybridcache.caches.layout import LEARNT_FROM, Layout, fresh_caches
+from mlx_hybridcache.store.budget import Budget
+from mlx_hybridcache.store.store import Store
 
 RATIOS = (0, 4, 3, 16, 1)
 """A window alone; groups that end where a step does, that do not, that are longer than what a layout is
@@ -170,6 +172,31 @@ def test_prompts_that_come_back_are_read_from_where_they_part(
     expected = [0, 128, 96, 128, 96] if exact else [0, 149, 96, 149, 110]
     assert [tokens for tokens, _ in restored[:5]] == expected
     assert restored[5] == (96 if exact else 110, "disk")
+
+
+def test_room_is_made_for_all_that_is_stored(model, monkeypatch):
+    """Also where a stretch closes more groups than its length says, as `[32, 64)` does of three tokens each."""
+    made, stored = [], []
+    has_room, keep = Store._has_room_for, Budget.keep
+
+    def noted(store, nbytes, *more):
+        made.append(nbytes)
+        stored.append(0)
+        return has_room(store, nbytes, *more)
+
+    def added(budget, *, rows=0, snapshots=0):
+        stored[-1] += rows + snapshots
+        keep(budget, rows=rows, snapshots=snapshots)
+
+    monkeypatch.setattr(Store, "_has_room_for", noted)
+    monkeypatch.setattr(Budget, "keep", added)
+    with opened(model) as cache:
+        for prompt in PROMPTS:
+            oracle.read(cache, prompt)
+        assert cache.stats().rows_bytes + cache.stats().snapshot_bytes == sum(stored)
+    assert len(made) > 10
+    assert all(kept <= room for kept, room in zip(stored, made, strict=True))
+    assert sum(kept == room for kept, room in zip(stored, made, strict=True)) > len(made) // 2
 
 
 def test_nothing_is_drafted(model):
