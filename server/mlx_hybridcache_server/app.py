@@ -26,6 +26,7 @@ from .generation.serving import Serving
 from .http.bodies import Bodies
 from .http.gate import OWN_ORIGINS, Gate
 from .http.head_requests import HeadRequests
+from .http.paths import Paths
 from .http.wire import ErrorResponse, JsonResponse
 from .log import CLIENTS
 from .metrics import Metrics
@@ -139,6 +140,7 @@ def build_app(serving: Serving) -> FastAPI:
     app.add_middleware(Gate, settings=serving.settings)
     app.add_middleware(_Answered)
     app.add_middleware(_Counted, metrics=serving.metrics)
+    app.add_middleware(Paths)
     return app
 
 

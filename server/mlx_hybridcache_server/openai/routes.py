@@ -112,6 +112,7 @@ async def health(request: Request) -> Response:
     )
 
 
+@router.get("/v1/models/", response_model=None, include_in_schema=False)
 @router.get("/v1/models", response_model=None)
 async def list_models(request: Request) -> dict[str, Any]:
     """What may be named as `model`: the served one, and all on disk if switching is allowed."""

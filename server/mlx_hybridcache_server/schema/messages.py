@@ -6,9 +6,10 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, WithJsonSchema, model_validator
 
-from .requests import Arrangement, Body, Count, Share, Stop
+from .requests import Arrangement, Body, Count, Share
 
 Block = dict[str, Any]
+Stop = Annotated[str, Field(min_length=1)]
 
 ROLES = ("user", "assistant", "system", "developer")
 

@@ -21,7 +21,6 @@ from .dialects import Dialect
 Count = Annotated[int, Field(ge=0, lt=2**31)]  # what an index in MLX holds
 Share = Annotated[float, Field(ge=0, le=1)]
 TokenIds = Annotated[list[int], Field(min_length=1)]
-Stop = Annotated[str, Field(min_length=1)]
 
 MOST_CHOICES = 8
 
@@ -164,7 +163,7 @@ class GenerationBody(Body):
     frequency_context_size: Count | None = None
     logit_bias: dict[str, float] | None = None
     top_logprobs: Annotated[int, Field(ge=-1, le=20)] | None = None
-    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
+    stop: str | Annotated[list[str], Field(max_length=16)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
     response_format: ResponseFormat | None = None
@@ -217,8 +216,9 @@ class GenerationBody(Body):
         return tuple(self._warnings)
 
     def stops(self) -> tuple[str, ...]:
-        """The texts that end the reply."""
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        """The texts that end the reply. An empty one asks for nothing, as in mlx_lm.server."""
+        stops = (self.stop,) if isinstance(self.stop, str) else self.stop or ()
+        return tuple(filter(None, stops))
 
     def wants_usage(self) -> bool:
         """Whether a stream ends with its usage."""

@@ -96,6 +96,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         CHAT,
         {"messages": user("What does abs do in Python?"), "stop": [" value"], **INSTANT},
     ),
+    "stop words that ask for nothing": (
+        CHAT,
+        {"messages": user("Hello, I am Ines."), "stop": [""], **INSTANT},
+    ),
+    "a stop word that asks for nothing": (
+        CHAT,
+        {"messages": user("Hello, I am Juri."), "stop": "", **INSTANT},
+    ),
     "unknown fields": (
         CHAT,
         {"messages": user("Hi, I am Raj."), "user": "u", "metadata": {"a": "b"}, **INSTANT},

@@ -299,6 +299,24 @@ def named_models(theirs: Server, ours: Server) -> None:
 
 
 @difference(
+    "Histories",
+    theirs="Rendered as they are, or 404, as for past calls whose arguments are no JSON",
+    ours="[As they come](serving.md#requests): system messages before the first turn are one, `developer` is one of them",
+)
+def histories(theirs: Server, ours: Server) -> None:
+    kind, question = {"role": "system", "content": "Be kind."}, user("Hello, I am Lea.")
+    both, new, asked = [kind, kind, *question], {**kind, "role": "developer"}, {"max_tokens": 2}
+    for messages in (both, [new, *question]):
+        replies = [server.answer(CHAT, messages=messages, **asked) for server in (theirs, ours)]
+        counts = [reply["usage"]["prompt_tokens"] for reply in replies]
+        assert counts[0] > counts[1]
+    call = {"function": {"name": "find_person", "arguments": "no JSON"}}
+    past = [*question, {"role": "assistant", "tool_calls": [call]}, *question]
+    statuses = [server.post(CHAT, messages=past, **asked).status_code for server in (theirs, ours)]
+    assert statuses == [404, 200]
+
+
+@difference(
     "Errors",
     theirs='`{"error": "text"}`, and 404 for much that is the request\'s fault',
     ours='OpenAI\'s `{"error": {"message", "type", "param", "code"}}` with OpenAI\'s status',

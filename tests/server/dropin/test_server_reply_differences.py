@@ -46,8 +46,8 @@ def response_formats(theirs: Server, ours: Server) -> None:
 
 @difference(
     "Stop texts",
-    theirs="Matched token by token; one that the model spells with other tokens is cut out and the reply goes on",
-    ours="Matched as text in the content, however it is tokenized; the reply ends there, and reasoning and calls are not cut",
+    theirs="Any number, matched token by token; one that the model spells with other tokens is cut out and the reply goes on",
+    ours="Up to 16, matched as text in the content, however it is tokenized; the reply ends there, and reasoning and calls are not cut",
 )
 def stop_texts(theirs: Server, ours: Server) -> None:
     body = {"prompt": "The for statement is used to", "max_tokens": 30}
@@ -62,6 +62,21 @@ def stop_texts(theirs: Server, ours: Server) -> None:
     message = ours.answer(CHAT, **body)["choices"][0]["message"]
     assert "plus" in message["reasoning"]
     assert message["content"]
+    many = {"prompt": "def g(", "max_tokens": 2, "stop": [f"stop {i}" for i in range(17)]}
+    asked = [server.post(COMPLETIONS, **many).status_code for server in (theirs, ours)]
+    assert asked == [200, 400]
+
+
+@difference(
+    "`content` of a reply without any",
+    theirs="`null`",
+    ours='`""`, and `null` beside calls',
+)
+def no_content(theirs: Server, ours: Server) -> None:
+    body = {"messages": user("Hello, I am Otto."), "max_tokens": 5}
+    messages = [server.answer(CHAT, **body)["choices"][0]["message"] for server in (theirs, ours)]
+    assert messages[0]["reasoning"] == messages[1]["reasoning"]
+    assert [message["content"] for message in messages] == [None, ""]
 
 
 @difference(

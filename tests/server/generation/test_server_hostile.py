@@ -141,7 +141,7 @@ WRONG: dict[str, list[Any]] = {
     "logit_bias": [[], "a", 5, {"1": "x"}, {"1": None}, {"1": []}, {"1": True}],
     "logprobs": ["yes", 5, []],
     "top_logprobs": [-2, 21, 1.5, "5", True],
-    "stop": [5, {}, "", [""], ["a"] * 17],
+    "stop": [5, {}, [5], ["a"] * 17],
     "n": [0, -1, 9, 1.5, "1", True],
     "tools": [5, "x", {}, [5], ["x"], [{}], [{"type": "function"}], [{"function": {}}]],
     "tool_choice": [5, "always", [], {}, {"type": "function"}, {"function": {"name": 5}}],

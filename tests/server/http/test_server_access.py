@@ -11,6 +11,7 @@ from bundled import text
 from servers import (
     CHAT,
     COMPLETIONS,
+    raw_exchange,
 )
 
 
@@ -28,6 +29,13 @@ def test_a_key_is_asked_for_and_health_is_not_guarded(strict):
         assert client.with_options(api_key="a-key").models.list().data
     assert httpx2.get(f"{strict.url}/health", trust_env=False).status_code == 200
     assert "a-key" not in strict.log
+
+
+def test_two_slashes_open_nothing(strict):
+    """What asks for a key asks for it under any spelling of its path."""
+    for path in (b"/v1/models", b"//v1/models", b"////v1/cache"):
+        sent = b"GET " + path + b" HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+        assert raw_exchange(strict, sent).split()[1] == b"401", path
 
 
 def test_prompts_and_bodies_have_limits(strict):

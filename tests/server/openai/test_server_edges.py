@@ -37,6 +37,16 @@ def test_head_is_answered_wherever_get_is(server):
     assert server.client.head(CHAT).status_code == 405
 
 
+def test_an_address_may_end_in_a_slash(server):
+    """As in mlx_lm.server `//v1/models` is `/v1/models`, and a slash behind it names no model."""
+    for path in (b"//health", b"//v1/models", b"///v1/models", b"/v1/models/"):
+        sent = b"GET " + path + b" HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+        assert raw_exchange(server, sent).split()[1] == b"200", path
+    plain, slash = (server.client.get(path).json() for path in ("/v1/models", "/v1/models/"))
+    assert plain == slash
+    assert slash["object"] == "list"
+
+
 def test_what_is_not_served_says_what_is(server):
     """404 lists the paths, 405 the methods, in its `Allow` too: all of a path, not of one route."""
     error = server.client.post("/v1/images/generations").json()["error"]
