@@ -29,6 +29,9 @@ OWN = ("function", "custom")
 NAME = "reply"
 """Of a schema without one."""
 
+LOGPROBS = "message.output_text.logprobs"
+"""What `include` calls log-probabilities."""
+
 SEALED = "mlx-hybridcache:"
 """What `encrypted_content` begins with here: behind it stands the reasoning itself, which is the client's own."""
 
@@ -65,6 +68,7 @@ def as_chat(body: ResponsesBody, items: Sequence[Item]) -> ResponsesChat:
             "top_p": body.top_p,
             "reasoning_effort": body.reasoning and body.reasoning.effort,
             "response_format": _format(body),
+            "verbosity": body.text and body.text.verbosity,
             "stream": body.stream,
             "cache_salt": body.cache_salt,
             "keep_alive": body.keep_alive,
@@ -73,13 +77,24 @@ def as_chat(body: ResponsesBody, items: Sequence[Item]) -> ResponsesChat:
             **body.arrangement(),
         }
     )
+    _warn(chat, body)
+    return chat
+
+
+def _warn(chat: ResponsesChat, body: ResponsesBody) -> None:
     if others := [tool["type"] for tool in body.tools or () if tool["type"] not in OWN]:
         chat.warn("tools", f"left out: {named(others)}, which this server does not run.")
+    if held := [tool["name"] for tool in _own(body) if _has_grammar(tool)]:
+        chat.warn("tools", f"any text may be written for {named(held)}: grammars are not followed.")
     if body.truncation == "auto":
         chat.warn("truncation", "not followed: a prompt that is too long is refused.")
-    if body.top_logprobs:
+    if body.top_logprobs or LOGPROBS in (body.include or ()):
         chat.warn("top_logprobs", "not followed in responses; chat completions have them.")
-    return chat
+
+
+def _has_grammar(tool: Item) -> bool:
+    form = tool.get("format")
+    return tool["type"] == "custom" and isinstance(form, dict) and form.get("type") == "grammar"
 
 
 def input_items(body: ResponsesBody) -> list[Item]:

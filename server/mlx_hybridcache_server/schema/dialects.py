@@ -47,7 +47,7 @@ OFF: tuple[Any, ...] = (False, 0, "", [], {})
 NOT_FOLLOWED: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(
         (
-            *("audio", "web_search_options", "options", "lora", "lora_request", "samplers"),
+            *("audio", "options", "lora", "lora_request", "samplers"),
             *("mirostat", "dry_multiplier", "dynatemp_range", "smoothing_factor", "top_a"),
             *("xtc_special_tokens", "bad_words", "bad_words_ids", "allowed_token_ids"),
             *("logits_processors", "truncate_prompt_tokens", "prompt_logprobs", "n_probs"),
@@ -59,6 +59,7 @@ NOT_FOLLOWED: dict[str, tuple[Any, ...]] = {
     ),
     **dict.fromkeys(("typical_p", "typical", "tfs_z", "tfs", "length_penalty"), (*OFF, 1)),
     "top_n_sigma": (*OFF, -1),
+    "web_search_options": (False,),  # an empty object asks for a search
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
     "add_special_tokens": (False,),

@@ -87,6 +87,7 @@ class TextConfig(Body):
     """How the reply's text is to be."""
 
     format: TextFormat | None = None
+    verbosity: str | None = None
 
 
 class ToolName(Body):

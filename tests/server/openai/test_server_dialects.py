@@ -151,6 +151,11 @@ def test_what_is_not_followed_is_warned_of_unless_it_asks_for_nothing(name):
     assert all(read(**{name: nothing})[1] == [] for nothing in NOT_FOLLOWED[name])
 
 
+def test_a_search_of_the_web_without_options_is_a_search():
+    """`web_search_options: {}`, as OpenAI's documentation writes it."""
+    assert read(web_search_options={})[1] == ["web_search_options"]
+
+
 def test_what_changes_nothing_is_silent():
     """Fields of OpenAI's for its own accounts and machines, and LM Studio's and Ollama's."""
     sent = {

@@ -48,6 +48,24 @@ def test_what_is_odd_is_read(server, fields):
     assert reply.status_code == 200, reply.text
 
 
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"tools": [{"type": "custom", "name": "patch", "format": {"type": "grammar"}}]}, "patch"),
+        ({"text": {"verbosity": "low"}}, "verbosity"),
+        ({"include": ["message.output_text.logprobs"]}, "top_logprobs"),
+        ({"tools": [{"type": "custom", "name": "patch", "format": {"type": "text"}}]}, None),
+        ({"text": {"verbosity": "medium"}}, None),
+    ],
+)
+def test_what_would_change_the_reply_and_is_not_followed_is_said(server, fields, said):
+    """A grammar for a tool's text, a short text, log-probabilities; nothing of what is so anyway."""
+    warning = server.post(RESPONSES, input="x", max_output_tokens=1, **fields).headers.get(
+        WARNING_HEADER
+    )
+    assert (warning is None) if said is None else (said in warning)
+
+
 def test_thoughts_are_read_in_time_that_grows_with_them():
     """A hundred thousand in a row are parts of one turn: none is copied for each of the others."""
     thought = {"type": "reasoning", "content": [{"type": "reasoning_text", "text": "t"}]}
