@@ -22,6 +22,9 @@ from .errors import ModelError
 SAMPLE_BYTES = 4096
 """At most so many bytes of each tensor go into the fingerprint."""
 
+ADAPTER_FILES = ("adapter_config.json", "adapters.safetensors")
+"""What lies in the directory of an adapter."""
+
 _WORDS = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}
 
 SUMMED_WORDS = 1 << 22
@@ -156,8 +159,8 @@ def load(
     path = local_directory(path_or_repo)
     if path is not None:
         _check_directory(path)
-    if adapter_path is not None and not Path(adapter_path).expanduser().is_dir():
-        raise ModelError(f"--adapter-path {adapter_path}: found no directory there.")
+    if adapter_path is not None:
+        _check_adapter(Path(adapter_path).expanduser())
     try:
         model, tokenizer = mlx_lm.load(
             path_or_repo if path is None else str(path),
@@ -178,13 +181,14 @@ def local_directory(path_or_repo: str) -> Path | None:
     Raises `ModelError` where it can only be a path and no directory is there.
     """
     path = Path(path_or_repo).expanduser()
-    if path.is_dir():
+    if path_or_repo and path.is_dir():
         return path
     looks_local = path_or_repo.startswith((".", "/", "~")) or path_or_repo.count("/") != 1
-    if path.exists() or looks_local:
-        found = "a file" if path.exists() else "nothing"
+    is_file = bool(path_or_repo) and path.exists()
+    if is_file or looks_local:
+        found = "a file" if is_file else "nothing"
         raise ModelError(
-            f"--model {path_or_repo}: found {found} there. Name a directory that holds config.json, "
+            f"{path_or_repo!r}: found {found} there. Name a directory that holds config.json, "
             "*.safetensors and a tokenizer, or a repository as owner/name."
         )
     return None
@@ -224,6 +228,15 @@ def _stretched(part: dict[str, Any]) -> int:
     return int(trained * factor)
 
 
+def _check_adapter(path: Path) -> None:
+    missing = [name for name in ADAPTER_FILES if not (path / name).is_file()]
+    if missing:
+        found = f"no {' and no '.join(missing)}" if path.is_dir() else "no directory"
+        raise ModelError(
+            f"The adapter {path}: found {found} there. Name the directory of an adapter."
+        )
+
+
 def _check_directory(path: Path) -> None:
     needed = {
         "config.json": "config.json",
@@ -233,6 +246,6 @@ def _check_directory(path: Path) -> None:
     missing = [what for what, pattern in needed.items() if not any(path.glob(pattern))]
     if missing:
         raise ModelError(
-            f"{path} is not a complete model directory: {' and '.join(missing)} missing. "
+            f"{path} is not a complete model directory: {', '.join(missing)} missing. "
             "Download or convert the model again."
         )

@@ -91,6 +91,10 @@ class CacheSettings:
         )
         if self.disk_budget is not None and self.cache_dir is None:
             raise SettingError("disk_budget needs a cache_dir to hold.")
+        if (
+            self.cache_dir == ""
+        ):  # which would be the directory that the process happens to stand in
+            raise SettingError("cache_dir is empty; name a directory, or leave it out.")
         if self.storing and self.precision is not None:
             raise SettingError(
                 "kv_bits makes rows small while requests run too; leave store_kv and store_state out."
@@ -242,8 +246,9 @@ class CacheSettings:
         if store.budget.limit_bytes < smallest:
             of_it = f", {format_bytes(set_aside)} of it set aside for what is being written"
             raise BudgetError(
-                f"memory_budget is {format_bytes(budget)}{of_it if set_aside else ''}; one running request of "
-                f"{ROW_STEP} tokens and one checkpoint of this model need {format_bytes(smallest)}."
+                f"The memory budget is {format_bytes(budget)}{of_it if set_aside else ''}; one running request "
+                f"of {ROW_STEP} tokens and one checkpoint of this model need {format_bytes(smallest)}. Raise "
+                "memory_budget (the server's --prompt-cache-bytes)."
             )
         return store
 

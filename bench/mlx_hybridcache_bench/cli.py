@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_hybridcache.cli.console import wide_console
-from mlx_hybridcache.cli.flags import check_can_be_written
+from mlx_hybridcache.cli.flags import Parser, check_can_be_written
 from mlx_hybridcache.demo import BUNDLED_MODEL
 
 COMMANDS = {
@@ -38,7 +38,7 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one measurement. 0: done; 1: a counted figure misses its target."""
     words = [*(argv or ())]
-    parser = argparse.ArgumentParser(prog="mlx-hybridcache bench", description=__doc__)
+    parser = Parser(prog="mlx-hybridcache bench", description=__doc__)
     add_commands(parser.add_subparsers(dest="measurement", required=True), words[:1])
     if not words:
         parser.print_help()

@@ -14,6 +14,7 @@ from ..router.defaults import (
     SIMILARITY,
     TEXTS,
 )
+from .flags import Parser
 from .flags import tokens as tokens_flag
 
 
@@ -30,7 +31,7 @@ def main(argv: Sequence[str], prog: str) -> int:
 
 
 def _parser(prog: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=prog, description=__doc__)
+    parser = Parser(prog=prog, description=__doc__)
     add = parser.add_argument
     add("--model", required=True, help="directory, or owner/name")
     add("--output", type=_path, help="new directory for the patched checkpoint")

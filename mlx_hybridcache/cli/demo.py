@@ -10,7 +10,7 @@ from ..demo import BUNDLED_MODEL
 from ..errors import SettingError
 from ..sizes import parse_bytes
 from .console import wide_console
-from .flags import tokens
+from .flags import Parser, tokens
 
 
 def main(argv: Sequence[str], prog: str) -> int:
@@ -37,7 +37,7 @@ def main(argv: Sequence[str], prog: str) -> int:
 
 
 def _parser(prog: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=prog, description=__doc__)
+    parser = Parser(prog=prog, description=__doc__)
     add = parser.add_argument
     add("--model", default=str(BUNDLED_MODEL), help="directory, or owner/name")
     add("--file", type=Path, help="the text to read (default: Python's reference)")

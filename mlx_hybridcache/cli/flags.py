@@ -7,10 +7,35 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Callable
+from difflib import get_close_matches
 from pathlib import Path
+from typing import NoReturn
 
 from ..errors import SettingError, refusal
 from ..sizes import parse_bytes, parse_tokens
+
+UNKNOWN = "unrecognized arguments: "
+"""What `argparse` says of flags that a command does not have."""
+
+
+class Parser(ArgumentParser):
+    """`argparse`'s, which says too what a flag that it does not know was probably meant to be."""
+
+    def error(self, message: str) -> NoReturn:
+        """End the process with status 2 and `message`."""
+        given = message.removeprefix(UNKNOWN).split() if message.startswith(UNKNOWN) else []
+        words = (word.partition("=")[0] for word in given if word.startswith("-"))
+        meant = [get_close_matches(word, self.options(), n=1) for word in words]
+        if likely := [found for each in meant for found in each]:
+            message += f" (did you mean {', '.join(likely)}?)"
+        super().error(message)
+
+    def options(self) -> list[str]:
+        """Its own, and those of its commands, whose unknown flags it is asked about."""
+        chosen = [each.choices for each in self._actions if isinstance(each.choices, dict)]
+        commands = [each for choices in chosen for each in choices.values()]
+        own = [name for each in self._actions for name in each.option_strings]
+        return own + [name for each in commands for name in each.options()]
 
 
 def tokens(least: int = 1) -> Callable[[str], int]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import SettingError
 from ..sizes import format_bytes, parse_bytes
-from .flags import add_quantizing_flags, add_store_flags, check_can_be_written, tokens
+from .flags import Parser, add_quantizing_flags, add_store_flags, check_can_be_written, tokens
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -75,7 +75,7 @@ def _precision(options: argparse.Namespace) -> Precision | None:
 
 
 def _parser(prog: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=prog, description=__doc__)
+    parser = Parser(prog=prog, description=__doc__)
     add = parser.add_argument
     add(
         "--model", required=True, help="directory, or owner/name, of which only config.json is read"

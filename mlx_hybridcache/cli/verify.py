@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ..demo import BUNDLED_MODEL
 from ..errors import GroupError, SettingError
 from .console import wide_console
-from .flags import add_quantizing_flags, add_store_flags, read_text, tokens
+from .flags import Parser, add_quantizing_flags, add_store_flags, read_text, tokens
 from .versions import versions
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def _on_ranks(
 
 
 def _parser(prog: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=prog, description=__doc__)
+    parser = Parser(prog=prog, description=__doc__)
     add = parser.add_argument
     add("--model", default=str(BUNDLED_MODEL), help="directory, or owner/name")
     add("--file", type=Path, help="the text to read (default: Python's reference)")

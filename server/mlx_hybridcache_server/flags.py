@@ -19,6 +19,13 @@ Flag = tuple[str, dict[str, Any]]
 """Its name, and what `add_argument` is told of it."""
 
 
+def _name(text: str) -> str:
+    """What is not empty. A start script whose variable is not set gives a flag nothing."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty; give it a value, or leave it out.")
+    return text
+
+
 def _origins(text: str) -> tuple[str, ...]:
     """As browsers write them: in small letters, without a slash at the end."""
     origins = [origin.strip().rstrip("/").lower() for origin in text.split(",")]
@@ -102,8 +109,8 @@ def _flag(name: str, kind: Callable[[str], Any], about: str, **more: Any) -> Fla
 
 FLAGS: dict[str, tuple[Flag, ...]] = {
     "as in mlx_lm.server": (
-        _flag("--model", str, "directory, or owner/name (default: the small bundled model)"),
-        _flag("--adapter-path", str, "trained adapter weights and their config"),
+        _flag("--model", _name, "directory, or owner/name (default: the small bundled model)"),
+        _flag("--adapter-path", _name, "trained adapter weights and their config"),
         _flag("--host", str, "address to listen on (%(default)s)"),
         _flag("--port", _number(int, 0, 65535), "port (%(default)s)"),
         _flag(
@@ -113,7 +120,7 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
         ),
         _flag(
             "--draft-model",
-            str,
+            _name,
             "model that drafts replies for this one to verify: same tokenizer, its own prompts cached too",
         ),
         _flag("--num-draft-tokens", _number(int, 0), "drafted at a time, at most (%(default)s)"),
@@ -174,12 +181,12 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
     "our own": (
         _flag(
             "--config",
-            str,
+            _name,
             "a TOML file of flags without their dashes; variables MLX_HYBRIDCACHE_FLAG come before "
             "it, and flags before both",
             metavar="FILE",
         ),
-        _flag("--api-key", str, f"key that clients must send (or in ${API_KEY_VARIABLE})"),
+        _flag("--api-key", _name, f"key that clients must send (or in ${API_KEY_VARIABLE})"),
         _flag(
             "--alias",
             _alias,
@@ -247,16 +254,18 @@ FLAGS: dict[str, tuple[Flag, ...]] = {
         _flag("--draft-from-cache", bool, "verify what followed before, several tokens at a time"),
         _flag("--draft-mtp", bool, "verify what the mtp.* weights beside the model's own draft"),
         _flag("--memory-reserve", size, "of the system's memory to leave free, as 1GB"),
-        _flag("--cache-dir", str, "directory that keeps the cache across restarts"),
+        _flag("--cache-dir", _name, "directory that keeps the cache across restarts"),
         _flag("--cache-disk-bytes", size, "for that directory, as 100GB", dest="disk_budget"),
         _flag(
             "--canonicalize-router",
-            str,
+            _name,
             "one router row for experts that are one: a patch, or what lies with the model or is found",
             metavar="FILE|auto",
         ),
         _flag("--show-prompts", bool, "let /v1/cache/recent and the page show text"),
-        _flag("--record-trace", str, "record requests, hashed, for bench policies", metavar="FILE"),
+        _flag(
+            "--record-trace", _name, "record requests, hashed, for bench policies", metavar="FILE"
+        ),
         _flag("--allow-model-switching", bool, "load what a request names"),
     ),
     "as in llama.cpp": (

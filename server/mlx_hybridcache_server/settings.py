@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_hybridcache.caches.quantizing.precision import Precision
+from mlx_hybridcache.cli.flags import Parser
 from mlx_hybridcache.cli.versions import versions
 from mlx_hybridcache.demo import BUNDLED_MODEL
 from mlx_hybridcache.errors import SettingError
@@ -103,7 +104,7 @@ class Settings:
 
 def build_parser(prog: str) -> argparse.ArgumentParser:
     """The parser of both entry points. Names and defaults of mlx_lm.server's flags are its own."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=prog,
         usage="%(prog)s [--model MODEL] [--port PORT] [...], --help lists every flag",
         description="Serve a model over HTTP as OpenAI does, re-using every prefix that was read.",

@@ -235,6 +235,24 @@ def test_what_cannot_be_done_is_one_sentence_and_exit_status_2(arguments, said, 
     assert shown.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("arguments", "meant"),
+    [
+        (["demo", "--modle", "x"], "--model"),
+        (["verify", "--exat"], "--exact"),
+        (["plan", "--model", "x", "--contxt=5"], "--context"),
+        (["cache", "ls", "--cache-dir", "x", "--alll"], "--all"),
+        (["bench", "ttft", "--quik"], "--quick"),
+    ],
+)
+def test_of_a_misspelt_flag_it_is_said_what_was_meant(arguments, meant, capsys):
+    """`--modle` is `--model`, in commands of commands too."""
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.endswith(f"(did you mean {meant}?)\n")
+
+
 def test_a_text_that_is_too_short_is_said(tmp_path, capsys):
     """How many tokens it has, and how many are needed."""
     file = tmp_path / "short.txt"

@@ -109,11 +109,24 @@ def test_llama_cpp_names_mean_the_librarys_settings():
         (["--chat-template-args", "[1]"], "not a JSON object"),
         (["--log-level", "LOUD"], "invalid choice"),
         (["--unheard-of"], "unrecognized arguments"),
+        (["--prompt-cache-szie", "3", "--exat"], "did you mean --prompt-cache-size, --exact?"),
     ],
 )
 def test_a_value_out_of_range_stops_the_start_with_a_sentence(capsys, argv, said):
     """The last line names the flag and what was needed."""
     assert said in refused(capsys, *argv)
+
+
+@pytest.mark.parametrize(
+    "flag",
+    [
+        *("--model", "--draft-model", "--adapter-path", "--config", "--api-key"),
+        *("--cache-dir", "--record-trace", "--canonicalize-router"),
+    ],
+)
+def test_an_empty_value_is_refused(capsys, flag):
+    """`--cache-dir "$UNSET"` would be the current directory, `--api-key "$UNSET"` no key at all."""
+    assert f"argument {flag}: it is empty" in refused(capsys, flag, "")
 
 
 def test_flags_that_contradict_each_other_are_refused():

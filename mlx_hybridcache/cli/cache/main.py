@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 
+from ..flags import Parser
+
 Command = Callable[[str, str, str], argparse.ArgumentParser]
 """Adds a command: its name, the module and function that run it, what it is for."""
 
@@ -29,9 +31,9 @@ def main(argv: Sequence[str], prog: str) -> int:
 
 
 def _parser(prog: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=prog, description=__doc__)
+    parser = Parser(prog=prog, description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    where = argparse.ArgumentParser(add_help=False)
+    where = Parser(add_help=False)
     where.add_argument("--cache-dir", required=True, type=_path, help="the directory of a server")
 
     def command(name: str, run: str, what: str) -> argparse.ArgumentParser:

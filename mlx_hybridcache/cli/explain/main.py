@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import HybridCacheError, SettingError
-from ..flags import read_text
+from ..flags import Parser, read_text
 from .ask import URL, ask
 from .show import written
 
@@ -48,7 +48,7 @@ def main(argv: Sequence[str], prog: str) -> int:
 
 
 def _parser(prog: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=prog,
         description=__doc__,
         epilog="With one request a server says what it would restore of it; with two, what parts the second "

@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 from ...demo.process import running
 from ...errors import HybridCacheError, SettingError
 from ..asking import NobodyError, key, served_model
+from ..flags import Parser
 from .agents import AGENTS, Agent, Place
 
 URL = "http://127.0.0.1:8080"
@@ -45,7 +46,7 @@ def _parted(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _parser(prog: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=prog,
         usage="%(prog)s AGENT [--url URL] [--model MODEL] [--cache-dir DIR] [--print] [-- ARGUMENTS]",
         description=__doc__,

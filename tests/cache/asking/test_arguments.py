@@ -55,6 +55,12 @@ def test_a_count_is_a_whole_number_of_at_least_one(count):
         HybridPromptCache(load()[0], prefill_step_size=count)
 
 
+def test_an_empty_directory_is_not_the_current_one():
+    """`cache_dir=""`, as of a variable that is not set, would write where the process happens to stand."""
+    with pytest.raises(SettingError, match="cache_dir is empty"):
+        HybridPromptCache(load()[0], cache_dir="")
+
+
 @pytest.mark.parametrize(
     ("model", "tokenizer", "said"),
     [

@@ -90,7 +90,7 @@ def test_every_array_of_a_model_is_evaluated_private_ones_too():
     assert failed == []
 
 
-@pytest.mark.parametrize("path", ["/no/such/place", "./neither", "~/nor this", "a/b/c"])
+@pytest.mark.parametrize("path", ["/no/such/place", "./neither", "~/nor this", "a/b/c", ""])
 def test_a_model_that_is_not_there_is_said_before_anything_is_tried(path):
     """The message quotes the path and says what belongs there."""
     with pytest.raises(ModelError, match=r"found nothing there.*config\.json"):
@@ -121,6 +121,15 @@ def test_an_incomplete_model_directory_says_what_is_missing(tmp_path, missing, s
         file.unlink()
     with pytest.raises(ModelError, match=f"{said} missing"):
         models.load(str(copy))
+
+
+def test_an_adapter_that_is_not_there_says_what_is_missing(tmp_path):
+    """No directory, and one without an adapter's two files."""
+    with pytest.raises(ModelError, match="found no directory there"):
+        models.load(str(BUNDLED_MODEL), adapter_path=str(tmp_path / "nothing"))
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"found no adapters\.safetensors there"):
+        models.load(str(BUNDLED_MODEL), adapter_path=str(tmp_path))
 
 
 def test_a_model_of_an_unknown_family_is_an_error_with_its_name(tmp_path):
