@@ -146,12 +146,15 @@ class Materializer(Generic[R, S]):
     def _with_room(
         self, lazy: list[LazyStretch[R, S]], source: LazySource[R], row_bytes: int
     ) -> list[LazyStretch[R, S]]:
-        """As many of the lazy rows as there is room for with so many bytes a token; the deepest go first."""
+        """As many of the lazy rows as there is room for with so many bytes a token; the deepest go first.
+
+        The deepest checkpoint that they lead to stays: without any they would be of no use.
+        """
         while lazy:
+            nodes = [stretch.node for stretch in lazy]
+            spare = next((node for node in reversed(nodes) if node.checkpoint is not None), None)
             try:
-                self.store.budget.make_room(
-                    row_bytes * _tokens_in(lazy), [stretch.node for stretch in lazy]
-                )
+                self.store.budget.make_room(row_bytes * _tokens_in(lazy), nodes, spare)
                 break
             except BudgetError:
                 self.store.evict_rows(lazy[-1].node)

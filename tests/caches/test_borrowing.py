@@ -254,6 +254,22 @@ def test_rows_move_in_pieces_that_are_cheap_to_cut():
         assert cache.last_report.restored_tokens == 1500
 
 
+def test_a_request_leaves_as_long_a_prefix_as_fits_with_what_restores_it():
+    """Where its rows do not all fit: no row stays without a checkpoint, and more memory leaves more."""
+    tokens, left = oracle.prompt(1000, seed=17), []
+    model = tiny.build("qwen3_next")  # an array of rows is half of all rows
+    with roomy(model) as cache:
+        row_bytes = cache.engine.layout.row_bytes
+        need = cache.engine.layout.running_bytes(rounded(1000 + REPLY))
+    for part in (1.25, 1.3, 1.35, 1.4, 1.45):
+        with roomy(model, memory_budget=int(need * part)) as cache:
+            assert_as_plain(cache, tokens, answer(cache, tokens))
+            left.append(cache.lookup([*tokens, *oracle.TAIL]).restored_tokens)
+            assert cache.stats().rows_bytes == left[-1] * row_bytes
+    assert 0 < left[0] < left[-1]
+    assert left == sorted(left)
+
+
 def test_a_roomy_store_owns_what_was_read_before_the_reply_ends():
     """Then files can be written and batches formed meanwhile: nothing is lazy behind a slice, nor behind the
     first token.
