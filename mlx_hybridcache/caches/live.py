@@ -123,7 +123,9 @@ class LiveCaches(LazySource[RowBlock]):
             return rows_before(found.nodes(), found.position)
         try:
             self.claim, blocks = self._materializer.claim_for(nbytes, found, self)
-        except BudgetError:
+        except BudgetError as error:
+            if error.fits_soon:
+                raise
             self.claim, blocks = self._materializer.claim_for(
                 nbytes, found, self, spends_checkpoint=True
             )

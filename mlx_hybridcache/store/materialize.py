@@ -49,18 +49,19 @@ class Materializer(Generic[R, S]):
         self.free(nbytes)
         if budget.has_room(nbytes):
             return self.store.claim(nbytes, found), rows_before(found.nodes(), found.position)
-        moving = [
-            (node, rows)
-            for node in found.nodes()
-            for rows in node.rows
-            if self._may_move(rows, found.position)
-        ]
+        own = [(node, rows) for node in found.nodes() for rows in _own_before(node, found.position)]
+        # What others hold as well would not be freed.
+        moving = [each for each in own if not self.store.references.is_held(each[1])]
         moved = sum(rows.nbytes for _, rows in moving)
         passing = source.passing_bytes(sum(rows.end - rows.start for _, rows in moving))
         spent = self._spent(found) if spends_checkpoint else None
         if spent is not None and spent.checkpoint is not None:
             moved += spent.checkpoint.nbytes
-        budget.make_room(nbytes + passing - moved, found.nodes(), spare=found.node)
+        try:
+            budget.make_room(nbytes + passing - moved, found.nodes(), spare=found.node)
+        except BudgetError as error:
+            error.fits_soon |= len(moving) < len(own)
+            raise
         moved_rows = rows_before(found.nodes(), found.position)
         if spent is not None:
             self.store.evict_checkpoint(spent)
@@ -74,7 +75,7 @@ class Materializer(Generic[R, S]):
         if node is None or node.checkpoint is None or node.pinned:
             raise BudgetError("There is no checkpoint that may go.")
         if self.store.references.is_held(node.checkpoint):
-            raise BudgetError("The checkpoint is being written.")
+            raise BudgetError("The checkpoint is being written.", fits_soon=True)
         return node
 
     def add(self, source: LazySource[R]) -> None:
@@ -208,15 +209,16 @@ class Materializer(Generic[R, S]):
                     if source.has(rows):
                         self._let_go_for(node, rows, source)
 
-    def _may_move(self, rows: R | LazyRows[R], position: int) -> bool:
-        if isinstance(rows, LazyRows) or self.store.references.is_held(rows):
-            return False  # what others hold as well would not be freed
-        return rows.end <= position
-
     def _let_go_for(
         self, node: Node[R | LazyRows[R], S], rows: R | LazyRows[R], source: LazySource[R]
     ) -> None:
         self.store.replace_rows(node, rows, source.lazy_rows(rows.start, rows.end))
+
+
+def _own_before(node: Node[R | LazyRows[R], S], position: int) -> list[R]:
+    """Rows of a node that the store owns, and that end by then."""
+    every = [rows for rows in node.rows if not isinstance(rows, LazyRows)]
+    return [rows for rows in every if rows.end <= position]
 
 
 def _tokens_in(lazy: Sequence[LazyStretch[R, S]]) -> int:

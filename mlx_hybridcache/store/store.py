@@ -159,15 +159,21 @@ class Store(CountedTrees[R, S]):
                 "are held by running requests and pins. Raise memory_budget or unpin.",
                 fits_later=nbytes + fixed - budget.running_bytes <= budget.limit_bytes,
             )
+        lingering = self._lingering(eviction)
+        is_enough = nbytes + fixed + lingering <= budget.limit_bytes  # if all goes that may
         while not budget.has_room(nbytes):
-            node = eviction.first()
-            if node is None:  # what was let go is held elsewhere for a moment longer
+            node = eviction.first() if is_enough else None
+            if node is None:
                 raise BudgetError(
-                    f"{nbytes:,} bytes do not fit before {budget.in_flight_bytes:,} that are being "
-                    "written to disk are released. Try again, or raise memory_budget.",
-                    fits_soon=budget.has_room(nbytes - budget.in_flight_bytes),
+                    f"{nbytes:,} bytes do not fit before {lingering:,} that are being written to disk "
+                    "are released. Try again, or raise memory_budget.",
+                    fits_soon=not is_enough,
                 )
             self._drop(node, eviction)
+
+    def _lingering(self, eviction: Eviction) -> int:
+        """Bytes that others would hold for a moment longer if everything went that may."""
+        return self.references.lingering(self.budget.in_flight_bytes, eviction.fixed())
 
     def afford(
         self,
@@ -193,8 +199,8 @@ class Store(CountedTrees[R, S]):
         if not budget.has_room(wish := rows + len(cuts) * snapshot_bytes):
             self.before_evicting(wish)
         eviction = self._eviction(match.nodes())
-        least = budget.running_bytes + eviction.fixed_bytes() + rows + snapshot_bytes
-        if not cuts or least > budget.limit_bytes:
+        left = budget.running_bytes + eviction.fixed_bytes() + self._lingering(eviction)
+        if not cuts or left + rows + snapshot_bytes > budget.limit_bytes:
             return []
         above = max((n.end for n in match.path if n.checkpoint and n.end < cuts[0]), default=0)
         while not budget.has_room(rows + len(wanted) * snapshot_bytes):

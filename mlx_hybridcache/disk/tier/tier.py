@@ -11,6 +11,7 @@ import shutil
 import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -211,14 +212,19 @@ class DiskTier:
     def with_room(
         self, tried: Callable[[], Generator[Pause, None, T]], job: Job
     ) -> Generator[Pause, None, T]:
-        """What is tried, and again as long as it fits only once the disk thread lets go of something."""
-        while True:
-            try:
-                return (yield from tried())
-            except BudgetError as error:
-                if not error.fits_soon:
-                    raise
-            yield from self._settled(job)
+        """What is tried, and again as long as it fits only once the disk thread lets go of something.
+
+        Nothing more is written until then: it would be waited for too, file after file.
+        """
+        with ExitStack() as waits:
+            while True:
+                try:
+                    return (yield from tried())
+                except BudgetError as error:
+                    if not error.fits_soon:
+                        raise
+                waits.enter_context(self.write_behind.rests())
+                yield from self._settled(job)
 
     def _settled(self, job: Job) -> Generator[Pause, None, None]:
         """Until it lets go of something that counts, while others have their turns."""

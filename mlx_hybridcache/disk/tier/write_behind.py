@@ -13,6 +13,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -171,6 +172,8 @@ class WriteBehind:
     _cleared: set[FileName] = field(default_factory=set, init=False)
     _taken: set[FileName] = field(default_factory=set, init=False)
     _rest_until: float = field(default=0.0, init=False)
+    _rests: int = field(default=0, init=False)
+    """Requests that wait for what it holds."""
 
     def __post_init__(self) -> None:
         self._unwritten = Waiting(self._is_there, MOST_UNWRITTEN)
@@ -187,13 +190,14 @@ class WriteBehind:
 
     @property
     def may_write(self) -> bool:
-        """Whether this process writes, and the last write did not just fail."""
-        return self.thread.directory.is_writer and time.monotonic() >= self._rest_until
+        """Whether this process writes, the last write did not just fail, and nobody waits for what it holds."""
+        is_able = self.thread.directory.is_writer and time.monotonic() >= self._rest_until
+        return is_able and not self._rests
 
     def is_writing(self) -> bool:
         """Whether something is being written, or will be without waiting for anything."""
         self.try_to_write()
-        return bool(self._in_flight) or self._is_looking
+        return bool(self._in_flight) or self._is_looking or self._rests > 0
 
     @property
     def is_written(self) -> bool:
@@ -258,6 +262,16 @@ class WriteBehind:
             self.thread.change(lambda directory: directory.pin(names, is_pinned=is_pinned))
 
     # Handing over
+
+    @contextmanager
+    def rests(self) -> Iterator[None]:
+        """Nothing more is handed over inside."""
+        self._rests += 1
+        try:
+            yield
+        finally:
+            self._rests -= 1
+            self.try_to_write()
 
     def try_to_write(self) -> None:
         """`write`, whose errors must not cost a reply."""

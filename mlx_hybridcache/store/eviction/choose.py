@@ -6,7 +6,7 @@ from collections.abc import Collection, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from math import inf
 
-from ..tree import AnyNode
+from ..tree import AnyNode, Held
 from .values import NodeValues, leaf_below
 
 
@@ -32,16 +32,30 @@ class Eviction:
     def fixed_bytes(self) -> int:
         """Bytes that would be left if everything went that may."""
         self.values.settle()
-        pins, seen, nbytes = self.values.pins.nodes, set(), self.values.pins.nbytes
+        pins, nbytes = self.values.pins.nodes, self.values.pins.nbytes
+        nbytes += sum(node.rows_nbytes for node in self._leading_to_kept() if node not in pins)
+        if self.spare is not None and self.spare.checkpoint is not None and not self.spare.pinned:
+            nbytes += self.spare.checkpoint.nbytes
+        return nbytes
+
+    def fixed(self) -> Iterator[Held]:
+        """Rows and checkpoints that would be left then."""
+        self.values.settle()
+        pins = self.values.pins
+        for node in {*pins.nodes, *self._leading_to_kept()}:
+            yield from node.rows
+            if node.checkpoint is not None and (node is self.spare or node in pins.pinned):
+                yield node.checkpoint
+
+    def _leading_to_kept(self) -> Iterator[AnyNode]:
+        """The kept nodes and `spare` with all above them, each once."""
+        seen: set[AnyNode] = set()
         for node in (*self.kept, self.spare):
             above = node
             while above is not None and above.parent is not None and above not in seen:
                 seen.add(above)
-                nbytes += 0 if above in pins else above.rows_nbytes
+                yield above
                 above = above.parent
-        if self.spare is not None and self.spare.checkpoint is not None and not self.spare.pinned:
-            nbytes += self.spare.checkpoint.nbytes
-        return nbytes
 
     def first(self) -> AnyNode | None:
         """The node whose checkpoint (or, without checkpoints, which leaf) goes first.
