@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import numpy as np
@@ -34,12 +34,14 @@ from .request.sharing import Sharing
 from .store.match import AnyFound
 from .tiers import Tiers
 from .tokens import Tokens
-from .worker.turns import Pause
+from .worker.turns import Pause, at_once
+
+T = TypeVar("T")
 
 
 @dataclass(eq=False)
 class Keeping:
-    """What is done with what both tiers hold, at once, between two turns."""
+    """What is done with what both tiers hold, at once, between two turns, and what waits for room in them."""
 
     tiers: Tiers
     relief: Relief
@@ -64,6 +66,10 @@ class Keeping:
     def is_written(self) -> bool:
         """Whether everything in memory is on disk too, as far as this process writes."""
         return self.tiers.disk.is_written()
+
+    def in_time(self, request: Request, does: Callable[[], T]) -> Generator[Pause, None, T]:
+        """What `does` gives a request, once there is room for it where there is some soon."""
+        return (yield from self.tiers.disk.with_room(lambda: at_once(does), request.job))
 
     def close(self) -> None:
         """Hold nothing in memory any more, whatever ends from now on."""
@@ -147,7 +153,8 @@ class Engine(Keeping):
 
     def _resume(self, request: Request, live: LiveCaches) -> Generator[Pause, None, AnyFound]:
         self.relief.relieve(self.layout.running_bytes(request.rows))  # before anything is found
-        found = yield from self.tiers.resume(request, live)
+        resume = partial(self.tiers.resume, request, live)
+        found = yield from self.tiers.disk.with_room(resume, request.job)  # drafts do not wait so
         self.tiers.publish_begun()
         return found
 
@@ -186,6 +193,7 @@ class Engine(Keeping):
             prompt_tokens=len(request.tokens),
             prefill_seconds=report.prefill_seconds,
             revive=partial(self._revive, request, reply),
+            room=partial(self.in_time, request),
             best_effort=request.best_effort,
         ):
             is_first = isinstance(response, GenerationResponse) and response.generation_tokens == 1
@@ -201,13 +209,8 @@ class Engine(Keeping):
     def _revive(self, request: Request, reply: Reply) -> Iterator[Pause]:
         """A reply whose batch failed goes on alone: what is stored of it is restored, the rest read again."""
         tokens = np.array([*request.tokens, *reply.read, reply.coming], dtype=np.int32)
-        again = self.sharing.request(
-            tokens,
-            request.namespace.salt,
-            reply.left,
-            job=request.job,
-            best_effort=request.best_effort,
-        )
+        asked = (tokens, request.namespace.salt, reply.left)
+        again = self.sharing.request(*asked, job=request.job, best_effort=request.best_effort)
         reply.live.namespace, reply.live.tokens = again.namespace, again.tokens
         yield from self.read(again, reply.live)
         self.decoder.revive(reply)
@@ -318,7 +321,8 @@ class Engine(Keeping):
         request.account.report = request.uncached_report(why, self.layout.unsupported)
         live = self.tiers.live(request, shares=False)  # mlx-lm has its own: these only pay
         with self._keeping(request, live):
-            live.claim = self.tiers.memory.claim(self.layout.running_bytes(request.rows))
+            need = self.layout.running_bytes(request.rows)
+            live.claim = yield from self.in_time(request, partial(self.tiers.memory.claim, need))
             self.tiers.publish()
             is_ours = why == ["use_cache=False"] and self.layout.precision is not None
             if is_ours:  # the same reply, of which nothing is stored
@@ -331,4 +335,5 @@ class Engine(Keeping):
                 options,
                 step=self.sharing.step,
                 growth=self.layout.growth_bytes,
+                room=partial(self.in_time, request),
             )

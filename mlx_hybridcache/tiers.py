@@ -159,8 +159,8 @@ class Tiers:
     # Resuming
 
     def resume(self, request: Request, live: LiveCaches) -> Generator[Pause, None, AnyFound]:
-        """Fill `live` as far into the prompt as either tier reaches; returns what was found for it."""
-        found = yield from self.disk.with_room(lambda: self._resume(request, live), request.job)
+        """Fill `live` as far into the prompt as either tier reaches; returns what was found. Raises `BudgetError`."""
+        found = yield from self._resume(request, live)
         self.hold(request, found.position)
         return found
 

@@ -95,7 +95,8 @@ class Decoder:
     def take(self, reply: Reply) -> Made | None:
         """The reply's next token. The others of its batch get their next one, too.
 
-        None when its batch has failed: it goes on once it is revived.
+        None when its batch has failed: it goes on once it is revived. Raises `BudgetError`, with nothing changed,
+        where there is no room for it.
         """
         if not reply.made and reply.guard.error is None and reply.has_caches:
             if self._is_late:
@@ -110,7 +111,7 @@ class Decoder:
     def makes_room(self, reply: Reply) -> bool:
         """Whether a reply that gets what fits can take its next step: room is made for it now.
 
-        While others run it leaves them a part of the memory.
+        While others run it leaves them a part of the memory. Raises `BudgetError` where there will be room soon.
         """
         steps = reply.steps
         if reply.made or not reply.has_caches or steps.has_room:
@@ -127,7 +128,9 @@ class Decoder:
             return self.makes_room(reply)
         try:
             steps.grow()
-        except BudgetError:
+        except BudgetError as error:
+            if error.fits_soon:
+                raise
             return False
         return True
 

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from collections.abc import Callable, Generator, Iterator
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
 import mlx.core as mx
 from mlx_lm.generate import GenerationResponse
 
+from ..worker.turns import Pause
 from .decoder import Decoder
 from .reply import Reply
 
 T = TypeVar("T")
+
+
+class Room(Protocol):
+    """Waits for room that there is soon."""
+
+    def __call__(self, does: Callable[[], T], /) -> Generator[Pause, None, T]:
+        """What `does` gives, which may be done several times: a `BudgetError` of its leaves nothing changed."""
+        ...
 
 
 def respond(
@@ -22,25 +32,24 @@ def respond(
     *,
     prompt_tokens: int,
     prefill_seconds: float,
-    revive: Callable[[], Iterator[T]],
+    revive: Callable[[], Iterator[Pause]],
+    room: Room,
     best_effort: bool = False,
-) -> Iterator[GenerationResponse | T]:
+) -> Iterator[GenerationResponse | Pause]:
     """A reply as mlx-lm's `stream_generate` gives it, to its end. `revive` helps it out of a failed batch.
 
-    With `best_effort` it ends, with `length`, where there is no room for another token. When the k-th
+    With `best_effort` it ends, with `length`, where there is no `room` for another token, nor soon. When the k-th
     response is yielded, its caches stand k tokens behind the prompt, or further by what a batch made ahead.
     """
-    detokenizer = tokenizer.detokenizer
-    began = time.perf_counter()
-    count, finish = 0, None
+    detokenizer, began, count, finish = tokenizer.detokenizer, time.perf_counter(), 0, None
     while finish is None:
-        while (taken := decoder.take(reply)) is None:
+        while (taken := (yield from room(partial(decoder.take, reply)))) is None:
             yield from revive()
         token, logprobs, from_draft = taken
         count += 1
         if token not in reply.ends:
             detokenizer.add_token(token)
-        finish = _finish(decoder, reply, token, best_effort)
+        finish = yield from room(partial(_finish, decoder, reply, token, best_effort))
         if finish is not None:
             detokenizer.finalize()
         yield GenerationResponse(

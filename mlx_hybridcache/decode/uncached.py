@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -14,6 +15,8 @@ from ..caches.room import ROW_STEP
 from ..errors import BudgetError
 from ..request.request import Request
 from ..store.budget import Claim
+from ..worker.turns import Pause
+from .responses import Room
 from .sampling import seeded
 
 
@@ -26,10 +29,11 @@ def respond_uncached(
     *,
     step: int,
     growth: Callable[[int, int], int],
-) -> Iterator[GenerationResponse]:
+    room: Room,
+) -> Iterator[GenerationResponse | Pause]:
     """A reply to all of the prompt, read in slices of `step` tokens. `claim` pays for the request's rows.
 
-    `growth` is what so many rows more weigh beside so many. `options` are mlx-lm's and a `seed`. A best-effort reply ends where `claim` cannot grow.
+    `growth` is what so many rows more weigh beside so many. `options` are mlx-lm's and a `seed`. A best-effort reply ends where `claim` cannot grow. It waits for `room` that there is soon.
     """
     began, capacity, account = time.perf_counter(), request.rows, request.account
     seed = options.pop("seed", None)
@@ -48,7 +52,8 @@ def respond_uncached(
             mx.eval(response.logprobs)
             is_full = len(request.tokens) + response.generation_tokens >= capacity
             if is_full and response.finish_reason is None:
-                if not _grew(claim, growth(capacity, ROW_STEP), request.best_effort):
+                nbytes = growth(capacity, ROW_STEP)
+                if not (yield from room(partial(_grew, claim, nbytes, request.best_effort))):
                     response.finish_reason = "length"
                 capacity += ROW_STEP
             yield response
@@ -57,11 +62,11 @@ def respond_uncached(
 
 
 def _grew(claim: Claim, nbytes: int, best_effort: bool) -> bool:
-    """Whether there was room; raises `BudgetError` where there must be."""
+    """Whether there was room; raises `BudgetError` where there must be, or will be soon."""
     try:
         claim.grow(nbytes)
-    except BudgetError:
-        if not best_effort:
+    except BudgetError as error:
+        if error.fits_soon or not best_effort:
             raise
         return False
     return True

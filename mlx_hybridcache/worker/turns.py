@@ -8,8 +8,11 @@ times at most.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
+
+T = TypeVar("T")
 
 AGEING_TOKENS = 256
 
@@ -20,6 +23,12 @@ class Pause:
 
 PAUSE = Pause()
 """What a request yields to give up its turn without delivering anything."""
+
+
+def at_once(does: Callable[[], T]) -> Generator[Pause, None, T]:
+    """What `does` gives, as steps of a request that take no turn."""
+    yield from ()
+    return does()
 
 
 @dataclass(eq=False, slots=True)
