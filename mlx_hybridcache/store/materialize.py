@@ -149,17 +149,22 @@ class Materializer(Generic[R, S]):
     ) -> list[LazyStretch[R, S]]:
         """As many of the lazy rows as there is room for with so many bytes a token; the deepest go first.
 
-        The deepest checkpoint that they lead to stays: without any they would be of no use.
+        A checkpoint that they lead to stays, the most useful one or, where rows go, the deepest: without any they
+        would be of no use.
         """
-        while lazy:
-            nodes = [stretch.node for stretch in lazy]
-            spare = next((node for node in reversed(nodes) if node.checkpoint is not None), None)
+        nodes = [stretch.node for stretch in lazy]
+        spare = self.store.most_useful(nodes)
+        while nodes:
             try:
                 self.store.budget.make_room(row_bytes * _tokens_in(lazy), nodes, spare)
                 break
             except BudgetError:
-                self.store.evict_rows(lazy[-1].node)
+                self.store.evict_rows(nodes[-1])
                 lazy = self._lazy_in(source)
+                nodes = [stretch.node for stretch in lazy]
+                spare = next(
+                    (each for each in reversed(nodes) if each.checkpoint is not None), None
+                )
         return self._lazy_in(source)  # nodes may have been joined
 
     def _give_up(self, lazy: Sequence[LazyStretch[R, S]]) -> None:

@@ -392,6 +392,11 @@ class Store(CountedTrees[R, S]):
         while (leaf := self.limits.surplus(written)) is not None:
             self._drop(leaf, self._eviction())  # what is left of its conversation is next
 
+    def most_useful(self, nodes: Iterable[Node[R, S]]) -> AnyNode | None:
+        """The one of these nodes whose checkpoint goes last; None where none stands there."""
+        restoring = [node for node in nodes if node.checkpoint is not None]
+        return self._eviction(nodes).last_of(restoring) if restoring else None
+
     def evict_checkpoint(self, node: Node[R, S]) -> None:
         """What stands at `node` goes, because a request needs its bytes."""
         self.drop_checkpoint(node)

@@ -76,6 +76,11 @@ class Eviction:
         self.values.settle()
         return min(nodes, key=lambda node: (_held_until(node), self._worth(node)))
 
+    def last_of(self, nodes: Collection[AnyNode]) -> AnyNode:
+        """The one of these nodes whose checkpoint goes last."""
+        self.values.settle()
+        return max(nodes, key=lambda node: (_held_until(node), self._worth(node)))
+
     def worths(
         self, above: int, cuts: Sequence[int], end: int, branch_points: Container[int], nbytes: int
     ) -> list[float]:
