@@ -265,22 +265,22 @@ class HybridPromptCache(_Figures):
         is kept ready for `max_tokens`, and where no more is to be had it ends with `length`. Drafts come from what is
         stored with `draft_from_cache`, from a `draft_model`, or from the `mtp.*` weights of the model in `draft_mtp`.
         Samplers, logits processors, the progress callback and `through` run on the worker thread. Samplers draw from
-        a random stream that begins at `seed`, or at this thread's state. `through` takes the responses, with a `PAUSE`
-        for each turn that gives none, and yields what the caller gets; ending early ends the request with what it took.
-        Raises, before any work, `PromptError` for what cannot be read, `SettingError` for a model that cannot draft.
+        a random stream that begins at `seed`, or at this thread's state. `through` takes the responses, a `PAUSE` for each
+        turn that gives none, and yields what the caller gets; it may end early. Raises, before any work, `PromptError` for
+        what cannot be read, `ArgumentError` for an argument that is none, `SettingError` for a model that cannot draft.
         """
         engine = self.engine
         check_keywords("stream_generate", options, KEYWORDS)
         around = uncached(options, use_cache=use_cache)
-        check_generating(max_tokens, options, around, engine.tokenizer, engine.layout, self.info)
+        given = {**options, "seed": seed, "through": through}
+        check_generating(max_tokens, given, around, engine.tokenizer, engine.layout, self.info)
         engine.drafting.learn_asked({} if around else options, self.worker.call)
         asked = (boundaries, lifetimes, prompt_progress_callback, cache_salt)
         request = self._prompts.request(prompt, max_tokens, *asked, best_effort=best_effort)
         if options.get("sampler") is not None:
             options["seed"] = take_random_state() if seed is None else seed
         steps = engine.serve(request, options, around)
-        if through is not None:
-            steps = passed_through(steps, through)
+        steps = steps if through is None else passed_through(steps, through)
         return Generation(request, self.worker.stream(steps, request.job))
 
     def learn_draft(self, model: Any) -> None:

@@ -1,5 +1,9 @@
 """What can go wrong, said to the person who can mend it: what was found, what was needed, what to do."""
 
+from __future__ import annotations
+
+import errno
+
 
 class HybridCacheError(Exception):
     """The base of every error this library raises on purpose."""
@@ -68,6 +72,8 @@ class GroupError(HybridCacheError, RuntimeError):
 
 def refusal(error: OSError) -> str:
     """What the system would not do, as a sentence: which file, and why."""
+    if error.errno in FULL:  # what is written to knows no name
+        return f"The disk is full: {error.strerror}. Make room there, or name another place."
     if error.filename is None or error.strerror is None:
         return str(error)
     name = error.filename.decode() if isinstance(error.filename, bytes) else error.filename
@@ -81,6 +87,9 @@ def printable(text: str) -> str:
         each if each.isprintable() else each.encode("unicode_escape").decode() for each in text
     )
 
+
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+"""What the system says where no byte more can be written."""
 
 _REFUSALS: dict[type[OSError], str] = {
     FileNotFoundError: " does not exist, or the directory that it is to be in does not",

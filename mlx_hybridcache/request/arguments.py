@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import wraps
 from os import PathLike
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, SupportsIndex, TypeVar
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
@@ -64,16 +64,16 @@ def checked_tokenizer(model: Any, tokenizer: Any) -> TokenizerWrapper | None:
     )
 
 
-def check_model(model: Any, tokenizer: Any) -> None:
-    """Raises `ArgumentError` for what names or wraps a model or tokenizer and is none."""
+def check_model(model: Any, tokenizer: Any, name: str = "model") -> None:
+    """Raises `ArgumentError` for what names or wraps a model or tokenizer and is none. `name` is the argument's."""
     load = "model, tokenizer = mlx_lm.load(...)"
     if isinstance(model, (str, PathLike)):
-        raise ArgumentError(f"model is {str(model)!r}, a name. Load it first: {load}.")
+        raise ArgumentError(f"{name} is {str(model)!r}, a name. Load it first: {load}.")
     if isinstance(model, (tuple, list)):
-        raise ArgumentError(f"model is {_kind(model)}. Take what is in it: {load}.")
+        raise ArgumentError(f"{name} is {_kind(model)}. Take what is in it: {load}.")
     if not (callable(model) and hasattr(model, "modules") and hasattr(model, "layers")):
         raise ArgumentError(
-            f"model is {_kind(model)}, which is no model of mlx-lm. {load} gives one."
+            f"{name} is {_kind(model)}, which is no model of mlx-lm. {load} gives one."
         )
     if isinstance(tokenizer, (str, PathLike)):
         raise ArgumentError(f"tokenizer is {str(tokenizer)!r}, a name. Load it first: {load}.")
@@ -84,6 +84,29 @@ def check_counts(**counts: object) -> None:
     for name, count in counts.items():
         if not isinstance(count, int) or isinstance(count, bool) or count < 1:
             raise SettingError(f"{name} is {count!r}; a whole number of at least 1 is needed.")
+
+
+def check_functions(**given: object) -> None:
+    """Raises `ArgumentError` for what is there and cannot be called."""
+    for name, value in given.items():
+        if not (value is None or callable(value)):
+            raise ArgumentError(f"{name} is {_kind(value)}; a function is needed.")
+
+
+def check_processors(given: object) -> None:
+    """Raises `ArgumentError` for logits processors that are no list of functions."""
+    if given is not None and (callable(given) or not isinstance(given, Iterable)):
+        raise ArgumentError(f"logits_processors is {_kind(given)}; a list of functions is needed.")
+    for at, each in enumerate(given if isinstance(given, list | tuple) else ()):
+        check_functions(**{f"logits_processors[{at}]": each})
+
+
+def check_seed(seed: object) -> None:
+    """Raises `ArgumentError` for what MLX's random numbers cannot begin at."""
+    if seed is None or (isinstance(seed, SupportsIndex) and 0 <= operator.index(seed) < 2**64):
+        return
+    said = seed if isinstance(seed, SupportsIndex) else _kind(seed)
+    raise ArgumentError(f"seed is {said}; a whole number from 0 to 2**64 - 1 is needed.")
 
 
 def check_text(name: str, value: object) -> None:

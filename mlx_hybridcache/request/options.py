@@ -9,7 +9,7 @@ from typing import Any
 
 from ..caches.layout import Layout
 from ..errors import ArgumentError, HybridCacheError, SettingError
-from .arguments import check_counts
+from .arguments import check_counts, check_functions, check_model, check_processors, check_seed
 from .info import CacheInfo
 
 UNCACHED_OPTIONS = ("kv_bits", "max_kv_size", "input_embeddings", "prompt_cache")
@@ -95,6 +95,7 @@ def check_generating(
         raise ArgumentError(f"max_tokens is {max_tokens!r}; a whole number is needed.")
     if max_tokens == 0:
         raise SettingError("max_tokens must not be zero (use -1 for no limit).")
+    _check_kinds(options)
     alone = bool(around or layout.unsupported)  # by mlx-lm, on caches of its own
     if options.get("draft_model") is not None and alone and not layout.goes_back:
         raise SettingError(
@@ -106,6 +107,14 @@ def check_generating(
     for name in ("draft_from_cache", "draft_model", "draft_mtp"):
         if options.get(name) and not (alone and name == "draft_model"):
             _check_drafting(name, options, info)
+
+
+def _check_kinds(options: Mapping[str, Any]) -> None:
+    check_functions(sampler=options.get("sampler"), through=options.get("through"))
+    check_processors(options.get("logits_processors"))
+    check_seed(options.get("seed"))
+    if options.get("draft_model") is not None:
+        check_model(options["draft_model"], None, "draft_model")
 
 
 def _check_drafters(options: Mapping[str, Any]) -> None:

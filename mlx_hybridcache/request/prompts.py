@@ -9,7 +9,7 @@ from types import MappingProxyType
 from ..errors import PromptError
 from ..tokenizing.encoder import Encoder
 from ..tokens import Tokens, prompt_tokens
-from .arguments import check_text, check_whole, lifetimes_of, positions, token_ids
+from .arguments import check_functions, check_text, check_whole, lifetimes_of, positions, token_ids
 from .request import Progress, Request
 from .sharing import Sharing
 
@@ -41,6 +41,7 @@ class Prompts:
     ) -> Request:
         """What is asked for with these arguments of a call. Raises `PromptError` and `ArgumentError`."""
         tokens, salt = self.read(prompt, cache_salt)
+        check_functions(prompt_progress_callback=on_progress)
         return self.sharing.request(
             tokens,
             salt,

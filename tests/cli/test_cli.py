@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import forks
 import mlx.nn as nn
 import pytest
+from directories import faults
 from places import SUPPORT
 
 import mlx_hybridcache.demo.run as demo
@@ -251,6 +252,17 @@ def test_of_a_misspelt_flag_it_is_said_what_was_meant(arguments, meant, capsys):
         main(arguments)
     assert ended.value.code == 2
     assert capsys.readouterr().err.endswith(f"(did you mean {meant}?)\n")
+
+
+def test_a_disk_that_is_full_is_said(tmp_path, capsys):
+    """A plan's figures where there is room for none of them: a sentence, not a number of the system's."""
+    with faults.tmpfs(tmp_path, 4 << 10):
+        (tmp_path / "other").write_bytes(bytes(4 << 10))
+        command = ["plan", "--model", str(BUNDLED_MODEL), "--json", str(tmp_path / "plan.json")]
+        assert main(command) == 2
+    assert capsys.readouterr().err.startswith(
+        "mlx-hybridcache plan: The disk is full: No space left"
+    )
 
 
 def test_a_text_that_is_too_short_is_said(tmp_path, capsys):

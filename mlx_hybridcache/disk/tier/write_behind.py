@@ -5,7 +5,6 @@ Used on the worker thread, which does no file operation: the disk thread is hand
 
 from __future__ import annotations
 
-import errno
 import heapq
 import itertools
 import logging
@@ -21,7 +20,7 @@ import numpy as np
 
 from ...caches.kinds.rows import RowBlock
 from ...caches.memory import MemoryNode, MemoryStore
-from ...errors import BudgetError
+from ...errors import FULL, BudgetError
 from ...sizes import format_bytes
 from ...store.budget import Claim
 from ...store.lazy_rows import has_lazy_rows
@@ -43,9 +42,6 @@ MOST_UNWRITTEN = 4096
 
 LOOKS = 16
 """Checkpoints that are looked at in one go to find what they lack."""
-
-FULL = {errno.ENOSPC, errno.EDQUOT}
-"""Errors that say that the directory holds all that it can."""
 
 REST_SECONDS = 30.0
 """How long nothing is written after a write that failed."""

@@ -55,6 +55,31 @@ def test_a_count_is_a_whole_number_of_at_least_one(count):
         HybridPromptCache(load()[0], prefill_step_size=count)
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"seed": "7"}, "seed is a str; a whole number"),
+        ({"seed": -1}, "seed is -1; a whole number from 0"),
+        ({"seed": 2**64}, "a whole number from 0 to"),
+        ({"sampler": 0.7}, "sampler is a float; a function"),
+        ({"logits_processors": len}, "a list of functions"),
+        ({"logits_processors": [len, len, 5]}, "logits_processors[2] is an int"),
+        ({"prompt_progress_callback": "print"}, "prompt_progress_callback is a str; a function"),
+        ({"through": 5}, "through is an int; a function"),
+        ({"draft_model": "owner/name"}, "draft_model is 'owner/name', a name. Load it first"),
+        ({"draft_model": ("model", "tokenizer")}, "draft_model is a tuple. Take what is in it"),
+    ],
+)
+def test_an_argument_of_another_kind_is_named_before_any_work(given, said):
+    """A sampler's temperature for the sampler, one processor for a list of them, a name for a draft model."""
+    model, tokenizer = load()
+    with HybridPromptCache(model, tokenizer) as cache:
+        with pytest.raises(ArgumentError) as told:
+            cache.stream_generate("Where is Omar?", max_tokens=1, **given)
+        assert said in str(told.value)
+        assert cache.stats().nodes == 0
+
+
 def test_an_empty_directory_is_not_the_current_one():
     """`cache_dir=""`, as of a variable that is not set, would write where the process happens to stand."""
     with pytest.raises(SettingError, match="cache_dir is empty"):
