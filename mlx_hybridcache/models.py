@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import os
 import sys
@@ -249,3 +250,8 @@ def _check_directory(path: Path) -> None:
             f"{path} is not a complete model directory: {', '.join(missing)} missing. "
             "Download or convert the model again."
         )
+    config = path / "config.json"
+    try:
+        json.loads(config.read_bytes())
+    except ValueError as error:  # the loader would not say in which file
+        raise ModelError(f"{config} cannot be read: {error}. Download it again.") from error

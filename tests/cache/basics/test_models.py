@@ -123,6 +123,15 @@ def test_an_incomplete_model_directory_says_what_is_missing(tmp_path, missing, s
         models.load(str(copy))
 
 
+@pytest.mark.parametrize("text", [b"{", b"", b"\xff\xfe{"])
+def test_a_configuration_that_is_broken_is_named(tmp_path, text):
+    """A download that was cut off: which file it is, not only where in it."""
+    shutil.copytree(BUNDLED_MODEL, tmp_path / "copy")
+    (tmp_path / "copy" / "config.json").write_bytes(text)
+    with pytest.raises(ModelError, match=r"config\.json cannot be read: .* Download it again"):
+        models.load(str(tmp_path / "copy"))
+
+
 def test_an_adapter_that_is_not_there_says_what_is_missing(tmp_path):
     """No directory, and one without an adapter's two files."""
     with pytest.raises(ModelError, match="found no directory there"):
