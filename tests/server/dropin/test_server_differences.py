@@ -7,7 +7,9 @@ import json
 import shutil
 import signal
 import socket
+import subprocess
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +20,17 @@ from servers import (
     COMPLETIONS,
     INSTANT,
     OURS,
+    PATIENCE_SECONDS,
+    THEIRS,
     Server,
     Stream,
     command,
+    environment,
     raw_exchange,
     raw_post,
     raw_status,
     read_stream,
+    run_to_its_end,
     user,
 )
 from serving.differences import difference, rows_of, survives
@@ -141,6 +147,40 @@ def default_model(theirs: Server, ours: Server) -> None:
     assert "--model" not in command(OURS, *ours.flags)
     (served,) = ours.client.get("/v1/models").json()["data"]
     assert served["id"]
+
+
+@difference(
+    "While the model is loaded",
+    theirs="Listens; requests wait for it. Where it cannot be loaded, `/health` is 503 and requests get 404",
+    ours="Holds the port, and listens once it can answer. Where it cannot be loaded: a sentence, and exit status 2",
+)
+def loading(theirs: Server, ours: Server) -> None:
+    missing = ["--model", str(BUNDLED_MODEL / "nothing")]
+    broken = Server(THEIRS, *missing)
+    process = subprocess.Popen(
+        command(THEIRS, "--port", str(broken.port), *missing),
+        stderr=subprocess.DEVNULL,
+        env=environment(),
+    )
+    try:
+        until = time.monotonic() + PATIENCE_SECONDS
+        while (status := health_of(broken)) != 503:
+            assert time.monotonic() < until, status
+            time.sleep(0.05)
+        assert broken.post(COMPLETIONS, prompt="a", max_tokens=1).status_code == 404
+    finally:
+        process.kill()
+        process.wait()
+        broken.close()
+    assert run_to_its_end(*missing).returncode == 2
+
+
+def health_of(server: Server) -> int:
+    """The status of `/health`; 0 where nobody listens."""
+    try:
+        return server.client.get("/health").status_code
+    except httpx2.TransportError:
+        return 0
 
 
 @difference(
