@@ -377,7 +377,9 @@ class Store(CountedTrees[R, S]):
         node = match.deepest_checkpoint(len(tokens))
         position = match.matched if not self.needs(namespace) else node.end if node else 0
         if not position:
-            raise NotStoredError("Nothing of this prompt is stored; prefill it first.")
+            raise NotStoredError(
+                "Nothing of this prompt is stored. To pin it, prefill or warm it first."
+            )
         return position
 
     def _eviction(self, keep: Iterable[AnyNode] = (), spare: AnyNode | None = None) -> Eviction:

@@ -34,8 +34,8 @@ def test_pinned_prefixes_survive_what_evicts_everything_else():
 
 
 def test_what_is_not_stored_cannot_be_pinned(cache):
-    """The message says to prefill it first."""
-    with pytest.raises(HybridCacheError, match="prefill"):
+    """The message says to prefill or warm it first."""
+    with pytest.raises(HybridCacheError, match="prefill or warm"):
         cache.pin(list(text_tokens(50)))
 
 
