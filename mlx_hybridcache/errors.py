@@ -72,7 +72,7 @@ class GroupError(HybridCacheError, RuntimeError):
 
 def refusal(error: OSError) -> str:
     """What the system would not do, as a sentence: which file, and why."""
-    if error.errno in FULL:  # what is written to knows no name
+    if error.filename is None and error.errno in FULL:  # what is written to has no name here
         return f"The disk is full: {error.strerror}. Make room there, or name another place."
     if error.filename is None or error.strerror is None:
         return str(error)

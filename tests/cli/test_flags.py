@@ -156,6 +156,13 @@ def test_what_the_system_refuses_is_a_sentence(number, said):
     assert refusal(OSError(number, os.strerror(number), "/x/y")) == said
 
 
+def test_a_write_to_a_full_disk_names_no_file_and_is_a_sentence_too():
+    """What the system raises then knows of a number alone."""
+    assert refusal(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))).startswith(
+        "The disk is full: "
+    )
+
+
 def test_a_command_says_so_of_files(tmp_path, capsys):
     """A missing archive, a directory in its place, a file in a directory's place, no text."""
     file, binary = tmp_path / "file", tmp_path / "binary"
