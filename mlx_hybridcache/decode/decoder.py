@@ -279,6 +279,7 @@ class Decoder:
         capacity = max(longest, before.capacity if before is not None else 0)
         claims = [reply.live.claim for reply in joining] + ([before.claim] if before else [])
         held = sum(claim.nbytes for claim in claims)
+        granted = {reply: reply.live.claim.nbytes for reply in joining}
         need, passing = batch_bytes(self._layout, len(members), capacity, held)
         extra = self._store.claim_free(passing)
         if extra is None:
@@ -298,8 +299,9 @@ class Decoder:
         finally:
             for each in [*claims, extra]:
                 each.release()
-        claim = self._store.claim(need)  # no more than was released
-        self._merged = Together(self._layout, batch, members, capacity, claim)
+        claim = self._store.claim(max(need, held))  # no more than was released
+        granted |= before.granted if before is not None else {}
+        self._merged = Together(self._layout, batch, members, capacity, claim, granted)
         for reply in members:
             reply.steps = self._merged
         for reply in joining:

@@ -133,18 +133,25 @@ class Alone(Steps):
 
 
 class Together(Steps):
-    """Several replies on merged caches."""
+    """Several replies on merged caches. What each was `granted` before, in bytes, stays theirs until it leaves."""
 
     is_merged = True
     more_rows = ROW_STEP
 
     def __init__(
-        self, layout: Layout, batch: Batch, replies: list[Reply], capacity: int, claim: Claim
+        self,
+        layout: Layout,
+        batch: Batch,
+        replies: list[Reply],
+        capacity: int,
+        claim: Claim,
+        granted: dict[Reply, int],
     ):
         super().__init__(batch, replies)
         self._layout = layout
         self._capacity = capacity
         self._claim = claim
+        self.granted = granted
 
     @property
     def capacity(self) -> int:
@@ -155,18 +162,27 @@ class Together(Steps):
         return self._claim
 
     def grow(self) -> None:
-        """While the old buffers and the new ones are both held for a moment; mlx-lm makes them."""
+        """While the old buffers and the new ones are both held for a moment; mlx-lm makes them.
+
+        Out of what was granted, as far as that goes.
+        """
         count, more = len(self.replies), self.more_rows
+        need = count * more * self._layout.row_bytes
         passing = count * self._layout.largest_buffer_bytes(self._capacity)
-        self._claim.grow(count * more * self._layout.row_bytes, passing=passing)
+        left = self._claim.nbytes - self._needed()
+        self._claim.grow(max(0, need - left), passing=max(0, passing - max(0, left - need)))
         self._capacity += more
+
+    def _needed(self) -> int:
+        return len(self.replies) * self._layout.running_bytes(self._capacity)
 
     def remove(self, reply: Reply) -> None:
         """Take a reply out; the others close up. The padding that only it needed goes with it."""
         self.batch.remove(self.replies.index(reply), len(self.replies))
         self.replies.remove(reply)
+        del self.granted[reply]
         if not self.replies:
             self._claim.release()
             return
         self._capacity -= max(0, reply.position - max(other.position for other in self.replies))
-        self._claim.shrink(len(self.replies) * self._layout.running_bytes(self._capacity))
+        self._claim.shrink(max(self._needed(), sum(self.granted.values())))
