@@ -12,7 +12,7 @@ from long import mostly_long
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
 from mlx_hybridcache import HybridPromptCache
-from mlx_hybridcache.caches.room import REPLY_ROOM, ROW_STEP
+from mlx_hybridcache.caches.room import REPLY_ROOM, ROW_STEP, request_rows
 from mlx_hybridcache.decode.decoder import UNTAKEN
 from mlx_hybridcache.decode.reply import Alone, Reply
 from mlx_hybridcache.decode.sampling import Guard
@@ -269,6 +269,45 @@ def test_a_batch_claims_what_it_holds_when_its_longest_reply_has_left():
         held, claimed = cache.worker.call(held_and_claimed)
         assert held == claimed
         list(running[1])
+
+
+def test_a_batch_keeps_what_its_replies_were_granted():
+    """Others take whatever is free, now and when one of three has ended: the two that are left grow to their ends."""
+    counts = 400, 600, 600
+    requests = requests_of((300, 301, 302), counts)
+    with new_cache("qwen3", memory_budget="8MB") as cache, batches(cache) as sizes:
+        layout, store = cache.engine.layout, cache.engine.tiers.memory
+        passing = 3 * layout.largest_buffer_bytes(1024)  # old buffers, while new ones are made
+        granted = [layout.running_bytes(request_rows(300, count)) for count in counts]
+
+        def take_what_is_free():
+            free = store.budget.limit_bytes - store.budget.used_bytes
+            return store.claim(free - passing)
+
+        def left_to(count):
+            """What the last `count` hold: what they were granted, or what their caches weigh if it is more."""
+            holds = cache.stats().running_bytes - sum(claim.nbytes for claim in claims)
+            weighs = count * layout.running_bytes(cache.engine.decoder._merged.capacity)
+            return holds == max(sum(granted[-count:]), weighs)
+
+        running = [cache.stream_generate(p, count, **options) for p, count, options in requests]
+        replies = [[next(one), next(one)] for one in running]
+        assert max(sizes) == 3
+        claims = [cache.worker.call(take_what_is_free)]
+        while len(replies[0]) < counts[0]:
+            assert len(replies[0]) > counts[0] - UNTAKEN - 2 or left_to(
+                3
+            )  # its last ones are made ahead
+            for reply, one in zip(replies, running, strict=True):
+                reply.append(next(one))
+        assert next(running[0], None) is None
+        claims.append(cache.worker.call(take_what_is_free))
+        assert left_to(2)
+        for one, count in zip(running[1:], counts[1:], strict=True):
+            assert len(list(one)) == count - counts[0]
+        for claim in claims:
+            cache.worker.call(claim.release)
+        assert cache.stats().running_bytes == 0
 
 
 @pytest.mark.parametrize(
