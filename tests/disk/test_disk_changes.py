@@ -411,7 +411,8 @@ def test_a_reader_that_could_not_read_a_file_finds_it_again(tmp_path, quick, sai
             state.rename(tmp_path / "elsewhere")
             assert served(reader, first)[1] < 299
             (tmp_path / "elsewhere").rename(state)
-            assert said.take_one()
+            assert reader.disk_stats().rejected == 1
+            assert said.take() == []  # as when the writer lets go of it
             reader.worker.call(reader.engine.tiers.memory.clear)
             oracle.read(writer, second)
             assert writer.flush(PATIENCE_SECONDS)
